@@ -1,0 +1,442 @@
+"""Bytes on the wire: Celery's message protocol v2 in kombu's Redis envelope, and Celery's results.
+
+https://docs.celeryq.dev/en/stable/internals/protocol.html describes the message; kombu's virtual
+transports wrap it in a JSON envelope whose body is base64. Content is msgpack or JSON, never
+pickle or yaml. A tensor is ``{"dtype": "<f4", "shape": [..], "data": bytes}`` where JSON writes
+`data` as base64 text or as nested lists; a claim-checked one has ``"key"`` in place of ``"data"``.
+"""
+
+from __future__ import annotations
+
+import binascii
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgpack
+import msgspec
+import numpy as np
+import pybase64
+
+from inferq.shared.errors import (
+    ConfigError,
+    InferqError,
+    InvalidInput,
+    PayloadTooLarge,
+    to_wire,
+)
+from inferq.shared.schema import (
+    DTYPES,
+    MAX_DIMS,
+    MAX_TENSORS,
+    WIRE_DTYPES,
+    Array,
+    ModelAdvert,
+    Tensors,
+    describe,
+)
+
+MSGPACK: Final = "application/x-msgpack"
+JSON: Final = "application/json"
+#: Most bytes of one message on the queue; a longer one is quarantined unread.
+MAX_MESSAGE_BYTES: Final = 512 * 1024 * 1024
+
+
+class MalformedMessage(ValueError):
+    """The bytes are no request that could be answered: not JSON, no id, an unknown content type."""
+
+
+class Headers(msgspec.Struct):
+    """The message headers that the fast path reads; Celery sends more."""
+
+    id: str
+    task: str
+    eta: str | None = None
+    expires: str | None = None
+    retries: int | None = 0
+    ignore_result: bool | None = False
+    group: str | None = None
+    root_id: str | None = None
+    parent_id: str | None = None
+    kwargsrepr: str | None = None
+    inferq_reply: str | None = None
+    inferq_sent_ms: float | None = None
+    inferq_deadline_ms: float | None = None
+
+
+class Properties(msgspec.Struct):
+    """The message properties that the fast path reads."""
+
+    body_encoding: str | None = None
+    priority: int | None = None
+
+
+class Envelope(msgspec.Struct):
+    """kombu's Redis envelope; the body is left as it stands until it is needed."""
+
+    body: msgspec.Raw
+    headers: Headers
+    properties: Properties
+    content_type: str = msgspec.field(name="content-type", default=JSON)
+
+
+_envelope_decoder = msgspec.json.Decoder(Envelope)
+_json_decoder = msgspec.json.Decoder()
+_pack = msgpack.Packer(use_bin_type=True, autoreset=True).pack
+
+
+@dataclass(frozen=True)
+class Body:
+    """A decoded body: the task's arguments and Celery's embedded canvas."""
+
+    args: list[Any]
+    kwargs: dict[str, Any]
+    embed: dict[str, Any]
+
+
+def decode_envelope(raw: bytes) -> Envelope:
+    """Read one queue item. MalformedMessage if it is none."""
+    if len(raw) > MAX_MESSAGE_BYTES:
+        raise MalformedMessage(f"{len(raw)} bytes; expected at most {MAX_MESSAGE_BYTES}")
+    try:
+        return _envelope_decoder.decode(raw)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as problem:
+        raise MalformedMessage(str(problem)) from problem
+
+
+def decode_body(envelope: Envelope) -> Body:
+    """Read an envelope's body. InvalidInput if it is not ``[args, kwargs, embed]``."""
+    data = _body_bytes(envelope)
+    kind = envelope.content_type
+    try:
+        if kind == MSGPACK:
+            body = msgpack.unpackb(data, raw=False)
+        elif kind == JSON:
+            body = _json_decoder.decode(data)
+        else:
+            raise InvalidInput(f"content type {kind!r}; expected {MSGPACK} or {JSON}")
+    except (ValueError, msgspec.DecodeError, msgpack.UnpackException, RecursionError) as problem:
+        raise InvalidInput(f"the message body is not {kind}: {problem}") from problem
+    match body:
+        case [list() as args, dict() as kwargs, dict() as embed] if all(
+            isinstance(key, str) for key in kwargs
+        ):
+            return Body(args, kwargs, embed)
+        case [list() as args, dict() as kwargs, None]:
+            return Body(args, kwargs, {})
+    raise InvalidInput("the message body is not [args, kwargs, embed]")
+
+
+def _body_bytes(envelope: Envelope) -> bytes:
+    text = memoryview(envelope.body)
+    if len(text) < 2 or text[0] != 0x22:
+        raise InvalidInput("the message body is not a string")
+    encoded: bytes | memoryview = text[1:-1]
+    if b"\\" in bytes(text[:256]) or envelope.properties.body_encoding != "base64":
+        encoded = _json_decoder.decode(envelope.body).encode()
+    if envelope.properties.body_encoding != "base64":
+        return bytes(encoded)
+    try:
+        return pybase64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError):
+        pass
+    try:  # an escaped slash further on, or line breaks: the slow way
+        return pybase64.b64decode(_json_decoder.decode(envelope.body), validate=True)
+    except (binascii.Error, ValueError) as problem:
+        raise InvalidInput(f"the message body is not base64: {problem}") from problem
+
+
+# --- tensors -------------------------------------------------------------------------------------
+
+
+def wire_array(name: str, value: object) -> Array:
+    """`value` as an array that can travel: contiguous, little-endian, of a dtype in DTYPES."""
+    array = np.asarray(value)
+    if array.dtype.name not in DTYPES:
+        raise InvalidInput(
+            f"input {name!r}: dtype {array.dtype.name}; expected one of {', '.join(DTYPES)}"
+        )
+    if array.ndim > MAX_DIMS:
+        raise InvalidInput(f"input {name!r}: {array.ndim} dims; expected at most {MAX_DIMS}")
+    wire = array.astype(DTYPES[array.dtype.name], copy=False)
+    return wire if wire.flags.c_contiguous else np.ascontiguousarray(wire)
+
+
+def tensor_bytes(array: Array) -> bytes | memoryview:
+    """The bytes of a contiguous array; without copying where that pays."""
+    if array.nbytes > 16_384 and array.ndim and array.flags.c_contiguous:
+        return memoryview(array).cast("B")
+    return array.tobytes()
+
+
+def encode_tensor(array: Array) -> dict[str, Any]:
+    """A tensor's msgpack form."""
+    return {"dtype": array.dtype.str, "shape": array.shape, "data": tensor_bytes(array)}
+
+
+def encode_reference(array: Array, key: str) -> dict[str, Any]:
+    """A claim-checked tensor: its bytes stand under `key`."""
+    return {"dtype": array.dtype.str, "shape": array.shape, "key": key}
+
+
+def reference_of(tensor: object) -> str | None:
+    """The payload key of a claim-checked tensor, else None."""
+    if isinstance(tensor, dict) and "data" not in tensor:
+        key = tensor.get("key")
+        return key if isinstance(key, str) else None
+    return None
+
+
+def decode_tensor(name: str, tensor: object, dtype: str | None = None) -> Array:
+    """A tensor from its wire form. InvalidInput names `name` and what is wrong.
+
+    Nested lists may stand alone (then `dtype` is the model's) or as ``data``. The array is
+    read-only where it shares the message's bytes.
+    """
+    if isinstance(tensor, list):
+        return _from_lists(name, tensor, dtype)
+    if not isinstance(tensor, dict):
+        raise InvalidInput(
+            f"input {name!r}: {type(tensor).__name__}; "
+            "expected {'dtype', 'shape', 'data'} or nested lists"
+        )
+    kind, shape, data = tensor.get("dtype"), tensor.get("shape"), tensor.get("data")
+    if isinstance(data, list):
+        array = _from_lists(name, data, kind if isinstance(kind, str) else dtype)
+        if shape is not None and list(array.shape) != shape:
+            raise InvalidInput(
+                f"input {name!r}: nested lists of shape {list(array.shape)}; expected {shape!r}"
+            )
+        return array
+    real = _dtype(name, kind)
+    if (
+        not isinstance(shape, list | tuple)
+        or len(shape) > MAX_DIMS
+        or not all(type(size) is int and size >= 0 for size in shape)
+    ):
+        raise InvalidInput(
+            f"input {name!r}: shape {str(shape)[:80]!r}; "
+            f"expected a list of at most {MAX_DIMS} sizes"
+        )
+    if isinstance(data, str):
+        try:
+            data = pybase64.b64decode(data, validate=True)
+        except (binascii.Error, ValueError) as problem:
+            raise InvalidInput(f"input {name!r}: data is not base64: {problem}") from problem
+    if not isinstance(data, bytes | memoryview):
+        raise InvalidInput(f"input {name!r}: data is {type(data).__name__}; expected bytes")
+    expected = math.prod(shape) * real.itemsize
+    if len(data) != expected:
+        raise InvalidInput(
+            f"input {name!r}: {len(data)} bytes of data; "
+            f"expected {expected} for shape {list(shape)} of {real.name}"
+        )
+    return np.frombuffer(data, real).reshape(shape)
+
+
+def _dtype(name: str, kind: object) -> np.dtype[Any]:
+    found = (WIRE_DTYPES.get(kind) or DTYPES.get(kind)) if isinstance(kind, str) else None
+    if found is None:
+        raise InvalidInput(
+            f"input {name!r}: dtype {str(kind)[:40]!r}; expected one of {', '.join(WIRE_DTYPES)}"
+        )
+    return found
+
+
+def _from_lists(name: str, lists: list[Any], kind: str | None) -> Array:
+    dtype = _dtype(name, kind) if kind is not None else None
+    try:
+        array = np.array(lists, dtype=dtype)
+    except (ValueError, TypeError, OverflowError, RecursionError) as problem:
+        wanted = dtype.name if dtype is not None else "numbers"
+        raise InvalidInput(
+            f"input {name!r}: nested lists are not {wanted}: {problem}"
+        ) from problem
+    return wire_array(name, array)
+
+
+# --- requests ------------------------------------------------------------------------------------
+
+_NO_CANVAS: Final = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+
+
+class RequestEncoder:
+    """Builds one client's messages; what does not vary between requests is encoded once.
+
+    `queue` is the Celery queue's name, `origin` shows in Celery's tools, `reply` is the client's
+    reply channel.
+    """
+
+    def __init__(self, queue: str, origin: str, reply: str | None) -> None:
+        head = json.dumps(
+            {"content-encoding": "binary", "content-type": MSGPACK}, separators=(",", ":")
+        )
+        fixed = {
+            "lang": "py", "task": "inferq.infer", "shadow": None, "eta": None, "expires": None,
+            "group": None, "group_index": None, "retries": 0, "timelimit": [None, None],
+            "parent_id": None, "argsrepr": "()", "origin": origin, "ignore_result": False,
+            "replaced_task_nesting": 0, "stamped_headers": None, "stamps": {},
+            "inferq_reply": reply,
+        }  # fmt: skip
+        properties = {
+            "reply_to": "", "delivery_mode": 2, "body_encoding": "base64",
+            "delivery_info": {"exchange": "", "routing_key": queue},
+        }  # fmt: skip
+        self._head = head[:-1].encode() + b',"headers":' + json.dumps(fixed)[:-1].encode()
+        self._middle = b'},"properties":' + json.dumps(properties)[:-1].encode()
+
+    def encode(
+        self,
+        request_id: str,
+        model: str,
+        inputs: Mapping[str, Mapping[str, Any]],
+        *,
+        shown: str,
+        priority: int,
+        sent_ms: float,
+        deadline_ms: float | None,
+    ) -> bytes:
+        """One message. `inputs` maps names to tensors' wire form; `shown` is their short repr.
+
+        `request_id` must need no JSON escapes (a UUID); the times are Redis milliseconds.
+        """
+        body = _pack(([], {"model": model, "inputs": inputs}, _NO_CANVAS))
+        deadline = "null" if deadline_ms is None else f"{deadline_ms:.3f}"
+        headers = (
+            f',"id":"{request_id}","root_id":"{request_id}","kwargsrepr":{json.dumps(shown)},'
+            f'"inferq_sent_ms":{sent_ms:.3f},"inferq_deadline_ms":{deadline}'
+        )
+        tail = (
+            f',"correlation_id":"{request_id}","delivery_tag":"{request_id}",'
+            f'"priority":{priority}}},"body":"'
+        )
+        return b"".join(
+            (
+                self._head, headers.encode(), self._middle, tail.encode(),
+                pybase64.b64encode(body), b'"}',
+            )
+        )  # fmt: skip
+
+
+def shown(model: str, inputs: Tensors) -> str:
+    """A request's short repr, for Flower and ``celery inspect``."""
+    parts = ", ".join(f"{name}={describe(array)}" for name, array in inputs.items())
+    return f"{{'model': '{model}', {parts}}}"
+
+
+# --- results -------------------------------------------------------------------------------------
+
+
+def encode_success(
+    request_id: str,
+    outputs: Tensors,
+    receipt: Mapping[str, Any],
+    date_done: str,
+    content_type: str = MSGPACK,
+    *,
+    lists: bool = False,
+    extra: Mapping[str, Any] | None = None,
+) -> bytes:
+    """A SUCCESS meta as Celery's Redis backend writes it; ``result`` maps outputs to tensors."""
+    result: dict[str, Any]
+    if content_type == MSGPACK:
+        result = {name: encode_tensor(array) for name, array in outputs.items()}
+    else:
+        result = {
+            name: {
+                "dtype": array.dtype.str,
+                "shape": array.shape,
+                "data": array.tolist() if lists else pybase64.b64encode_as_string(array.tobytes()),
+            }
+            for name, array in outputs.items()
+        }
+    return encode_meta("SUCCESS", request_id, result, date_done, content_type, receipt, extra)
+
+
+def encode_failure(
+    request_id: str,
+    error: InferqError,
+    date_done: str,
+    content_type: str = MSGPACK,
+    *,
+    receipt: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> bytes:
+    """A FAILURE meta that stock Celery raises by name and our client by class."""
+    return encode_meta(
+        "FAILURE", request_id, to_wire(error), date_done, content_type, receipt, extra
+    )
+
+
+def encode_revoked(
+    request_id: str, reason: str, date_done: str, content_type: str = MSGPACK
+) -> bytes:
+    """A REVOKED meta as Celery's workers write it; `reason`: revoked, expired, cancelled."""
+    result = {
+        "exc_type": "TaskRevokedError",
+        "exc_message": [reason],
+        "exc_module": "celery.exceptions",
+        "code": "cancelled",
+    }
+    return encode_meta("REVOKED", request_id, result, date_done, content_type, None, None)
+
+
+def encode_meta(
+    status: str,
+    request_id: str,
+    result: object,
+    date_done: str,
+    content_type: str,
+    receipt: Mapping[str, Any] | None,
+    extra: Mapping[str, Any] | None,
+) -> bytes:
+    """A result meta: Celery's keys, a ``receipt``, and `extra` (``group_id``, ``parent_id``)."""
+    meta: dict[str, Any] = {
+        "status": status, "result": result, "traceback": None, "children": [],
+        "date_done": date_done, "task_id": request_id,
+    }  # fmt: skip
+    if receipt is not None:
+        meta["receipt"] = receipt
+    if extra:
+        meta.update(extra)
+    if content_type == MSGPACK:
+        try:
+            packed: bytes = _pack(meta)
+        except (ValueError, OverflowError) as problem:
+            raise PayloadTooLarge(f"the result does not fit a message: {problem}") from problem
+        return packed
+    return json.dumps(meta, separators=(",", ":")).encode()
+
+
+def decode_meta(data: bytes) -> dict[str, Any]:
+    """A result meta from either serialiser. MalformedMessage if it is neither."""
+    try:
+        meta = _json_decoder.decode(data) if data[:1] == b"{" else msgpack.unpackb(data, raw=False)
+    except (ValueError, msgspec.DecodeError, msgpack.UnpackException) as problem:
+        raise MalformedMessage(f"not a result: {problem}") from problem
+    if not isinstance(meta, dict) or not isinstance(meta.get("status"), str):
+        raise MalformedMessage("not a result: no status")
+    return meta
+
+
+def decode_outputs(result: object) -> dict[str, Array]:
+    """The arrays of a SUCCESS meta's ``result``."""
+    if not isinstance(result, dict) or len(result) > MAX_TENSORS:
+        raise MalformedMessage("not a result: outputs are no mapping")
+    return {str(name): decode_tensor(str(name), tensor) for name, tensor in result.items()}
+
+
+# --- announcements -------------------------------------------------------------------------------
+
+_advert_decoder = msgspec.msgpack.Decoder(ModelAdvert)
+encode_advert: Callable[[ModelAdvert], bytes] = msgspec.msgpack.Encoder().encode
+
+
+def decode_advert(data: bytes) -> ModelAdvert:
+    """What a worker announced. ConfigError if another version wrote it."""
+    try:
+        return _advert_decoder.decode(data)
+    except msgspec.DecodeError as problem:
+        raise ConfigError(f"a model's announcement cannot be read: {problem}") from problem

@@ -1,0 +1,145 @@
+"""Names of queues and Redis keys: the one place that knows how they are spelled.
+
+Keys live under ``<prefix>inferq:1:`` where 1 is the protocol version and ``<prefix>`` is kombu's
+``global_keyprefix``. ``<i>`` is a worker incarnation (random, never reused), ``<m>`` a model.
+
+    leases                ZSET   i -> Redis ms at which its lease ends
+    fence:<i>             STRING no TTL; exists exactly as long as i may settle
+    claims:<i>            SET    claim keys that i holds
+    claim:<i>:<n>:<m>:<p> LIST   messages of one claim, oldest at the right end
+    decoded:<i>           SET    claim keys whose messages were decoded without dying
+    running:<i>           SET    "<m>/<id>" of requests now computing
+    attempts:<m>          HASH   id -> how often a worker died computing it
+    dead:<m>              LIST   dead letters, newest at the left end
+    model:<m>             STRING what workers announce of a model (msgpack), expires
+    serving:<m>           ZSET   i -> Redis ms at which its lease ends
+    reply:<client>        channel on which a client hears the ids of its settled requests
+    payload:<id>:<input>  STRING a claim-checked tensor, expires
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+PROTOCOL: Final = 1
+TASK: Final = "inferq.infer"
+QUEUE_PREFIX: Final = "inferq."
+META_PREFIX: Final = "celery-task-meta-"
+#: Message headers of ours, beside Celery's.
+HEADER_REPLY: Final = "inferq_reply"
+HEADER_SENT_MS: Final = "inferq_sent_ms"
+HEADER_DEADLINE_MS: Final = "inferq_deadline_ms"
+
+#: kombu's defaults for Redis: sub-lists of a queue are `<queue><sep><step>`, step 0 is bare.
+PRIORITY_STEPS: Final = (0, 3, 6, 9)
+PRIORITY_SEP: Final = "\x06\x16"
+
+_MODEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}")
+
+
+def is_model_name(name: str) -> bool:
+    """Letters, digits, ``_ . -``; at most 100; starts with none of ``. -``."""
+    return _MODEL.fullmatch(name) is not None
+
+
+def queue_of(model: str) -> str:
+    """The Celery queue of `model`, without kombu's key prefix."""
+    return QUEUE_PREFIX + model
+
+
+def model_of(queue: str) -> str | None:
+    """The model that `queue` belongs to, or None for a foreign queue."""
+    if not queue.startswith(QUEUE_PREFIX):
+        return None
+    model = queue.removeprefix(QUEUE_PREFIX)
+    return model if is_model_name(model) else None
+
+
+@dataclass(frozen=True)
+class Names:
+    """Key names for one set of kombu transport options (and Celery's result prefix)."""
+
+    prefix: str = ""
+    result_prefix: str = ""
+    priority_steps: tuple[int, ...] = PRIORITY_STEPS
+    sep: str = PRIORITY_SEP
+
+    @property
+    def root(self) -> str:
+        return f"{self.prefix}inferq:{PROTOCOL}:"
+
+    def step(self, priority: int) -> int:
+        """kombu's rounding: the largest step that is not above `priority`."""
+        fitting = [step for step in self.priority_steps if step <= priority]
+        return fitting[-1] if fitting else self.priority_steps[-1]
+
+    def queue(self, model: str, priority: int = 0) -> str:
+        """The Redis list that holds `model`'s requests of this priority (0 is most urgent)."""
+        step = self.step(priority)
+        name = self.prefix + queue_of(model)
+        return f"{name}{self.sep}{step}" if step else name
+
+    def meta(self, request_id: str) -> str:
+        """Celery's result key; also the channel that ``AsyncResult.get`` listens on."""
+        return f"{self.result_prefix}{META_PREFIX}{request_id}"
+
+    @property
+    def leases(self) -> str:
+        return f"{self.root}leases"
+
+    def fence(self, incarnation: str) -> str:
+        return f"{self.root}fence:{incarnation}"
+
+    def claims(self, incarnation: str) -> str:
+        return f"{self.root}claims:{incarnation}"
+
+    def decoded(self, incarnation: str) -> str:
+        return f"{self.root}decoded:{incarnation}"
+
+    def running(self, incarnation: str) -> str:
+        return f"{self.root}running:{incarnation}"
+
+    def claim(self, incarnation: str, number: int, model: str, step: int) -> str:
+        return f"{self.root}claim:{incarnation}:{number}:{model}:{step}"
+
+    def parse_claim(self, key: str) -> ClaimName:
+        """The parts of a key made by `claim`. ValueError if it is none."""
+        head = f"{self.root}claim:"
+        parts = key.removeprefix(head).split(":") if key.startswith(head) else []
+        if len(parts) != 4 or not is_model_name(parts[2]):
+            raise ValueError(f"not a claim key: {key!r}")
+        return ClaimName(parts[0], int(parts[1]), parts[2], int(parts[3]))
+
+    def attempts(self, model: str) -> str:
+        return f"{self.root}attempts:{model}"
+
+    def dead(self, model: str) -> str:
+        return f"{self.root}dead:{model}"
+
+    def model(self, model: str) -> str:
+        return f"{self.root}model:{model}"
+
+    def serving(self, model: str) -> str:
+        return f"{self.root}serving:{model}"
+
+    def reply(self, client: str) -> str:
+        return f"{self.root}reply:{client}"
+
+    def payload(self, request_id: str, tensor: str) -> str:
+        return f"{self.root}payload:{request_id}:{tensor}"
+
+    def is_payload_of(self, key: str, request_id: str) -> bool:
+        """Whether `key` is a payload key of this very request (never read or delete another)."""
+        return key.startswith(f"{self.root}payload:{request_id}:")
+
+
+@dataclass(frozen=True)
+class ClaimName:
+    """The parts of a claim's key."""
+
+    incarnation: str
+    number: int
+    model: str
+    step: int

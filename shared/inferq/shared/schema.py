@@ -1,0 +1,238 @@
+"""What crosses module borders: tensors' shapes, models' signatures, requests, receipts.
+
+Frozen, and free of I/O; `codec` turns them into bytes and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from inferq.shared.errors import InvalidInput, PayloadTooLarge
+
+Array = npt.NDArray[Any]
+Tensors = Mapping[str, Array]
+
+#: The dtypes that travel, by NumPy name. Objects, strings and dates never do.
+DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
+    name: np.dtype(name).newbyteorder("<")
+    for name in (
+        "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64",
+        "float16", "float32", "float64", "complex64", "complex128",
+    )
+}  # fmt: skip
+#: As they stand in a message: ``<f4``, ``|u1``.
+WIRE_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {dt.str: dt for dt in DTYPES.values()}
+
+MAX_DIMS: Final = 16
+MAX_TENSORS: Final = 64
+
+
+class TensorSpec(msgspec.Struct, frozen=True):
+    """One input or output of a model.
+
+    `shape` holds sizes, and for what varies a symbol (dims with the same symbol have the same
+    size within one request) or None (varies freely). Dim 0 is the batch where the model has one.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...]
+
+    def __str__(self) -> str:
+        dims = ", ".join("?" if d is None else str(d) for d in self.shape)
+        return f"{self.name}: {self.dtype}[{dims}]"
+
+
+class Signature(msgspec.Struct, frozen=True):
+    """A model's inputs and outputs, as read from the model itself."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def batch_symbol(self) -> str | None:
+        """The symbol that dim 0 of every input and output shares; None: not batchable."""
+        firsts = {spec.shape[0] if spec.shape else None for spec in self.inputs + self.outputs}
+        only = firsts.pop() if len(firsts) == 1 else None
+        return only if isinstance(only, str) else None
+
+    def __str__(self) -> str:
+        inputs = ", ".join(map(str, self.inputs))
+        return f"({inputs}) -> ({', '.join(map(str, self.outputs))})"
+
+
+class ModelAdvert(msgspec.Struct, frozen=True, kw_only=True):
+    """What workers announce of a model in ``model:<m>``; a client checks its requests by it."""
+
+    name: str
+    version: int
+    engine: str
+    signature: Signature
+    max_batch_size: int
+    #: Rows per request: 1 … max_batch_size where batchable, else whatever the signature says.
+    batchable: bool
+    #: Requests; 0 means no limit.
+    max_queue_depth: int
+    #: Bytes of all input tensors of one request together.
+    max_request_bytes: int
+    default_priority: int
+    #: Milliseconds; 0 means none.
+    default_timeout_ms: int
+    #: Mean seconds of compute per row with all lanes busy, as last measured; 0: unknown.
+    seconds_per_row: float
+    #: Symbols of dims that the worker pads.
+    padded: tuple[str, ...] = ()
+    #: True if results live for `result_expires_s` seconds after they are stored.
+    result_expires_s: int = 600
+
+
+class Receipt(msgspec.Struct, frozen=True, kw_only=True):
+    """Where one request's time went, and who served it. Times in ms; None: not known.
+
+    `queue_ms`: pushed → claimed, by Redis' clock (None for a message without our timestamp).
+    `form_ms`: claimed → handed to a lane. `compute_ms`: the engine's run.
+    `settle_ms`: computed → result encoded for its MULTI.
+    """
+
+    queue_ms: float | None
+    form_ms: float
+    compute_ms: float
+    settle_ms: float
+    batch_size: int
+    """Rows of all requests in the batch, padding not counted."""
+    padding: int
+    """Rows of padding added to reach an allowed bucket."""
+    requests: int
+    """Requests in the batch."""
+    worker: str
+    engine: str
+    model: str
+    version: int
+    attempt: int
+    """1, or 1 + how often a worker died computing this request."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One decoded request, as `workers.intake` hands it on."""
+
+    id: str
+    model: str
+    inputs: Tensors
+    #: Leading dimension; 1 for a model that is not batchable.
+    rows: int
+    priority: int
+    #: Content type of message and result: application/x-msgpack or application/json.
+    content_type: str
+    #: True if the JSON inputs were nested lists: the outputs are written likewise.
+    lists: bool = False
+    reply: str | None = None
+    sent_ms: float | None = None
+    deadline_ms: float | None = None
+    #: Unix milliseconds from Celery's `expires`.
+    expires_ms: float | None = None
+    ignore_result: bool = False
+    payload_keys: tuple[str, ...] = ()
+    attempts: int = 0
+    #: Celery headers and embed of a request that has links, a chain or a chord; else None.
+    canvas: Mapping[str, Any] | None = None
+    #: Shown by ``celery inspect`` and Flower.
+    kwargsrepr: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def nbytes(tensors: Tensors) -> int:
+    """Bytes of all `tensors` together."""
+    return sum(array.nbytes for array in tensors.values())
+
+
+def describe(array: Array) -> str:
+    """``<1x3x224x224 float32>``: short, for Flower, logs and messages."""
+    return f"<{'x'.join(map(str, array.shape)) or 'scalar'} {array.dtype.name}>"
+
+
+def check_inputs(
+    advert: ModelAdvert, inputs: Tensors
+) -> int:
+    """Check a request's `inputs` against what a model takes; return its rows.
+
+    Raises InvalidInput (naming input, value and expectation) or PayloadTooLarge. The same check
+    runs at the caller before it pushes and in the worker after it claims.
+    """
+    specs = advert.signature.inputs
+    given = inputs.keys()
+    names = {spec.name for spec in specs}
+    if given != names:
+        missing, unknown = sorted(names - given), sorted(given - names)
+        problem = "; ".join(
+            f"{what} {', '.join(map(repr, which))}"
+            for what, which in (("missing", missing), ("unknown", unknown))
+            if which
+        )
+        raise InvalidInput(
+            f"inputs of model {advert.name!r}: {problem}; "
+            f"expected {', '.join(str(spec) for spec in specs)}",
+            model=advert.name,
+        )
+    symbols: dict[str, tuple[int, str]] = {}
+    for spec in specs:
+        _check_tensor(advert, spec, inputs[spec.name], symbols)
+    size = nbytes(inputs)
+    if size > advert.max_request_bytes:
+        raise PayloadTooLarge(
+            f"inputs of model {advert.name!r} are {size} bytes; "
+            f"expected at most {advert.max_request_bytes} (max_request_bytes)",
+            model=advert.name, size=size, limit=advert.max_request_bytes,
+        )  # fmt: skip
+    if not advert.batchable:
+        return 1
+    rows = next(iter(inputs.values())).shape[0]
+    if not 1 <= rows <= advert.max_batch_size:
+        raise InvalidInput(
+            f"inputs of model {advert.name!r} have {rows} rows; "
+            f"expected 1 to {advert.max_batch_size} (max_batch_size)",
+            model=advert.name,
+        )
+    return int(rows)
+
+
+def _check_tensor(
+    advert: ModelAdvert, spec: TensorSpec, array: Array, symbols: dict[str, tuple[int, str]]
+) -> None:
+    where = f"input {spec.name!r} of model {advert.name!r}"
+    if array.dtype.newbyteorder("=") != np.dtype(spec.dtype):
+        raise InvalidInput(
+            f"{where}: dtype {array.dtype.name}; expected {spec.dtype}", model=advert.name
+        )
+    if array.ndim != len(spec.shape):
+        raise InvalidInput(
+            f"{where}: shape {list(array.shape)} has {array.ndim} dims; expected {spec}",
+            model=advert.name,
+        )
+    for axis, (size, dim) in enumerate(zip(array.shape, spec.shape, strict=True)):
+        if isinstance(dim, int):
+            if size != dim:
+                raise InvalidInput(
+                    f"{where}: shape {list(array.shape)} has {size} at dim {axis}; "
+                    f"expected {dim} as in {spec}",
+                    model=advert.name,
+                )
+        elif isinstance(dim, str):
+            seen = symbols.setdefault(dim, (size, spec.name))
+            if seen[0] != size:
+                raise InvalidInput(
+                    f"{where}: dim {axis} ({dim}) is {size}; expected {seen[0]}, "
+                    f"as in input {seen[1]!r}",
+                    model=advert.name,
+                )
+        if size == 0:
+            raise InvalidInput(
+                f"{where}: dim {axis} of shape {list(array.shape)} is 0; expected at least 1",
+                model=advert.name,
+            )

@@ -1,0 +1,118 @@
+"""What an engine is: it loads one model, warms up, and runs batches on lanes.
+
+Lifecycle, the same for every backend: ``load → warm_up → lane.run … → close``. A lane is what one
+batch occupies: on CUDA one execution context, one stream and its buffers; on a CPU one core. Each
+lane is driven by one thread of its own that calls `Lane.run` and nothing else touches it, so
+copies and compute of different lanes overlap while ``run`` itself may simply wait, provided that
+it waits with the GIL released.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from inferq.shared.schema import Array, Signature, Tensors
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Compatible requests' inputs, to be run as one.
+
+    `parts` holds one mapping of input name → array per request, in order. Along dim 0 they are
+    joined; all other dims are equal already. `rows` is the sum of their leading dims and `bucket`
+    (≥ rows) the batch size to run: rows beyond `rows` are padding. For a model that is not
+    batchable there is one part, rows = bucket = 1, and its arrays pass as they are.
+    """
+
+    parts: Sequence[Tensors]
+    rows: int
+    bucket: int
+    batchable: bool = True
+
+
+class Lane(Protocol):
+    """Where one batch at a time runs."""
+
+    def run(self, batch: Batch) -> Mapping[str, Array]:
+        """Output name → array with `batch.rows` rows (padding cut off).
+
+        The arrays belong to the caller: the lane does not write to them again. Raises EngineError
+        for what this batch caused, FatalEngineError if no further batch can run. Any other
+        exception is taken for an EngineError by the caller.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What an engine is told besides the model's file."""
+
+    #: Lanes to open; 0: as many as suit the device (usable cores on a CPU).
+    lanes: int
+    max_batch_size: int
+    #: Allowed batch sizes, ascending; empty: any.
+    buckets: tuple[int, ...]
+    #: The engine's own table of model.toml, validated by the engine itself.
+    table: Mapping[str, Any]
+
+
+class Engine(ABC):
+    """One loaded model. The constructor assigns; `load` reads the model and opens the lanes."""
+
+    #: The name in model.toml.
+    name: str
+    #: File names looked for in a version's folder, in order; empty: needs no file.
+    files: tuple[str, ...] = ()
+
+    def __init__(self, path: Path | None, options: EngineOptions) -> None:
+        self.path = path
+        self.options = options
+
+    @classmethod
+    @abstractmethod
+    def read_signature(cls, path: Path | None, table: Mapping[str, Any]) -> Signature:
+        """The model's signature without loading it to a device. ConfigError with the reason."""
+
+    @abstractmethod
+    def load(self) -> None:
+        """Load the model and open the lanes. ConfigError if it cannot be."""
+
+    @property
+    @abstractmethod
+    def lanes(self) -> Sequence[Lane]:
+        """The open lanes, at least one, once loaded."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free everything. No lane is running by then. Idempotent."""
+
+    def warm_up(self, make_batch: Callable[[int], Batch], sizes: Sequence[int]) -> None:
+        """Run every size in `sizes` once on every lane, so that first requests are not slow."""
+        for lane in self.lanes:
+            for size in sizes:
+                lane.run(make_batch(size))
+
+
+def gather(batch: Batch) -> dict[str, Array]:
+    """The batch's inputs joined along dim 0 and padded with copies of the last row to `bucket`.
+
+    Without copying where one part needs no padding.
+    """
+    first = batch.parts[0]
+    padding = batch.bucket - batch.rows
+    if len(batch.parts) == 1 and padding == 0:
+        return dict(first)
+    joined: dict[str, Array] = {}
+    for name, array in first.items():
+        pieces = [part[name] for part in batch.parts]
+        if padding:
+            last = pieces[-1][-1:]
+            pieces.append(np.broadcast_to(last, (padding, *array.shape[1:])))
+        joined[name] = np.concatenate(pieces)
+    return joined
