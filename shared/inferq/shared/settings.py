@@ -1,0 +1,112 @@
+"""Settings of both sides, read from the environment: one frozen object.
+
+Every field is set by ``INFERQ_<FIELD>`` (``INFERQ_LEASE_S=20``); `redis_url` is also taken from
+``CELERY_BROKER_URL``. What is given to `load` wins over the environment, which wins over the
+defaults below. A bad value raises ConfigError naming the variable, the value and what was expected.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Final, Self
+
+from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from inferq.shared import names
+from inferq.shared.errors import ConfigError
+
+ENV_PREFIX: Final = "INFERQ_"
+#: Where else the URL is looked for, in this order, after what is given to `Settings.load`.
+URL_VARIABLES: Final = ("INFERQ_REDIS_URL", "CELERY_BROKER_URL")
+#: Values of these fields may hold a password: messages never show them.
+SECRET_FIELDS: Final = frozenset({"redis_url"})
+
+
+def _split(value: object) -> object:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+class Settings(BaseSettings):
+    """What both sides must agree on, and what a worker adds. Build it with `Settings.load`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True
+    )
+
+    #: redis://, rediss://, unix:// or Celery's sentinel://…;sentinel://… form.
+    redis_url: str = Field(repr=False)
+    #: The master's name, for a sentinel:// URL.
+    sentinel_master: str = "mymaster"
+    #: Seconds that a stored result lives.
+    result_expires_s: int = Field(default=600, ge=1)
+    #: kombu's `global_keyprefix`: stands before every queue's name and every key of ours.
+    global_keyprefix: str = ""
+    #: Celery's result backend prefix: stands before ``celery-task-meta-``.
+    result_keyprefix: str = ""
+    #: kombu's `priority_steps`, ascending, the first is 0 (in the environment: ``0,3,6,9``).
+    priority_steps: Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split)] = (
+        names.PRIORITY_STEPS
+    )
+    #: kombu's `sep` between a queue's name and a priority step.
+    priority_sep: str = names.PRIORITY_SEP
+    #: Seconds after its last renewal at which a worker's claims are taken from it.
+    lease_s: float = Field(default=10.0, ge=0.5)
+    #: Seconds that a stopping worker has to finish or return what it claimed.
+    grace_s: float = Field(default=30.0, ge=0.0)
+    #: The worker's model repository; None: the worker's command line names it.
+    models: Path | None = None
+
+    @field_validator("priority_steps")
+    @classmethod
+    def _ascending(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
+        if not steps or steps[0] != 0 or list(steps) != sorted(set(steps)):
+            raise ValueError("Input should be ascending whole numbers of which the first is 0")
+        return steps
+
+    @classmethod
+    def load(cls, **given: Any) -> Self:
+        """Settings from `given` (None: not given), then the environment, then the defaults.
+
+        Raises ConfigError: a value is bad, or no Redis URL is set anywhere.
+        """
+        values = {name: value for name, value in given.items() if value is not None}
+        try:
+            return cls(**_with_url(values))
+        except ValidationError as problem:
+            raise ConfigError(_explain(cls, problem, values)) from None
+
+    def names(self) -> names.Names:
+        """The key names that follow from these settings."""
+        return names.Names(
+            prefix=self.global_keyprefix,
+            result_prefix=self.result_keyprefix,
+            priority_steps=self.priority_steps,
+            sep=self.priority_sep,
+        )
+
+
+def _with_url(values: dict[str, Any]) -> dict[str, Any]:
+    if "redis_url" in values:
+        return values
+    for variable in URL_VARIABLES:
+        if url := os.environ.get(variable):
+            return {**values, "redis_url": url}
+    raise ConfigError(
+        f"no Redis URL: pass one, or set {' or '.join(URL_VARIABLES)} "
+        "(for example redis://127.0.0.1:6379/0)"
+    )
+
+
+def _explain(cls: type[Settings], problem: ValidationError, given: dict[str, Any]) -> str:
+    lines = []
+    for error in problem.errors(include_url=False, include_context=False):
+        field = str(error["loc"][0]) if error["loc"] else "settings"
+        place = f"setting {field!r}" if field in given else f"{ENV_PREFIX}{field.upper()}"
+        value = "(hidden)" if field in SECRET_FIELDS else repr(error["input"])
+        expected = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        if error["type"] == "extra_forbidden":
+            expected = f"one of {', '.join(cls.model_fields)}"
+        lines.append(f"{place} is {value}; expected {expected}")
+    return "; ".join(lines)
