@@ -61,6 +61,7 @@ class Headers(msgspec.Struct):
     root_id: str | None = None
     parent_id: str | None = None
     kwargsrepr: str | None = None
+    compression: str | None = None
     inferq_reply: str | None = None
     inferq_sent_ms: float | None = None
     inferq_deadline_ms: float | None = None
@@ -251,9 +252,7 @@ def _from_lists(name: str, lists: list[Any], kind: str | None) -> Array:
         array = np.array(lists, dtype=dtype)
     except (ValueError, TypeError, OverflowError, RecursionError) as problem:
         wanted = dtype.name if dtype is not None else "numbers"
-        raise InvalidInput(
-            f"input {name!r}: nested lists are not {wanted}: {problem}"
-        ) from problem
+        raise InvalidInput(f"input {name!r}: nested lists are not {wanted}: {problem}") from problem
     return wire_array(name, array)
 
 

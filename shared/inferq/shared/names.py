@@ -5,11 +5,11 @@ Keys live under ``<prefix>inferq:1:`` where 1 is the protocol version and ``<pre
 
     leases                ZSET   i -> Redis ms at which its lease ends
     fence:<i>             STRING no TTL; exists exactly as long as i may settle
-    claims:<i>            SET    claim keys that i holds
+    claims:<i>            HASH   claim key -> 1 once its messages were decoded without dying, else 0
     claim:<i>:<n>:<m>:<p> LIST   messages of one claim, oldest at the right end
-    decoded:<i>           SET    claim keys whose messages were decoded without dying
     running:<i>           SET    "<m>/<id>" of requests now computing
-    attempts:<m>          HASH   id -> how often a worker died computing it
+    attempts:<m>          HASH   id -> how often a worker died computing it;
+                                 "#<sha1>" -> how often one died decoding these bytes
     dead:<m>              LIST   dead letters, newest at the left end
     model:<m>             STRING what workers announce of a model (msgpack), expires
     serving:<m>           ZSET   i -> Redis ms at which its lease ends
@@ -94,9 +94,6 @@ class Names:
 
     def claims(self, incarnation: str) -> str:
         return f"{self.root}claims:{incarnation}"
-
-    def decoded(self, incarnation: str) -> str:
-        return f"{self.root}decoded:{incarnation}"
 
     def running(self, incarnation: str) -> str:
         return f"{self.root}running:{incarnation}"

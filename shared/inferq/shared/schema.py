@@ -118,33 +118,36 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     """1, or 1 + how often a worker died computing this request."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """One decoded request, as `workers.intake` hands it on."""
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """All that is known of a request but its inputs: who asked, how to answer, until when."""
 
     id: str
     model: str
-    inputs: Tensors
-    #: Leading dimension; 1 for a model that is not batchable.
-    rows: int
-    priority: int
-    #: Content type of message and result: application/x-msgpack or application/json.
+    #: Content type of the message, and so of its result.
     content_type: str
-    #: True if the JSON inputs were nested lists: the outputs are written likewise.
+    #: The priority step it was claimed from; 0 is the most urgent.
+    priority: int = 0
+    #: True if JSON inputs came as nested lists: the outputs are written likewise.
     lists: bool = False
+    #: The client's reply channel.
     reply: str | None = None
+    #: Redis ms.
     sent_ms: float | None = None
+    #: Redis ms after which the answer is DeadlineExceeded.
     deadline_ms: float | None = None
-    #: Unix milliseconds from Celery's `expires`.
+    #: Unix ms from Celery's `expires`, after which it is REVOKED.
     expires_ms: float | None = None
     ignore_result: bool = False
     payload_keys: tuple[str, ...] = ()
+    #: How often a worker died computing it.
     attempts: int = 0
-    #: Celery headers and embed of a request that has links, a chain or a chord; else None.
-    canvas: Mapping[str, Any] | None = None
+    #: The whole message, if it has links, a chain or a chord.
+    canvas: bytes | None = None
+    #: What else Celery writes into its result meta.
+    extra: Mapping[str, Any] = field(default_factory=dict)
     #: Shown by ``celery inspect`` and Flower.
     kwargsrepr: str = ""
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 def nbytes(tensors: Tensors) -> int:
@@ -157,9 +160,7 @@ def describe(array: Array) -> str:
     return f"<{'x'.join(map(str, array.shape)) or 'scalar'} {array.dtype.name}>"
 
 
-def check_inputs(
-    advert: ModelAdvert, inputs: Tensors
-) -> int:
+def check_inputs(advert: ModelAdvert, inputs: Tensors) -> int:
     """Check a request's `inputs` against what a model takes; return its rows.
 
     Raises InvalidInput (naming input, value and expectation) or PayloadTooLarge. The same check

@@ -1,0 +1,42 @@
+"""The Celery application that producers may use and workers do."""
+
+from __future__ import annotations
+
+from celery import Celery
+
+from inferq.shared.settings import Settings
+
+
+def make_app(settings: Settings) -> Celery:
+    """A Celery app with inferq's settings: one Redis for queues and results, solo pool.
+
+    Pickle and yaml are never accepted. Broker and result backend must be the same database, since
+    a request is settled in one transaction.
+    """
+    transport: dict[str, object] = {
+        "priority_steps": list(settings.priority_steps),
+        "sep": settings.priority_sep,
+    }
+    if settings.global_keyprefix:
+        transport["global_keyprefix"] = settings.global_keyprefix
+    if settings.redis_url.startswith("sentinel://"):
+        transport["master_name"] = settings.sentinel_master
+    backend: dict[str, object] = {}
+    if settings.result_keyprefix:
+        backend["global_keyprefix"] = settings.result_keyprefix
+    if settings.redis_url.startswith("sentinel://"):
+        backend["master_name"] = settings.sentinel_master
+    app = Celery(
+        "inferq", broker=settings.redis_url, backend=settings.redis_url, set_as_current=False
+    )
+    app.conf.update(
+        accept_content=["json", "msgpack"],
+        broker_connection_retry_on_startup=True,
+        broker_transport_options=transport,
+        result_backend_transport_options=backend,
+        result_expires=settings.result_expires_s,
+        task_create_missing_queues=True,
+        worker_pool="solo",
+        worker_prefetch_multiplier=1,
+    )
+    return app

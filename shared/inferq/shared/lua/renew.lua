@@ -1,0 +1,20 @@
+-- Renew a worker incarnation's lease, if it still has one. Also used at birth, in one MULTI with
+-- the SET of its fence, so that a fence never exists without a lease.
+--
+-- KEYS[1]    fence:<i>     exists as long as <i> may settle
+-- KEYS[2]    leases        ZSET <i> -> Redis ms at which the lease ends
+-- KEYS[3..]  serving:<m>   ZSET <i> -> the same, per model that <i> serves
+-- ARGV[1]    <i>
+-- ARGV[2]    lease in ms
+-- Returns {1 or 0 (no fence: the lease is lost), Redis ms as a string}.
+local time = redis.call('TIME')
+local now = time[1] * 1000 + time[2] / 1000
+local stamp = string.format('%.3f', now)
+if redis.call('EXISTS', KEYS[1]) == 0 then
+  return {0, stamp}
+end
+local ends = string.format('%.0f', now + ARGV[2])
+for n = 2, #KEYS do
+  redis.call('ZADD', KEYS[n], ends, ARGV[1])
+end
+return {1, stamp}

@@ -1,0 +1,87 @@
+"""How the data plane lives in a Celery worker: started after its pool, drained at its stop."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from celery import bootsteps
+from celery.worker import WorkController
+from celery.worker.consumer import Consumer
+from inferq.workers.repository import ModelSpec, load_model
+
+from inferq.shared.errors import ConfigError
+from inferq.shared.names import model_of
+from inferq.shared.settings import Settings
+from inferq.workers import celery_private
+from inferq.workers.service import Service
+
+logger = logging.getLogger(__name__)
+
+
+def refuse(reason: str) -> SystemExit:
+    """A worker that cannot be started says so in one line."""
+    logger.critical("%s", reason)
+    return SystemExit(f"inferq: {reason}")
+
+
+class DataPlaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Worker step: loads the models, runs the data plane, drains it on shutdown."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def __init__(self, worker: WorkController, **options: Any) -> None:
+        super().__init__(worker, **options)
+        worker.inferq = None
+        self._settings: Settings = worker.app.conf.inferq_settings
+        if not celery_private.is_solo(worker.pool_cls):
+            raise refuse("pool refused: a worker that holds an engine runs with -P solo only")
+        if options.get("autoscale"):
+            raise refuse("--autoscale refused: scale by starting more workers")
+        self._specs = self._read_specs(worker)
+
+    def _read_specs(self, worker: WorkController) -> list[ModelSpec]:
+        queues = celery_private.selected_queues(worker.app)
+        if queues is None:
+            raise refuse("no queues: expected -Q inferq.<model>[,inferq.<model>…]")
+        models = [model for queue in queues if (model := model_of(queue)) is not None]
+        if not models:
+            raise refuse(f"-Q {','.join(queues)} names no queue of ours; expected inferq.<model>")
+        if self._settings.models is None:
+            raise refuse("no model repository: set INFERQ_MODELS or use inferq worker --models DIR")
+        try:
+            return [load_model(self._settings.models, model) for model in models]
+        except ConfigError as problem:
+            raise refuse(str(problem)) from None
+
+    def start(self, worker: WorkController) -> None:
+        worker.inferq = self.service = Service(worker, self._settings, self._specs)
+        self.service.start()
+
+    def close(self, worker: WorkController) -> None:
+        if worker.inferq is not None:
+            worker.inferq.stop_claiming()
+
+    def stop(self, worker: WorkController) -> None:
+        if worker.inferq is not None:
+            worker.inferq.stop(self._settings.grace_s)
+
+    def terminate(self, worker: WorkController) -> None:
+        if worker.inferq is not None:
+            worker.inferq.stop(0.0)
+
+    def info(self, worker: WorkController) -> dict[str, Any]:
+        return worker.inferq.info() if worker.inferq is not None else {}
+
+
+class QueuesStep(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Consumer step: takes our queues from Celery's own consumer, each time it connects."""
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def start(self, consumer: Consumer) -> None:
+        service: Service = consumer.controller.inferq
+        for queue in list(consumer.task_consumer.queues):
+            if model_of(queue.name) is not None:
+                service.queues[queue.name] = queue
+                consumer.cancel_task_queue(queue.name)

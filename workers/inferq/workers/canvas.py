@@ -1,0 +1,112 @@
+"""Links, chains and chords of computed requests: published first, then the request is settled.
+
+In that order a crash in between repeats a publication and never loses one, which is Celery's own
+guarantee. One thread with Celery's producer pool does it; the data plane goes on meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from queue import SimpleQueue
+
+import redis
+from celery import Celery
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
+
+from inferq.shared import codec
+from inferq.shared.errors import EngineError, from_wire
+from inferq.shared.names import Names
+from inferq.workers import celery_private
+from inferq.workers.settle import Settlement
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between tries while Redis cannot be reached.
+RETRY_S = 0.5
+
+Ready = Callable[[str, Settlement], None]
+
+
+class Canvas:
+    """Publishes what follows on a request. `ready` is called once its settlement may go out."""
+
+    def __init__(
+        self, app: Celery, client: redis.Redis, names: Names, expires_s: int, ready: Ready
+    ) -> None:
+        self._app = app
+        self._client = client
+        self._names = names
+        self._expires_s = expires_s
+        self._ready = ready
+        self._inbox: SimpleQueue[tuple[str, Settlement, bytes] | None] = SimpleQueue()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="inferq-canvas", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End once the present one is published; the others are handed back with their claims."""
+        self._stopping = True
+        self._inbox.put(None)
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+
+    def put(self, incarnation: str, settlement: Settlement, message: bytes) -> None:
+        """Publish what `message` asks for, then report `settlement` ready."""
+        self._inbox.put((incarnation, settlement, message))
+
+    def _run(self) -> None:
+        while (entry := self._inbox.get()) is not None and not self._stopping:
+            incarnation, settlement, message = entry
+            while not self._stopping:
+                try:
+                    self._publish(settlement, message)
+                except (OperationalError, RedisError) as problem:
+                    logger.warning("links of %s wait for Redis: %s", settlement.request_id, problem)
+                    time.sleep(RETRY_S)
+                    continue
+                except Exception as problem:
+                    logger.exception("links of %s cannot be published", settlement.request_id)
+                    settlement = self._failed(settlement, message, problem)
+                break
+            self._ready(incarnation, settlement)
+
+    def _publish(self, settlement: Settlement, message: bytes) -> None:
+        envelope = codec.decode_envelope(message)
+        body = codec.decode_body(envelope)
+        request = celery_private.context_of(message, (body.args, body.kwargs, body.embed))
+        serializer = "msgpack" if envelope.content_type == codec.MSGPACK else "json"
+        # An ignored result is still what links and chords are given.
+        meta = codec.decode_meta(settlement.outcome)
+        status, result = meta["status"], meta["result"]
+        backend = celery_private.backend_for(self._app, serializer)
+        if status == "SUCCESS":
+            celery_private.publish_success(self._app, request, result, serializer)
+        if request.chord and not settlement.ignore_result:
+            # A chord of groups reads its parts' results back, ours among them.
+            key = self._names.meta(request.id)
+            self._client.set(key, settlement.outcome, ex=self._expires_s, nx=True)
+        if status == "SUCCESS":
+            celery_private.finish_chord(backend, request, status, result)
+            return
+        error: Exception = from_wire(status, result)
+        if status == "REVOKED":
+            error = celery_private.revoked_error(str(error))
+        celery_private.finish_chord(backend, request, status, error)
+        celery_private.publish_failure(backend, request, status, error)
+
+    def _failed(self, settlement: Settlement, message: bytes, problem: Exception) -> Settlement:
+        if settlement.request_id is None:
+            return settlement
+        kind = codec.decode_envelope(message).content_type
+        error = EngineError(f"its links could not be published: {problem!r}")
+        now = datetime.now(UTC).isoformat()
+        failure = codec.encode_failure(settlement.request_id, error, now, kind)
+        return replace(settlement, outcome=failure)

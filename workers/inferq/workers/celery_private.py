@@ -1,0 +1,152 @@
+"""What inferq uses of Celery 5.7 and kombu 5.7 beyond their public interface, all of it.
+
+tests/integration/test_celery_private.py fails when an upgrade changes any of this.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from celery import Celery, states
+from celery.app.task import Context
+from celery.backends.redis import RedisBackend
+from celery.canvas import group, maybe_signature
+from celery.exceptions import TaskRevokedError
+from celery.worker import state as worker_state
+from celery.worker.consumer import Consumer
+
+from inferq.workers.link import Command
+
+#: kombu's bookkeeping of delivered messages (kombu.transport.redis.Channel).
+UNACKED = "unacked"
+UNACKED_INDEX = "unacked_index"
+
+
+def is_revoked(request_id: str) -> bool:
+    """Whether ``app.control.revoke`` named this id. Safe from any thread."""
+    return request_id in worker_state.revoked
+
+
+def count_accepted(task: str, count: int) -> None:
+    """Add to the totals that ``celery inspect stats`` shows."""
+    worker_state.total_count[task] += count
+    worker_state.all_total_count[0] += count
+
+
+def selected_queues(app: Celery) -> list[str] | None:
+    """The queues given by ``-Q``; None: there was no ``-Q``."""
+    selected = app.amqp.queues._consume_from
+    return None if not selected else list(selected)
+
+
+def is_solo(pool_cls: object) -> bool:
+    """Whether a worker's resolved pool class is the solo pool."""
+    return getattr(pool_cls, "__module__", "") == "celery.concurrency.solo"
+
+
+def stop_worker(exitcode: int) -> None:
+    """Ask Celery's main loop to end the worker process."""
+    worker_state.should_terminate = exitcode
+
+
+def is_terminating() -> bool:
+    """Whether a cold shutdown was asked for."""
+    return worker_state.should_terminate not in (None, False)
+
+
+def backend_for(app: Celery, serializer: str) -> RedisBackend:
+    """Celery's own result backend, reading and writing with `serializer`.
+
+    Chord parts of stock workers and ours meet in one Redis key, so ours must look like theirs.
+    """
+    return type(app.backend)(app=app, url=app.conf.result_backend, serializer=serializer)
+
+
+def unacked_commands(message: bytes, prefix: str) -> Sequence[Command]:
+    """What kombu's QoS.append writes of a delivered message. ValueError: it is none of kombu's."""
+    raw = json.loads(message)
+    try:
+        properties = raw["properties"]
+        tag, info = properties["delivery_tag"], properties["delivery_info"]
+        record = json.dumps([raw, info["exchange"], info["routing_key"]])
+    except (KeyError, TypeError) as problem:
+        raise ValueError(f"no message of kombu's: {problem!r} is missing") from problem
+    if not isinstance(tag, str):
+        raise ValueError("no message of kombu's: its delivery_tag is no string")
+    return (
+        ("ZADD", prefix + UNACKED_INDEX, time.time(), tag),
+        ("HSET", prefix + UNACKED, tag, record),
+    )
+
+
+def deliver(consumer: Consumer, message: bytes) -> None:
+    """Give a message that stands in kombu's unacked to Celery's own handler, in the main thread."""
+
+    def receive() -> None:
+        channel = consumer.task_consumer.channel
+        delivered = channel.Message(json.loads(message), channel=channel)
+        channel.qos.append(delivered, delivered.delivery_tag)
+        consumer.task_consumer._receive_callback(delivered)
+
+    consumer.call_soon(receive)
+
+
+def context_of(message: bytes, body: Sequence[Any]) -> Context:
+    """Celery's view of a request, for its canvas."""
+    raw = json.loads(message)
+    args, kwargs, embed = body
+    properties = raw["properties"]
+    return Context(
+        raw["headers"],
+        args=args,
+        kwargs=kwargs,
+        delivery_info=properties.get("delivery_info") or {},
+        reply_to=properties.get("reply_to"),
+        correlation_id=properties.get("correlation_id"),
+        called_directly=False,
+        **{name: embed.get(name) for name in ("callbacks", "errbacks", "chain", "chord")},
+    )
+
+
+def publish_success(app: Celery, request: Context, result: object, serializer: str) -> None:
+    """Publish links and the rest of a chain, as celery.app.trace does after a task's success."""
+    options: Mapping[str, Any] = {
+        "parent_id": request.id,
+        "root_id": request.root_id or request.id,
+        "serializer": serializer,
+    }
+    if request.callbacks:
+        signatures = [maybe_signature(s, app=app) for s in request.callbacks]
+        together = [s for s in signatures if not isinstance(s, group)]
+        for each in signatures:
+            if isinstance(each, group):
+                each.apply_async((result,), **options)
+        if len(together) == 1:
+            together[0].apply_async((result,), **options)
+        elif together:
+            group(together, app=app).apply_async((result,), **options)
+    if request.chain:
+        following = maybe_signature(request.chain[-1], app=app)
+        following.apply_async((result,), chain=request.chain[:-1], **options)
+
+
+def finish_chord(backend: RedisBackend, request: Context, status: str, result: object) -> None:
+    """Count this request as a finished part of its chord, which may start the chord's body."""
+    if request.chord:
+        backend.on_chord_part_return(request, status, result)
+
+
+def publish_failure(backend: RedisBackend, request: Context, status: str, error: Exception) -> None:
+    """Fail the rest of the chain and call errbacks, as Backend.mark_as_failure does."""
+    if status == states.REVOKED:
+        return
+    backend._fail_chain(request.chain, error, None, store_result=True, state=states.FAILURE)
+    if request.errbacks:
+        backend._call_task_errbacks(request, error, None)
+
+
+def revoked_error(reason: str) -> TaskRevokedError:
+    return TaskRevokedError(reason)

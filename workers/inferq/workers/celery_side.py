@@ -1,0 +1,45 @@
+"""Celery's part in the data plane: canvas, hand-over of foreign messages, the end of the process."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from celery.worker import WorkController
+
+from inferq.workers import celery_private
+from inferq.workers.canvas import Canvas
+from inferq.workers.claims import Slot
+from inferq.workers.settle import Settlement
+
+#: Exit status of a worker whose engine is beyond use; its supervisor starts a fresh one.
+EX_FATAL_ENGINE = 70
+
+
+class CelerySide:
+    """The data plane's Hooks in a Celery worker. `canvas` is set before the plane starts."""
+
+    canvas: Canvas
+
+    def __init__(self, worker: WorkController, key_prefix: str) -> None:
+        self._worker = worker
+        self._key_prefix = key_prefix
+
+    def publish_canvas(self, incarnation: str, settlement: Settlement, message: bytes) -> None:
+        self.canvas.put(incarnation, settlement, message)
+
+    def hand_over(self, slot: Slot, model: str, message: bytes) -> Settlement:
+        return Settlement(
+            slot, model, None, b"",
+            before=tuple(celery_private.unacked_commands(message, self._key_prefix)),
+            after=partial(celery_private.deliver, self._worker.consumer, message),
+        )  # fmt: skip
+
+    def on_fatal(self, reason: str) -> None:
+        celery_private.stop_worker(EX_FATAL_ENGINE)
+        self.wake()
+
+    def wake(self) -> None:
+        """Make the main thread's event loop look at the shutdown flags now."""
+        hub = self._worker.hub
+        if hub is not None:
+            hub.call_soon(lambda: None)

@@ -1,0 +1,51 @@
+"""What a worker holds: claims, and each request's place in one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(eq=False)
+class Claim:
+    """A worker's lease on a set of requests: one Redis list, in the order they were taken.
+
+    Item j (0 is the oldest) stands at index ``-(j+1)``, since LMOVE pushed each to the left.
+    """
+
+    key: str
+    model: str
+    step: int
+    size: int
+    #: False until every message was decoded without killing the process; Redis knows it too.
+    decoded: bool = False
+    #: Places whose request is settled, or is being settled by a MULTI without an answer yet.
+    settled: set[int] = field(default_factory=set)
+
+    @property
+    def complete(self) -> bool:
+        return len(self.settled) == self.size
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One request's place in its claim."""
+
+    claim: Claim
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A fresh claim and its messages, oldest first; None where an adopted claim has a blank."""
+
+    claim: Claim
+    messages: list[bytes | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """How many requests to claim from one queue of one priority step."""
+
+    model: str
+    step: int
+    count: int

@@ -1,0 +1,22 @@
+"""What the data plane asks of Celery's side: the seam between the two planes."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from inferq.workers.claims import Slot
+from inferq.workers.settle import Settlement
+
+
+class Hooks(Protocol):
+    """All are called from the data plane's thread and return at once."""
+
+    def publish_canvas(self, incarnation: str, settlement: Settlement, message: bytes) -> None:
+        """Publish the request's links, chain and chord, then call DataPlane.on_ready."""
+
+    def hand_over(self, slot: Slot, model: str, message: bytes) -> Settlement:
+        """The settlement that moves a message into kombu's care. ValueError if it cannot be."""
+        ...
+
+    def on_fatal(self, reason: str) -> None:
+        """The process must end: an engine is beyond use, or the data plane failed."""

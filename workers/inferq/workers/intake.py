@@ -1,0 +1,231 @@
+"""Hop 3. Turns claimed messages into requests that may join a batch, or says why one may not.
+
+Two steps, so that the claim-checked payloads of a whole claim are fetched in one round trip:
+`open` reads the message itself, `admit` its tensors.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from inferq.shared import codec
+from inferq.shared.errors import (
+    DeadlineExceeded,
+    InferqError,
+    InvalidInput,
+    ModelNotFound,
+    PayloadExpired,
+)
+from inferq.shared.names import TASK, Names
+from inferq.shared.schema import Array, ModelAdvert, Ticket, check_inputs
+from inferq.workers.batching.padding import Padding
+from inferq.workers.batching.waiting import Waiting
+from inferq.workers.claims import Slot
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A request whose message was read and whose tensors were not yet."""
+
+    slot: Slot
+    ticket: Ticket
+    inputs: Mapping[str, Any]
+    #: Input name → payload key of the claim-checked ones.
+    references: Mapping[str, str]
+
+    def retried(self, attempts: int) -> Opened:
+        """The same, now known to have cost `attempts` workers their life."""
+        return replace(self, ticket=replace(self.ticket, attempts=attempts))
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """It ends here, with `error`."""
+
+    slot: Slot
+    ticket: Ticket
+    error: InferqError
+
+
+@dataclass(frozen=True, slots=True)
+class Revoked:
+    """It ends here as REVOKED; `reason`: revoked or expired."""
+
+    slot: Slot
+    ticket: Ticket
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """Not ours to run now (another task, or one with an ETA): Celery's own handler takes it."""
+
+    slot: Slot
+    message: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """Bytes that cannot be answered, since they name no request."""
+
+    slot: Slot
+    message: bytes
+    reason: str
+
+
+class Intake:
+    """Reads the messages of one model's queues. Pure but for the two callables it is given."""
+
+    def __init__(
+        self,
+        advert: ModelAdvert,
+        names: Names,
+        padding: Padding,
+        is_revoked: Callable[[str], bool],
+        redis_ms: Callable[[], float],
+    ) -> None:
+        self._advert = advert
+        self._names = names
+        self._padding = padding
+        self._is_revoked = is_revoked
+        self._redis_ms = redis_ms
+        self._dtypes = {spec.name: spec.dtype for spec in advert.signature.inputs}
+        #: Requests always fit together if no dim but the batch may vary.
+        self._varies = any(
+            not isinstance(dim, int) for spec in advert.signature.inputs for dim in spec.shape[1:]
+        )
+
+    def open(
+        self, slot: Slot, message: bytes, attempts: int = 0
+    ) -> Opened | Failed | Revoked | Foreign | Quarantined:
+        """Read one message. Never raises."""
+        try:
+            envelope = codec.decode_envelope(message)
+        except codec.MalformedMessage as problem:
+            return Quarantined(slot, message, str(problem))
+        headers = envelope.headers
+        if not headers.id:
+            return Quarantined(slot, message, "the id header is empty")
+        if headers.task != TASK or headers.eta is not None:
+            return Foreign(slot, message)
+        ticket = self._ticket(slot, envelope, attempts)
+        try:
+            if headers.compression:
+                raise InvalidInput(f"compression {headers.compression!r}; expected none")
+            if headers.expires is not None:
+                ticket = replace(ticket, expires_ms=_unix_ms(headers.expires))
+            late = self.too_late(slot, ticket)
+            body = codec.decode_body(envelope)
+            if any(body.embed.get(part) for part in ("callbacks", "errbacks", "chain", "chord")):
+                ticket = replace(ticket, canvas=message)
+            if late is not None:
+                return replace(late, ticket=ticket)
+            inputs = self._arguments(body)
+            references = {
+                name: key
+                for name, t in inputs.items()
+                if (key := codec.reference_of(t)) is not None
+            }
+            for name, key in references.items():
+                if not self._names.is_payload_of(key, ticket.id):
+                    raise InvalidInput(f"input {name!r}: key {key[:200]!r} is not its payload's")
+        except InferqError as error:
+            return Failed(slot, ticket, error)
+        if references:
+            ticket = replace(ticket, payload_keys=tuple(references.values()))
+        return Opened(slot, ticket, inputs, references)
+
+    def admit(self, opened: Opened, payloads: Mapping[str, bytes | None]) -> Waiting | Failed:
+        """Read the tensors and check them against the signature. Never raises."""
+        slot, ticket = opened.slot, opened.ticket
+        try:
+            arrays: dict[str, Array] = {}
+            lists = False
+            for name, tensor in opened.inputs.items():
+                key = opened.references.get(name)
+                if key is not None:
+                    data = payloads.get(key)
+                    if data is None:
+                        raise PayloadExpired(f"input {name!r}: its payload {key!r} is gone")
+                    tensor = {**tensor, "data": data}  # noqa: PLW2901
+                elif ticket.content_type == codec.JSON:
+                    lists = lists or isinstance(tensor, list) or isinstance(tensor["data"], list)
+                arrays[name] = codec.decode_tensor(name, tensor, self._dtypes.get(name))
+            rows = check_inputs(self._advert, arrays)
+            arrays, padded = self._padding.apply(arrays)
+        except InferqError as error:
+            return Failed(slot, ticket, error)
+        except (KeyError, TypeError) as problem:
+            return Failed(slot, ticket, InvalidInput(f"inputs are no tensors: {problem!r}"))
+        if lists:
+            ticket = replace(ticket, lists=True)
+        return Waiting(
+            ticket=ticket, inputs=arrays, slot=slot, compatible=self._compatible(arrays),
+            arrived_ms=time.monotonic() * 1000, claimed_ms=self._redis_ms(), rows=rows,
+            alone=ticket.attempts > 0, padded=padded,
+        )  # fmt: skip
+
+    def too_late(self, slot: Slot, ticket: Ticket) -> Failed | Revoked | None:
+        """Whether its deadline or expiry has passed, or it was revoked: asked before it runs."""
+        if ticket.deadline_ms is not None and self._redis_ms() > ticket.deadline_ms:
+            late = self._redis_ms() - ticket.deadline_ms
+            return Failed(
+                slot, ticket, DeadlineExceeded(f"its timeout_ms passed {late:.0f} ms ago")
+            )
+        if ticket.expires_ms is not None and self._redis_ms() > ticket.expires_ms:
+            return Revoked(slot, ticket, "expired")
+        if self._is_revoked(ticket.id):
+            return Revoked(slot, ticket, "revoked")
+        return None
+
+    def _ticket(self, slot: Slot, envelope: codec.Envelope, attempts: int) -> Ticket:
+        headers = envelope.headers
+        extra: dict[str, Any] = {}
+        if headers.group:
+            extra["group_id"] = headers.group
+        if headers.parent_id:
+            extra["parent_id"] = headers.parent_id
+        return Ticket(
+            id=headers.id, model=self._advert.name,
+            content_type=codec.MSGPACK if envelope.content_type == codec.MSGPACK else codec.JSON,
+            priority=slot.claim.step, reply=headers.inferq_reply, sent_ms=headers.inferq_sent_ms,
+            deadline_ms=headers.inferq_deadline_ms, ignore_result=bool(headers.ignore_result),
+            attempts=attempts, extra=extra, kwargsrepr=headers.kwargsrepr or "",
+        )  # fmt: skip
+
+    def _arguments(self, body: codec.Body) -> Mapping[str, Any]:
+        """The task's signature is ``infer(inputs, model=None)``."""
+        given = dict(zip(("inputs", "model"), body.args, strict=False)) | body.kwargs
+        unknown = sorted(given.keys() - {"inputs", "model"})
+        if unknown or len(body.args) > 2:
+            what = f"argument {unknown[0]!r}" if unknown else f"{len(body.args)} arguments"
+            raise InvalidInput(f"{what}; expected inputs and model")
+        model, inputs = given.get("model"), given.get("inputs")
+        if model is not None and model != self._advert.name:
+            raise ModelNotFound(
+                f"model {str(model)[:100]!r} is not served from this queue; "
+                f"expected {self._advert.name!r}",
+                model=str(model)[:100],
+            )
+        if not isinstance(inputs, dict) or not all(isinstance(name, str) for name in inputs):
+            raise InvalidInput(
+                f"inputs are {type(inputs).__name__}; expected a mapping of input names to tensors"
+            )
+        return inputs
+
+    def _compatible(self, arrays: Mapping[str, Array]) -> Hashable:
+        if not self._varies:
+            return None
+        return tuple(array.shape[1:] for array in arrays.values())
+
+
+def _unix_ms(expires: str) -> float:
+    try:
+        moment = datetime.fromisoformat(expires)
+    except ValueError:
+        raise InvalidInput(f"expires {expires[:60]!r}; expected an ISO 8601 time") from None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000

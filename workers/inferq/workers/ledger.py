@@ -1,0 +1,216 @@
+"""The claim protocol on one link: exactly one fenced MULTI per round trip, settles before claims.
+
+    MULTI
+      <settles>                                              see settle.py
+      per non-empty queue: HSET claims:i k 0, LMOVE q k RIGHT LEFT × n, HLEN attempts:m
+    EXEC
+    WATCH fence:i   GET fence:i   LLEN q × every queue        arms the next round trip
+
+EXEC answers nil exactly if the fence was touched since it was watched: the lease is lost, and so is
+everything in that MULTI. The LLENs are tracked reads (CLIENT TRACKING), so Redis itself tells
+when a queue changed: an idle worker waits on this same connection and takes nothing by looking.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from redis.exceptions import RedisError
+
+from inferq.shared.names import Names
+from inferq.workers import settle
+from inferq.workers.claims import Claim, Claimed, Want
+from inferq.workers.link import Command, Link, Reply, ReplyError
+from inferq.workers.settle import Settlement
+
+logger = logging.getLogger(__name__)
+
+#: What to assume of a queue that Redis reports as changed while nothing was in it: enough to be
+#: useful, little enough that LMOVEs of nothing cost nothing.
+HINT: Final = 4
+
+
+class LeaseLost(Exception):
+    """The fence is gone: another worker has taken over what this incarnation held."""
+
+
+class RedisFull(Exception):
+    """Redis refused the MULTI for want of memory; nothing of it was applied."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What one round trip brought."""
+
+    claimed: list[Claimed]
+    #: Models that have entries in attempts:<m>: ask before running their claimed requests.
+    suspicious: frozenset[str]
+
+
+class Ledger:
+    """One incarnation's claims on one link. Owned by the data plane's thread."""
+
+    def __init__(
+        self, link: Link, names: Names, incarnation: str, models: Sequence[str], result_ttl_s: int
+    ) -> None:
+        self._link = link
+        self._names = names
+        self._incarnation = incarnation
+        self._result_ttl_s = result_ttl_s
+        self._queues: list[tuple[str, int, str]] = [
+            (model, step, names.queue(model, step))
+            for model in models
+            for step in names.priority_steps
+        ]
+        self._by_key = {queue.encode(): (model, step) for model, step, queue in self._queues}
+        self._fence = names.fence(incarnation)
+        self._claims = names.claims(incarnation)
+        self._arming: list[Command] = [
+            ("WATCH", self._fence),
+            ("GET", self._fence),
+            *(("LLEN", queue) for _, _, queue in self._queues),
+        ]
+        self._claim_number = 0
+        #: Requests waiting in each queue, as far as known: (model, step) -> count.
+        self.depths: dict[tuple[str, int], int] = {}
+
+    def arm(self) -> None:
+        """Watch the fence and look at the queues; the first thing on a new link, and when idle."""
+        self._read_arming(self._round_trip([]))
+
+    def exchange(self, settlements: Sequence[Settlement], wants: Sequence[Want]) -> Exchange:
+        """Settle and claim in one MULTI, and arm the next. At least one of both is not empty.
+
+        Raises LeaseLost, RedisFull, or one of link.BROKEN: then whether it was applied is unknown
+        and the same settlements are sent again on the next link.
+        """
+        body = settle.commands(settlements, self._names, self._incarnation, self._result_ttl_s)
+        offset = len(body)
+        claims = [self._new_claim(want) for want in wants]
+        for want, claim in zip(wants, claims, strict=True):
+            queue = self._names.queue(want.model, want.step)
+            body.append(("HSET", self._claims, claim.key, 0))
+            body += [("LMOVE", queue, claim.key, "RIGHT", "LEFT")] * want.count
+        models = sorted({want.model for want in wants})
+        body += [("HLEN", self._names.attempts(model)) for model in models]
+        replies = self._round_trip([("MULTI",), *body, ("EXEC",)])
+        done = self._executed(replies[: len(body) + 2])
+        claimed: list[Claimed] = []
+        empty: list[str] = []
+        for want, claim in zip(wants, claims, strict=True):
+            got = [
+                reply
+                for reply in done[offset + 1 : offset + 1 + want.count]
+                if type(reply) is bytes
+            ]
+            offset += 1 + want.count
+            claim.size = len(got)
+            if got:
+                claimed.append(Claimed(claim, got))
+            else:
+                empty.append(claim.key)
+        suspicious = frozenset(
+            model for model, count in zip(models, done[offset:], strict=True) if count != 0
+        )
+        if empty:
+            self._link.send([("HDEL", self._claims, *empty)])
+        self._read_arming(replies[len(body) + 2 :])
+        return Exchange(claimed, suspicious)
+
+    def mark_running(self, ids: Sequence[str], decoded: Sequence[Claim]) -> None:
+        """Tell Redis, without waiting, what starts computing and which claims were decoded."""
+        out: list[Command] = []
+        fields = [part for claim in decoded for part in (claim.key, 1)]
+        if fields:
+            out.append(("HSET", self._claims, *fields))
+        if ids:
+            out.append(("SADD", self._names.running(self._incarnation), *ids))
+        if out:
+            self._link.send(out)
+
+    def adopt(self, known: Mapping[str, Claim]) -> list[Claimed]:
+        """Claims of ours in Redis that we do not know: the reply that brought them was lost."""
+        (held,) = self._link.call([("HKEYS", self._claims)])
+        strangers = [key.decode() for key in held or () if key.decode() not in known]
+        if not strangers:
+            return []
+        lists = self._link.call([("LRANGE", key, 0, -1) for key in strangers])
+        adopted: list[Claimed] = []
+        for key, items in zip(strangers, lists, strict=True):
+            if not items or isinstance(items, ReplyError):
+                self._link.send([("HDEL", self._claims, key)])
+                continue
+            name = self._names.parse_claim(key)
+            messages: list[bytes | None] = [item or None for item in reversed(items)]
+            claim = Claim(key, name.model, name.step, len(messages))
+            claim.settled = {place for place, item in enumerate(messages) if item is None}
+            adopted.append(Claimed(claim, messages))
+        return adopted
+
+    def attempts(self, model: str, fields: Sequence[str]) -> dict[str, int]:
+        """The counts in attempts:<m> of those `fields` that have one."""
+        (counts,) = self._link.call([("HMGET", self._names.attempts(model), *fields)])
+        return {name: int(n) for name, n in zip(fields, counts, strict=True) if n is not None}
+
+    def forgive(self, model: str, field: str) -> None:
+        """Strike `field` from running and from attempts:<m>: it did no harm this time."""
+        self._link.send(
+            [
+                ("SREM", self._names.running(self._incarnation), f"{model}/{field}"),
+                ("HDEL", self._names.attempts(model), field),
+            ]
+        )
+
+    def payloads(self, keys: Sequence[str]) -> dict[str, bytes | None]:
+        """The claim-checked bytes under `keys`; None: gone."""
+        (values,) = self._link.call([("MGET", *keys)])
+        return dict(zip(keys, values, strict=True))
+
+    def note_changes(self) -> None:
+        """Take over what Redis pushed: queues that changed since they were last looked at."""
+        keys = self._by_key.keys() if self._link.all_changed else self._link.changed
+        for key in keys:
+            place = self._by_key.get(key)
+            if place is not None:
+                self.depths[place] = max(self.depths.get(place, 0), HINT)
+        self._link.forget_changes()
+
+    def _new_claim(self, want: Want) -> Claim:
+        self._claim_number += 1
+        key = self._names.claim(self._incarnation, self._claim_number, want.model, want.step)
+        return Claim(key, want.model, want.step, want.count)
+
+    def _round_trip(self, commands: list[Command]) -> list[Reply]:
+        self._link.post([*commands, *self._arming])
+        replies = self._link.read(len(commands))
+        # From here on the replies tell the depths; a change that is pushed after them is newer.
+        self._link.forget_changes()
+        return replies + self._link.read(len(self._arming))
+
+    def _executed(self, replies: list[Reply]) -> list[Reply]:
+        result = replies[-1]
+        if result is None:
+            raise LeaseLost
+        if isinstance(result, ReplyError):
+            causes = [str(reply) for reply in replies[:-1] if isinstance(reply, ReplyError)]
+            if any(cause.startswith("OOM") for cause in causes):
+                raise RedisFull(causes[0])
+            raise RedisError(f"{result}: {'; '.join(causes[:3])}")
+        for reply in result:
+            # All the rest was applied. "no such key": a MULTI sent again, its first answer lost.
+            if isinstance(reply, ReplyError) and not str(reply).startswith("ERR no such key"):
+                logger.error("Redis refused one command of a settle or claim: %s", reply)
+        executed: list[Reply] = result
+        return executed
+
+    def _read_arming(self, replies: list[Reply]) -> None:
+        for reply in replies:
+            if isinstance(reply, ReplyError):
+                raise RedisError(f"while arming: {reply}")
+        if replies[1] is None:
+            raise LeaseLost
+        for (model, step, _), count in zip(self._queues, replies[2:], strict=True):
+            self.depths[model, step] = count

@@ -1,0 +1,351 @@
+"""The data plane: claim → form → run → settle, in one thread on one connection.
+
+    collect   what the lanes have finished becomes settlements
+    form      waiting requests leave in batches for free lanes
+    exchange  one fenced MULTI settles and claims
+    admit     what was claimed is decoded and waits
+
+While lanes compute (GIL released), this thread settles the batch before and claims and decodes
+the batch after. It never waits for a lane and never polls: it sleeps until Redis reports a changed
+queue on this very connection, or a lane sets the waker.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+import redis
+from redis.exceptions import RedisError
+
+from inferq.shared.names import Names
+from inferq.workers.claims import Claim, Claimed, Want
+from inferq.workers.clock import RedisClock
+from inferq.workers.hooks import Hooks
+from inferq.workers.intake import Failed, Revoked
+from inferq.workers.lanes import Finished
+from inferq.workers.lease import Lease
+from inferq.workers.ledger import LeaseLost, Ledger, RedisFull
+from inferq.workers.link import BROKEN, Link, Waker
+from inferq.workers.receiving import Receiver
+from inferq.workers.recovery import Recoverer
+from inferq.workers.serving import ServedModel
+from inferq.workers.settle import Settlement
+
+logger = logging.getLogger(__name__)
+
+#: Longest sleep of an idle data plane, in s: then it looks at the queues, and at its connection.
+IDLE_S = 1.0
+#: Seconds before a broken connection is replaced, and again if that fails.
+RECONNECT_S = 0.2
+#: Seconds before a MULTI that a full Redis refused is sent again.
+FULL_RETRY_S = 0.25
+#: Bytes of results that one MULTI carries at most; the rest goes into the next.
+MAX_SETTLE_BYTES = 32 * 1024 * 1024
+
+
+class DataPlane:
+    """Runs the request path of one worker process. `start` spawns its thread.
+
+    `hooks` is how Celery's side takes part (see hooks.Hooks); `on_fatal` is called from the data
+    plane's thread when an engine is beyond use.
+    """
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        names: Names,
+        clock: RedisClock,
+        models: Sequence[ServedModel],
+        lease: Lease,
+        recoverer: Recoverer,
+        hooks: Hooks,
+        *,
+        result_expires_s: int,
+        reply_timeout_s: float,
+    ) -> None:
+        self._client = client
+        self._names = names
+        self._models = {model.name: model for model in models}
+        self._lease = lease
+        self._recoverer = recoverer
+        self._hooks = hooks
+        self._result_expires_s = result_expires_s
+        self._reply_timeout_s = reply_timeout_s
+        self._waker = Waker()
+        self._finished: deque[Finished] = deque()
+        self._ready: deque[tuple[str, Settlement]] = deque()
+        self._settlements: list[Settlement] = []
+        self._claims: dict[str, Claim] = {}
+        self._receiver = Receiver(self._models, clock, hooks, self._settle)
+        #: Claims decoded since Redis was last told.
+        self._decoded: list[Claim] = []
+        self._incarnation = ""
+        self._claiming = True
+        self._terminate = False
+        self._drain_by: float | None = None
+        self._fenced_out = False
+        self._fatal = False
+        self._away_in_canvas = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="inferq-data-plane", daemon=True)
+        #: Requests since the start.
+        self.claimed = 0
+        self.settled = 0
+
+    # --- called from other threads ----------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def on_finished(self, finished: Finished) -> None:
+        """A lane is done: called from its thread."""
+        self._finished.append(finished)
+        self._waker.set()
+
+    def on_ready(self, incarnation: str, settlement: Settlement) -> None:
+        """A request's links, chain or chord are published: it may be settled now."""
+        self._ready.append((incarnation, settlement))
+        self._waker.set()
+
+    def on_lease_lost(self) -> None:
+        """The lease's thread found the fence gone."""
+        self._fenced_out = True
+        self._waker.set()
+
+    def look(self) -> None:
+        """Look at the queues again: what may be claimed from has changed."""
+        self._waker.set()
+
+    def overdue(self) -> bool:
+        """Whether some batch exceeds its model's max_run_seconds."""
+        return any(model.overdue() for model in self._models.values())
+
+    def stop_claiming(self) -> None:
+        """Claim no more and form no more batches; what computes is finished and settled."""
+        self._claiming = False
+        self._waker.set()
+
+    def drain(self, grace_s: float) -> None:
+        """End within `grace_s` seconds: settle what computes, hand back the rest."""
+        self._claiming = False
+        self._drain_by = time.monotonic() + grace_s
+        self._waker.set()
+
+    def terminate(self) -> None:
+        """End now: hand back everything, computing or not."""
+        self._claiming = False
+        self._terminate = True
+        self._drain_by = time.monotonic()
+        self._waker.set()
+
+    def join(self, timeout: float) -> bool:
+        """Wait up to `timeout` seconds for the end; True once everything is handed back."""
+        return self._ended.wait(timeout)
+
+    @property
+    def models(self) -> Iterable[ServedModel]:
+        return self._models.values()
+
+    # --- the thread -------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._over():
+                self._incarnation = self._lease.incarnation
+                link = Link(self._client, self._waker, self._reply_timeout_s)
+                try:
+                    link.open()
+                    ledger = Ledger(
+                        link, self._names, self._incarnation, list(self._models),
+                        self._result_expires_s,
+                    )  # fmt: skip
+                    self._serve(link, ledger)
+                except LeaseLost:
+                    self._be_reborn()
+                except BROKEN as problem:
+                    logger.warning("the data plane's connection broke: %s", problem)
+                    time.sleep(RECONNECT_S)
+                finally:
+                    link.close()
+            self._hand_back()
+        except Exception:
+            logger.critical("the data plane failed", exc_info=True)
+            self._fatal = True
+            self._hand_back()
+            self._hooks.on_fatal("the data plane failed")
+        finally:
+            self._ended.set()
+
+    def _over(self) -> bool:
+        if self._drain_by is None:
+            return self._fatal
+        if time.monotonic() >= self._drain_by or self._fatal:
+            return True
+        computing = any(model.jobs() for model in self._models.values())
+        pending = self._finished or self._ready or self._settlements or self._away_in_canvas
+        return not computing and not pending
+
+    def _serve(self, link: Link, ledger: Ledger) -> None:
+        ledger.arm()
+        self._receive(ledger, ledger.adopt(self._claims), frozenset(self._models))
+        looked = time.monotonic()
+        while not self._over():
+            if self._fenced_out:
+                raise LeaseLost
+            self._collect()
+            self._form(ledger)
+            wants = self._wants(ledger) if self._claiming else []
+            if self._settlements or wants:
+                try:
+                    self._exchange(ledger, wants)
+                except RedisFull as problem:
+                    logger.error("Redis is full, will try again: %s", problem)
+                    link.wait(FULL_RETRY_S)
+                looked = time.monotonic()
+                continue
+            link.wait(self._sleep_s())
+            ledger.note_changes()
+            if time.monotonic() - looked > IDLE_S:
+                ledger.arm()
+                looked = time.monotonic()
+
+    def _sleep_s(self) -> float:
+        until = [IDLE_S]
+        now = time.monotonic()
+        until += [m.due_ms / 1000 - now for m in self._models.values() if m.due_ms is not None]
+        if self._drain_by is not None:
+            until.append(self._drain_by - now)
+        return max(0.0, min(until))
+
+    def _collect(self) -> None:
+        while self._finished:
+            finished = self._finished.popleft()
+            model = self._models[finished.job.items[0].ticket.model]
+            model.freed(finished.lane)
+            if finished.fatal is not None:
+                logger.critical("engine of %s: %s", model.name, finished.fatal)
+                self._fatal = True
+                self._hooks.on_fatal(str(finished.fatal))
+                continue
+            for outcome in finished.outcomes:
+                if outcome.item.slot.claim.key in self._claims:
+                    self._settle(model.results.computed(outcome), outcome.item.ticket.canvas)
+        while self._ready:
+            incarnation, settlement = self._ready.popleft()
+            if incarnation == self._incarnation:
+                self._away_in_canvas -= 1
+                self._settlements.append(settlement)
+
+    def _settle(self, settlement: Settlement, canvas: bytes | None) -> None:
+        if canvas is None:
+            self._settlements.append(settlement)
+        else:
+            self._away_in_canvas += 1
+            self._hooks.publish_canvas(self._incarnation, settlement, canvas)
+
+    def _form(self, ledger: Ledger) -> None:
+        leaving = []
+        if self._claiming:
+            now = time.monotonic() * 1000
+            for model in self._models.values():
+                if not model.waiting:
+                    continue
+                for formed in model.form(now):
+                    if isinstance(formed, Failed):
+                        done = model.results.failed(formed.slot, formed.ticket, formed.error)
+                        self._settle(done, formed.ticket.canvas)
+                    elif isinstance(formed, Revoked):
+                        done = model.results.revoked(formed.slot, formed.ticket, formed.reason)
+                        self._settle(done, formed.ticket.canvas)
+                    else:
+                        leaving.append(formed)
+        if leaving or self._decoded:
+            ids = [f"{i.ticket.model}/{i.ticket.id}" for _, job in leaving for i in job.items]
+            ledger.mark_running(ids, self._decoded)
+            self._decoded = []
+        for lane, job in leaving:
+            lane.put(job)
+
+    def _wants(self, ledger: Ledger) -> list[Want]:
+        wants: list[Want] = []
+        for model in self._models.values():
+            if not model.consuming:
+                continue
+            asked = 0
+            for step in self._names.priority_steps:
+                depth = ledger.depths.get((model.name, step), 0)
+                if depth and (count := min(depth, model.room(step) - asked)) > 0:
+                    wants.append(Want(model.name, step, count))
+                    asked += count
+        return wants
+
+    def _exchange(self, ledger: Ledger, wants: list[Want]) -> None:
+        sending = self._next_settlements()
+        exchange = ledger.exchange(sending, wants)
+        if sending:
+            del self._settlements[: len(sending)]
+            self.settled += len(sending)
+            for done in sending:
+                if done.slot.claim.complete:
+                    self._claims.pop(done.slot.claim.key, None)
+                if done.after is not None:
+                    done.after()
+        self._receive(ledger, exchange.claimed, exchange.suspicious)
+
+    def _receive(
+        self, ledger: Ledger, claimed: Sequence[Claimed], suspicious: frozenset[str]
+    ) -> None:
+        for batch in claimed:
+            self._claims[batch.claim.key] = batch.claim
+            self.claimed += sum(message is not None for message in batch.messages)
+            self._receiver.receive(ledger, batch, batch.claim.model in suspicious)
+            self._decoded.append(batch.claim)
+
+    def _next_settlements(self) -> list[Settlement]:
+        size = 0
+        for count, done in enumerate(self._settlements):
+            size += len(done.outcome)
+            if size > MAX_SETTLE_BYTES and count:
+                return self._settlements[:count]
+        return list(self._settlements)
+
+    # --- the end of an incarnation ----------------------------------------------------------
+
+    def _be_reborn(self) -> None:
+        """Another worker took over what this incarnation held: drop it all, begin anew."""
+        logger.error("the lease of %s is lost; its results are discarded", self._incarnation)
+        self._settlements.clear()
+        self._claims.clear()
+        self._decoded.clear()
+        self._away_in_canvas = 0
+        for model in self._models.values():
+            model.waiting.clear()
+        try:
+            self._client.delete(self._names.running(self._incarnation))
+            self._lease.be_born()
+            self._fenced_out = False
+        except RedisError as problem:
+            logger.warning("no new lease yet: %s", problem)
+            time.sleep(RECONNECT_S)
+
+    def _hand_back(self) -> None:
+        """Put everything that is still held back into its queues, and give up the lease."""
+        deadline = max(self._drain_by or 0.0, time.monotonic()) + self._reply_timeout_s
+        while True:
+            try:
+                self._lease.stop()
+                if not self._fatal:
+                    self._client.delete(self._names.running(self._incarnation))
+                moved = self._recoverer.recover(self._incarnation, dead=True)
+                self._lease.retire()
+                logger.info("handed back %d requests", moved or 0)
+                return
+            except RedisError as problem:
+                if time.monotonic() > deadline:
+                    logger.error("claims not handed back, others will recover them: %s", problem)
+                    return
+                time.sleep(RECONNECT_S)

@@ -1,0 +1,132 @@
+"""What a dead worker held goes back to the queues it came from, in the order it had there.
+
+Any worker recovers any other. `give_back` is also how a worker that stops hands back its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+
+import redis
+from redis.exceptions import RedisError
+
+from inferq.shared.lua import source
+from inferq.shared.names import ClaimName, Names
+
+logger = logging.getLogger(__name__)
+
+#: How often expired leases are looked for, in seconds.
+SCAN_EVERY_S = 1.0
+#: Time one recovery has before another worker may take it over, in ms.
+RECOVERY_LEASE_MS = 10_000
+_MOVES_PER_TRIP = 64
+
+
+def suspect(message: bytes) -> str:
+    """The field of attempts:<m> that counts deaths while decoding these bytes."""
+    return f"#{hashlib.sha1(message, usedforsecurity=False).hexdigest()}"
+
+
+def give_back(client: redis.Redis, names: Names, incarnation: str) -> int:
+    """Move all that `incarnation` holds back to its queues; return how many requests.
+
+    Newest claim first and, within a claim, newest request first, each to the queue's right end:
+    so the oldest comes to stand where the next claim takes it. The fence must be gone already.
+    """
+    held: dict[bytes, bytes] = client.hgetall(names.claims(incarnation))  # type: ignore[assignment]
+    claims = sorted(
+        (names.parse_claim(key.decode()) for key in held), key=lambda c: c.number, reverse=True
+    )
+    moved = 0
+    for claim in claims:
+        key = names.claim(claim.incarnation, claim.number, claim.model, claim.step)
+        moved += _move(client, names, claim, key)
+        client.hdel(names.claims(incarnation), key)
+    return moved
+
+
+def _move(client: redis.Redis, names: Names, claim: ClaimName, key: str) -> int:
+    client.lrem(key, 0, b"")  # type: ignore[arg-type]
+    queue = names.queue(claim.model, claim.step)
+    moved = 0
+    while True:
+        with client.pipeline(transaction=False) as pipe:
+            for _ in range(_MOVES_PER_TRIP):
+                pipe.lmove(key, queue, "LEFT", "RIGHT")
+            got = sum(item is not None for item in pipe.execute())
+        moved += got
+        if got < _MOVES_PER_TRIP:
+            return moved
+
+
+class Recoverer:
+    """The thread that watches everybody's leases.
+
+    It acts only after its own connection was up for one whole lease: a Redis that was away must
+    not make everybody's lease look expired before they could renew.
+    """
+
+    def __init__(self, client: redis.Redis, names: Names, lease_s: float) -> None:
+        self._client = client
+        self._names = names
+        self._lease_s = lease_s
+        self._expired = client.register_script(source("expired"))
+        self._revoke = client.register_script(source("revoke"))
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="inferq-recovery", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        up_since: float | None = None
+        while not self._stop.wait(SCAN_EVERY_S):
+            try:
+                if up_since is None:
+                    self._client.ping()
+                    up_since = time.monotonic()
+                expired = self._expired(keys=[self._names.leases], args=[100])
+                if time.monotonic() - up_since >= self._lease_s:
+                    for incarnation in expired:
+                        self.recover(incarnation.decode())
+            except RedisError as problem:
+                up_since = None
+                logger.warning("recovery: %s", problem)
+
+    def recover(self, incarnation: str, *, dead: bool = False) -> int | None:
+        """Take over `incarnation` if its lease has run out (or it is known to be `dead`).
+
+        Returns how many requests went back to their queues, or None if it was not ours to do.
+        """
+        names = self._names
+        granted = self._revoke(
+            keys=[names.leases, names.fence(incarnation), names.running(incarnation)],
+            args=[incarnation, RECOVERY_LEASE_MS, names.attempts(""), int(dead)],
+        )
+        if not granted:
+            return None
+        self._accuse(incarnation)
+        moved = give_back(self._client, names, incarnation)
+        self._client.zrem(names.leases, incarnation)
+        logger.warning("recovered %d requests of worker incarnation %s", moved, incarnation)
+        return moved
+
+    def _accuse(self, incarnation: str) -> None:
+        """Count what was claimed and not decoded yet when the worker died."""
+        names = self._names
+        held: dict[bytes, bytes] = self._client.hgetall(names.claims(incarnation))  # type: ignore[assignment]
+        for key, decoded in held.items():
+            if decoded != b"0":
+                continue
+            attempts = names.attempts(names.parse_claim(key.decode()).model)
+            for message in self._client.lrange(key, 0, -1):  # type: ignore[union-attr]
+                if message:
+                    self._client.hincrby(attempts, suspect(message), 1)

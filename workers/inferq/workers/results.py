@@ -1,0 +1,136 @@
+"""Encodes how requests ended: result metas with receipts, dead letters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import msgpack
+
+from inferq.shared import codec
+from inferq.shared.errors import DeadLettered, InferqError, PayloadTooLarge
+from inferq.shared.schema import Ticket
+from inferq.workers.batching.padding import Padding
+from inferq.workers.claims import Slot
+from inferq.workers.intake import Quarantined
+from inferq.workers.lanes import Outcome
+from inferq.workers.settle import Settlement
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+@dataclass(frozen=True)
+class Results:
+    """Makes Settlements of one model's requests."""
+
+    worker: str
+    engine: str
+    version: int
+    padding: Padding
+
+    def computed(self, outcome: Outcome) -> Settlement:
+        """The settlement of a request that was computed, or failed being computed."""
+        item = outcome.item
+        ticket = item.ticket
+        if outcome.outputs is None or outcome.run is None:
+            error = outcome.error or InferqError("the engine gave no outcome")
+            return self.failed(item.slot, ticket, error, running=True)
+        try:
+            meta = codec.encode_success(
+                ticket.id,
+                self.padding.cut(outcome.outputs, item.padded),
+                self._receipt(outcome),
+                _now(),
+                ticket.content_type,
+                lists=ticket.lists,
+                extra=ticket.extra,
+            )
+        except PayloadTooLarge as error:
+            return self.failed(item.slot, ticket, error, running=True)
+        if len(meta) > codec.MAX_MESSAGE_BYTES:
+            too_large = PayloadTooLarge(
+                f"the result is {len(meta)} bytes; expected at most {codec.MAX_MESSAGE_BYTES}"
+            )
+            return self.failed(item.slot, ticket, too_large, running=True)
+        return self._settlement(item.slot, ticket, meta, running=True)
+
+    def failed(
+        self, slot: Slot, ticket: Ticket, error: InferqError, *, running: bool = False
+    ) -> Settlement:
+        """FAILURE with `error`."""
+        meta = codec.encode_failure(
+            ticket.id, error, _now(), ticket.content_type, extra=ticket.extra
+        )
+        return self._settlement(slot, ticket, meta, running=running)
+
+    def revoked(self, slot: Slot, ticket: Ticket, reason: str) -> Settlement:
+        """REVOKED; `reason`: revoked or expired."""
+        meta = codec.encode_revoked(ticket.id, reason, _now(), ticket.content_type)
+        return self._settlement(slot, ticket, meta)
+
+    def dead(self, slot: Slot, ticket: Ticket, message: bytes, redis_ms: float) -> Settlement:
+        """A dead letter: computing it ended its worker too often. Its payload is kept."""
+        reason = f"its worker died computing it {ticket.attempts} times"
+        error = DeadLettered(reason, attempts=ticket.attempts, reason=reason)
+        meta = codec.encode_failure(
+            ticket.id, error, _now(), ticket.content_type, extra=ticket.extra
+        )
+        letter = self._letter(ticket.id, message, reason, redis_ms, ticket.attempts)
+        return self._settlement(slot, ticket, meta, dead_letter=letter)
+
+    def quarantined(self, found: Quarantined, model: str, redis_ms: float) -> Settlement:
+        """Bytes that name no request: nobody can be answered, so the bytes themselves are kept."""
+        letter = self._letter(None, found.message, found.reason, redis_ms, 0)
+        return Settlement(found.slot, model, None, b"", dead_letter=letter)
+
+    def _letter(
+        self, request_id: str | None, message: bytes, reason: str, redis_ms: float, attempts: int
+    ) -> bytes:
+        letter: bytes = msgpack.packb(
+            {
+                "id": request_id, "reason": reason, "attempts": attempts,
+                "at_ms": redis_ms, "worker": self.worker, "message": message,
+            }
+        )  # fmt: skip
+        return letter
+
+    def _settlement(
+        self,
+        slot: Slot,
+        ticket: Ticket,
+        meta: bytes,
+        *,
+        running: bool = False,
+        dead_letter: bytes | None = None,
+    ) -> Settlement:
+        return Settlement(
+            slot=slot, model=ticket.model, request_id=ticket.id, outcome=meta,
+            ignore_result=ticket.ignore_result, reply=ticket.reply, running=running,
+            attempts=ticket.attempts, payload_keys=ticket.payload_keys, dead_letter=dead_letter,
+        )  # fmt: skip
+
+    def _receipt(self, outcome: Outcome) -> Mapping[str, Any]:
+        item, run = outcome.item, outcome.run
+        ticket = item.ticket
+        if run is None:
+            raise ValueError("only a computed request has a receipt")
+        queued = None if ticket.sent_ms is None else max(0.0, item.claimed_ms - ticket.sent_ms)
+        return {
+            "queue_ms": queued,
+            "form_ms": run.started_ms - item.arrived_ms,
+            "compute_ms": run.ended_ms - run.started_ms,
+            "settle_ms": time.monotonic() * 1000 - run.ended_ms,
+            "batch_size": run.rows,
+            "padding": run.padding,
+            "requests": run.requests,
+            "worker": self.worker,
+            "engine": self.engine,
+            "model": ticket.model,
+            "version": self.version,
+            "attempt": ticket.attempts + 1,
+        }

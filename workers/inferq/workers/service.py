@@ -1,0 +1,161 @@
+"""All that serves requests in one worker process, put together: models, lease, data plane."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Any
+
+from celery.worker import WorkController
+from inferq.workers.repository import ModelSpec
+
+from inferq.shared.codec import encode_advert
+from inferq.shared.connect import check_server, redis_client
+from inferq.shared.errors import InferqError
+from inferq.shared.names import queue_of
+from inferq.shared.settings import Settings
+from inferq.workers import celery_private
+from inferq.workers.canvas import Canvas
+from inferq.workers.celery_side import CelerySide
+from inferq.workers.clock import RedisClock
+from inferq.workers.lanes import Finished
+from inferq.workers.lease import Lease
+from inferq.workers.plane import DataPlane
+from inferq.workers.recovery import Recoverer
+from inferq.workers.serving import ServedModel
+
+logger = logging.getLogger(__name__)
+
+#: Exit status of a worker that cannot serve what it was told to (sysexits.h).
+EX_CONFIG = 78
+
+
+class Service:
+    """Everything that serves requests in this process. `start` returns at once."""
+
+    def __init__(self, worker: WorkController, settings: Settings, specs: list[ModelSpec]) -> None:
+        self._worker = worker
+        self._settings = settings
+        self._names = settings.names()
+        self._clock = RedisClock()
+        self._client = redis_client(settings.redis_url, sentinel_master=settings.sentinel_master)
+        self._side = CelerySide(worker, settings.global_keyprefix)
+        self._models = [ServedModel(spec) for spec in specs]
+        self._loader = threading.Thread(target=self._load, name="inferq-load", daemon=True)
+        self._stopping = False
+        self.plane: DataPlane | None = None
+        #: Our queues as kombu declares them, by name, for ``inspect active_queues``.
+        self.queues: dict[str, Any] = {}
+
+    def start(self) -> None:
+        """Load the models and begin to serve, both in the background."""
+        self._loader.start()
+
+    def _load(self) -> None:
+        try:
+            check_server(self._client)
+            for model in self._models:
+                model.load(
+                    self._worker.hostname, self._names, self._clock, celery_private.is_revoked,
+                    self._on_finished, self._settings.result_expires_s,
+                )  # fmt: skip
+            if not self._stopping:
+                self._serve()
+        except InferqError as problem:
+            logger.critical("%s", problem)
+            self._give_up()
+        except Exception:
+            logger.critical("the models could not be loaded", exc_info=True)
+            self._give_up()
+
+    def _give_up(self) -> None:
+        celery_private.stop_worker(EX_CONFIG)
+        self._side.wake()
+
+    def _serve(self) -> None:
+        settings, names = self._settings, self._names
+        adverts = {model.name: encode_advert(model.advert) for model in self._models}
+        self._lease = Lease(
+            self._client, names, self._clock, settings.lease_s, adverts,
+            lambda: not plane.overdue(), lambda: plane.on_lease_lost(),
+        )  # fmt: skip
+        self._recoverer = Recoverer(self._client, names, settings.lease_s)
+        plane = DataPlane(
+            self._client, names, self._clock, self._models, self._lease, self._recoverer,
+            self._side, result_expires_s=settings.result_expires_s,
+            reply_timeout_s=min(5.0, settings.lease_s),
+        )  # fmt: skip
+        self._side.canvas = Canvas(
+            self._worker.app, self._client, names, settings.result_expires_s, plane.on_ready
+        )
+        self._side.canvas.start()
+        self._lease.start()
+        self._recoverer.start()
+        self.plane = plane
+        plane.start()
+        logger.info("serving %s", ", ".join(model.name for model in self._models))
+
+    def _on_finished(self, finished: Finished) -> None:
+        if self.plane is not None:
+            self.plane.on_finished(finished)
+
+    @property
+    def models(self) -> list[ServedModel]:
+        return self._models
+
+    def active_queues(self) -> list[Any]:
+        """Our queues that requests are claimed from."""
+        return [
+            self.queues[q]
+            for m in self._models
+            if m.consuming and (q := queue_of(m.name)) in self.queues
+        ]
+
+    def consume(self, queue: str, consuming: bool) -> bool:
+        """Claim from `queue`, or no longer; False if it is no queue of a model loaded here."""
+        for model in self._models:
+            if queue_of(model.name) == queue:
+                model.consuming = consuming
+                if self.plane is not None:
+                    self.plane.look()
+                return True
+        return False
+
+    def stop_claiming(self) -> None:
+        self._stopping = True
+        if self.plane is not None:
+            self.plane.stop_claiming()
+
+    def stop(self, grace_s: float) -> None:
+        """Finish what computes within `grace_s` seconds, hand back the rest, free the engines.
+
+        Waits in short steps, so that a cold shutdown asked for meanwhile takes effect.
+        """
+        self._stopping = True
+        plane = self.plane
+        if plane is None:
+            return
+        plane.drain(grace_s)
+        deadline = time.monotonic() + grace_s + 10.0
+        terminated = False
+        while not plane.join(0.1) and time.monotonic() < deadline:
+            if celery_private.is_terminating() and not terminated:
+                terminated = True
+                plane.terminate()
+        self._recoverer.stop()
+        self._side.canvas.stop()
+        for model in self._models:
+            model.close(timeout=1.0)
+
+    def info(self) -> dict[str, Any]:
+        """Flat keys, for ``celery inspect stats`` and Flower's worker page."""
+        plane = self.plane
+        return {
+            "inferq_models": ", ".join(f"{m.name}:{m.spec.version}" for m in self._models),
+            "inferq_state": "loading" if plane is None else "serving",
+            "inferq_claimed": plane.claimed if plane else 0,
+            "inferq_settled": plane.settled if plane else 0,
+            "inferq_computing": sum(len(j.items) for m in self._models for j in m.jobs()),
+            "inferq_waiting": sum(len(m.waiting) for m in self._models),
+        }

@@ -1,0 +1,96 @@
+"""Hop 6. One terminal result per request: stored, told to who waits, acknowledged: in one MULTI.
+
+Every command is idempotent, so a MULTI whose answer was lost is simply sent again: SET … NX keeps
+the first result, LSET and UNLINK of a place that is settled change nothing.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+import msgpack
+
+from inferq.shared.names import Names
+from inferq.workers.claims import Claim, Slot
+from inferq.workers.link import Command
+
+#: Newest dead letters kept per model.
+DEAD_LETTERS_KEPT: Final = 10_000
+#: How long the claim-checked payload of a dead letter is kept, in seconds.
+DEAD_PAYLOAD_S: Final = 7 * 24 * 3600
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Settlement:
+    """How one request ended.
+
+    `outcome` is its encoded result meta; empty where nobody can be answered, or Celery's own
+    handler takes it on. `before` are commands that belong into the same MULTI (that hand-over).
+    """
+
+    slot: Slot
+    model: str
+    request_id: str | None
+    outcome: bytes
+    #: Store nothing: the request said ``ignore_result``.
+    ignore_result: bool = False
+    reply: str | None = None
+    running: bool = False
+    attempts: int = 0
+    payload_keys: tuple[str, ...] = ()
+    dead_letter: bytes | None = None
+    before: tuple[Command, ...] = ()
+    #: Called once the MULTI was answered.
+    after: Callable[[], None] | None = None
+
+
+def commands(
+    settlements: Iterable[Settlement], names: Names, incarnation: str, result_expires_s: int
+) -> list[Command]:
+    """The commands that settle `settlements`, to stand inside the MULTI of a fenced round trip."""
+    out: list[Command] = []
+    replies: defaultdict[str, list[str]] = defaultdict(list)
+    touched: defaultdict[Claim, list[int]] = defaultdict(list)
+    stopped: list[str] = []
+    forgiven: defaultdict[str, list[str]] = defaultdict(list)
+    garbage: list[str] = []
+    for done in settlements:
+        out += done.before
+        if done.outcome and not done.ignore_result and done.request_id is not None:
+            key = names.meta(done.request_id)
+            out.append(("SET", key, done.outcome, "EX", result_expires_s, "NX"))
+            out.append(("PUBLISH", key, done.outcome))
+            if done.reply is not None:
+                replies[done.reply].append(done.request_id)
+        if done.dead_letter is not None:
+            out.append(("LPUSH", names.dead(done.model), done.dead_letter))
+            out.append(("LTRIM", names.dead(done.model), 0, DEAD_LETTERS_KEPT - 1))
+            out += [("EXPIRE", key, DEAD_PAYLOAD_S) for key in done.payload_keys]
+        else:
+            garbage += done.payload_keys
+        if done.running and done.request_id is not None:
+            stopped.append(f"{done.model}/{done.request_id}")
+        if done.attempts and done.request_id is not None:
+            forgiven[done.model].append(done.request_id)
+        done.slot.claim.settled.add(done.slot.index)
+        touched[done.slot.claim].append(done.slot.index)
+    for channel, ids in replies.items():
+        out.append(("PUBLISH", channel, msgpack.packb(ids)))
+    finished = [claim for claim in touched if claim.complete]
+    for claim, places in touched.items():
+        if not claim.complete:
+            out += [("LSET", claim.key, -(place + 1), b"") for place in places]
+    if finished:
+        keys = [claim.key for claim in finished]
+        out.append(("UNLINK", *keys))
+        out.append(("HDEL", names.claims(incarnation), *keys))
+    if stopped:
+        out.append(("SREM", names.running(incarnation), *stopped))
+    for model, fields in forgiven.items():
+        out.append(("HDEL", names.attempts(model), *fields))
+    if garbage:
+        out.append(("UNLINK", *garbage))
+    return out

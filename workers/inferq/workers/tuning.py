@@ -1,0 +1,114 @@
+"""Warm-up measures every bucket: the batch size that serves most rows a second is aimed at.
+
+Bigger is not always better: on two CPU cores magika is fastest at batch 2, and full batches of 32
+give 0.69 of that. All lanes run at once while this measures, as they do under load.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from inferq.shared.schema import Array, Signature
+from inferq.workers.batching.padding import PadRule
+from inferq.workers.engines.base import Batch, Lane
+
+#: Seconds spent on one size, at least one run in any case.
+PER_SIZE_S: Final = 0.15
+#: Seconds after which no larger size is tried.
+BUDGET_S: Final = 5.0
+#: A smaller batch is preferred to the fastest one if it reaches this share of it: it waits less.
+GOOD_ENOUGH: Final = 0.97
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was measured. `rows_per_s` maps each tried size to all lanes' rows per second."""
+
+    rows_per_s: dict[int, float]
+
+    @property
+    def best(self) -> int:
+        """The smallest size that is as good as the fastest."""
+        top = max(self.rows_per_s.values())
+        return min(size for size, rate in self.rows_per_s.items() if rate >= GOOD_ENOUGH * top)
+
+    @property
+    def seconds_per_row(self) -> float:
+        return 1 / self.rows_per_s[self.best]
+
+
+def sizes(max_batch_size: int, buckets: Sequence[int]) -> list[int]:
+    """The sizes to try: the buckets, or the powers of two up to and with `max_batch_size`."""
+    if buckets:
+        return [size for size in buckets if size <= max_batch_size] or [max_batch_size]
+    powers = [2**n for n in range(max_batch_size.bit_length()) if 2**n < max_batch_size]
+    return [*powers, max_batch_size]
+
+
+def sample(signature: Signature, rows: int, pads: dict[str, PadRule]) -> dict[str, Array] | None:
+    """Zeros that fit `signature`; None if a dim varies freely, so that no size can be known."""
+    batch = signature.batch_symbol
+    arrays: dict[str, Array] = {}
+    for spec in signature.inputs:
+        shape: list[int] = []
+        for dim in spec.shape:
+            if isinstance(dim, int):
+                shape.append(dim)
+            elif dim is not None and dim == batch:
+                shape.append(rows)
+            elif dim in pads:
+                shape.append(pads[dim].buckets[-1])
+            else:
+                return None
+        arrays[spec.name] = np.zeros(shape, spec.dtype)
+    return arrays
+
+
+def measure(
+    lanes: Sequence[Lane], signature: Signature, tried: Sequence[int], pads: dict[str, PadRule]
+) -> Tuning | None:
+    """Run each size in `tried` on all lanes at once. None: no sample input can be made.
+
+    Whatever an engine raises here is raised: a model that cannot run zeros is not served.
+    """
+    rates: dict[int, float] = {}
+    began = time.monotonic()
+    for size in tried:
+        arrays = sample(signature, size, pads)
+        if arrays is None:
+            return None
+        batch = Batch([arrays], size, size, signature.batch_symbol is not None)
+        lanes[0].run(batch)
+        if rates and time.monotonic() - began > BUDGET_S:
+            break
+        rates[size] = _rate(lanes, batch)
+    return Tuning(rates)
+
+
+def _rate(lanes: Sequence[Lane], batch: Batch) -> float:
+    counts = [0] * len(lanes)
+    problems: list[BaseException] = []
+    start = time.monotonic()
+
+    def drive(index: int) -> None:
+        try:
+            while not counts[index] or time.monotonic() - start < PER_SIZE_S:
+                lanes[index].run(batch)
+                counts[index] += 1
+        except Exception as problem:  # noqa: BLE001 - raised below, in the caller's thread
+            problems.append(problem)
+
+    threads = [threading.Thread(target=drive, args=(i,), daemon=True) for i in range(len(lanes))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if problems:
+        raise problems[0]
+    return sum(counts) * batch.rows / (time.monotonic() - start)
