@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import redis
-from inferq.workers.embedded import EmbeddedRedis
+from helpers.worker import Worker
 
 from benchmarks import celery_batches_app, plain_celery
 from benchmarks.harness import Sample, measure
-from benchmarks.processes import START_TIMEOUT_S, celery_worker
+from benchmarks.processes import LEAN, stock_worker
 from benchmarks.stock import URL_VARIABLE, StockClient
 from inferq.producer import Client
-from inferq.shared.names import META_PREFIX, Names
+from inferq.shared.names import META_PREFIX
 from inferq.shared.schema import Array
+from inferq.workers.embedded import EmbeddedRedis
 
 Work = Callable[[Array, int], None]
 
@@ -49,17 +49,9 @@ class Stage:
 
     def serve(self, models: Path, model: str) -> Served:
         """Start an inferq worker of one model of the repository `models`; wait until it serves."""
-        env = {"INFERQ_REDIS_URL": self.url, "INFERQ_MODELS": str(models)}
-        worker = celery_worker("inferq.workers.app", f"inferq.{model}", env=env)
-        process = self._opened.enter_context(worker)
-        serving = Names().serving(model)
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not self._redis.zcard(serving):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"no worker serves {model!r} (exit code {process.returncode})")
-            time.sleep(0.05)
-        client = self._opened.enter_context(Client(self.url))
-        return Served(process.pid, client)
+        worker = Worker(self.url, models, [model], name=f"bench-{model}", args=LEAN)
+        pid = self._opened.enter_context(worker).pid
+        return Served(pid, self._opened.enter_context(Client(self.url)))
 
     def plain_celery(self, pool: str) -> StockServed:
         """Start plain Celery on the pool `solo` or `prefork`."""
@@ -74,11 +66,11 @@ class Stage:
     def _stock(
         self, queue: str, module: str, task: str, pool: str, env: dict[str, str]
     ) -> StockServed:
-        worker = celery_worker(module, queue, pool=pool, env={URL_VARIABLE: self.url, **env})
-        process = self._opened.enter_context(worker)
+        worker = stock_worker(module, queue, pool, {URL_VARIABLE: self.url, **env})
+        pid = self._opened.enter_context(worker)
         client = StockClient(self.url, task, queue)
         self._opened.callback(client.close)
-        return StockServed(process.pid, client)
+        return StockServed(pid, client)
 
     def measure(self, work: Work, array: Array, count: int, worker: int) -> Sample:
         """One run of `count` requests, with the results that it left behind deleted after it."""
