@@ -1,0 +1,75 @@
+"""Fixtures that every test may use: a real Redis, in each kind that this machine has."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+
+import pytest
+import redis as redis_py
+
+from inferq.shared.errors import ConfigError
+from inferq.workers.embedded import EmbeddedRedis, find_server
+
+#: valkey always; redis-server where there is one.
+KINDS = ["valkey", *(["redis-server"] if shutil.which("redis-server") else [])]
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting of the developer's own shell reaches a test."""
+    for name in list(os.environ):
+        if name.startswith(("INFERQ_", "CELERY_")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def redis_kind(request: pytest.FixtureRequest) -> str:
+    """The kind of Redis that the test runs on; skips where it is missing, but fails on CI."""
+    kind = str(request.param)
+    try:
+        find_server(kind)
+    except ConfigError as problem:
+        if os.environ.get("CI") == "true":
+            pytest.fail(str(problem))
+        pytest.skip(str(problem))
+    return kind
+
+
+@pytest.fixture(scope="session")
+def redis_server(redis_kind: str) -> Iterator[EmbeddedRedis]:
+    """A server that tests share. Never kill or configure it: see `new_redis`."""
+    with EmbeddedRedis(redis_kind) as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(redis_server: EmbeddedRedis) -> str:
+    """The URL of an empty database."""
+    with redis_py.Redis.from_url(redis_server.url) as client:
+        client.flushall()
+    return redis_server.url
+
+
+@pytest.fixture
+def redis(redis_url: str) -> Iterator[redis_py.Redis]:
+    """A client of that empty database; replies are bytes."""
+    with redis_py.Redis.from_url(redis_url, socket_timeout=10.0) as client:
+        yield client
+
+
+@pytest.fixture
+def new_redis(redis_kind: str) -> Iterator[Callable[..., EmbeddedRedis]]:
+    """``new_redis(**options)`` starts a server of the test's own: to kill, fill or configure."""
+    servers: list[EmbeddedRedis] = []
+
+    def start(**options: object) -> EmbeddedRedis:
+        server = EmbeddedRedis(redis_kind, **options)  # type: ignore[arg-type]
+        servers.append(server)
+        server.start()
+        return server
+
+    yield start
+    for server in servers:
+        server.stop()

@@ -1,0 +1,175 @@
+"""Real worker processes, waited for and never left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import redis
+
+from helpers.wait import until
+from inferq.shared.names import Names, queue_of
+from inferq.workers.children import end_child, start_child
+
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 40.0
+
+
+class Worker:
+    """``celery -A inferq.workers.app worker`` on the queues of `serve`, from the folder `models`.
+
+    `serve` names models; None: every folder in `models`. `env` adds environment variables, `args`
+    command-line options. As a context manager it starts, waits until its models are announced,
+    and stops at the end. `models` may be None for an app that needs no repository.
+    """
+
+    def __init__(
+        self,
+        redis_url: str,
+        models: Path | None,
+        serve: Sequence[str] | None = None,
+        *,
+        name: str = "test",
+        env: Mapping[str, str] | None = None,
+        args: Sequence[str] = (),
+        names: Names | None = None,
+    ) -> None:
+        if serve is None:
+            serve = sorted(path.name for path in models.iterdir()) if models else []
+        self.redis_url = redis_url
+        self.models = models
+        self.serve = list(serve)
+        self.name = name
+        self._env = dict(env or {})
+        self._args = list(args)
+        self._names = names or Names()
+        self._log: Path | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        #: The incarnation with which it began, once it is ready.
+        self.incarnation = ""
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+            self.wait_ready()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            sys.stderr.write(f"--- log of worker {self.name} ---\n{self.log[-6000:]}\n")
+        self.close()
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        assert self._process is not None, "the worker was not started"
+        return self._process
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    @property
+    def log(self) -> str:
+        """All it has written to stdout and stderr."""
+        return self._log.read_text(errors="replace") if self._log else ""
+
+    def start(self) -> None:
+        """Start the process; do not wait for it to serve."""
+        with redis.Redis.from_url(self.redis_url) as client:
+            self._before = {i for model in self.serve for i in self._serving(client, model)}
+        queues = ",".join(queue_of(model) for model in self.serve)
+        command = [
+            sys.executable, "-m", "celery", "-A", "inferq.workers.app", "worker",
+            "-P", "solo", "-Q", queues, "-n", f"{self.name}@%h", "--loglevel", "INFO",
+            *self._args,
+        ]  # fmt: skip
+        env = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
+            "INFERQ_REDIS_URL": self.redis_url,
+            **({"INFERQ_MODELS": str(self.models)} if self.models else {}),
+            **self._env,
+        }
+        handle, path = tempfile.mkstemp(prefix=f"inferq-worker-{self.name}-", suffix=".log")
+        self._log = Path(path)
+        with open(handle, "wb") as log:
+            self._process = start_child(command, log, env=env)
+
+    def wait_ready(self, timeout: float = START_TIMEOUT_S) -> None:
+        """Wait until this worker announces every model that it serves.
+
+        Two workers of one model must not be starting at once: they are told apart by who came.
+        """
+        with redis.Redis.from_url(self.redis_url) as client:
+            for model in self.serve:
+                came = until(
+                    lambda m=model: (
+                        not self.alive  # type: ignore[misc]
+                        or self._serving(client, m) - self._before
+                    ),
+                    timeout,
+                    f"worker {self.name} serves {model}; its log:\n{self.log[-4000:]}",
+                )
+                if came is True:
+                    raise AssertionError(
+                        f"worker {self.name} ended with {self.process.returncode}; its log:\n"
+                        f"{self.log[-6000:]}"
+                    )
+                self.incarnation = min(came)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for the end."""
+        self.process.kill()
+        self.process.wait(STOP_TIMEOUT_S)
+
+    def pause(self) -> None:
+        """SIGSTOP."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        self.process.send_signal(signal.SIGCONT)
+
+    def stop(self, timeout: float = STOP_TIMEOUT_S) -> int:
+        """SIGTERM; its exit status. AssertionError if it is not gone within `timeout` seconds."""
+        self.process.terminate()
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(
+                f"worker {self.name} runs on {timeout:g} s after SIGTERM; its log:\n"
+                f"{self.log[-6000:]}"
+            ) from None
+
+    def close(self) -> None:
+        """Leave nothing behind. Idempotent."""
+        if self._process is not None:
+            if self._process.poll() is None:
+                self.resume()
+            end_child(self._process, STOP_TIMEOUT_S)
+        if self._log is not None:
+            self._log.unlink(missing_ok=True)
+            self._log = None
+
+    def _serving(self, client: redis.Redis, model: str) -> set[str]:
+        members = client.zrange(self._names.serving(model), 0, -1)
+        return {str(member, "utf-8") for member in members if isinstance(member, bytes)}

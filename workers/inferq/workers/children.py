@@ -1,0 +1,57 @@
+"""Child processes that end with the process that started them, however that one ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Final
+
+# Runs in the child before the real command. A preexec_fn would do the same between fork and exec,
+# where a lock that another thread of the parent held at the fork can hang it.
+_TRAMPOLINE: Final = """\
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(sys.argv[1]):
+        sys.exit("the parent process is gone")
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+def start_child(
+    command: Sequence[str],
+    output: IO[bytes],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> subprocess.Popen[bytes]:
+    """Start `command`, with stdout and stderr in `output`; its pid is the Popen's.
+
+    On Linux the kernel sends it SIGKILL when the calling *thread* ends, so call this from one
+    that lives as long as the child should. It has a session of its own: Ctrl-C in the terminal
+    does not reach it, the parent decides.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _TRAMPOLINE, str(os.getpid()), *command],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env=None if env is None else dict(env),
+        cwd=cwd,
+        start_new_session=True,
+    )
+
+
+def end_child(process: subprocess.Popen[bytes], timeout: float) -> int:
+    """SIGTERM, and SIGKILL after `timeout` seconds; returns the exit status. Idempotent."""
+    if process.poll() is None:
+        process.terminate()
+    try:
+        return process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
