@@ -140,11 +140,13 @@ def _body_bytes(envelope: Envelope) -> bytes:
     if envelope.properties.body_encoding != "base64":
         return bytes(encoded)
     try:
-        return pybase64.b64decode(encoded, validate=True)
+        plain: bytes = pybase64.b64decode(encoded, validate=True)
+        return plain
     except (binascii.Error, ValueError):
         pass
     try:  # an escaped slash further on, or line breaks: the slow way
-        return pybase64.b64decode(_json_decoder.decode(envelope.body), validate=True)
+        plain = pybase64.b64decode(_json_decoder.decode(envelope.body), validate=True)
+        return plain
     except (binascii.Error, ValueError) as problem:
         raise InvalidInput(f"the message body is not base64: {problem}") from problem
 
@@ -168,7 +170,7 @@ def wire_array(name: str, value: object) -> Array:
 def tensor_bytes(array: Array) -> bytes | memoryview:
     """The bytes of a contiguous array; without copying where that pays."""
     if array.nbytes > 16_384 and array.ndim and array.flags.c_contiguous:
-        return memoryview(array).cast("B")
+        return array.data.cast("B")
     return array.tobytes()
 
 
@@ -272,7 +274,7 @@ class RequestEncoder:
         head = json.dumps(
             {"content-encoding": "binary", "content-type": MSGPACK}, separators=(",", ":")
         )
-        fixed = {
+        fixed: dict[str, Any] = {
             "lang": "py", "task": "inferq.infer", "shadow": None, "eta": None, "expires": None,
             "group": None, "group_index": None, "retries": 0, "timelimit": [None, None],
             "parent_id": None, "argsrepr": "()", "origin": origin, "ignore_result": False,

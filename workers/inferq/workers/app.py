@@ -10,7 +10,7 @@ from celery.exceptions import Ignore
 from inferq.shared.celery_app import make_app
 from inferq.shared.names import TASK
 from inferq.shared.settings import Settings
-from inferq.workers import control as control  # registers the remote control commands
+from inferq.workers import control  # noqa: F401 - registers the remote control commands
 from inferq.workers.bootsteps import DataPlaneStep, QueuesStep
 
 settings = Settings.load()

@@ -1,4 +1,4 @@
-"""Celery's part in the data plane: canvas, hand-over of foreign messages, the end of the process."""
+"""Celery's part in the data plane: canvas, hand-over of foreign messages, the process' end."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -39,7 +40,7 @@ class Claimed:
     """A fresh claim and its messages, oldest first; None where an adopted claim has a blank."""
 
     claim: Claim
-    messages: list[bytes | None]
+    messages: Sequence[bytes | None]
 
 
 @dataclass(frozen=True, slots=True)

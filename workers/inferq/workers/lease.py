@@ -36,6 +36,7 @@ class Lease:
         client: redis.Redis,
         names: Names,
         clock: RedisClock,
+        *,
         lease_s: float,
         adverts: Mapping[str, bytes],
         may_renew: Callable[[], bool],

@@ -70,7 +70,7 @@ class Link:
 
     def open(self) -> None:
         """Connect and turn key tracking on. Raises one of BROKEN."""
-        self._connection.connect()
+        self._connection.connect()  # type: ignore[no-untyped-call]
         sock: socket.socket | None = getattr(self._connection, "_sock", None)
         if sock is None:
             raise RedisConnectionError("the connection has no socket")
@@ -88,7 +88,7 @@ class Link:
 
     def close(self) -> None:
         """Close the socket; never raises."""
-        self._connection.disconnect()
+        self._connection.disconnect()  # type: ignore[no-untyped-call]
 
     def send(self, commands: Iterable[Command]) -> None:
         """Write `commands` at once, without waiting; their replies will be passed over."""

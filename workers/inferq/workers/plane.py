@@ -60,10 +60,10 @@ class DataPlane:
         names: Names,
         clock: RedisClock,
         models: Sequence[ServedModel],
+        *,
         lease: Lease,
         recoverer: Recoverer,
         hooks: Hooks,
-        *,
         result_expires_s: int,
         reply_timeout_s: float,
     ) -> None:

@@ -127,6 +127,7 @@ class Recoverer:
             if decoded != b"0":
                 continue
             attempts = names.attempts(names.parse_claim(key.decode()).model)
-            for message in self._client.lrange(key, 0, -1):  # type: ignore[union-attr]
+            messages: list[bytes] = self._client.lrange(key, 0, -1)  # type: ignore[assignment]
+            for message in messages:
                 if message:
                     self._client.hincrby(attempts, suspect(message), 1)

@@ -57,9 +57,13 @@ class Service:
             check_server(self._client)
             for model in self._models:
                 model.load(
-                    self._worker.hostname, self._names, self._clock, celery_private.is_revoked,
-                    self._on_finished, self._settings.result_expires_s,
-                )  # fmt: skip
+                    self._worker.hostname,
+                    self._names,
+                    self._clock,
+                    is_revoked=celery_private.is_revoked,
+                    on_finished=self._on_finished,
+                    result_expires_s=self._settings.result_expires_s,
+                )
             if not self._stopping:
                 self._serve()
         except InferqError as problem:
@@ -76,21 +80,32 @@ class Service:
     def _serve(self) -> None:
         settings, names = self._settings, self._names
         adverts = {model.name: encode_advert(model.advert) for model in self._models}
-        self._lease = Lease(
-            self._client, names, self._clock, settings.lease_s, adverts,
-            lambda: not plane.overdue(), lambda: plane.on_lease_lost(),
-        )  # fmt: skip
+        lease = Lease(
+            self._client,
+            names,
+            self._clock,
+            lease_s=settings.lease_s,
+            adverts=adverts,
+            may_renew=lambda: not plane.overdue(),
+            on_lost=lambda: plane.on_lease_lost(),  # noqa: PLW0108 - plane is made below
+        )
         self._recoverer = Recoverer(self._client, names, settings.lease_s)
         plane = DataPlane(
-            self._client, names, self._clock, self._models, self._lease, self._recoverer,
-            self._side, result_expires_s=settings.result_expires_s,
+            self._client,
+            names,
+            self._clock,
+            self._models,
+            lease=lease,
+            recoverer=self._recoverer,
+            hooks=self._side,
+            result_expires_s=settings.result_expires_s,
             reply_timeout_s=min(5.0, settings.lease_s),
-        )  # fmt: skip
+        )
         self._side.canvas = Canvas(
             self._worker.app, self._client, names, settings.result_expires_s, plane.on_ready
         )
         self._side.canvas.start()
-        self._lease.start()
+        lease.start()
         self._recoverer.start()
         self.plane = plane
         plane.start()

@@ -50,6 +50,7 @@ class ServedModel:
         worker: str,
         names: Names,
         clock: RedisClock,
+        *,
         is_revoked: Callable[[str], bool],
         on_finished: Callable[[Finished], None],
         result_expires_s: int,
