@@ -1,0 +1,1 @@
+"""``inferq demo``: two real models, real input, one worker process, and figures at the end."""
