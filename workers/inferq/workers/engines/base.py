@@ -67,8 +67,9 @@ class Engine(ABC):
 
     #: The name in model.toml.
     name: str
-    #: File names looked for in a version's folder, in order; empty: needs no file.
-    files: tuple[str, ...] = ()
+    #: Whether each lane has hardware of its own (CPU cores), so that two batches on two lanes end
+    #: sooner than one of twice the size on one. `load` may set it.
+    parallel_lanes: bool = False
 
     def __init__(self, path: Path | None, options: EngineOptions) -> None:
         self.path = path

@@ -1,0 +1,203 @@
+"""Runs ONNX files on ONNX Runtime: on the CPU, or on CUDA where its build and the machine have it.
+
+    [onnxruntime]
+    provider = "auto"                # "cpu", "cuda"; auto: CUDA where there is one
+
+On a CPU one session is shared by all lanes, one lane a usable core, one thread a lane, no spinning:
+measured to be the best of the combinations. `InferenceSession.run` releases the GIL.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import onnxruntime as ort
+
+from inferq.shared.errors import ConfigError, EngineError
+from inferq.shared.schema import (
+    DTYPES,
+    MAX_DIMS,
+    MAX_TENSORS,
+    Array,
+    Signature,
+    Tensors,
+    TensorSpec,
+)
+from inferq.workers.engines.base import Batch, Engine, EngineOptions, Lane, gather
+from inferq.workers.signatures import with_batch_dim
+from inferq.workers.validation import TomlTable, validate
+
+logger = logging.getLogger(__name__)
+
+#: Protobuf's own limit. Larger models keep their weights in files of their own.
+MAX_ONNX_BYTES: Final = (1 << 31) - 1
+#: One batch's copies hide behind the other's compute.
+CUDA_LANES: Final = 2
+#: ONNX Runtime's messages can hold whole shapes and stack traces.
+MAX_REASON_CHARS: Final = 500
+
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+_CPU_MAX: Final = Path("/sys/fs/cgroup/cpu.max")
+#: Log errors only; warnings about every unused initialiser are of no use to who serves the model.
+_LOG_ERRORS: Final = 3
+#: ONNX Runtime's names of element types, where they are not NumPy's.
+_ORT_NAMES: Final = {"float": "float32", "double": "float64"}
+
+
+class _Table(TomlTable):
+    """``[onnxruntime]``."""
+
+    provider: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, and its container's quota rounded up."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = _CPU_MAX.read_text().split()
+        if quota != "max":
+            cores = min(cores, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):
+        pass  # No cgroup v2: no quota that could be known.
+    return max(1, cores)
+
+
+class OnnxRuntimeEngine(Engine):
+    """One session, shared by its lanes."""
+
+    name = "onnxruntime"
+
+    def __init__(self, path: Path | None, options: EngineOptions) -> None:
+        super().__init__(path, options)
+        self._table = validate(_Table, options.table, "onnxruntime.")
+        self._lanes: list[OnnxRuntimeLane] = []
+
+    @classmethod
+    def read_signature(cls, path: Path | None, table: Mapping[str, Any]) -> Signature:
+        """Read from the file, and where it does not tell what is batch, from runs on the CPU."""
+        validate(_Table, table, "onnxruntime.")
+        options = _session_options()
+        # Read once and dropped: optimising would take longer than it saves.
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = _open(path, options, [_CPU])
+        declared = Signature(
+            _specs("input", session.get_inputs()), _specs("output", session.get_outputs())
+        )
+        names = [spec.name for spec in declared.outputs]
+
+        def probe(inputs: Tensors) -> Mapping[str, Array]:
+            return dict(zip(names, session.run(names, inputs), strict=True))
+
+        return with_batch_dim(declared, probe)
+
+    def load(self) -> None:
+        provider = self._table.provider
+        available = ort.get_available_providers()
+        if provider == "cuda" and _CUDA not in available:
+            raise ConfigError(
+                "onnxruntime.provider is 'cuda', but this build of ONNX Runtime has only "
+                f"{', '.join(available)}; expected the package onnxruntime-gpu"
+            )
+        cuda = provider != "cpu" and _CUDA in available
+        session = _open(self.path, _session_options(), [_CUDA, _CPU] if cuda else [_CPU])
+        # Where CUDA cannot be started ONNX Runtime quietly falls back.
+        on_cuda = _CUDA in session.get_providers()
+        if provider == "cuda" and not on_cuda:
+            raise ConfigError("onnxruntime.provider is 'cuda', but no CUDA device could be used")
+        self.parallel_lanes = not on_cuda
+        count = self.options.lanes or (CUDA_LANES if on_cuda else usable_cores())
+        self._lanes = [OnnxRuntimeLane(session) for _ in range(count)]
+
+    @property
+    def lanes(self) -> Sequence[Lane]:
+        return self._lanes
+
+    def close(self) -> None:
+        self._lanes = []
+
+
+class OnnxRuntimeLane:
+    """A caller of the shared session."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self._session = session
+        self._names = [output.name for output in session.get_outputs()]
+
+    def run(self, batch: Batch) -> Mapping[str, Array]:
+        inputs = gather(batch)
+        try:
+            arrays: list[Array] = self._session.run(self._names, inputs)
+        except Exception as problem:
+            raise EngineError(f"onnxruntime: {_reason(problem)}") from problem
+        outputs = dict(zip(self._names, arrays, strict=True))
+        padding = batch.bucket - batch.rows
+        if not (batch.batchable and padding):
+            return outputs
+        for name, array in outputs.items():
+            # Counted before the padding is cut, or rows that are missing would go unseen.
+            got = array.shape[0] if array.ndim else "no"
+            if got != batch.bucket:
+                raise EngineError(
+                    f"output {name!r} has {got} rows; expected {batch.bucket}, as the inputs"
+                )
+        return {name: array[: batch.rows] for name, array in outputs.items()}
+
+
+def _session_options() -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = _LOG_ERRORS
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    return options
+
+
+def _open(
+    path: Path | None, options: ort.SessionOptions, providers: list[str]
+) -> ort.InferenceSession:
+    if path is None:
+        raise ConfigError("engine 'onnxruntime' has no model file; expected model.onnx")
+    size = path.stat().st_size
+    if size > MAX_ONNX_BYTES:
+        raise ConfigError(
+            f"{path} has {size} bytes; expected at most {MAX_ONNX_BYTES}, "
+            "with larger weights in external data files beside it"
+        )
+    try:
+        return ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as problem:
+        raise ConfigError(
+            f"{path} cannot be loaded by ONNX Runtime: {_reason(problem)}"
+        ) from problem
+
+
+def _specs(kind: str, nodes: Sequence[Any]) -> tuple[TensorSpec, ...]:
+    if not 1 <= len(nodes) <= MAX_TENSORS:
+        raise ConfigError(f"the model has {len(nodes)} {kind}s; expected 1 to {MAX_TENSORS}")
+    return tuple(_spec(f"{kind} {node.name!r}", node) for node in nodes)
+
+
+def _spec(what: str, node: Any) -> TensorSpec:
+    element = str(node.type).removeprefix("tensor(").removesuffix(")")
+    dtype = _ORT_NAMES.get(element, element)
+    if dtype not in DTYPES:
+        raise ConfigError(
+            f"{what} of the model is a {node.type}; expected a tensor of {', '.join(DTYPES)}"
+        )
+    if len(node.shape) > MAX_DIMS:
+        raise ConfigError(f"{what} of the model has {len(node.shape)} dims; expected ≤ {MAX_DIMS}")
+    # A size that the file leaves open is None, or an empty or negative one from older exporters.
+    dims = (None if dim == "" or (isinstance(dim, int) and dim < 1) else dim for dim in node.shape)
+    return TensorSpec(node.name, dtype, tuple(dims))
+
+
+def _reason(problem: Exception) -> str:
+    text = " ".join(str(problem).split())
+    return text if len(text) <= MAX_REASON_CHARS else text[:MAX_REASON_CHARS] + "…"

@@ -1,0 +1,173 @@
+"""The knobs of model.toml: names, limits and defaults, and how they must fit together.
+
+Every key has a default, so the file may be missing. The table of each engine (``[onnxruntime]``,
+``[fake]``, …) is checked by that engine.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, Self
+
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from inferq.shared.errors import ConfigError
+from inferq.shared.schema import Signature
+from inferq.workers.batching.padding import PadRule
+from inferq.workers.engines import ENGINES
+from inferq.workers.validation import (
+    MAX_BATCH_SIZE,
+    MAX_SIZES,
+    Flag,
+    Lanes,
+    Milliseconds,
+    Rows,
+    Text,
+    TomlTable,
+    nearest,
+    validate,
+)
+
+MAX_TOML_BYTES: Final = 1 << 20
+#: Most bytes that model.toml may allow a request: what msgpack can hold in one tensor.
+MAX_REQUEST_BYTES: Final = (1 << 32) - 1
+DEFAULT_REQUEST_BYTES: Final = 64 << 20
+DEFAULT_MAX_BATCH_SIZE: Final = 32
+MAX_LABELS: Final = 1_000_000
+_DAY_MS: Final = 86_400_000
+
+
+def _ascending(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    if list(sizes) != sorted(set(sizes)):
+        raise ValueError("ascending sizes, each once")
+    return sizes
+
+
+Sizes = Annotated[tuple[Rows, ...], Field(max_length=MAX_SIZES), AfterValidator(_ascending)]
+
+
+@pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class PadTable(PadRule):
+    """``[pad.<symbol>]``: the sizes to which that dim is padded, and what stands in the padding."""
+
+    buckets: Annotated[
+        tuple[Annotated[int, Field(strict=True, ge=1, le=1 << 24)], ...],
+        Field(min_length=1, max_length=MAX_SIZES),
+        AfterValidator(_ascending),
+    ]
+    value: Annotated[float, Field(strict=True)] = 0.0
+
+
+class ModelConfig(TomlTable):
+    """model.toml without the engines' own tables."""
+
+    #: Empty: the first engine that takes the file found (`repository` fills it in).
+    engine: str = ""
+    #: 0: as many as suit the device.
+    lanes: Lanes = 0
+    #: Rows; 0: the last bucket, or else 32; 1 for a model that is not batchable.
+    max_batch_size: Annotated[int, Field(strict=True, ge=0, le=MAX_BATCH_SIZE)] = 0
+    max_queue_delay_ms: Milliseconds = 0.0
+    #: Empty: the size that warm-up measured to be best.
+    preferred_batch_sizes: Sizes = ()
+    #: Batch sizes that the engine runs at; smaller batches are padded. Empty: any.
+    buckets: Sizes = ()
+    #: Requests that may wait in the queue; 0: no limit.
+    max_queue_depth: Annotated[int, Field(strict=True, ge=0, le=1 << 40)] = 100_000
+    #: Bytes of one request's inputs.
+    max_request_bytes: Annotated[int, Field(strict=True, ge=1, le=MAX_REQUEST_BYTES)] = (
+        DEFAULT_REQUEST_BYTES
+    )
+    #: A batch that computes for longer costs the worker its lease.
+    max_run_seconds: Annotated[float, Field(strict=True, gt=0, le=7 * 86_400)] = 3600.0
+    #: How often a request may kill its worker before it is dead-lettered.
+    max_attempts: Annotated[int, Field(strict=True, ge=1, le=100)] = 3
+    #: Of requests that name none; 0 is the most urgent.
+    priority: Annotated[int, Field(strict=True, ge=0, le=9)] = 0
+    #: Of requests that name none; 0: none.
+    timeout_ms: Annotated[int, Field(strict=True, ge=0, le=_DAY_MS)] = 0
+    #: Run every bucket once before claiming, and measure which is best.
+    warm_up: Flag = True
+    #: What the outputs' classes are called: a list, or a file in the model's folder, one a line.
+    labels: (
+        Annotated[tuple[Annotated[str, Field(max_length=1000)], ...], Field(max_length=MAX_LABELS)]
+        | Text
+    ) = ()
+    pad: dict[str, PadTable] = Field(default_factory=dict, max_length=64)
+
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        limit = self.max_batch_size or self.default_max_batch_size
+        if self.buckets and limit > self.buckets[-1]:
+            raise ValueError(
+                f"a last bucket of at least max_batch_size, not buckets = {list(self.buckets)} "
+                f"with max_batch_size = {limit}"
+            )
+        if self.preferred_batch_sizes and self.preferred_batch_sizes[-1] > limit:
+            raise ValueError(
+                "preferred_batch_sizes of at most max_batch_size, not preferred_batch_sizes = "
+                f"{list(self.preferred_batch_sizes)} with max_batch_size = {limit}"
+            )
+        return self
+
+    @property
+    def default_max_batch_size(self) -> int:
+        """Rows, for a batchable model whose model.toml does not say."""
+        return self.buckets[-1] if self.buckets else DEFAULT_MAX_BATCH_SIZE
+
+    def changed(self) -> dict[str, Any]:
+        """The knobs, other than the engine, that differ from their defaults."""
+        return self.model_dump(exclude_defaults=True, exclude={"engine"})
+
+
+@dataclass(frozen=True)
+class ModelToml:
+    """A model.toml as read: the knobs, and each engine's own table as it stands."""
+
+    config: ModelConfig
+    tables: Mapping[str, Mapping[str, Any]]
+
+
+def read_toml(path: Path) -> ModelToml:
+    """Read model.toml at `path`. ConfigError naming key, value and expectation."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_TOML_BYTES + 1)
+    except OSError as problem:
+        raise ConfigError(f"cannot be read: {problem.strerror or problem}") from problem
+    if len(raw) > MAX_TOML_BYTES:
+        raise ConfigError(f"more than {MAX_TOML_BYTES} bytes; expected at most that")
+    try:
+        document = tomllib.loads(raw.decode())
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as problem:
+        raise ConfigError(f"not TOML: {problem}") from problem
+    knobs: dict[str, Any] = {}
+    tables: dict[str, Mapping[str, Any]] = {}
+    known = {*ModelConfig.model_fields, *ENGINES}
+    for key, value in document.items():
+        if key not in known:
+            raise ConfigError(f"{key} is not a known key; {nearest(key, known)}")
+        if key not in ENGINES:
+            knobs[key] = value
+        elif isinstance(value, dict):
+            tables[key] = value
+        else:
+            raise ConfigError(f"{key} is {value!r}; expected a table, [{key}]")
+    return ModelToml(validate(ModelConfig, knobs), tables)
+
+
+def check_pad(pad: Mapping[str, PadRule], signature: Signature) -> None:
+    """ConfigError unless each padded symbol is a dim of an input, and never its dim 0."""
+    firsts = {spec.shape[0] for spec in signature.inputs if spec.shape}
+    inner = {dim for spec in signature.inputs for dim in spec.shape[1:] if isinstance(dim, str)}
+    for symbol in pad:
+        if symbol not in inner or symbol in firsts:
+            expected = ", ".join(sorted(inner - firsts)) or "none: this model has no such dim"
+            raise ConfigError(
+                f"pad.{symbol} names no dim that can be padded; expected a symbol of an input "
+                f"other than its first dim ({expected})"
+            )

@@ -1,0 +1,68 @@
+"""Checks a table of model.toml by a pydantic model, and says in one line what is wrong with it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Final, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
+
+from inferq.shared.errors import ConfigError
+
+#: Rows; more than any engine runs at once.
+MAX_BATCH_SIZE: Final = 65_536
+MAX_SIZES: Final = 256
+MAX_LANES: Final = 256
+HOUR_MS: Final = 3_600_000
+
+Flag = StrictBool
+Text = Annotated[str, Field(min_length=1, max_length=256)]
+Lanes = Annotated[int, Field(strict=True, ge=0, le=MAX_LANES)]
+Rows = Annotated[int, Field(strict=True, ge=1, le=MAX_BATCH_SIZE)]
+Milliseconds = Annotated[float, Field(strict=True, ge=0, le=HOUR_MS)]
+
+Table = TypeVar("Table", bound=BaseModel)
+
+_SHOWN_CHARS: Final = 100
+
+
+class TomlTable(BaseModel):
+    """Base of all tables: frozen, and closed to keys that it does not name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def validate(model: type[Table], table: Mapping[str, Any], prefix: str = "") -> Table:
+    """`table` as a `model`. ConfigError naming each key (after `prefix`), value and expectation."""
+    try:
+        return model.model_validate(dict(table))
+    except ValidationError as problem:
+        raise ConfigError(_explain(model, problem, prefix)) from None
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """The known key that was probably meant, or all of them, as an expectation."""
+    names = sorted(known)
+    close = difflib.get_close_matches(key, names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(names)}"
+
+
+def _explain(model: type[BaseModel], problem: ValidationError, prefix: str) -> str:
+    lines: list[str] = []
+    for error in problem.errors(include_url=False):
+        place = prefix + ".".join(map(str, error["loc"]))
+        if error["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
+            known = model.model_fields if len(error["loc"]) == 1 else ()
+            hint = f"; {nearest(str(error['loc'][-1]), known)}" if known else ""
+            lines.append(f"{place} is not a known key{hint}")
+        elif error["type"] in {"missing", "missing_argument"}:
+            lines.append(f"{place} is missing")
+        else:
+            value = repr(error["input"])
+            if len(value) > _SHOWN_CHARS:
+                value = value[:_SHOWN_CHARS] + "…"
+            expected = re.sub(r"^(Value error, |Input should (be )?(a valid )?)", "", error["msg"])
+            lines.append(f"{place} is {value}; expected {expected}")
+    return "; ".join(lines)
