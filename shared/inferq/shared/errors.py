@@ -15,6 +15,7 @@
     ├── ResultExpired           the result was stored and has been dropped since
     ├── ResultTimeout           the caller stopped waiting; the request goes on
     ├── RedisUnavailable        Redis could not be reached; nothing was accepted
+    ├── ClientClosed            the client was closed before the result came
     └── ConfigError             a setting, model.toml or command line is wrong
 
 Each class has a wire code. An error travels in the ``result`` field of Celery's result meta, in
@@ -124,6 +125,12 @@ class RedisUnavailable(InferqError, ConnectionError):
     """Redis could not be reached or refused the push; nothing was accepted."""
 
     code = "redis_unavailable"
+
+
+class ClientClosed(InferqError):
+    """The client was closed, or its process forked, before the result came; the request goes on."""
+
+    code = "client_closed"
 
 
 class ConfigError(InferqError):

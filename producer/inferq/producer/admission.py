@@ -1,0 +1,150 @@
+"""Hop 1. May this request be pushed? By what workers announce of its model, and by the queue.
+
+One pipeline asks everything about a model. The answer is good for `ADVERT_AGE_S`, or for
+`DEPTH_AGE_S` where the model has a `max_queue_depth`; a client that pushes often asks along with
+its pushes, so that hardly any request waits for an answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from inferq.producer.wire import Command, Reply, first_error
+from inferq.shared import codec
+from inferq.shared.errors import ModelNotFound, QueueFull, RedisUnavailable
+from inferq.shared.names import Names, is_model_name
+from inferq.shared.schema import ModelAdvert
+
+#: Seconds.
+ADVERT_AGE_S: Final = 5.0
+DEPTH_AGE_S: Final = 0.1
+#: Part of an answer's life after which the next push asks anew.
+_EARLY: Final = 0.5
+#: Weight of the newest request in the mean of rows per request.
+_NEWEST: Final = 0.05
+
+
+@dataclass(slots=True)
+class ModelView:
+    """What this client knows of one model."""
+
+    advert: ModelAdvert
+    #: Redis ms at which the lease of each worker that serves the model ends.
+    lease_ends: tuple[float, ...]
+    #: Requests in the queue when asked, and pushed by this client since.
+    depth: int
+    pushed: int
+    #: `time.monotonic` seconds.
+    asked_at: float
+    #: Mean rows of this client's requests.
+    mean_rows: float = 1.0
+
+    @property
+    def lifetime_s(self) -> float:
+        return DEPTH_AGE_S if self.advert.max_queue_depth else ADVERT_AGE_S
+
+    def live_workers(self, redis_ms: float) -> int:
+        """Workers whose lease runs."""
+        return sum(end > redis_ms for end in self.lease_ends)
+
+
+class Admission:
+    """Views of models, and Redis' clock. No I/O: it says what to ask and is told the replies."""
+
+    def __init__(self, names: Names) -> None:
+        self._names = names
+        self._views: dict[str, ModelView] = {}
+        #: Redis ms minus `time.monotonic` ms.
+        self._offset_ms = 0.0
+
+    def redis_ms(self, now: float) -> float:
+        """Redis' clock at monotonic time `now`, as of the last answer."""
+        return now * 1000 + self._offset_ms
+
+    def current(self, model: str, now: float) -> ModelView | None:
+        """What is known of `model`, if that is fresh enough to admit by."""
+        view = self._views.get(model)
+        return view if view is not None and now - view.asked_at <= view.lifetime_s else None
+
+    def expire(self, model: str) -> None:
+        """Have `model` asked about before anything else is admitted."""
+        view = self._views.get(model)
+        if view is not None:
+            view.asked_at = -math.inf
+
+    def is_due(self, view: ModelView, now: float) -> bool:
+        """Whether the next push should ask along."""
+        return now - view.asked_at > _EARLY * view.lifetime_s
+
+    def questions(self, model: str) -> list[Command]:
+        """What to ask about `model`. ModelNotFound if no model can have that name."""
+        if not is_model_name(model):
+            raise ModelNotFound(
+                f"model {str(model)[:120]!r}; expected at most 100 letters, digits or '_.-' "
+                "that start with none of '.-'"
+            )
+        names = self._names
+        return [
+            ("TIME",),
+            ("GET", names.model(model)),
+            ("ZRANGE", names.serving(model), 0, -1, "WITHSCORES"),
+            *[("LLEN", names.queue(model, step)) for step in names.priority_steps],
+        ]
+
+    def learn(
+        self, model: str, replies: Sequence[Reply], asked_at: float, told_at: float
+    ) -> ModelView:
+        """Take the replies to `questions`. ModelNotFound if nobody announces `model`."""
+        refusal = first_error(replies)
+        if refusal is not None:
+            raise RedisUnavailable(f"Redis refused to tell about model {model!r}: {refusal}")
+        (seconds, micros), announced, serving, *depths = replies
+        redis_ms = int(seconds) * 1000 + int(micros) / 1000
+        self._offset_ms = redis_ms - (asked_at + told_at) * 500
+        if announced is None:
+            self._views.pop(model, None)
+            raise ModelNotFound(
+                f"model {model!r}: no worker serves it, or announced it in the last day",
+                model=model,
+            )
+        known = self._views.get(model)
+        view = ModelView(
+            advert=codec.decode_advert(announced),
+            lease_ends=tuple(float(end) for _, end in serving),
+            depth=sum(depths),
+            pushed=0,
+            asked_at=asked_at,
+            mean_rows=known.mean_rows if known is not None else 1.0,
+        )
+        self._views[model] = view
+        return view
+
+    def admit(self, view: ModelView, rows: int, now: float) -> None:
+        """Count one request of `rows` rows in. QueueFull if the queue is at its limit."""
+        view.mean_rows += _NEWEST * (rows - view.mean_rows)
+        limit = view.advert.max_queue_depth
+        depth = view.depth + view.pushed
+        if limit and depth >= limit:
+            wait = self._estimate(view, depth, now)
+            about = "unknown" if wait is None else f"about {wait:.1f} s"
+            raise QueueFull(
+                f"model {view.advert.name!r} has {depth} requests queued; "
+                f"expected fewer than {limit} (max_queue_depth); estimated wait {about}",
+                depth=depth, limit=limit, estimated_wait_s=wait,
+            )  # fmt: skip
+        view.pushed += 1
+
+    def _estimate(self, view: ModelView, depth: int, now: float) -> float | None:
+        per_row = view.advert.seconds_per_row
+        live = view.live_workers(self.redis_ms(now))
+        if not per_row or not live:
+            return None
+        return depth * view.mean_rows * per_row / live
+
+    def is_served(self, model: str, now: float) -> bool:
+        """Whether a worker that serves `model` was alive when last asked, and its lease runs on."""
+        view = self._views.get(model)
+        return view is not None and view.live_workers(self.redis_ms(now)) > 0

@@ -1,0 +1,151 @@
+"""The asyncio twin of `session` and `listener`: one connection, kept up by one task."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, Final
+
+from inferq.producer.async_wire import AsyncWire
+from inferq.producer.core import MAX_BACKOFF_S, SWEEP_S, Core
+from inferq.producer.dialogue import (
+    Dialogue,
+    T,
+    ask_about_models,
+    cancel,
+    carry_async,
+    greet,
+    read,
+    resume,
+    sweep,
+)
+from inferq.producer.outgoing import Outgoing
+from inferq.producer.pending import AsyncPending
+from inferq.producer.wire import BROKEN, Command, Reply, unavailable
+from inferq.shared.connect import CONNECT_TIMEOUT_S, async_redis_client
+from inferq.shared.errors import InferqError, RedisUnavailable
+from inferq.shared.settings import Settings
+
+_log: Final = logging.getLogger(__name__)
+
+
+class AsyncSession:
+    """Connects when first used; belongs to the loop that runs then."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._redis = async_redis_client(
+            settings.redis_url, sentinel_master=settings.sentinel_master
+        )
+        self.core = Core(settings)
+        self._wire: AsyncWire | None = None
+        self._task: asyncio.Task[None] | None = None
+        #: Resolved with the next attempt to connect: None, or why it failed.
+        self._attempt: asyncio.Future[InferqError | None] | None = None
+        self._told: list[str] = []
+        self._news = asyncio.Event()
+
+    async def carry(self, dialogue: Dialogue[T]) -> T:
+        """Have a dialogue with Redis. RedisUnavailable."""
+        return await carry_async(dialogue, self._call)
+
+    def make(self, outgoing: Outgoing, now: float) -> AsyncPending:
+        """See `Core.build`."""
+        return AsyncPending(self.core, outgoing, now, self._cancel)
+
+    async def _cancel(self, pending: AsyncPending) -> bool:
+        return await self.carry(cancel(self.core, pending))
+
+    async def close(self) -> None:
+        """See `Session.close`."""
+        self.core.end("the client was closed before the result came; the request goes on")
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def _call(self, commands: Sequence[Command]) -> list[Reply]:
+        try:
+            return await (await self._connected()).call(commands)
+        except TimeoutError as problem:
+            raise unavailable(problem) from problem
+        except BROKEN:
+            pass  # it broke since it was used last: not a word about Redis now
+        try:
+            return await (await self._connected()).call(commands)
+        except BROKEN as problem:
+            raise unavailable(problem) from problem
+
+    async def _connected(self) -> AsyncWire:
+        if self._wire is not None:
+            return self._wire
+        if self._attempt is None:
+            self._attempt = asyncio.get_running_loop().create_future()
+        if self._task is None:
+            self._task = asyncio.create_task(self._run(), name="inferq-connection")
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                problem = await asyncio.shield(self._attempt)
+        except TimeoutError as late:
+            raise RedisUnavailable("Redis cannot be reached: no connection in time") from late
+        if problem is not None:
+            raise problem
+        return await self._connected()
+
+    def _attempted(self, problem: InferqError | None) -> None:
+        attempt, self._attempt = self._attempt, None
+        if attempt is not None:
+            attempt.set_result(problem)
+
+    async def _run(self) -> None:
+        backoff = 0.0
+        while True:
+            await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
+            wire = AsyncWire(self._redis, self._on_push, self._on_broken)
+            try:
+                await wire.open()
+                wire.send([("SUBSCRIBE", self.core.channel)])
+                # Its confirmation is a push, which comes before the replies to what follows.
+                await carry_async(greet(self.core), wire.call)
+                self._wire = wire
+                self._attempted(None)
+                await carry_async(resume(self.core), wire.call)
+                backoff = 0.0
+                await self._serve(wire)
+            except (*BROKEN, InferqError) as problem:
+                known = problem if isinstance(problem, InferqError) else unavailable(problem)
+                self._attempted(known)
+                _log.warning("connection to Redis lost, reconnecting: %s", problem)
+            except Exception:  # noqa: BLE001  or all callers would wait
+                _log.exception("connection to Redis failed, reconnecting")
+            finally:
+                self._wire = None
+                await wire.close()
+            backoff = min(MAX_BACKOFF_S, backoff * 2 or 0.05)
+
+    async def _serve(self, wire: AsyncWire) -> None:
+        sweep_at = time.monotonic() + SWEEP_S
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(sweep_at - time.monotonic()):
+                    await self._news.wait()
+            self._news.clear()
+            wire.check()
+            told, self._told = self._told, []
+            await carry_async(read(self.core, told), wire.call)
+            if time.monotonic() >= sweep_at:
+                await carry_async(sweep(self.core), wire.call)
+                await carry_async(ask_about_models(self.core), wire.call)
+                sweep_at = time.monotonic() + SWEEP_S
+
+    def _on_push(self, push: Sequence[Any]) -> None:
+        told = self.core.told(push)
+        if told:
+            self._told += told
+            self._news.set()
+
+    def _on_broken(self) -> None:
+        self._wire = None
+        self._news.set()

@@ -1,0 +1,149 @@
+"""Hop 1, for threads: check a request, push it, wait for its arrays.
+
+    with Client("redis://…") as client:
+        result = client.infer("magika", {"bytes": array}, timeout=5)
+
+Threads may share one client. A forked child gets connections of its own when it uses the client;
+what was submitted before the fork belongs to the parent.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Literal, Self, overload
+
+from inferq.producer.bulk import Job, stream
+from inferq.producer.dialogue import submit
+from inferq.producer.outgoing import Inputs
+from inferq.producer.pending import DEFAULT_WAIT_S, Pending, Result
+from inferq.producer.session import Session
+from inferq.producer.window import Window
+from inferq.shared.errors import InferqError
+from inferq.shared.settings import Settings
+
+
+class Client:
+    """Access to the queues. Connects when first used.
+
+    `redis_url`: redis://, rediss://, unix:// or Celery's sentinel:// form; by default that of
+    INFERQ_REDIS_URL or CELERY_BROKER_URL. `settings`, in its place, names everything.
+    """
+
+    def __init__(self, redis_url: str | None = None, *, settings: Settings | None = None) -> None:
+        self._settings = settings or Settings.load(redis_url=redis_url)
+        self._session = Session(self._settings)
+        _clients.add(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        problem: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def submit(
+        self,
+        model: str,
+        inputs: Inputs,
+        *,
+        priority: int | None = None,
+        timeout_ms: float | None = None,
+    ) -> Pending:
+        """Hand one request over and return; it is in Redis' queue then.
+
+        `inputs`: input name → array of exactly the model's dtype and shape, with 1 …
+        max_batch_size rows in dim 0; lists and numbers take the model's dtype. `priority`: 0 (the
+        most urgent) to 9; by default the model's. `timeout_ms`, from now: if it passes before the
+        request is computed, the request ends as DeadlineExceeded.
+
+        Raises, before anything is pushed: ModelNotFound, InvalidInput (naming the input),
+        PayloadTooLarge, QueueFull, RedisUnavailable, ClientClosed.
+        """
+        session = self._session
+        dialogue = submit(session.core, model, inputs, priority, timeout_ms, session.make)
+        return session.carry(dialogue)
+
+    def infer(
+        self,
+        model: str,
+        inputs: Inputs,
+        *,
+        timeout: float | None = DEFAULT_WAIT_S,
+        priority: int | None = None,
+        timeout_ms: float | None = None,
+    ) -> Result:
+        """`submit`, and wait up to `timeout` seconds for the result; raises what either raises."""
+        return self.submit(model, inputs, priority=priority, timeout_ms=timeout_ms).result(timeout)
+
+    @overload
+    def map(
+        self,
+        model: str,
+        items: Iterable[Inputs],
+        *,
+        in_flight: int = ...,
+        priority: int | None = ...,
+        timeout_ms: float | None = ...,
+        timeout: float | None = ...,
+        return_errors: Literal[False] = ...,
+    ) -> Iterator[Result]: ...
+    @overload
+    def map(
+        self,
+        model: str,
+        items: Iterable[Inputs],
+        *,
+        in_flight: int = ...,
+        priority: int | None = ...,
+        timeout_ms: float | None = ...,
+        timeout: float | None = ...,
+        return_errors: Literal[True],
+    ) -> Iterator[Result | InferqError]: ...
+    def map(
+        self,
+        model: str,
+        items: Iterable[Inputs],
+        *,
+        in_flight: int = 256,
+        priority: int | None = None,
+        timeout_ms: float | None = None,
+        timeout: float | None = DEFAULT_WAIT_S,
+        return_errors: bool = False,
+    ) -> Iterator[Result | InferqError]:
+        """Results of many requests, in the order of `items`, with few round trips.
+
+        `items` is read as results are taken, so it may be endless: at most `in_flight` requests
+        are unresolved at a time. A full queue is waited for while any of them is. A failed
+        request raises its error at its place, which ends the iteration; with `return_errors` the
+        error is yielded there instead. `timeout`: seconds to wait for each next result. Requests
+        that are in flight when the iteration is left go on, and their results are dropped.
+        """
+        job = Job(model, priority, timeout_ms, timeout, return_errors)
+        return stream(self._session, job, iter(items), Window(in_flight))
+
+    def close(self) -> None:
+        """Stop; what is unresolved then ends as ClientClosed here, and goes on without us."""
+        self._session.close()
+
+    def _forked(self) -> None:
+        self._session.abandon()
+        self._session = Session(self._settings)
+
+
+#: Those to tell of a fork.
+_clients: weakref.WeakSet[Client] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for client in list(_clients):
+        client._forked()
+
+
+os.register_at_fork(after_in_child=_after_fork)

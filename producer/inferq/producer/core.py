@@ -1,0 +1,269 @@
+"""What the sync and the asyncio client share: all but the I/O.
+
+The core admits and encodes requests, keeps the table of those that are unresolved, and says what
+to ask Redis; a client tells it the replies. Several threads may use it at once: each step is one
+operation on a dict, and a request that two of them resolve keeps its first outcome.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final, TypeVar
+
+import msgpack
+import msgspec
+
+from inferq.producer.admission import Admission, ModelView
+from inferq.producer.outgoing import Encoder, Inputs, Outgoing, arrays_of
+from inferq.producer.pending import Outcome, PendingRequest, Result
+from inferq.producer.wire import Command, Reply, ReplyError
+from inferq.shared import codec
+from inferq.shared.connect import judge_server
+from inferq.shared.errors import (
+    ClientClosed,
+    EngineError,
+    InferqError,
+    InvalidInput,
+    RedisUnavailable,
+    ResultExpired,
+    from_wire,
+)
+from inferq.shared.schema import Receipt, check_inputs
+from inferq.shared.settings import Settings
+
+#: Seconds between two looks at all unresolved requests' results, besides being told.
+SWEEP_S: Final = 5.0
+#: Longest wait between two attempts to reconnect, in seconds.
+MAX_BACKOFF_S: Final = 1.0
+#: Most results asked for at once: keys, and bytes as far as they can be foreseen.
+_MGET_KEYS: Final = 64
+_MGET_BYTES: Final = 8 * 1024 * 1024
+_TERMINAL: Final = frozenset({"SUCCESS", "FAILURE", "REVOKED"})
+
+P = TypeVar("P", bound=PendingRequest)
+
+
+class Core:
+    """One client's state."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.names = settings.names()
+        self.client_id = uuid.uuid4().hex
+        self.channel = self.names.reply(self.client_id)
+        self.admission = Admission(self.names)
+        self._channel_bytes = self.channel.encode()
+        self._expires_s = settings.result_expires_s
+        self._origin = f"{os.getpid()}@{socket.gethostname()}"
+        self._encoders: dict[str, Encoder] = {}
+        self._table: dict[str, PendingRequest] = {}
+        self._ended: InferqError | None = None
+        self._run_id = ""
+        self._suspects: set[str] = set()
+        #: By then (monotonic seconds) every stored result had been read.
+        self._complete_at = time.monotonic()
+        self._mean_bytes = 4096.0
+
+    # --- handing over ---------------------------------------------------------------------------
+
+    def build(
+        self,
+        view: ModelView,
+        inputs: Inputs,
+        priority: int | None,
+        timeout_ms: float | None,
+        make: Callable[[Outgoing, float], P],
+    ) -> P:
+        """Check and encode one request, count it in, and enter it into the table.
+
+        Raises InvalidInput, PayloadTooLarge, QueueFull, ClientClosed: nothing was entered then.
+        """
+        now = time.monotonic()
+        if self._ended is not None:
+            raise self._ended
+        advert = view.advert
+        priority = _checked_priority(advert.default_priority if priority is None else priority)
+        timeout_ms = _checked_timeout(timeout_ms) or advert.default_timeout_ms
+        arrays = arrays_of(advert, inputs)
+        rows = check_inputs(advert, arrays)
+        self.admission.admit(view, rows, now)
+        encoder = self._encoders.get(advert.name)
+        if encoder is None:
+            encoder = Encoder(advert.name, self.names, self.client_id, self._origin)
+            self._encoders[advert.name] = encoder
+        sent_ms = self.admission.redis_ms(now)
+        outgoing = encoder.encode(
+            arrays, priority, sent_ms, sent_ms + timeout_ms if timeout_ms else None
+        )
+        pending = make(outgoing, now)
+        self._table[pending.request_id] = pending
+        return pending
+
+    def drop(self, pending: PendingRequest, error: InferqError | None = None) -> None:
+        """Take a request out of the table, resolving it with `error` if one is given."""
+        self._table.pop(pending.request_id, None)
+        if error is not None:
+            pending.resolve(error)
+
+    def is_served(self, model: str) -> bool:
+        """See `pending.Host`."""
+        return self.admission.is_served(model, time.monotonic())
+
+    # --- reading results ------------------------------------------------------------------------
+
+    def told(self, push: Sequence[Any]) -> list[str]:
+        """The ids of ours that a RESP3 push says are settled; none if it is about else."""
+        if len(push) != 3 or push[0] != b"message" or push[1] != self._channel_bytes:
+            return []
+        try:
+            ids = msgpack.unpackb(push[2], raw=False)
+        except (ValueError, msgpack.UnpackException):
+            return []
+        return [one for one in ids if one in self._table] if isinstance(ids, list) else []
+
+    def unresolved(self) -> list[str]:
+        """The ids of all requests without an outcome."""
+        return list(self._table)
+
+    def models(self) -> set[str]:
+        """The models of all requests without an outcome."""
+        return {pending.model for pending in list(self._table.values())}
+
+    def blocks(self, ids: Sequence[str]) -> Iterator[list[str]]:
+        """`ids` in portions that are asked for at once."""
+        start = 0
+        while start < len(ids):
+            keys = max(1, min(_MGET_KEYS, int(_MGET_BYTES / self._mean_bytes)))
+            yield list(ids[start : start + keys])
+            start += keys
+
+    def ask(self, ids: Sequence[str]) -> Command:
+        """The command that reads the results of `ids`."""
+        return ("MGET", *[self.names.meta(one) for one in ids])
+
+    def take(self, ids: Sequence[str], reply: Reply) -> None:
+        """Resolve those of `ids` whose result is in `reply`, the answer to `ask`."""
+        if isinstance(reply, ReplyError):
+            raise RedisUnavailable(f"Redis refused to hand out results: {reply}")
+        for request_id, raw in zip(ids, reply, strict=True):
+            pending = self._table.get(request_id)
+            if raw is None or pending is None:
+                continue
+            self._mean_bytes += 0.1 * (len(raw) - self._mean_bytes)
+            outcome = _outcome(pending, raw)
+            if outcome is not None:
+                self.drop(pending)
+                pending.resolve(outcome)
+
+    def swept(self, asked: Sequence[str], began: float) -> None:
+        """All of `asked` have been looked for since `began` (monotonic seconds).
+
+        What is still missing, and was handed over so long before a gap in our looking that its
+        result may have come and gone, ends as ResultExpired.
+        """
+        gap, self._complete_at = began - self._complete_at, began
+        if gap <= self._expires_s:
+            return
+        for request_id in asked:
+            pending = self._table.get(request_id)
+            if pending is not None and pending.submitted_at < began - self._expires_s:
+                error = ResultExpired(
+                    f"request {request_id}: Redis was out of reach for {gap:.0f} s and has no "
+                    f"result of it now; results are kept {self._expires_s} s (result_expires_s)"
+                )
+                self.drop(pending, error)
+
+    # --- Redis itself ---------------------------------------------------------------------------
+
+    def greet(self) -> list[Command]:
+        """What to ask of a server that is new to this client."""
+        return [("INFO", "server"), ("INFO", "cluster")]
+
+    def greeted(self, replies: Sequence[Reply]) -> None:
+        """Take the replies to `greet`, and notice if Redis was restarted since the last ones.
+
+        ConfigError if it is a server that cannot be used, RedisUnavailable if it refuses to say.
+        """
+        sections = []
+        for reply in replies:
+            if isinstance(reply, ReplyError):
+                raise RedisUnavailable(f"Redis refused to tell what it is: {reply}")
+            text = reply.decode() if isinstance(reply, bytes) else str(reply)
+            sections.append(dict(re.findall(r"^(\w+):(.*?)\r?$", text, re.MULTILINE)))
+        known, self._run_id = self._run_id, judge_server(*sections).run_id
+        if known not in ("", self._run_id):
+            self._suspects.update(self._table)
+            self._complete_at = time.monotonic()
+
+    def lost(self) -> list[Outgoing]:
+        """What must be pushed again: a restart of Redis may have cost it these requests."""
+        found = [self._table.get(request_id) for request_id in self._suspects]
+        kept = [pending.outgoing for pending in found if pending is not None]
+        return [outgoing for outgoing in kept if outgoing is not None]
+
+    def pushed_again(self) -> None:
+        """Redis has taken all that was `lost`."""
+        self._suspects.clear()
+
+    # --- taking back ----------------------------------------------------------------------------
+
+    def revoke(self, pending: PendingRequest) -> list[Command]:
+        """The commands that try to cancel: store REVOKED unless there is a result; read it."""
+        key = self.names.meta(pending.request_id)
+        done_at = datetime.now(UTC).isoformat()
+        meta = codec.encode_revoked(pending.request_id, "cancelled", done_at)
+        return [("SET", key, meta, "NX", "EX", self._expires_s), ("MGET", key)]
+
+    def revoked(self, pending: PendingRequest, replies: Sequence[Reply]) -> list[Command]:
+        """Take the replies to `revoke`; return what tells others (Celery's) of a success."""
+        stored, found = replies
+        if isinstance(stored, ReplyError):
+            raise RedisUnavailable(f"Redis refused to cancel: {stored}")
+        self.take([pending.request_id], found)
+        if stored is None:
+            return []
+        return [("PUBLISH", self.names.meta(pending.request_id), found[0])]
+
+    def end(self, why: str) -> None:
+        """Resolve everything with ClientClosed, and let nothing in any more."""
+        self._ended = ClientClosed(why)
+        for pending in list(self._table.values()):
+            self.drop(pending, ClientClosed(f"request {pending.request_id}: {why}"))
+
+
+def _checked_priority(priority: int) -> int:
+    if isinstance(priority, bool) or not isinstance(priority, int) or not 0 <= priority <= 9:
+        raise InvalidInput(f"priority {priority!r}; expected a whole number from 0 (first) to 9")
+    return priority
+
+
+def _checked_timeout(timeout_ms: float | None) -> float | None:
+    number = isinstance(timeout_ms, int | float) and not isinstance(timeout_ms, bool)
+    if timeout_ms is not None and not (number and 0 < timeout_ms < float("inf")):
+        raise InvalidInput(f"timeout_ms {timeout_ms!r}; expected milliseconds above 0")
+    return timeout_ms
+
+
+def _outcome(pending: PendingRequest, raw: bytes) -> Outcome | None:
+    """What a result meta stands for; None if it is not terminal."""
+    try:
+        meta = codec.decode_meta(raw)
+        status = meta["status"]
+        if status not in _TERMINAL:
+            return None
+        if status != "SUCCESS":
+            return from_wire(status, meta.get("result"))
+        outputs = codec.decode_outputs(meta.get("result"))
+    except (codec.MalformedMessage, InvalidInput) as problem:
+        return EngineError(f"request {pending.request_id}: unreadable result: {problem}")
+    try:
+        receipt = msgspec.convert(meta.get("receipt"), Receipt)
+    except msgspec.ValidationError:
+        receipt = None
+    latency_ms = (time.monotonic() - pending.submitted_at) * 1000
+    return Result(outputs, receipt, pending.request_id, latency_ms)

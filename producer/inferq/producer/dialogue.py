@@ -1,0 +1,180 @@
+"""Who says what to Redis, and what follows from the answers: the same for threads and asyncio.
+
+Each dialogue is a generator that yields commands and is sent their replies, so that the two
+clients differ in how they carry commands over and in nothing else. What it yields at once makes
+one round trip, and bears to be executed twice. Where commands cannot be carried over, the carrier's
+error is raised at the yield.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextlib import suppress
+from typing import Final, TypeVar
+
+from inferq.producer.admission import ModelView
+from inferq.producer.core import Core, P
+from inferq.producer.outgoing import PUSH_BLOCK, Inputs, Outgoing, Push
+from inferq.producer.pending import PendingRequest
+from inferq.producer.wire import Command, Reply
+from inferq.shared.errors import Cancelled, ModelNotFound, RedisUnavailable
+
+_log: Final = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Dialogue = Generator[Sequence[Command], list[Reply], T]
+
+
+def carry(dialogue: Dialogue[T], call: Callable[[Sequence[Command]], list[Reply]]) -> T:
+    """Have a dialogue with Redis over `call`."""
+    try:
+        commands = next(dialogue)
+        while True:
+            try:
+                replies = call(commands)
+            except Exception as problem:  # noqa: BLE001  the dialogue decides what it means
+                commands = dialogue.throw(problem)
+            else:
+                commands = dialogue.send(replies)
+    except StopIteration as end:
+        value: T = end.value
+        return value
+
+
+async def carry_async(
+    dialogue: Dialogue[T], call: Callable[[Sequence[Command]], Awaitable[list[Reply]]]
+) -> T:
+    """Have a dialogue with Redis over `call`."""
+    try:
+        commands = next(dialogue)
+        while True:
+            try:
+                replies = await call(commands)
+            except Exception as problem:  # noqa: BLE001  the dialogue decides what it means
+                commands = dialogue.throw(problem)
+            else:
+                commands = dialogue.send(replies)
+    except StopIteration as end:
+        value: T = end.value
+        return value
+
+
+def look_up(core: Core, model: str) -> Dialogue[ModelView]:
+    """What is known of `model`, asked for if that is too old. ModelNotFound."""
+    view = core.admission.current(model, time.monotonic())
+    if view is None:
+        questions = core.admission.questions(model)
+        asked_at = time.monotonic()
+        replies = yield questions
+        view = core.admission.learn(model, replies, asked_at, time.monotonic())
+    return view
+
+
+def submit(
+    core: Core,
+    model: str,
+    inputs: Inputs,
+    priority: int | None,
+    timeout_ms: float | None,
+    make: Callable[[Outgoing, float], P],
+) -> Dialogue[P]:
+    """Check one request, encode it, push it; see `Client.submit`."""
+    view = yield from look_up(core, model)
+    pending = core.build(view, inputs, priority, timeout_ms, make)
+    refused = yield from push(core, [pending], view)
+    if refused:
+        raise refused[0]
+    return pending
+
+
+def push(
+    core: Core, block: Sequence[PendingRequest], view: ModelView
+) -> Dialogue[list[RedisUnavailable]]:
+    """Push requests in order. What Redis does not take is resolved with the errors returned."""
+    try:
+        refused = yield from _push(core, block, view)
+    except RedisUnavailable as problem:
+        refused = dict.fromkeys([pending.request_id for pending in block], problem)
+    except BaseException:
+        for pending in block:
+            core.drop(pending)
+        raise
+    if refused:
+        for pending in block:
+            if pending.request_id in refused:
+                core.drop(pending, refused[pending.request_id])
+    return list(refused.values())
+
+
+def _push(
+    core: Core, block: Sequence[PendingRequest], view: ModelView
+) -> Dialogue[dict[str, RedisUnavailable]]:
+    out = Push.of([one.outgoing for one in block if one.outgoing is not None])
+    asked_at = time.monotonic()
+    if not core.admission.is_due(view, asked_at):
+        return out.refused((yield out.commands))
+    model = view.advert.name
+    replies = yield [*out.commands, *core.admission.questions(model)]
+    answers = replies[len(out.commands) :]
+    # Gone since these were admitted: they wait, as all that is queued does.
+    with suppress(ModelNotFound):
+        core.admission.learn(model, answers, asked_at, time.monotonic())
+    return out.refused(replies)
+
+
+def cancel(core: Core, pending: PendingRequest) -> Dialogue[bool]:
+    """Cancel a request unless its result is stored; whether it is cancelled now."""
+    if not pending.done():
+        tell = core.revoked(pending, (yield core.revoke(pending)))
+        if tell:
+            yield tell
+    return isinstance(pending.outcome, Cancelled)
+
+
+def greet(core: Core) -> Dialogue[None]:
+    """Find out what this server is. ConfigError if it cannot be used."""
+    core.greeted((yield core.greet()))
+
+
+def resume(core: Core) -> Dialogue[None]:
+    """Catch up on a new connection, which is subscribed by now."""
+    yield from sweep(core)
+    lost = core.lost()
+    for start in range(0, len(lost), PUSH_BLOCK):
+        out = Push.of(lost[start : start + PUSH_BLOCK])
+        refused = out.refused((yield out.commands))
+        if refused:
+            raise next(iter(refused.values()))
+    core.pushed_again()
+    if lost:
+        _log.warning("Redis was restarted: pushed %d requests again", len(lost))
+
+
+def read(core: Core, ids: Sequence[str]) -> Dialogue[None]:
+    """Read those results of `ids` that are stored."""
+    for block in core.blocks(ids):
+        core.take(block, (yield [core.ask(block)])[0])
+
+
+def sweep(core: Core) -> Dialogue[None]:
+    """Look for the results of everything unresolved, whether or not we were told."""
+    began = time.monotonic()
+    asked = core.unresolved()
+    if asked:
+        yield from read(core, asked)
+    else:
+        yield [("PING",)]  # is the connection alive?
+    core.swept(asked, began)
+
+
+def ask_about_models(core: Core) -> Dialogue[None]:
+    """Renew what is known of the models that requests wait for."""
+    for model in core.models():
+        questions = core.admission.questions(model)
+        asked_at = time.monotonic()
+        replies = yield questions
+        # Announced no more: its requests wait on, as "queued_no_worker".
+        with suppress(ModelNotFound):
+            core.admission.learn(model, replies, asked_at, time.monotonic())

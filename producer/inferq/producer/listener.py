@@ -1,0 +1,94 @@
+"""One thread and one connection that hear of, and read, all results of a sync client.
+
+Whatever breaks, nothing is missed: on every (re)connection the thread subscribes, waits for the
+confirmation, and then reads the results of everything unresolved; and it looks every `SWEEP_S`
+besides. Where Redis turns out to have been restarted, which may have cost it the newest pushes,
+what is still unresolved is pushed again with the same ids.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+import redis
+
+from inferq.producer.core import MAX_BACKOFF_S, SWEEP_S, Core
+from inferq.producer.dialogue import ask_about_models, carry, greet, read, resume, sweep
+from inferq.producer.wire import BROKEN, Wire
+from inferq.shared.errors import InferqError
+
+_log: Final = logging.getLogger(__name__)
+#: Seconds that `stop` waits for the thread.
+_STOP_S: Final = 2.0
+
+
+class Listener:
+    """Start it once; stop it once."""
+
+    def __init__(self, core: Core, client: redis.Redis) -> None:
+        self._core = core
+        self._client = client
+        self._stopped = threading.Event()
+        self._told: list[str] = []
+        self._wire: Wire | None = None
+        self._pid = os.getpid()
+        self._thread = threading.Thread(target=self._run, name="inferq-results", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread. Idempotent; does nothing in a forked child, which has no such thread."""
+        if os.getpid() != self._pid:
+            return
+        self._stopped.set()
+        wire = self._wire
+        if wire is not None:
+            wire.interrupt()
+        if self._thread is not threading.current_thread():
+            self._thread.join(_STOP_S)
+
+    def _run(self) -> None:
+        backoff = 0.0
+        while not self._stopped.wait(backoff * random.uniform(0.5, 1.0)):
+            wire = Wire(self._client, self._on_push)
+            try:
+                wire.open()
+                self._wire = wire
+                wire.send([("SUBSCRIBE", self._core.channel)])
+                # Its confirmation is a push, which comes before the replies to what follows.
+                carry(greet(self._core), wire.call)
+                carry(resume(self._core), wire.call)
+                backoff = 0.0
+                self._serve(wire)
+            except (*BROKEN, InferqError) as problem:
+                if not self._stopped.is_set():
+                    _log.warning("connection for results lost, reconnecting: %s", problem)
+            except Exception:  # noqa: BLE001  or all callers would wait
+                _log.exception("connection for results failed, reconnecting")
+            finally:
+                self._wire = None
+                wire.close()
+            backoff = min(MAX_BACKOFF_S, backoff * 2 or 0.05)
+
+    def _serve(self, wire: Wire) -> None:
+        sweep_at = time.monotonic() + SWEEP_S
+        while not self._stopped.is_set():
+            if not self._told:
+                wire.listen(sweep_at - time.monotonic())
+            told, self._told = self._told, []
+            carry(read(self._core, told), wire.call)
+            if time.monotonic() >= sweep_at:
+                carry(sweep(self._core), wire.call)
+                carry(ask_about_models(self._core), wire.call)
+                sweep_at = time.monotonic() + SWEEP_S
+
+    def _on_push(self, push: Sequence[Any]) -> None:
+        self._told += self._core.told(push)

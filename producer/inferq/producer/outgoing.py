@@ -1,0 +1,178 @@
+"""Hop 1. From arrays to the commands that push them. No I/O.
+
+A small request is one message, and a run of them bound for one queue is one variadic LPUSH. A
+tensor of `INLINE_LIMIT` bytes or more is claim-checked: its bytes stand in a key of their own, set
+in the same MULTI that pushes the message, which carries the key.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from inferq.producer.wire import Command, Reply, ReplyError
+from inferq.shared import codec
+from inferq.shared.errors import InvalidInput, RedisUnavailable
+from inferq.shared.names import Names, queue_of
+from inferq.shared.schema import Array, ModelAdvert
+
+#: Bytes of one tensor from which on it is claim-checked.
+INLINE_LIMIT: Final = 64 * 1024
+#: Most requests that are pushed in one round trip.
+PUSH_BLOCK: Final = 32
+#: Seconds that a claim-checked tensor outlives its request's deadline.
+PAYLOAD_MARGIN_S: Final = 24 * 3600
+#: Seconds that it lives if the request has no deadline (it may wait for a worker that long).
+PAYLOAD_TTL_S: Final = 7 * 24 * 3600
+
+Inputs = Mapping[str, npt.ArrayLike]
+_RANKS: Final = {"b": 0, "i": 1, "u": 1, "f": 2, "c": 3}
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """One request, encoded: what is pushed, and pushed again should Redis lose it."""
+
+    request_id: str
+    model: str
+    #: The Redis list it goes to.
+    queue: str
+    message: bytes
+    #: Claim-checked tensors: key and bytes.
+    payloads: tuple[tuple[str, bytes], ...]
+    payload_ttl_s: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that pushing it sends."""
+        return len(self.message) + sum(len(data) for _, data in self.payloads)
+
+
+def arrays_of(advert: ModelAdvert, inputs: Inputs) -> dict[str, Array]:
+    """`inputs` as arrays that can travel. InvalidInput names what cannot.
+
+    An array keeps its dtype. Lists and Python numbers have none, so they take the model's, unless
+    that would drop what they say (fractions into integers).
+    """
+    dtypes = {spec.name: spec.dtype for spec in advert.signature.inputs}
+    return {
+        name: codec.wire_array(
+            name,
+            _from_python(name, value, dtypes[name])
+            if isinstance(value, list | tuple | int | float | complex) and name in dtypes
+            else value,
+        )
+        for name, value in inputs.items()
+    }
+
+
+def _from_python(name: str, value: object, dtype: str) -> Array:
+    try:
+        free = np.asarray(value)
+        target = np.dtype(dtype)
+        if _RANKS.get(free.dtype.kind, 9) <= _RANKS[target.kind] or free.size == 0:
+            return np.asarray(value, target)
+    except (ValueError, TypeError, OverflowError) as problem:
+        raise InvalidInput(f"input {name!r}: not an array of {dtype}: {problem}") from problem
+    raise InvalidInput(f"input {name!r}: holds {free.dtype.name} values; expected {dtype}")
+
+
+class Encoder:
+    """Builds the messages of one model for one client."""
+
+    def __init__(self, model: str, names: Names, client: str, origin: str) -> None:
+        self._model = model
+        self._names = names
+        self._encode = codec.RequestEncoder(queue_of(model), origin, names.reply(client)).encode
+        self._queues = [names.queue(model, priority) for priority in range(10)]
+        self._shown: dict[tuple[tuple[int, ...], ...], str] = {}
+
+    def encode(
+        self, arrays: Mapping[str, Array], priority: int, sent_ms: float, deadline_ms: float | None
+    ) -> Outgoing:
+        """One request; `arrays` have passed `check_inputs`, the times are Redis milliseconds."""
+        request_id = str(uuid.uuid4())
+        payloads: list[tuple[str, bytes]] = []
+        tensors: dict[str, Mapping[str, Any]] = {}
+        for name, array in arrays.items():
+            if array.nbytes < INLINE_LIMIT:
+                tensors[name] = codec.encode_tensor(array)
+            else:
+                key = self._names.payload(request_id, name)
+                tensors[name] = codec.encode_reference(array, key)
+                # A copy: the caller may write to the array again, and this may be pushed again.
+                payloads.append((key, array.tobytes()))
+        message = self._encode(
+            request_id, self._model, tensors, shown=self._describe(arrays), priority=priority,
+            sent_ms=sent_ms, deadline_ms=deadline_ms,
+        )  # fmt: skip
+        ttl = PAYLOAD_TTL_S
+        if deadline_ms is not None:
+            ttl = PAYLOAD_MARGIN_S + max(0, int((deadline_ms - sent_ms) / 1000))
+        queue = self._queues[priority]
+        return Outgoing(request_id, self._model, queue, message, tuple(payloads), ttl)
+
+    def _describe(self, arrays: Mapping[str, Array]) -> str:
+        # dtypes and names are the signature's; only shapes vary, and rarely.
+        shapes = tuple([array.shape for array in arrays.values()])
+        shown = self._shown.get(shapes)
+        if shown is None:
+            if len(self._shown) > 1_000:
+                self._shown.clear()
+            shown = self._shown[shapes] = codec.shown(self._model, arrays)
+        return shown
+
+
+@dataclass(slots=True)
+class Push:
+    """Commands that push some requests in order, and which reply tells of which request."""
+
+    commands: list[Command] = field(default_factory=list)
+    #: (index of the deciding reply, ids of the requests that it decides).
+    _deciding: list[tuple[int, list[str]]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, requests: Iterable[Outgoing]) -> Push:
+        """The commands for `requests`; consecutive ones for one queue share an LPUSH."""
+        push = cls()
+        run: list[Outgoing] = []
+        for request in requests:
+            if run and (request.payloads or request.queue != run[0].queue):
+                push._add_run(run)
+                run = []
+            if request.payloads:
+                push._add_claim_checked(request)
+            else:
+                run.append(request)
+        if run:
+            push._add_run(run)
+        return push
+
+    def _add_run(self, run: list[Outgoing]) -> None:
+        self._deciding.append((len(self.commands), [request.request_id for request in run]))
+        self.commands.append(("LPUSH", run[0].queue, *[request.message for request in run]))
+
+    def _add_claim_checked(self, request: Outgoing) -> None:
+        ttl = request.payload_ttl_s
+        self.commands.append(("MULTI",))
+        self.commands += [("SET", key, data, "EX", ttl) for key, data in request.payloads]
+        self.commands.append(("LPUSH", request.queue, request.message))
+        self._deciding.append((len(self.commands), [request.request_id]))
+        self.commands.append(("EXEC",))
+
+    def refused(self, replies: Sequence[Reply]) -> dict[str, RedisUnavailable]:
+        """Which requests Redis refused (it is full, or read-only), and its reason."""
+        found: dict[str, RedisUnavailable] = {}
+        for index, ids in self._deciding:
+            reply = replies[index]
+            inner = reply if isinstance(reply, list) else [reply]
+            problem = next((one for one in inner if isinstance(one, ReplyError)), None)
+            if problem is not None:
+                error = RedisUnavailable(f"Redis refused the push: {problem}")
+                found.update(dict.fromkeys(ids, error))
+        return found

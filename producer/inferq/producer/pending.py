@@ -1,0 +1,213 @@
+"""Hop 7. One request that was handed over, and what became of it.
+
+The same object serves threads and asyncio; `Pending` and `AsyncPending` add nothing but the wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, Protocol
+
+from inferq.producer.outgoing import Outgoing
+from inferq.shared.errors import Cancelled, InferqError, ResultTimeout
+from inferq.shared.schema import Array, Receipt
+
+#: Seconds that `result` and `infer` wait where the caller names no other bound.
+DEFAULT_WAIT_S: Final = 60.0
+
+
+class State(StrEnum):
+    """Where a request stands, as far as this client knows (news is at most 5 s old)."""
+
+    #: Accepted; a worker that serves the model is alive.
+    QUEUED = "queued"
+    #: Accepted and kept, but no worker that serves the model is alive now.
+    QUEUED_NO_WORKER = "queued_no_worker"
+    #: `result` returns.
+    DONE = "done"
+    #: `result` raises the request's error.
+    FAILED = "failed"
+    #: `result` raises Cancelled.
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a request came to.
+
+    `outputs`: output name → array with as many rows as the inputs had; the arrays are read-only,
+    for they share the reply's bytes (``.copy()`` one to write to it). `receipt` says where the
+    time went; None if something other than an inferq worker stored the result.
+    """
+
+    outputs: Mapping[str, Array]
+    receipt: Receipt | None
+    request_id: str
+    #: Milliseconds from the call of submit to the decoded result, at this client.
+    latency_ms: float
+
+
+Outcome = Result | InferqError
+
+
+class Host(Protocol):
+    """What a pending request may ask of its client."""
+
+    def is_served(self, model: str) -> bool:
+        """Whether a worker that serves `model` was alive when last asked."""
+        ...
+
+
+class Watcher(Protocol):
+    """What wants to hear that a pending request was resolved."""
+
+    def resolved(self, pending: PendingRequest) -> None: ...
+
+
+class PendingRequest:
+    """A request that was handed over. Made by a client, not by its users."""
+
+    __slots__ = (
+        "_host", "_outcome", "_waiters", "model", "outgoing", "request_id", "submitted_at",
+        "watcher",
+    )  # fmt: skip
+
+    def __init__(self, host: Host, outgoing: Outgoing, submitted_at: float) -> None:
+        self._host = host
+        self._outcome: Outcome | None = None
+        self._waiters: list[Callable[[], None]] = []
+        self.request_id = outgoing.request_id
+        self.model = outgoing.model
+        #: Dropped once resolved: until then it may have to be pushed again.
+        self.outgoing: Outgoing | None = outgoing
+        #: `time.monotonic` seconds.
+        self.submitted_at = submitted_at
+        self.watcher: Watcher | None = None
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.request_id} of {self.model!r}: {self.state}>"
+
+    @property
+    def state(self) -> State:
+        """See `State`. Asks nobody."""
+        outcome = self._outcome
+        if outcome is None:
+            return State.QUEUED if self._host.is_served(self.model) else State.QUEUED_NO_WORKER
+        if isinstance(outcome, Result):
+            return State.DONE
+        return State.CANCELLED if isinstance(outcome, Cancelled) else State.FAILED
+
+    def done(self) -> bool:
+        """Whether `result` would return, or raise the request's error, at once."""
+        return self._outcome is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that pushing it sends; 0 once it is resolved."""
+        return 0 if self.outgoing is None else self.outgoing.nbytes
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """The result, or the error without raising it; None while there is neither."""
+        return self._outcome
+
+    def resolve(self, outcome: Outcome) -> None:
+        """Settle this request and wake who waits. The first outcome stays."""
+        if self._outcome is not None:
+            return
+        self._outcome = outcome
+        self.outgoing = None
+        for wake in tuple(self._waiters):
+            wake()
+        if self.watcher is not None:
+            self.watcher.resolved(self)
+
+    def get(self) -> Result:
+        """The result at once, or its error; ResultTimeout if there is neither yet."""
+        outcome = self._outcome
+        if isinstance(outcome, Result):
+            return outcome
+        raise outcome if outcome is not None else self.overdue()
+
+    def overdue(self) -> ResultTimeout:
+        """The error of a caller who stops waiting now."""
+        waited = time.monotonic() - self.submitted_at
+        return ResultTimeout(
+            f"request {self.request_id} of model {self.model!r} has no result {waited:.3f} s "
+            f"after it was submitted; it is {self.state} and goes on",
+            state=str(self.state),
+        )
+
+
+class Pending(PendingRequest):
+    """A request handed over by `Client.submit`. Any thread may wait for it."""
+
+    __slots__ = ("_cancel",)
+
+    def __init__(
+        self, host: Host, outgoing: Outgoing, submitted_at: float, cancel: Callable[[Pending], bool]
+    ) -> None:
+        super().__init__(host, outgoing, submitted_at)
+        self._cancel = cancel
+
+    def result(self, timeout: float | None = DEFAULT_WAIT_S) -> Result:
+        """Wait up to `timeout` seconds (None: without bound) and return the result.
+
+        Raises the request's own error, or ResultTimeout, after which one may call again.
+        """
+        if self._outcome is None:
+            waiter = threading.Lock()
+            waiter.acquire()
+            self._waiters.append(waiter.release)
+            # `resolve` sets the outcome before it reads the waiters: one of the two sees this.
+            if self._outcome is None:
+                waiter.acquire(timeout=-1 if timeout is None else max(0.0, timeout))
+            if self._outcome is None:
+                self._waiters.remove(waiter.release)
+        return self.get()
+
+    def cancel(self) -> bool:
+        """Take the request back if no result is stored yet; say whether it is cancelled.
+
+        A batch that is running already runs on, and its result is dropped. RedisUnavailable.
+        """
+        return self._cancel(self)
+
+
+class AsyncPending(PendingRequest):
+    """A request handed over by `AsyncClient.submit`. Any task of its loop may wait for it."""
+
+    __slots__ = ("_cancel",)
+
+    def __init__(
+        self,
+        host: Host,
+        outgoing: Outgoing,
+        submitted_at: float,
+        cancel: Callable[[AsyncPending], Awaitable[bool]],
+    ) -> None:
+        super().__init__(host, outgoing, submitted_at)
+        self._cancel = cancel
+
+    async def result(self, timeout: float | None = DEFAULT_WAIT_S) -> Result:
+        """Like `Pending.result`."""
+        if self._outcome is None:
+            event = asyncio.Event()
+            self._waiters.append(event.set)
+            try:
+                async with asyncio.timeout(timeout):
+                    await event.wait()
+            except TimeoutError:
+                pass
+            finally:
+                self._waiters.remove(event.set)
+        return self.get()
+
+    async def cancel(self) -> bool:
+        """Like `Pending.cancel`."""
+        return await self._cancel(self)

@@ -1,0 +1,65 @@
+"""What one process of a sync client holds open: idle connections, the listener, the core."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from inferq.producer.core import Core
+from inferq.producer.dialogue import Dialogue, T, cancel, carry, greet
+from inferq.producer.listener import Listener
+from inferq.producer.outgoing import Outgoing
+from inferq.producer.pending import Pending
+from inferq.producer.wire import Command, Reply, Wires
+from inferq.shared.connect import redis_client
+from inferq.shared.settings import Settings
+
+
+class Session:
+    """Connects when first used. Any thread may use it. Lives as long as a request of it does."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._redis = redis_client(settings.redis_url, sentinel_master=settings.sentinel_master)
+        self._wires = Wires(self._redis)
+        self._starting = threading.Lock()
+        self._stop: weakref.finalize[Any, Any] | None = None
+        self.core = Core(settings)
+
+    def carry(self, dialogue: Dialogue[T]) -> T:
+        """Have a dialogue with Redis. RedisUnavailable."""
+        return carry(dialogue, self._call)
+
+    def _call(self, commands: Sequence[Command]) -> list[Reply]:
+        if self._stop is None:
+            self._start()
+        return self._wires.call(commands)
+
+    def _start(self) -> None:
+        with self._starting:
+            if self._stop is None:
+                carry(greet(self.core), self._wires.call)
+                listener = Listener(self.core, self._redis)
+                listener.start()
+                self._stop = weakref.finalize(self, listener.stop)
+
+    def make(self, outgoing: Outgoing, now: float) -> Pending:
+        """See `Core.build`."""
+        return Pending(self.core, outgoing, now, self._cancel)
+
+    def _cancel(self, pending: Pending) -> bool:
+        return self.carry(cancel(self.core, pending))
+
+    def close(self) -> None:
+        """Stop; what is unresolved ends as ClientClosed. Idempotent."""
+        self.core.end("the client was closed before the result came; the request goes on")
+        if self._stop is not None:
+            self._stop()
+        self._wires.close()
+
+    def abandon(self) -> None:
+        """In a forked child: leave the parent's connections alone, and what waits on them."""
+        if self._stop is not None:
+            self._stop.detach()
+        self.core.end("submitted before this process was forked; its parent gets the result")

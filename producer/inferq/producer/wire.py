@@ -1,0 +1,227 @@
+"""One RESP3 connection, driven by hand: commands go out together, replies are read in order.
+
+redis-py opens it (TLS, ACL, Sentinel, the handshake). From then on the socket is ours, because
+redis-py's own way costs three to five times as much CPU for a command, and because a RESP3
+connection that is subscribed can also be asked. What is private of redis-py, the socket, is used
+here and in `async_wire` alone.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import hiredis
+import redis
+
+from inferq.shared.connect import SOCKET_TIMEOUT_S
+from inferq.shared.errors import RedisUnavailable
+
+Command = tuple[bytes | str | int | float, ...]
+Reply = Any
+
+#: How a connection breaks: what redis-py or the socket raises.
+BROKEN: Final = (OSError, redis.RedisError)
+NOTHING: Final = object()
+#: Commands are written together up to this many bytes; a longer one goes out without a copy.
+_JOIN_BYTES: Final = 64 * 1024
+#: An unused connection older than this (seconds) is tried before it is used again.
+_STALE_S: Final = 15.0
+
+
+class ReplyError(Exception):
+    """Redis answered one command with an error; it stands where the reply would stand."""
+
+
+def new_reader() -> Any:
+    """A parser of replies; errors are ReplyError instances, `NOTHING` means: feed me more."""
+    return hiredis.Reader(
+        notEnoughData=NOTHING, replyError=ReplyError, protocolError=redis.ConnectionError
+    )
+
+
+def pack(commands: Sequence[Command]) -> list[bytes]:
+    """`commands` as bytes, in few pieces."""
+    out: list[bytes] = []
+    small: list[bytes] = []
+    size = 0
+    for command in commands:
+        packed: bytes = hiredis.pack_command(command)
+        if size + len(packed) > _JOIN_BYTES and small:
+            out.append(b"".join(small))
+            small, size = [], 0
+        small.append(packed)
+        size += len(packed)
+    out.append(b"".join(small) if len(small) > 1 else small[0])
+    return out
+
+
+def first_error(replies: Sequence[Reply]) -> ReplyError | None:
+    """The first command that was refused, if any."""
+    return next((reply for reply in replies if isinstance(reply, ReplyError)), None)
+
+
+class Wire:
+    """A connection. One thread at a time uses it; `interrupt` may be called from any.
+
+    `on_push` gets what Redis says unasked (RESP3 pushes: subscribed channels' messages). After
+    one of `BROKEN` was raised the wire is of no further use.
+    """
+
+    def __init__(
+        self, client: redis.Redis, on_push: Callable[[list[Any]], None] | None = None
+    ) -> None:
+        self._client = client
+        self._on_push = on_push
+        self._reader = new_reader()
+        self._buffer = bytearray(256 * 1024)
+        self._view = memoryview(self._buffer)
+        self._sock: socket.socket | None = None
+        self.used_at = 0.0
+
+    def open(self) -> None:
+        """Connect and shake hands. Raises one of BROKEN."""
+        pool = self._client.connection_pool
+        connection = pool.connection_class(**pool.connection_kwargs)
+        connection.connect()
+        sock: socket.socket | None = getattr(connection, "_sock", None)
+        if sock is None:
+            raise redis.ConnectionError("the connection has no socket")
+        # The connection object must live as long: it closes its socket when it is collected.
+        self._connection = connection
+        self._sock = sock
+        sock.settimeout(SOCKET_TIMEOUT_S)
+
+    def send(self, commands: Sequence[Command]) -> socket.socket:
+        """Write `commands`, which have no replies."""
+        sock = self._sock
+        if sock is None:
+            raise redis.ConnectionError("the connection is closed")
+        for piece in pack(commands):
+            sock.sendall(piece)
+        return sock
+
+    def call(self, commands: Sequence[Command]) -> list[Reply]:
+        """Write `commands` at once and return their replies, ReplyErrors among them."""
+        sock = self.send(commands)
+        replies: list[Reply] = []
+        wanted = len(commands)
+        while len(replies) < wanted:
+            reply = self._reader.gets()
+            if reply is NOTHING:
+                self._receive(sock)
+            elif isinstance(reply, hiredis.PushNotification):
+                self._pushed(reply)
+            else:
+                replies.append(reply)
+        self._drain()  # what came along: else `listen` would wait for what is here already
+        return replies
+
+    def listen(self, seconds: float) -> bool:
+        """Wait up to `seconds` for pushes and hand all that came to `on_push`; say if any came."""
+        sock = self._sock
+        if sock is None:
+            raise redis.ConnectionError("the connection is closed")
+        try:
+            sock.settimeout(max(0.001, seconds))
+            self._receive(sock)
+        except TimeoutError:
+            return False
+        finally:
+            sock.settimeout(SOCKET_TIMEOUT_S)
+        self._drain()
+        return True
+
+    def _drain(self) -> None:
+        while (push := self._reader.gets()) is not NOTHING:
+            self._pushed(push)
+
+    def _pushed(self, push: Any) -> None:
+        if self._on_push is not None:
+            self._on_push(push)
+
+    def _receive(self, sock: socket.socket) -> None:
+        count = sock.recv_into(self._buffer)
+        if count == 0:
+            raise redis.ConnectionError("Redis closed the connection")
+        self._reader.feed(self._view[:count])
+
+    def interrupt(self) -> None:
+        """Make a thread that waits on this wire stop, with one of BROKEN. Never raises."""
+        sock = self._sock
+        if sock is not None:
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                return
+
+    def close(self) -> None:
+        """Close the socket. Never raises."""
+        sock, self._sock = self._sock, None
+        if sock is not None:
+            sock.close()
+
+
+class Wires:
+    """Idle connections of one client, for calls from any thread."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._client = client
+        self._idle: deque[Wire] = deque()
+
+    def call(self, commands: Sequence[Command]) -> list[Reply]:
+        """Have `commands` answered. RedisUnavailable if that cannot be.
+
+        They are sent again on a fresh connection if an old one turns out to be broken, so they
+        must bear to be executed twice.
+        """
+        wire = self._take_idle()
+        if wire is not None:
+            try:
+                return self._call_on(wire, commands)
+            except TimeoutError as problem:
+                raise unavailable(problem) from problem
+            except BROKEN:
+                pass  # it broke since it was used last: not a word about Redis now
+        try:
+            wire = Wire(self._client)
+            wire.open()
+            return self._call_on(wire, commands)
+        except BROKEN as problem:
+            raise unavailable(problem) from problem
+
+    def _call_on(self, wire: Wire, commands: Sequence[Command]) -> list[Reply]:
+        try:
+            replies = wire.call(commands)
+        except BaseException:
+            wire.close()
+            raise
+        wire.used_at = time.monotonic()
+        self._idle.append(wire)
+        return replies
+
+    def _take_idle(self) -> Wire | None:
+        while True:
+            try:
+                wire = self._idle.pop()
+            except IndexError:
+                return None
+            if time.monotonic() - wire.used_at < _STALE_S:
+                return wire
+            wire.close()
+
+    def close(self) -> None:
+        """Close the idle connections."""
+        while self._idle:
+            try:
+                self._idle.pop().close()
+            except IndexError:
+                return
+
+
+def unavailable(problem: Exception) -> RedisUnavailable:
+    """RedisUnavailable for one of BROKEN."""
+    return RedisUnavailable(f"Redis cannot be reached: {problem}")
