@@ -7,11 +7,7 @@ from typing import Any
 
 from celery_batches import Batches
 
-from benchmarks.stock import URL_VARIABLE, echo, make_app
-
-TASK = "bench.echo_batch"
-#: Environment variable that sets the batch size of a worker process.
-SIZE_VARIABLE = "BENCH_FLUSH_EVERY"
+from benchmarks.stock import ECHO_TASK, SIZE_VARIABLE, URL_VARIABLE, echo, make_app
 
 app = make_app("benchmarks.batches", os.environ[URL_VARIABLE])
 # A worker may never hold less than one batch, or it would wait for its flush timer.
@@ -19,7 +15,7 @@ app.conf.worker_prefetch_multiplier = 4 * int(os.environ[SIZE_VARIABLE])
 
 
 @app.task(  # type: ignore[untyped-decorator]
-    name=TASK, base=Batches, flush_every=int(os.environ[SIZE_VARIABLE]), flush_interval=0.01
+    name=ECHO_TASK, base=Batches, flush_every=int(os.environ[SIZE_VARIABLE]), flush_interval=0.01
 )
 def echo_batch(requests: list[Any]) -> None:
     """Answer every request of one batch."""

@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from benchmarks.stock import URL_VARIABLE, Wire, echo, make_app
-
-TASK = "bench.echo"
+from benchmarks.stock import ECHO_TASK, URL_VARIABLE, Wire, echo, make_app
 
 app = make_app("benchmarks.plain", os.environ[URL_VARIABLE])
 
 
-@app.task(name=TASK)  # type: ignore[untyped-decorator]
+@app.task(name=ECHO_TASK)  # type: ignore[untyped-decorator]
 def echo_one(tensor: Wire) -> dict[str, Any]:
     """Answer one request."""
     return echo(tensor)

@@ -24,9 +24,9 @@ def print_tables(figures: Figures, console: Console) -> None:
 
 
 def _noop_table(figures: Figures) -> Table:
-    table = Table(title="No-op requests: first push to last array")
-    table.add_column("system")
-    columns = ("requests/s", "× plain Celery", "µs producer", "µs worker", "µs Redis", "µs total")
+    table = Table(title="No-op requests, first push to last array; CPU µs a request")
+    table.add_column("system", no_wrap=True)
+    columns = ("req/s", "×Celery", "µs producer", "worker", "Redis", "total")
     for column in columns:
         table.add_column(column, justify="right")
     rows = {f"inferq, batch {size}": entry for size, entry in figures["noop"].items()}

@@ -10,10 +10,9 @@ from pathlib import Path
 import redis
 from helpers.worker import Worker
 
-from benchmarks import celery_batches_app, plain_celery
 from benchmarks.harness import Sample, measure
 from benchmarks.processes import LEAN, stock_worker
-from benchmarks.stock import URL_VARIABLE, StockClient
+from benchmarks.stock import SIZE_VARIABLE, URL_VARIABLE, StockClient
 from inferq.producer import Client
 from inferq.shared.names import META_PREFIX
 from inferq.shared.schema import Array
@@ -55,20 +54,18 @@ class Stage:
 
     def plain_celery(self, pool: str) -> StockServed:
         """Start plain Celery on the pool `solo` or `prefork`."""
-        return self._stock(f"celery-{pool}", plain_celery.__name__, plain_celery.TASK, pool, {})
+        return self._stock(f"celery-{pool}", "plain_celery", pool, {})
 
     def celery_batches(self, size: int) -> StockServed:
         """Start celery-batches with batches of `size`."""
-        module = celery_batches_app
-        env = {module.SIZE_VARIABLE: str(size)}
-        return self._stock(f"batches-{size}", module.__name__, module.TASK, "solo", env)
+        env = {SIZE_VARIABLE: str(size)}
+        return self._stock(f"batches-{size}", "celery_batches_app", "solo", env)
 
-    def _stock(
-        self, queue: str, module: str, task: str, pool: str, env: dict[str, str]
-    ) -> StockServed:
-        worker = stock_worker(module, queue, pool, {URL_VARIABLE: self.url, **env})
+    def _stock(self, queue: str, module: str, pool: str, env: dict[str, str]) -> StockServed:
+        env = {URL_VARIABLE: self.url, **env}
+        worker = stock_worker(f"benchmarks.{module}", queue, pool, env)
         pid = self._opened.enter_context(worker)
-        client = StockClient(self.url, task, queue)
+        client = StockClient(self.url, queue)
         self._opened.callback(client.close)
         return StockServed(pid, client)
 

@@ -14,8 +14,11 @@ from celery import Celery
 
 from inferq.shared.schema import Array
 
-#: Environment variable that tells worker processes of the benchmark where Redis is.
+#: Environment variables of the worker processes: where Redis is, and celery-batches' batch size.
 URL_VARIABLE = "BENCH_REDIS_URL"
+SIZE_VARIABLE = "BENCH_FLUSH_EVERY"
+#: Name of the task in `plain_celery` and in `celery_batches_app`.
+ECHO_TASK = "bench.echo"
 TIMEOUT_S = 60.0
 POLL_S = 0.05
 Wire = Mapping[str, Any]
@@ -59,14 +62,13 @@ def _check(tensor: Wire, sent: Array) -> None:
 class StockClient:
     """Sends echo requests to one queue and reads the answers as the Celery documentation does."""
 
-    def __init__(self, url: str, task: str, queue: str) -> None:
+    def __init__(self, url: str, queue: str) -> None:
         self._app = make_app("benchmarks.client", url)
-        self._task = task
         self._queue = queue
 
     def one(self, array: Array) -> Array:
         """One request, there and back."""
-        answer = self._app.send_task(self._task, (to_wire(array),), queue=self._queue)
+        answer = self._app.send_task(ECHO_TASK, (to_wire(array),), queue=self._queue)
         return from_wire(answer.get(timeout=TIMEOUT_S))
 
     def run_get(self, array: Array, count: int) -> None:
@@ -90,7 +92,7 @@ class StockClient:
 
     def _push(self, array: Array, count: int) -> list[Any]:
         return [
-            self._app.send_task(self._task, (to_wire(array),), queue=self._queue)
+            self._app.send_task(ECHO_TASK, (to_wire(array),), queue=self._queue)
             for _ in range(count)
         ]
 
