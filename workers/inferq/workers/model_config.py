@@ -10,9 +10,9 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Any, Final
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from inferq.shared.errors import ConfigError
@@ -26,7 +26,6 @@ from inferq.workers.validation import (
     Lanes,
     Milliseconds,
     Rows,
-    Text,
     TomlTable,
     nearest,
     validate,
@@ -47,7 +46,19 @@ def _ascending(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return sizes
 
 
+def _names(labels: object) -> object:
+    is_file = isinstance(labels, str) and labels
+    if not is_file and not (
+        isinstance(labels, list)
+        and len(labels) <= MAX_LABELS
+        and all(isinstance(label, str) for label in labels)
+    ):
+        raise ValueError(f"a list of at most {MAX_LABELS} names, or a file's name")
+    return labels
+
+
 Sizes = Annotated[tuple[Rows, ...], Field(max_length=MAX_SIZES), AfterValidator(_ascending)]
+Labels = Annotated[tuple[str, ...] | str, BeforeValidator(_names)]
 
 
 @pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -93,26 +104,8 @@ class ModelConfig(TomlTable):
     #: Run every bucket once before claiming, and measure which is best.
     warm_up: Flag = True
     #: What the outputs' classes are called: a list, or a file in the model's folder, one a line.
-    labels: (
-        Annotated[tuple[Annotated[str, Field(max_length=1000)], ...], Field(max_length=MAX_LABELS)]
-        | Text
-    ) = ()
+    labels: Labels = ()
     pad: dict[str, PadTable] = Field(default_factory=dict, max_length=64)
-
-    @model_validator(mode="after")
-    def _fit(self) -> Self:
-        limit = self.max_batch_size or self.default_max_batch_size
-        if self.buckets and limit > self.buckets[-1]:
-            raise ValueError(
-                f"a last bucket of at least max_batch_size, not buckets = {list(self.buckets)} "
-                f"with max_batch_size = {limit}"
-            )
-        if self.preferred_batch_sizes and self.preferred_batch_sizes[-1] > limit:
-            raise ValueError(
-                "preferred_batch_sizes of at most max_batch_size, not preferred_batch_sizes = "
-                f"{list(self.preferred_batch_sizes)} with max_batch_size = {limit}"
-            )
-        return self
 
     @property
     def default_max_batch_size(self) -> int:
@@ -157,7 +150,23 @@ def read_toml(path: Path) -> ModelToml:
             tables[key] = value
         else:
             raise ConfigError(f"{key} is {value!r}; expected a table, [{key}]")
-    return ModelToml(validate(ModelConfig, knobs), tables)
+    config = validate(ModelConfig, knobs)
+    _check_sizes(config)
+    return ModelToml(config, tables)
+
+
+def _check_sizes(config: ModelConfig) -> None:
+    limit = config.max_batch_size or config.default_max_batch_size
+    if config.buckets and config.buckets[-1] < limit:
+        raise ConfigError(
+            f"buckets is {list(config.buckets)}; expected the last to be at least "
+            f"max_batch_size, {limit}"
+        )
+    if config.preferred_batch_sizes and config.preferred_batch_sizes[-1] > limit:
+        raise ConfigError(
+            f"preferred_batch_sizes is {list(config.preferred_batch_sizes)}; expected none above "
+            f"max_batch_size, {limit}"
+        )
 
 
 def check_pad(pad: Mapping[str, PadRule], signature: Signature) -> None:

@@ -120,8 +120,8 @@ def load_model(root: Path, name: str) -> ModelSpec:
             toml = read_toml(_inside(root, toml_path))
     versions = _versions(folder)
     version_folder = root / name / str(versions[-1])
+    engine = toml.config.engine or _engine_for(version_folder)
     with _naming(toml_path):
-        engine = toml.config.engine or _engine_for(version_folder)
         entry, cls = registered(engine), engine_class(engine)
     path = _model_file(root, version_folder, entry.files) if entry.files else None
     table = toml.tables.get(engine, {})

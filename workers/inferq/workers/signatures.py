@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -41,26 +42,43 @@ _INVENTED = re.compile(r"unk__\d+")
 Dim = int | str | None
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What a probe showed of one output."""
+
+    follows: bool
+    dims: int
+
+
 def with_batch_dim(declared: Signature, probe: Probe) -> Signature:
     """`declared` with one symbol at dim 0 of all inputs and outputs if the model is batchable.
 
-    Otherwise those outputs' dim 0 that do not follow the rows become None (freely varying), so
-    that `Signature.batch_symbol` is None.
+    Otherwise dim 0 of the outputs that do not follow the rows is None (freely varying), or the
+    size that the file gives, so that `Signature.batch_symbol` is None. An output that the file
+    gives no rank gets that which it was seen to have.
     """
     symbol = _input_symbol(declared)
     if symbol is None:
-        return declared
+        if declared.batch_symbol is None:
+            return declared
+        return Signature(declared.inputs, tuple(_renamed(s, None) for s in declared.outputs))
     inputs = tuple(_renamed(spec, symbol) for spec in declared.inputs)
-    follows = _probed(inputs, symbol, probe)
-    outputs: list[TensorSpec] = []
-    for spec in declared.outputs:
-        first = spec.shape[0] if spec.shape else 0
-        agreed = follows.get(spec.name, first == symbol)
-        if isinstance(first, int):
-            outputs.append(spec)
-        else:
-            outputs.append(_renamed(spec, symbol if agreed else None))
-    return Signature(inputs, tuple(outputs))
+    seen = _probed(inputs, symbol, probe)
+    outputs = tuple(_judged(spec, symbol, seen.get(spec.name)) for spec in declared.outputs)
+    return Signature(inputs, outputs)
+
+
+def _judged(spec: TensorSpec, symbol: str, seen: _Seen | None) -> TensorSpec:
+    if seen is None:
+        agreed = bool(spec.shape) and spec.shape[0] == symbol
+    else:
+        agreed = seen.follows
+        if not spec.shape and seen.dims:
+            spec = TensorSpec(spec.name, spec.dtype, (None,) * seen.dims)
+    if agreed:
+        return _renamed(spec, symbol)
+    fixed = not spec.shape or isinstance(spec.shape[0], int)
+    return spec if fixed else _renamed(spec, None)
 
 
 def why_not_batchable(signature: Signature) -> str | None:
@@ -76,7 +94,9 @@ def why_not_batchable(signature: Signature) -> str | None:
     symbols = {str(spec.shape[0]) for spec in signature.inputs}
     if len(symbols) > 1:
         return f"dim 0 differs between the inputs ({', '.join(sorted(symbols))})"
-    rows = {spec.shape[0] for spec in signature.inputs}.pop()
+    rows = signature.inputs[0].shape[0]
+    if any(rows in spec.shape[1:] for spec in signature.inputs):
+        return f"dim 0 of the inputs ({rows}) is another dim's size, too"
     for spec in signature.outputs:
         if spec.shape[0] != rows:
             return f"the rows of output {spec.name!r} were not shown to follow those of the inputs"
@@ -103,8 +123,8 @@ def _renamed(spec: TensorSpec, first: Dim) -> TensorSpec:
     return TensorSpec(spec.name, spec.dtype, (first, *spec.shape[1:]))
 
 
-def _probed(inputs: tuple[TensorSpec, ...], symbol: str, probe: Probe) -> dict[str, bool]:
-    """For each output, whether it follows the rows; empty if the model could not be run."""
+def _probed(inputs: tuple[TensorSpec, ...], symbol: str, probe: Probe) -> dict[str, _Seen]:
+    """What was seen of each output; empty if the model could not be run."""
     open_dims = any(not isinstance(dim, int) for spec in inputs for dim in spec.shape[1:])
     for size in PROBE_SIZES if open_dims else PROBE_SIZES[:1]:
         many = _example(inputs, symbol, size)
@@ -123,7 +143,7 @@ def _probed(inputs: tuple[TensorSpec, ...], symbol: str, probe: Probe) -> dict[s
         except Exception as problem:  # noqa: BLE001 - a probe that the model rejects tells nothing
             logger.debug("probe of size %d failed: %s", size, problem)
             continue
-        return follows
+        return {name: _Seen(good, together[name].ndim) for name, good in follows.items()}
     return {}
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
+from pydantic_core import ErrorDetails
 
 from inferq.shared.errors import ConfigError
 
@@ -26,6 +27,21 @@ Milliseconds = Annotated[float, Field(strict=True, ge=0, le=HOUR_MS)]
 Table = TypeVar("Table", bound=BaseModel)
 
 _SHOWN_CHARS: Final = 100
+_EXPECTED: Final = {
+    "int_type": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "tuple_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "dataclass_type": "a table",
+    "too_short": "at least {min_length} of them",
+    "too_long": "at most {max_length} of them",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than_equal": "at most {le}",
+}
 
 
 class TomlTable(BaseModel):
@@ -51,8 +67,12 @@ def nearest(key: str, known: Iterable[str]) -> str:
 
 def _explain(model: type[BaseModel], problem: ValidationError, prefix: str) -> str:
     lines: list[str] = []
+    places: set[str] = set()
     for error in problem.errors(include_url=False):
         place = prefix + ".".join(map(str, error["loc"]))
+        if error["type"] == "too_short" and any(p.startswith(f"{place}.") for p in places):
+            continue  # It is short only of the items that were found wrong.
+        places.add(place)
         if error["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
             known = model.model_fields if len(error["loc"]) == 1 else ()
             hint = f"; {nearest(str(error['loc'][-1]), known)}" if known else ""
@@ -63,6 +83,13 @@ def _explain(model: type[BaseModel], problem: ValidationError, prefix: str) -> s
             value = repr(error["input"])
             if len(value) > _SHOWN_CHARS:
                 value = value[:_SHOWN_CHARS] + "…"
-            expected = re.sub(r"^(Value error, |Input should (be )?(a valid )?)", "", error["msg"])
-            lines.append(f"{place} is {value}; expected {expected}")
+            lines.append(f"{place} is {value}; expected {_expected(error)}")
     return "; ".join(lines)
+
+
+def _expected(error: ErrorDetails) -> str:
+    # TOML's words, where pydantic's are Python's.
+    named = _EXPECTED.get(error["type"])
+    if named is not None:
+        return named.format(**error.get("ctx", {}))
+    return re.sub(r"^(Value error, |Input should be (a valid )?)", "", error["msg"])

@@ -14,7 +14,9 @@ if redis.call('EXISTS', KEYS[1]) == 0 then
   return {0, stamp}
 end
 local ends = string.format('%.0f', now + ARGV[2])
-for n = 2, #KEYS do
+redis.call('ZADD', KEYS[2], ends, ARGV[1])
+for n = 3, #KEYS do
+  redis.call('ZREMRANGEBYSCORE', KEYS[n], '-inf', '(' .. stamp)
   redis.call('ZADD', KEYS[n], ends, ARGV[1])
 end
 return {1, stamp}

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from inferq.shared.errors import ConfigError, EngineError, FatalEngineError
 from inferq.shared.schema import DTYPES, MAX_DIMS, MAX_TENSORS, Array, Signature, TensorSpec
@@ -47,7 +47,15 @@ FAULTS: Final = frozenset(range(FAULT_HANG, FAULT_RAISE + 1))
 EXIT_STATUS: Final = 70
 HANG_S: Final = 3600.0
 
-Dim = Annotated[int, Field(strict=True, ge=1, le=1 << 31)] | Text
+
+def _dim(value: object) -> object:
+    is_size = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if not is_size and not (isinstance(value, str) and value):
+        raise ValueError("a size of at least 1, or a symbol")
+    return value
+
+
+Dim = Annotated[int | str, BeforeValidator(_dim)]
 
 
 class _Tensor(TomlTable):

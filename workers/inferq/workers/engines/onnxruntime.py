@@ -85,6 +85,7 @@ class OnnxRuntimeEngine(Engine):
         # Read once and dropped: optimising would take longer than it saves.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         session = _open(path, options, [_CPU])
+        _check_ranks(path, session)
         declared = Signature(
             _specs("input", session.get_inputs()), _specs("output", session.get_outputs())
         )
@@ -176,6 +177,20 @@ def _open(
         raise ConfigError(
             f"{path} cannot be loaded by ONNX Runtime: {_reason(problem)}"
         ) from problem
+
+
+def _check_ranks(path: Path | None, session: ort.InferenceSession) -> None:
+    """ConfigError for an input of unknown rank, which ONNX Runtime does not tell from a scalar."""
+    scalars = {node.name for node in session.get_inputs() if not node.shape}
+    if not scalars or path is None:
+        return
+    # Imported only here: few models need it, and it takes its time.
+    import onnx  # noqa: PLC0415
+
+    model = onnx.load(path, load_external_data=False)
+    for value in model.graph.input:
+        if value.name in scalars and not value.type.tensor_type.HasField("shape"):
+            raise ConfigError(f"input {value.name!r} of the model has no shape; expected a rank")
 
 
 def _specs(kind: str, nodes: Sequence[Any]) -> tuple[TensorSpec, ...]:
