@@ -48,7 +48,9 @@ def _table(specs: list[ModelSpec]) -> Table:
             escape(spec.name),
             f"{' '.join(older)} [bold]{served}[/bold]".strip(),
             spec.config.engine,
-            f"≤ {spec.max_batch_size}" if spec.batchable else f"no: {escape(spec.why_not_batchable or '')}",
+            f"≤ {spec.max_batch_size}"
+            if spec.batchable
+            else f"no: {escape(spec.why_not_batchable or '')}",
             escape(_signature(spec)),
             escape(_knobs(spec)),
         )
