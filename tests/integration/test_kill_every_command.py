@@ -1,7 +1,8 @@
 """Killed after any one of its Redis commands, a worker loses nothing and doubles nothing.
 
 A proxy forwards the first k commands of claim → run → settle and the worker is SIGKILLed, for
-every k. A second worker, which was not claiming, then serves what is left. The lease is the default.
+every k. A second worker, which was not claiming, then serves what is left. The lease is the
+default.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def models(tmp_path: Path) -> Path:
 
 def _result(redis: Redis, request_id: str) -> Array | None:
     data = redis.get(NAMES.meta(request_id))
-    if data is None:
+    if not isinstance(data, bytes):
         return None
     meta = codec.decode_meta(data)
     assert meta["status"] == "SUCCESS", meta

@@ -1,0 +1,143 @@
+"""Tiny ONNX files for tests, each with one property that matters for serving."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import TensorProto, helper
+
+Shape = Sequence[int | str | None] | None
+#: Name → (element type, shape).
+Tensors = Mapping[str, tuple[int, Shape]]
+
+FLOAT = TensorProto.FLOAT
+INT64 = TensorProto.INT64
+STRING = TensorProto.STRING
+BFLOAT16 = TensorProto.BFLOAT16
+
+
+def write(
+    path: Path,
+    nodes: Sequence[Any],
+    inputs: Tensors,
+    outputs: Tensors,
+    constants: Sequence[Any] = (),
+) -> Path:
+    """Write a model of these nodes to `path`, whose folders are made."""
+    infos = [
+        [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in each.items()]
+        for each in (inputs, outputs)
+    ]
+    graph = helper.make_graph(list(nodes), "test", *infos, list(constants))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(model, path)
+    return path
+
+
+def node(kind: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> Any:
+    """One operator of the default set."""
+    return helper.make_node(kind, list(inputs), list(outputs), **attributes)
+
+
+def double(
+    path: Path, shape: Shape = ("batch", 3), out: Shape | str = "same"
+) -> Path:
+    """x: float32 → y = x + x."""
+    y = shape if out == "same" else out
+    assert not isinstance(y, str)
+    return write(path, [node("Add", "xx", "y")], {"x": (FLOAT, shape)}, {"y": (FLOAT, y)})
+
+
+def two_inputs(path: Path, a: Shape = ("batch", 2), b: Shape = ("batch", 2)) -> Path:
+    """a, b: float32 → doubled a, doubled b."""
+    nodes = [node("Add", "aa", "c"), node("Add", "bb", "d")]
+    return write(
+        path, nodes, {"a": (FLOAT, a), "b": (FLOAT, b)}, {"c": (FLOAT, a), "d": (FLOAT, b)}
+    )
+
+
+def pooled(path: Path) -> Path:
+    """x: float32[batch, seq, 4] → y doubled, and its sum along seq."""
+    axes = helper.make_tensor("axes", INT64, [1], [1])
+    nodes = [node("Add", "xx", "y"), node("ReduceSum", ["x", "axes"], ["sum"], keepdims=0)]
+    return write(
+        path,
+        nodes,
+        {"x": (FLOAT, ("batch", "seq", 4))},
+        {"y": (FLOAT, ("batch", "seq", 4)), "sum": (FLOAT, ("batch", 4))},
+        [axes],
+    )
+
+
+def total(path: Path, out: Shape = ("batch", 3)) -> Path:
+    """x: float32[batch, 3] → one row, the sum of all, whatever the file says of its shape."""
+    axes = helper.make_tensor("axes", INT64, [1], [0])
+    nodes = [node("ReduceSum", ["x", "axes"], ["y"], keepdims=1)]
+    return write(path, nodes, {"x": (FLOAT, ("batch", 3))}, {"y": (FLOAT, out)}, [axes])
+
+
+def mixed_rows(path: Path) -> Path:
+    """x: float32[batch, 3] → softmax over the batch: as many rows, but none independent."""
+    shape: Shape = ("batch", 3)
+    nodes = [node("Softmax", "x", "y", axis=0)]
+    return write(path, nodes, {"x": (FLOAT, shape)}, {"y": (FLOAT, shape)})
+
+
+def noise(path: Path) -> Path:
+    """x: float32[batch, 3] → as many random numbers, new ones each time."""
+    shape: Shape = ("batch", 3)
+    nodes = [node("RandomNormalLike", "x", "y")]
+    return write(path, nodes, {"x": (FLOAT, shape)}, {"y": (FLOAT, shape)})
+
+
+def lookup(path: Path, rows: int = 4) -> Path:
+    """ids: int64[batch] → float32[batch, 2] of a table of `rows`; other ids are an error."""
+    table = helper.make_tensor("table", FLOAT, [rows, 2], [float(n) for n in range(2 * rows)])
+    nodes = [node("Gather", ["table", "ids"], ["y"], axis=0)]
+    return write(
+        path, nodes, {"ids": (INT64, ("batch",))}, {"y": (FLOAT, ("batch", 2))}, [table]
+    )
+
+
+def text_length(path: Path) -> Path:
+    """A model that takes strings."""
+    nodes = [node("Identity", "x", "y")]
+    shape: Shape = ("batch",)
+    return write(path, nodes, {"x": (STRING, shape)}, {"y": (STRING, shape)})
+
+
+def split(path: Path) -> Path:
+    """A model that answers a sequence of tensors."""
+    graph = helper.make_graph(
+        [node("SplitToSequence", "x", "y")],
+        "test",
+        [helper.make_tensor_value_info("x", FLOAT, ["batch", 3])],
+        [helper.make_tensor_sequence_value_info("y", FLOAT, None)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, path)
+    return path
+
+
+def external(path: Path, location: str) -> Path:
+    """x: float32[batch, 4] → x + w, where w stands in the file `location`."""
+    weights = TensorProto(name="w", data_type=FLOAT, dims=[4])
+    weights.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", location), ("length", "16")):
+        weights.external_data.add(key=key, value=value)
+    shape: Shape = ("batch", 4)
+    graph = helper.make_graph(
+        [node("Add", "xw", "y")],
+        "test",
+        [helper.make_tensor_value_info("x", FLOAT, shape)],
+        [helper.make_tensor_value_info("y", FLOAT, shape)],
+        [weights],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(model.SerializeToString())
+    return path
