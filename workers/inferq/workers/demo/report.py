@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Final
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -22,7 +22,7 @@ _BAR_CELLS: Final = 40
 
 def tables(
     files: Files, photos: Photos, whole: Figures, parts: Mapping[str, Figures]
-) -> list[Table]:
+) -> list[RenderableType]:
     """All that ``inferq demo`` prints at its end. `parts`: model → its figures."""
     return [
         _types(files),
@@ -53,10 +53,15 @@ def as_json(
     }
 
 
-def _types(files: Files) -> Table:
+def _titled(title: str, table: Table) -> Group:
+    """A table's own title is broken at the table's width; this one is not."""
+    return Group(Text(title, "bold"), table)
+
+
+def _types(files: Files) -> Group:
     found = files.types.total()
     notes = f"{files.without_model} too short to ask about, {files.unreadable} unreadable"
-    table = Table(title=f"What type is each file? ({found} files; {notes})", title_justify="left")
+    table = Table()
     table.add_column("type")
     table.add_column("files", justify="right")
     table.add_column("share", justify="right")
@@ -66,11 +71,11 @@ def _types(files: Files) -> Table:
         shown.append((f"{len(others)} other types", sum(count for _, count in others)))
     for name, count in shown:
         table.add_row(name, str(count), f"{100 * count / found:.1f} %")
-    return table
+    return _titled(f"What type is each file? {found} files, {notes}", table)
 
 
-def _rotations(photos: Photos) -> Table:
-    table = Table(title="Which way up is the photo?", title_justify="left")
+def _rotations(photos: Photos) -> Group:
+    table = Table()
     table.add_column("turned by", justify="right")
     for heading in (
         "expected", f"{JUDGED}.jpg, middle", f"{JUDGED}.jpg, all crops right",
@@ -87,7 +92,7 @@ def _rotations(photos: Photos) -> Table:
             f"{photos.crops[quarters, right]} of {asked}",
             _answer(photos, SHOWN, quarters, None),
         )
-    return table
+    return _titled("Which way up is the photo?", table)
 
 
 def _answer(photos: Photos, photo: str, quarters: int, right: int | None) -> RenderableType:
@@ -100,8 +105,8 @@ def _answer(photos: Photos, photo: str, quarters: int, right: int | None) -> Ren
     return Text(text, "green" if answer.answered == right else "red")
 
 
-def _figures(whole: Figures, parts: Mapping[str, Figures]) -> Table:
-    table = Table(title="Requests", title_justify="left")
+def _figures(whole: Figures, parts: Mapping[str, Figures]) -> Group:
+    table = Table()
     table.add_column("")
     columns = [*parts.values(), whole]
     for heading in (*parts, "all"):
@@ -124,7 +129,7 @@ def _figures(whole: Figures, parts: Mapping[str, Figures]) -> Table:
         ("settling", "  of it settling"),
     ):
         row(label, [_ms(figures.time_ms, name) for figures in columns])
-    return table
+    return _titled("Requests, and where their time went", table)
 
 
 def _errors(figures: Figures) -> str:
@@ -136,12 +141,12 @@ def _ms(values: object | None, name: str) -> str:
     return "-" if values is None else f"{getattr(values, name):.1f}"
 
 
-def _batches(model: str, figures: Figures) -> Table:
-    table = Table(title=f"Batches of {model}", title_justify="left")
+def _batches(model: str, figures: Figures) -> Group:
+    table = Table()
     table.add_column("rows", justify="right")
     table.add_column("batches", justify="right")
     table.add_column("")
     most = max(figures.batch_sizes.values(), default=1)
     for size, count in figures.batch_sizes.items():
         table.add_row(str(size), str(count), "█" * max(1, round(_BAR_CELLS * count / most)))
-    return table
+    return _titled(f"Batches of {model}", table)
