@@ -43,9 +43,7 @@ def node(kind: str, inputs: Sequence[str], outputs: Sequence[str], **attributes:
     return helper.make_node(kind, list(inputs), list(outputs), **attributes)
 
 
-def double(
-    path: Path, shape: Shape = ("batch", 3), out: Shape | str = "same"
-) -> Path:
+def double(path: Path, shape: Shape = ("batch", 3), out: Shape | str = "same") -> Path:
     """x: float32 → y = x + x."""
     y = shape if out == "same" else out
     assert not isinstance(y, str)
@@ -98,9 +96,7 @@ def lookup(path: Path, rows: int = 4) -> Path:
     """ids: int64[batch] → float32[batch, 2] of a table of `rows`; other ids are an error."""
     table = helper.make_tensor("table", FLOAT, [rows, 2], [float(n) for n in range(2 * rows)])
     nodes = [node("Gather", ["table", "ids"], ["y"], axis=0)]
-    return write(
-        path, nodes, {"ids": (INT64, ("batch",))}, {"y": (FLOAT, ("batch", 2))}, [table]
-    )
+    return write(path, nodes, {"ids": (INT64, ("batch",))}, {"y": (FLOAT, ("batch", 2))}, [table])
 
 
 def text_length(path: Path) -> Path:
