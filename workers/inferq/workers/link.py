@@ -130,26 +130,26 @@ class Link:
 
     def wait(self, seconds: float) -> None:
         """Until a key changed, the waker was set, or `seconds` have passed."""
-        if not self._pending():
+        self._drain()  # a push may have come in behind, or among, replies that were read
+        if self.changed or self.all_changed:
+            return
+        pending = getattr(self._sock, "pending", None)  # TLS: decrypted, not yet read
+        if pending is not None and pending():
+            self._receive()
+        else:
             for fd, _ in self._poll.poll(max(0.0, seconds) * 1000):
                 if fd == self._waker.fd:
                     self._waker.clear()
                 else:
                     self._receive()
+        self._drain()
+
+    def _drain(self) -> None:
         while (reply := self._reader.gets()) is not _NOTHING:
             if isinstance(reply, hiredis.PushNotification):
                 self._note(reply)
             else:
                 self._unread -= 1
-
-    def _pending(self) -> bool:
-        if self._reader.has_data():
-            return bool(self.changed) or self.all_changed
-        pending = getattr(self._sock, "pending", None)  # TLS: decrypted, not yet read
-        if pending is not None and pending():
-            self._receive()
-            return True
-        return False
 
     def _receive(self) -> None:
         count = self._sock.recv_into(self._buffer)
