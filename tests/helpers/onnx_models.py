@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx
 from onnx import TensorProto, helper
 
 Shape = Sequence[int | str | None] | None
@@ -31,16 +30,24 @@ def write(
         [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in each.items()]
         for each in (inputs, outputs)
     ]
-    graph = helper.make_graph(list(nodes), "test", *infos, list(constants))
+    return _save(path, helper.make_graph(list(nodes), "test", *infos, list(constants)))
+
+
+def _save(path: Path, graph: Any) -> Path:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save(model, path)
+    path.write_bytes(model.SerializeToString())
     return path
 
 
 def node(kind: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> Any:
     """One operator of the default set."""
     return helper.make_node(kind, list(inputs), list(outputs), **attributes)
+
+
+def ints(name: str, dims: Sequence[int], values: Sequence[int]) -> Any:
+    """An int64 constant."""
+    return helper.make_tensor(name, INT64, dims, values)
 
 
 def double(path: Path, shape: Shape = ("batch", 3), out: Shape | str = "same") -> Path:
@@ -60,22 +67,31 @@ def two_inputs(path: Path, a: Shape = ("batch", 2), b: Shape = ("batch", 2)) -> 
 
 def pooled(path: Path) -> Path:
     """x: float32[batch, seq, 4] → y doubled, and its sum along seq."""
-    axes = helper.make_tensor("axes", INT64, [1], [1])
     nodes = [node("Add", "xx", "y"), node("ReduceSum", ["x", "axes"], ["sum"], keepdims=0)]
     return write(
         path,
         nodes,
         {"x": (FLOAT, ("batch", "seq", 4))},
         {"y": (FLOAT, ("batch", "seq", 4)), "sum": (FLOAT, ("batch", 4))},
-        [axes],
+        [ints("axes", [1], [1])],
     )
 
 
-def total(path: Path, out: Shape = ("batch", 3)) -> Path:
-    """x: float32[batch, 3] → one row, the sum of all, whatever the file says of its shape."""
-    axes = helper.make_tensor("axes", INT64, [1], [0])
+def total(path: Path) -> Path:
+    """x: float32[batch, 3] → one row, the sum of all."""
     nodes = [node("ReduceSum", ["x", "axes"], ["y"], keepdims=1)]
-    return write(path, nodes, {"x": (FLOAT, ("batch", 3))}, {"y": (FLOAT, out)}, [axes])
+    shape: Shape = ("batch", 3)
+    return write(
+        path, nodes, {"x": (FLOAT, shape)}, {"y": (FLOAT, (1, 3))}, [ints("axes", [1], [0])]
+    )
+
+
+def first_row(path: Path) -> Path:
+    """x: float32[batch, 3] → its first row alone, though the file promises all."""
+    shape: Shape = ("batch", 3)
+    condition = helper.make_tensor("first", TensorProto.BOOL, [1], [True])
+    nodes = [node("Compress", ["x", "first"], ["y"], axis=0)]
+    return write(path, nodes, {"x": (FLOAT, shape)}, {"y": (FLOAT, shape)}, [condition])
 
 
 def mixed_rows(path: Path) -> Path:
@@ -114,9 +130,7 @@ def split(path: Path) -> Path:
         [helper.make_tensor_value_info("x", FLOAT, ["batch", 3])],
         [helper.make_tensor_sequence_value_info("y", FLOAT, None)],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    onnx.save(model, path)
-    return path
+    return _save(path, graph)
 
 
 def external(path: Path, location: str) -> Path:
@@ -133,7 +147,4 @@ def external(path: Path, location: str) -> Path:
         [helper.make_tensor_value_info("y", FLOAT, shape)],
         [weights],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(model.SerializeToString())
-    return path
+    return _save(path, graph)

@@ -1,0 +1,271 @@
+"""ONNX files: what is served, in batches or one by one, and what is refused with the reason."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from helpers import onnx_models
+from helpers.onnx_models import FLOAT, node
+
+from inferq.shared.errors import ConfigError, EngineError
+from inferq.shared.schema import Signature
+from inferq.workers.engines import onnxruntime
+from inferq.workers.engines.base import Batch, EngineOptions
+from inferq.workers.engines.onnxruntime import OnnxRuntimeEngine, usable_cores
+from inferq.workers.signatures import why_not_batchable
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "1" / "model.onnx"
+
+
+def _read(path: Path) -> Signature:
+    return OnnxRuntimeEngine.read_signature(path, {})
+
+
+def _engine(path: Path, lanes: int = 1, **table: Any) -> OnnxRuntimeEngine:
+    engine = OnnxRuntimeEngine(path, EngineOptions(lanes, 8, (), table))
+    engine.load()
+    return engine
+
+
+# --- batchable or not ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "signature"),
+    [
+        (onnx_models.double, "(x: float32[batch, 3]) -> (y: float32[batch, 3])"),
+        (
+            onnx_models.two_inputs,
+            "(a: float32[batch, 2], b: float32[batch, 2]) -> "
+            "(c: float32[batch, 2], d: float32[batch, 2])",
+        ),
+        (
+            onnx_models.pooled,
+            "(x: float32[batch, seq, 4]) -> (y: float32[batch, seq, 4], sum: float32[batch, 4])",
+        ),
+        (
+            lambda path: onnx_models.double(path, ("N", 3), ("Addy_dim_0", 3)),
+            "(x: float32[N, 3]) -> (y: float32[N, 3])",
+        ),
+        (
+            lambda path: onnx_models.double(path, (None, 3), (None, 3)),
+            "(x: float32[batch, 3]) -> (y: float32[batch, 3])",
+        ),
+        (
+            lambda path: onnx_models.double(path, ("unk__214", 3), ("unk__215", 3)),
+            "(x: float32[batch, 3]) -> (y: float32[batch, 3])",
+        ),
+        (
+            lambda path: onnx_models.two_inputs(path, ("unk__1", 2), ("unk__2", 2)),
+            "(a: float32[batch, 2], b: float32[batch, 2]) -> "
+            "(c: float32[batch, 2], d: float32[batch, 2])",
+        ),
+        (
+            lambda path: onnx_models.double(path, ("N", 3), None),
+            "(x: float32[N, 3]) -> (y: float32[N, 3])",
+        ),
+        (onnx_models.noise, "(x: float32[batch, 3]) -> (y: float32[batch, 3])"),
+        (onnx_models.lookup, "(ids: int64[batch]) -> (y: float32[batch, 2])"),
+    ],
+    ids=[
+        "named", "two inputs", "dynamic inner dim", "output named otherwise", "unnamed",
+        "invented names", "two inputs with invented names", "output without rank", "random output",
+        "indices",
+    ],
+)  # fmt: skip
+def test_a_model_whose_outputs_follow_the_rows_is_batchable(
+    file: Path, make: Callable[[Path], Path], signature: str
+) -> None:
+    read = _read(make(file))
+    assert str(read) == signature
+    assert read.batch_symbol is not None
+    assert why_not_batchable(read) is None
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: onnx_models.double(path, (1, 3)), "dim 0 of input 'x' is fixed at 1"),
+        (
+            lambda path: onnx_models.two_inputs(path, ("n", 2), ("m", 2)),
+            "dim 0 differs between the inputs (m, n)",
+        ),
+        (
+            lambda path: onnx_models.two_inputs(path, ("n", 2), ()),
+            "input 'b' is a scalar, without a batch dim",
+        ),
+        (
+            lambda path: onnx_models.double(path, ("n", "n")),
+            "dim 0 of the inputs (n) is another dim's size, too",
+        ),
+        (onnx_models.total, "dim 0 of output 'y' is fixed at 1"),
+        (
+            onnx_models.first_row,
+            "the rows of output 'y' were not shown to follow those of the inputs",
+        ),
+        (
+            onnx_models.mixed_rows,
+            "the rows of output 'y' were not shown to follow those of the inputs",
+        ),
+    ],
+    ids=[
+        "fixed at 1", "no common dim", "a scalar input", "square", "one row for all",
+        "fewer rows than promised", "rows that depend on each other",
+    ],
+)  # fmt: skip
+def test_any_other_model_runs_request_by_request_and_says_why(
+    file: Path, make: Callable[[Path], Path], reason: str
+) -> None:
+    read = _read(make(file))
+    assert read.batch_symbol is None
+    assert why_not_batchable(read) == reason
+
+
+def test_a_model_that_the_probe_cannot_run_is_taken_at_its_word(file: Path) -> None:
+    # 40 × 40 reshaped: none of the sizes tried for the open dims fits.
+    shape = onnx_models.ints("shape", [2], [-1, 1600])
+    nodes = [node("Reshape", ["x", "shape"], ["y"])]
+    inputs: onnx_models.Tensors = {"x": (FLOAT, ("batch", "h", 40))}
+
+    def read(first: str) -> Signature:
+        return _read(onnx_models.write(file, nodes, inputs, {"y": (FLOAT, (first, 1600))}, [shape]))
+
+    assert read("batch").batch_symbol == "batch"
+    assert read("other").batch_symbol is None
+
+
+def test_a_model_that_is_not_batchable_is_run_as_it_is(file: Path) -> None:
+    engine = _engine(onnx_models.two_inputs(file, ("n", 2), ("m", 2)))
+    a, b = np.ones((2, 2), np.float32), np.ones((5, 2), np.float32)
+    outputs = engine.lanes[0].run(Batch([{"a": a, "b": b}], 1, 1, batchable=False))
+    assert (outputs["c"].shape, outputs["d"].shape) == ((2, 2), (5, 2))
+
+
+# --- refused -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (onnx_models.text_length, "input 'x' of the model is a tensor(string); expected a tensor"),
+        (onnx_models.split, "output 'y' of the model is a seq(tensor(float)); expected a tensor"),
+        (
+            lambda path: onnx_models.double(path, None),
+            "input 'x' of the model has no shape; expected a rank",
+        ),
+        (
+            lambda path: onnx_models.write(
+                path,
+                [node("Cast", "x", "y", to=onnx_models.BFLOAT16)],
+                {"x": (FLOAT, ("batch",))},
+                {"y": (onnx_models.BFLOAT16, ("batch",))},
+            ),
+            "output 'y' of the model is a tensor(bfloat16); expected a tensor of bool, int8",
+        ),
+        (
+            lambda path: onnx_models.double(path, ("batch", *[1] * 16)),
+            "input 'x' of the model has 17 dims; expected ≤ 16",
+        ),
+    ],
+    ids=["strings", "a sequence", "no rank", "bfloat16", "too many dims"],
+)
+def test_what_cannot_travel_is_refused_with_the_reason(
+    file: Path, make: Callable[[Path], Path], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        _read(make(file))
+    assert message in str(caught.value)
+
+
+def test_a_file_that_is_no_model_is_refused_by_its_path(file: Path) -> None:
+    file.parent.mkdir()
+    file.write_bytes(b"no model")
+    with pytest.raises(ConfigError) as caught:
+        _read(file)
+    assert str(caught.value).startswith(f"{file} cannot be loaded by ONNX Runtime: ")
+
+
+def test_a_model_above_protobufs_limit_is_refused_unread(file: Path) -> None:
+    file.parent.mkdir()
+    with file.open("wb") as sparse:
+        sparse.truncate(onnxruntime.MAX_ONNX_BYTES + 1)
+    with pytest.raises(ConfigError, match="external data files beside it"):
+        _read(file)
+
+
+def test_weights_in_a_file_beside_the_model_are_loaded(file: Path) -> None:
+    onnx_models.external(file, "weights.bin")
+    np.arange(4, dtype=np.float32).tofile(file.parent / "weights.bin")
+    outputs = _engine(file).lanes[0].run(Batch([{"x": np.zeros((1, 4), np.float32)}], 1, 1))
+    assert outputs["y"].tolist() == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("location", ["../weights.bin", "{outside}", "link.bin"])
+def test_weights_outside_the_models_folder_are_refused(file: Path, location: str) -> None:
+    outside = file.parent.parent / "weights.bin"
+    onnx_models.external(file, location.format(outside=outside))
+    np.arange(4, dtype=np.float32).tofile(outside)
+    (file.parent / "link.bin").symlink_to(outside)
+    with pytest.raises(ConfigError, match="External data path"):
+        _read(file)
+
+
+# --- running -------------------------------------------------------------------------------------
+
+
+def test_an_error_at_run_time_is_an_engine_error_with_the_engines_reason(file: Path) -> None:
+    lane = _engine(onnx_models.lookup(file)).lanes[0]
+    with pytest.raises(EngineError, match=r"onnxruntime: .*indices element out of data bounds"):
+        lane.run(Batch([{"ids": np.array([99])}], 1, 1))
+    assert lane.run(Batch([{"ids": np.array([1])}], 1, 1))["y"].tolist() == [[2, 3]]
+
+
+def test_missing_rows_are_seen_before_padding_is_cut(file: Path) -> None:
+    lane = _engine(onnx_models.first_row(file)).lanes[0]
+    with pytest.raises(EngineError, match="output 'y' has 1 rows; expected 4, as the inputs"):
+        lane.run(Batch([{"x": np.ones((2, 3), np.float32)}], 2, 4))
+
+
+def test_a_cpu_gets_a_lane_for_each_core_it_may_use(file: Path) -> None:
+    engine = _engine(onnx_models.double(file), lanes=0, provider="cpu")
+    assert len(engine.lanes) == usable_cores() <= len(os.sched_getaffinity(0))
+    assert engine.parallel_lanes
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("50000 100000", 1), ("max 100000", None)])
+def test_a_containers_quota_bounds_the_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, cores: int | None
+) -> None:
+    (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    monkeypatch.setattr(onnxruntime, "_CPU_MAX", tmp_path / "cpu.max")
+    assert usable_cores() == (cores or len(os.sched_getaffinity(0)))
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in ort.get_available_providers(), reason="this build has CUDA"
+)
+def test_cuda_is_refused_where_the_build_has_none(file: Path) -> None:
+    with pytest.raises(ConfigError, match="expected the package onnxruntime-gpu"):
+        _engine(onnx_models.double(file), provider="cuda")
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"provider": "tpu"}, "onnxruntime.provider is 'tpu'; expected 'auto', 'cpu' or 'cuda'"),
+        ({"providers": "cpu"}, "onnxruntime.providers is not a known key; did you mean 'provider'"),
+    ],
+)
+def test_a_bad_table_is_refused(file: Path, table: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        OnnxRuntimeEngine.read_signature(onnx_models.double(file), table)
+    assert message in str(caught.value)
