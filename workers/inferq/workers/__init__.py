@@ -1,0 +1,1 @@
+"""What runs models: the Celery worker, its data plane, batching, engines, model repository, CLI."""
