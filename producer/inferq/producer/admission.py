@@ -8,15 +8,17 @@ its pushes, so that hardly any request waits for an answer.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
 
 from inferq.producer.wire import Command, Reply, first_error
 from inferq.shared import codec
 from inferq.shared.errors import ModelNotFound, QueueFull, RedisUnavailable
 from inferq.shared.names import Names, is_model_name
-from inferq.shared.schema import ModelAdvert
+from inferq.shared.schema import DTYPES, ModelAdvert
 
 #: Seconds.
 ADVERT_AGE_S: Final = 5.0
@@ -41,6 +43,11 @@ class ModelView:
     asked_at: float
     #: Mean rows of this client's requests.
     mean_rows: float = 1.0
+    #: The inputs' dtypes, by name.
+    dtypes: Mapping[str, np.dtype[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.dtypes = {spec.name: DTYPES[spec.dtype] for spec in self.advert.signature.inputs}
 
     @property
     def lifetime_s(self) -> float:

@@ -131,6 +131,9 @@ class AsyncSession:
             with suppress(TimeoutError):
                 async with asyncio.timeout(sweep_at - time.monotonic()):
                     await self._news.wait()
+            patience = self.core.patience_s(len(self._told)) if self._told else 0.0
+            if patience:
+                await asyncio.sleep(patience)
             self._news.clear()
             wire.check()
             told, self._told = self._told, []

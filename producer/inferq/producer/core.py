@@ -41,6 +41,9 @@ from inferq.shared.settings import Settings
 SWEEP_S: Final = 5.0
 #: Longest wait between two attempts to reconnect, in seconds.
 MAX_BACKOFF_S: Final = 1.0
+#: News of less than one in so many requests may wait so long (seconds) for more of it.
+_PATIENT_SHARE: Final = 16
+_PATIENCE_S: Final = 0.001
 #: Most results asked for at once: keys, and bytes as far as they can be foreseen.
 _MGET_KEYS: Final = 64
 _MGET_BYTES: Final = 8 * 1024 * 1024
@@ -89,7 +92,7 @@ class Core:
         advert = view.advert
         priority = _checked_priority(advert.default_priority if priority is None else priority)
         timeout_ms = _checked_timeout(timeout_ms) or advert.default_timeout_ms
-        arrays = arrays_of(advert, inputs)
+        arrays = arrays_of(view.dtypes, inputs)
         rows = check_inputs(advert, arrays)
         self.admission.admit(view, rows, now)
         encoder = self._encoders.get(advert.name)
@@ -125,6 +128,14 @@ class Core:
         except (ValueError, msgpack.UnpackException):
             return []
         return [one for one in ids if one in self._table] if isinstance(ids, list) else []
+
+    def patience_s(self, told: int) -> float:
+        """Seconds to wait for more news before reading what `told` requests came to.
+
+        Where results come one by one and hundreds are awaited, reading each by itself costs most
+        of a client's CPU, and a millisecond does not matter to any of them.
+        """
+        return _PATIENCE_S if told * _PATIENT_SHARE < len(self._table) else 0.0
 
     def unresolved(self) -> list[str]:
         """The ids of all requests without an outcome."""

@@ -83,6 +83,10 @@ class Listener:
         while not self._stopped.is_set():
             if not self._told:
                 wire.listen(sweep_at - time.monotonic())
+            patience = self._core.patience_s(len(self._told)) if self._told else 0.0
+            if patience:
+                time.sleep(patience)
+                wire.listen(0.0)
             told, self._told = self._told, []
             carry(read(self._core, told), wire.call)
             if time.monotonic() >= sweep_at:

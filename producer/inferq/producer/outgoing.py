@@ -7,11 +7,12 @@ in the same MULTI that pushes the message, which carries the key.
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -19,7 +20,7 @@ from inferq.producer.wire import Command, Reply, ReplyError
 from inferq.shared import codec
 from inferq.shared.errors import InvalidInput, RedisUnavailable
 from inferq.shared.names import Names, queue_of
-from inferq.shared.schema import Array, ModelAdvert
+from inferq.shared.schema import Array
 
 #: Bytes of one tensor from which on it is claim-checked.
 INLINE_LIMIT: Final = 64 * 1024
@@ -30,12 +31,14 @@ PAYLOAD_MARGIN_S: Final = 24 * 3600
 #: Seconds that it lives if the request has no deadline (it may wait for a worker that long).
 PAYLOAD_TTL_S: Final = 7 * 24 * 3600
 
+#: Ids made at once.
+_IDS: Final = 256
+
 Inputs = Mapping[str, npt.ArrayLike]
 _RANKS: Final = {"b": 0, "i": 1, "u": 1, "f": 2, "c": 3}
 
 
-@dataclass(frozen=True, slots=True)
-class Outgoing:
+class Outgoing(msgspec.Struct, frozen=True, eq=False):
     """One request, encoded: what is pushed, and pushed again should Redis lose it."""
 
     request_id: str
@@ -53,33 +56,52 @@ class Outgoing:
         return len(self.message) + sum(len(data) for _, data in self.payloads)
 
 
-def arrays_of(advert: ModelAdvert, inputs: Inputs) -> dict[str, Array]:
-    """`inputs` as arrays that can travel. InvalidInput names what cannot.
+def arrays_of(dtypes: Mapping[str, np.dtype[Any]], inputs: Inputs) -> dict[str, Array]:
+    """`inputs` as arrays that can travel; `dtypes` are the model's, by input name.
 
     An array keeps its dtype. Lists and Python numbers have none, so they take the model's, unless
-    that would drop what they say (fractions into integers).
+    that would drop what they say (fractions into integers). InvalidInput names what cannot travel.
     """
-    dtypes = {spec.name: spec.dtype for spec in advert.signature.inputs}
-    return {
-        name: codec.wire_array(
-            name,
-            _from_python(name, value, dtypes[name])
-            if isinstance(value, list | tuple | int | float | complex) and name in dtypes
-            else value,
-        )
-        for name, value in inputs.items()
-    }
+    if not isinstance(inputs, Mapping):
+        raise InvalidInput(f"inputs {type(inputs).__name__}; expected a mapping of name to array")
+    arrays: dict[str, Array] = {}
+    for name, value in inputs.items():
+        dtype = dtypes.get(name)
+        if type(value) is np.ndarray and value.dtype == dtype and value.flags.c_contiguous:
+            arrays[name] = value
+        elif dtype is not None and isinstance(value, list | tuple | int | float | complex):
+            arrays[name] = codec.wire_array(name, _from_python(name, value, dtype))
+        else:
+            arrays[name] = codec.wire_array(name, value)
+    return arrays
 
 
-def _from_python(name: str, value: object, dtype: str) -> Array:
+def _from_python(name: str, value: object, dtype: np.dtype[Any]) -> Array:
     try:
         free = np.asarray(value)
-        target = np.dtype(dtype)
-        if _RANKS.get(free.dtype.kind, 9) <= _RANKS[target.kind] or free.size == 0:
-            return np.asarray(value, target)
+        if _RANKS.get(free.dtype.kind, 9) <= _RANKS[dtype.kind] or free.size == 0:
+            return np.asarray(value, dtype)
     except (ValueError, TypeError, OverflowError) as problem:
-        raise InvalidInput(f"input {name!r}: not an array of {dtype}: {problem}") from problem
-    raise InvalidInput(f"input {name!r}: holds {free.dtype.name} values; expected {dtype}")
+        raise InvalidInput(f"input {name!r}: not an array of {dtype.name}: {problem}") from problem
+    raise InvalidInput(f"input {name!r}: holds {free.dtype.name} values; expected {dtype.name}")
+
+
+class _Ids:
+    """Random UUIDs (version 4) as text, several times cheaper than `uuid.uuid4` makes them."""
+
+    def __init__(self) -> None:
+        self._random: Iterator[str] = iter(())
+
+    def new(self) -> str:
+        digits = next(self._random, "")
+        if not digits:
+            pool = os.urandom(16 * _IDS).hex()
+            self._random = iter([pool[i : i + 32] for i in range(0, 32 * _IDS, 32)])
+            digits = next(self._random)
+        variant = "89ab"[int(digits[16], 16) & 3]
+        return (
+            f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
+        )
 
 
 class Encoder:
@@ -90,13 +112,14 @@ class Encoder:
         self._names = names
         self._encode = codec.RequestEncoder(queue_of(model), origin, names.reply(client)).encode
         self._queues = [names.queue(model, priority) for priority in range(10)]
+        self._ids = _Ids()
         self._shown: dict[tuple[tuple[int, ...], ...], str] = {}
 
     def encode(
         self, arrays: Mapping[str, Array], priority: int, sent_ms: float, deadline_ms: float | None
     ) -> Outgoing:
         """One request; `arrays` have passed `check_inputs`, the times are Redis milliseconds."""
-        request_id = str(uuid.uuid4())
+        request_id = self._ids.new()
         payloads: list[tuple[str, bytes]] = []
         tensors: dict[str, Mapping[str, Any]] = {}
         for name, array in arrays.items():

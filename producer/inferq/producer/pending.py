@@ -9,9 +9,10 @@ import asyncio
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, Protocol
+
+import msgspec
 
 from inferq.producer.outgoing import Outgoing
 from inferq.shared.errors import Cancelled, InferqError, ResultTimeout
@@ -36,8 +37,7 @@ class State(StrEnum):
     CANCELLED = "cancelled"
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(msgspec.Struct, frozen=True, eq=False):
     """What a request came to.
 
     `outputs`: output name → array with as many rows as the inputs had; the arrays are read-only,

@@ -9,6 +9,7 @@ here and in `async_wire` alone.
 from __future__ import annotations
 
 import socket
+import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -120,20 +121,19 @@ class Wire:
         self._drain()  # what came along: else `listen` would wait for what is here already
         return replies
 
-    def listen(self, seconds: float) -> bool:
-        """Wait up to `seconds` for pushes and hand all that came to `on_push`; say if any came."""
+    def listen(self, seconds: float) -> None:
+        """Wait up to `seconds` for pushes (0: do not wait), and hand what came to `on_push`."""
         sock = self._sock
         if sock is None:
             raise redis.ConnectionError("the connection is closed")
         try:
-            sock.settimeout(max(0.001, seconds))
+            sock.settimeout(max(0.0, seconds))
             self._receive(sock)
-        except TimeoutError:
-            return False
+        except (TimeoutError, BlockingIOError, ssl.SSLWantReadError):
+            return
         finally:
             sock.settimeout(SOCKET_TIMEOUT_S)
         self._drain()
-        return True
 
     def _drain(self) -> None:
         while (push := self._reader.gets()) is not NOTHING:
