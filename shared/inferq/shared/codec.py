@@ -12,10 +12,8 @@ import binascii
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
-import msgpack
 import msgspec
 import numpy as np
 import pybase64
@@ -85,16 +83,24 @@ class Envelope(msgspec.Struct):
 
 _envelope_decoder = msgspec.json.Decoder(Envelope)
 _json_decoder = msgspec.json.Decoder()
-_pack = msgpack.Packer(use_bin_type=True, autoreset=True).pack
+_STR: Final = frozenset({str})
+# msgspec's msgpack: the same bytes as the msgpack package, in half the time.
+_pack = msgspec.msgpack.Encoder().encode
+_unpack = msgspec.msgpack.Decoder().decode
 
 
-@dataclass(frozen=True)
-class Body:
+class Body(msgspec.Struct, frozen=True):
     """A decoded body: the task's arguments and Celery's embedded canvas."""
 
     args: list[Any]
     kwargs: dict[str, Any]
     embed: dict[str, Any]
+
+    @property
+    def has_canvas(self) -> bool:
+        """Whether something follows on this request: links, a chain, a chord."""
+        get = self.embed.get
+        return bool(get("callbacks") or get("errbacks") or get("chain") or get("chord"))
 
 
 def decode_envelope(raw: bytes) -> Envelope:
@@ -113,20 +119,22 @@ def decode_body(envelope: Envelope) -> Body:
     kind = envelope.content_type
     try:
         if kind == MSGPACK:
-            body = msgpack.unpackb(data, raw=False)
+            body = _unpack(data)
         elif kind == JSON:
             body = _json_decoder.decode(data)
         else:
             raise InvalidInput(f"content type {kind!r}; expected {MSGPACK} or {JSON}")
-    except (ValueError, msgspec.DecodeError, msgpack.UnpackException, RecursionError) as problem:
+    except (ValueError, msgspec.DecodeError, RecursionError) as problem:
         raise InvalidInput(f"the message body is not {kind}: {problem}") from problem
-    match body:
-        case [list() as args, dict() as kwargs, dict() as embed] if all(
-            isinstance(key, str) for key in kwargs
+    if isinstance(body, list | tuple) and len(body) == 3:
+        args, kwargs, embed = body
+        if (
+            isinstance(args, list)
+            and isinstance(kwargs, dict)
+            and isinstance(embed, dict | None)
+            and _STR.issuperset(map(type, kwargs))
         ):
-            return Body(args, kwargs, embed)
-        case [list() as args, dict() as kwargs, None]:
-            return Body(args, kwargs, {})
+            return Body(args, kwargs, embed or {})
     raise InvalidInput("the message body is not [args, kwargs, embed]")
 
 
@@ -134,17 +142,14 @@ def _body_bytes(envelope: Envelope) -> bytes:
     text = memoryview(envelope.body)
     if len(text) < 2 or text[0] != 0x22:
         raise InvalidInput("the message body is not a string")
-    encoded: bytes | memoryview = text[1:-1]
-    if b"\\" in bytes(text[:256]) or envelope.properties.body_encoding != "base64":
-        encoded = _json_decoder.decode(envelope.body).encode()
     if envelope.properties.body_encoding != "base64":
-        return bytes(encoded)
+        return bytes(_json_decoder.decode(envelope.body).encode())
     try:
-        plain: bytes = pybase64.b64decode(encoded, validate=True)
+        plain: bytes = pybase64.b64decode(text[1:-1], validate=True)
         return plain
     except (binascii.Error, ValueError):
         pass
-    try:  # an escaped slash further on, or line breaks: the slow way
+    try:  # escaped slashes: the slow way
         plain = pybase64.b64decode(_json_decoder.decode(envelope.body), validate=True)
         return plain
     except (binascii.Error, ValueError) as problem:
@@ -404,18 +409,17 @@ def encode_meta(
         meta.update(extra)
     if content_type == MSGPACK:
         try:
-            packed: bytes = _pack(meta)
+            return _pack(meta)
         except (ValueError, OverflowError) as problem:
             raise PayloadTooLarge(f"the result does not fit a message: {problem}") from problem
-        return packed
     return json.dumps(meta, separators=(",", ":")).encode()
 
 
 def decode_meta(data: bytes) -> dict[str, Any]:
     """A result meta from either serialiser. MalformedMessage if it is neither."""
     try:
-        meta = _json_decoder.decode(data) if data[:1] == b"{" else msgpack.unpackb(data, raw=False)
-    except (ValueError, msgspec.DecodeError, msgpack.UnpackException) as problem:
+        meta = _json_decoder.decode(data) if data[:1] == b"{" else _unpack(data)
+    except (ValueError, msgspec.DecodeError, RecursionError) as problem:
         raise MalformedMessage(f"not a result: {problem}") from problem
     if not isinstance(meta, dict) or not isinstance(meta.get("status"), str):
         raise MalformedMessage("not a result: no status")

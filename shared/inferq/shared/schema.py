@@ -6,7 +6,6 @@ Frozen, and free of I/O; `codec` turns them into bytes and back.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgspec
@@ -118,8 +117,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     """1, or 1 + how often a worker died computing this request."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ticket:
+class Ticket(msgspec.Struct, frozen=True):
     """All that is known of a request but its inputs: who asked, how to answer, until when."""
 
     id: str
@@ -145,7 +143,7 @@ class Ticket:
     #: The whole message, if it has links, a chain or a chord.
     canvas: bytes | None = None
     #: What else Celery writes into its result meta.
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] | None = None
     #: Shown by ``celery inspect`` and Flower.
     kwargsrepr: str = ""
 
@@ -160,11 +158,42 @@ def describe(array: Array) -> str:
     return f"<{'x'.join(map(str, array.shape)) or 'scalar'} {array.dtype.name}>"
 
 
+class InputCheck:
+    """Checks requests' inputs against one model's announcement.
+
+    The same check runs at the caller before it pushes and in the worker after it claims.
+    """
+
+    def __init__(self, advert: ModelAdvert) -> None:
+        self._advert = advert
+        self._names = {spec.name for spec in advert.signature.inputs}
+        #: (name, dtype, shape after the batch), if nothing else may vary; else None.
+        self._plain: list[tuple[str, np.dtype[Any], tuple[object, ...]]] | None = None
+        inputs = advert.signature.inputs
+        if advert.batchable and all(isinstance(d, int) for i in inputs for d in i.shape[1:]):
+            self._plain = [(i.name, DTYPES[i.dtype], i.shape[1:]) for i in inputs]
+
+    def __call__(self, inputs: Tensors) -> int:
+        """The request's rows. InvalidInput (naming input, value, expectation), PayloadTooLarge."""
+        if self._plain is None or inputs.keys() != self._names:
+            return check_inputs(self._advert, inputs)
+        rows = size = 0
+        for name, dtype, tail in self._plain:
+            array = inputs[name]
+            shape = array.shape
+            if array.dtype != dtype or shape[1:] != tail or not shape or rows not in (0, shape[0]):
+                return check_inputs(self._advert, inputs)
+            rows = shape[0]
+            size += array.nbytes
+        if not 1 <= rows <= self._advert.max_batch_size or size > self._advert.max_request_bytes:
+            return check_inputs(self._advert, inputs)
+        return rows
+
+
 def check_inputs(advert: ModelAdvert, inputs: Tensors) -> int:
     """Check a request's `inputs` against what a model takes; return its rows.
 
-    Raises InvalidInput (naming input, value and expectation) or PayloadTooLarge. The same check
-    runs at the caller before it pushes and in the worker after it claims.
+    Raises InvalidInput (naming input, value and expectation) or PayloadTooLarge.
     """
     specs = advert.signature.inputs
     given = inputs.keys()

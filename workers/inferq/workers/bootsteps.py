@@ -8,12 +8,12 @@ from typing import Any
 from celery import bootsteps
 from celery.worker import WorkController
 from celery.worker.consumer import Consumer
-from inferq.workers.repository import ModelSpec, load_model
 
 from inferq.shared.errors import ConfigError
 from inferq.shared.names import model_of
 from inferq.shared.settings import Settings
 from inferq.workers import celery_private
+from inferq.workers.repository import ModelSpec, load_model
 from inferq.workers.service import Service
 
 logger = logging.getLogger(__name__)

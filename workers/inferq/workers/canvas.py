@@ -10,13 +10,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import UTC, datetime
 from queue import SimpleQueue
 
 import redis
 from celery import Celery
 from kombu.exceptions import OperationalError
+from msgspec.structs import replace
 from redis.exceptions import RedisError
 
 from inferq.shared import codec

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 
 @dataclass(eq=False)
 class Claim:
@@ -27,8 +29,7 @@ class Claim:
         return len(self.settled) == self.size
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(msgspec.Struct, frozen=True):
     """One request's place in its claim."""
 
     claim: Claim

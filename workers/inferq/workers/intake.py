@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
+
+import msgspec
+from msgspec.structs import replace
 
 from inferq.shared import codec
 from inferq.shared.errors import (
@@ -21,14 +23,19 @@ from inferq.shared.errors import (
     PayloadExpired,
 )
 from inferq.shared.names import TASK, Names
-from inferq.shared.schema import Array, ModelAdvert, Ticket, check_inputs
+from inferq.shared.schema import Array, InputCheck, ModelAdvert, Ticket
 from inferq.workers.batching.padding import Padding
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Slot
 
+_ARGUMENTS = frozenset({"inputs", "model"})
 
-@dataclass(frozen=True, slots=True)
-class Opened:
+
+def _is_str(value: object) -> bool:
+    return isinstance(value, str)
+
+
+class Opened(msgspec.Struct, frozen=True):
     """A request whose message was read and whose tensors were not yet."""
 
     slot: Slot
@@ -42,8 +49,7 @@ class Opened:
         return replace(self, ticket=replace(self.ticket, attempts=attempts))
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(msgspec.Struct, frozen=True):
     """It ends here, with `error`."""
 
     slot: Slot
@@ -51,8 +57,7 @@ class Failed:
     error: InferqError
 
 
-@dataclass(frozen=True, slots=True)
-class Revoked:
+class Revoked(msgspec.Struct, frozen=True):
     """It ends here as REVOKED; `reason`: revoked or expired."""
 
     slot: Slot
@@ -60,16 +65,14 @@ class Revoked:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Foreign:
+class Foreign(msgspec.Struct, frozen=True):
     """Not ours to run now (another task, or one with an ETA): Celery's own handler takes it."""
 
     slot: Slot
     message: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Quarantined:
+class Quarantined(msgspec.Struct, frozen=True):
     """Bytes that cannot be answered, since they name no request."""
 
     slot: Slot
@@ -93,6 +96,7 @@ class Intake:
         self._padding = padding
         self._is_revoked = is_revoked
         self._redis_ms = redis_ms
+        self._check = InputCheck(advert)
         self._dtypes = {spec.name: spec.dtype for spec in advert.signature.inputs}
         #: Requests always fit together if no dim but the batch may vary.
         self._varies = any(
@@ -120,16 +124,15 @@ class Intake:
                 ticket = replace(ticket, expires_ms=_unix_ms(headers.expires))
             late = self.too_late(slot, ticket)
             body = codec.decode_body(envelope)
-            if any(body.embed.get(part) for part in ("callbacks", "errbacks", "chain", "chord")):
+            if body.has_canvas:
                 ticket = replace(ticket, canvas=message)
             if late is not None:
                 return replace(late, ticket=ticket)
             inputs = self._arguments(body)
-            references = {
-                name: key
-                for name, t in inputs.items()
-                if (key := codec.reference_of(t)) is not None
-            }
+            references: dict[str, str] = {}
+            for name, tensor in inputs.items():
+                if (key := codec.reference_of(tensor)) is not None:
+                    references[name] = key
             for name, key in references.items():
                 if not self._names.is_payload_of(key, ticket.id):
                     raise InvalidInput(f"input {name!r}: key {key[:200]!r} is not its payload's")
@@ -155,7 +158,7 @@ class Intake:
                 elif ticket.content_type == codec.JSON:
                     lists = lists or isinstance(tensor, list) or isinstance(tensor["data"], list)
                 arrays[name] = codec.decode_tensor(name, tensor, self._dtypes.get(name))
-            rows = check_inputs(self._advert, arrays)
+            rows = self._check(arrays)
             arrays, padded = self._padding.apply(arrays)
         except InferqError as error:
             return Failed(slot, ticket, error)
@@ -199,8 +202,10 @@ class Intake:
 
     def _arguments(self, body: codec.Body) -> Mapping[str, Any]:
         """The task's signature is ``infer(inputs, model=None)``."""
-        given = dict(zip(("inputs", "model"), body.args, strict=False)) | body.kwargs
-        unknown = sorted(given.keys() - {"inputs", "model"})
+        given = body.kwargs
+        if body.args:
+            given = dict(zip(("inputs", "model"), body.args, strict=False)) | given
+        unknown = sorted(given.keys() - _ARGUMENTS)
         if unknown or len(body.args) > 2:
             what = f"argument {unknown[0]!r}" if unknown else f"{len(body.args)} arguments"
             raise InvalidInput(f"{what}; expected inputs and model")
@@ -211,7 +216,7 @@ class Intake:
                 f"expected {self._advert.name!r}",
                 model=str(model)[:100],
             )
-        if not isinstance(inputs, dict) or not all(isinstance(name, str) for name in inputs):
+        if not isinstance(inputs, dict) or not all(map(_is_str, inputs)):
             raise InvalidInput(
                 f"inputs are {type(inputs).__name__}; expected a mapping of input names to tensors"
             )

@@ -10,8 +10,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from queue import SimpleQueue
+
+import msgspec
 
 from inferq.shared.errors import EngineError, FatalEngineError, InferqError
 from inferq.shared.schema import Tensors
@@ -22,8 +23,7 @@ from inferq.workers.engines.base import Batch, Lane
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(msgspec.Struct, frozen=True):
     """A batch on its way to a lane."""
 
     items: Sequence[Waiting]
@@ -33,8 +33,7 @@ class Job:
     formed_ms: float
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(msgspec.Struct, frozen=True):
     """One successful run of the engine that served a request. Times: monotonic ms."""
 
     started_ms: float
@@ -44,8 +43,7 @@ class Run:
     requests: int
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True):
     """How the compute of one request ended: `outputs` and `run`, or `error`."""
 
     item: Waiting
@@ -54,8 +52,7 @@ class Outcome:
     error: InferqError | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(msgspec.Struct, frozen=True):
     """A lane is free again. `fatal`: no outcome, the engine is beyond use."""
 
     lane: LaneThread

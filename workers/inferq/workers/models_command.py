@@ -40,7 +40,7 @@ def models(folder: Path) -> None:
 
 def _table(specs: list[ModelSpec]) -> Table:
     table = Table()
-    for heading in ("model", "versions", "engine", "batch", "signature", "knobs"):
+    for heading in ("model", "versions", "engine", "batch", "signature and knobs"):
         table.add_column(heading, overflow="fold")
     for spec in specs:
         *older, served = map(str, spec.versions)
@@ -51,28 +51,25 @@ def _table(specs: list[ModelSpec]) -> Table:
             f"≤ {spec.max_batch_size}"
             if spec.batchable
             else f"no: {escape(spec.why_not_batchable or '')}",
-            escape(_signature(spec)),
-            escape(_knobs(spec)),
+            escape("\n".join(_signature(spec) + _knobs(spec))),
         )
     return table
 
 
-def _signature(spec: ModelSpec) -> str:
+def _signature(spec: ModelSpec) -> list[str]:
     inputs = [f"  {tensor}" for tensor in spec.signature.inputs]
-    outputs = [f"→ {tensor}" for tensor in spec.signature.outputs]
-    return "\n".join(inputs + outputs)
+    return inputs + [f"→ {tensor}" for tensor in spec.signature.outputs]
 
 
-def _knobs(spec: ModelSpec) -> str:
+def _knobs(spec: ModelSpec) -> list[str]:
     """The knobs that differ from their defaults, one a line."""
     changed = spec.config.changed()
     if spec.labels:
         changed["labels"] = f"{len(spec.labels)} names"
+    # The column beside shows max_batch_size, and the fake engine's inputs are its signature.
     lines = [f"{key} = {_toml(value)}" for key, value in changed.items() if key != "max_batch_size"]
-    # The fake engine's inputs are its signature.
     own = {key: value for key, value in spec.engine_table.items() if key != "inputs"}
-    lines += [f"{spec.config.engine}.{key} = {_toml(value)}" for key, value in own.items()]
-    return "\n".join(lines)
+    return lines + [f"{spec.config.engine}.{key} = {_toml(value)}" for key, value in own.items()]
 
 
 def _toml(value: object) -> str:

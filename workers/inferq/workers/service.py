@@ -8,7 +8,6 @@ import time
 from typing import Any
 
 from celery.worker import WorkController
-from inferq.workers.repository import ModelSpec
 
 from inferq.shared.codec import encode_advert
 from inferq.shared.connect import check_server, redis_client
@@ -23,6 +22,7 @@ from inferq.workers.lanes import Finished
 from inferq.workers.lease import Lease
 from inferq.workers.plane import DataPlane
 from inferq.workers.recovery import Recoverer
+from inferq.workers.repository import ModelSpec
 from inferq.workers.serving import ServedModel
 
 logger = logging.getLogger(__name__)

@@ -6,8 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 
-from inferq.workers.repository import ModelSpec
-
 from inferq.shared.names import Names
 from inferq.shared.schema import ModelAdvert
 from inferq.workers.batching.padding import Padding
@@ -18,6 +16,7 @@ from inferq.workers.engines import engine_class
 from inferq.workers.engines.base import Engine, EngineOptions
 from inferq.workers.intake import Failed, Intake, Revoked
 from inferq.workers.lanes import Finished, Job, LaneThread
+from inferq.workers.repository import ModelSpec
 from inferq.workers.results import Results
 from inferq.workers.tuning import Tuning, measure, sizes
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Final
 
 import msgpack
+import msgspec
 
 from inferq.shared.names import Names
 from inferq.workers.claims import Claim, Slot
@@ -23,8 +23,7 @@ DEAD_LETTERS_KEPT: Final = 10_000
 DEAD_PAYLOAD_S: Final = 7 * 24 * 3600
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Settlement:
+class Settlement(msgspec.Struct, frozen=True, eq=False):
     """How one request ended.
 
     `outcome` is its encoded result meta; empty where nobody can be answered, or Celery's own

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
+
+import msgspec
 
 from inferq.shared.schema import Tensors, Ticket
 from inferq.workers.batching.policy import Leave
@@ -14,8 +15,7 @@ from inferq.workers.batching.policy import Leave
 _sequence = count()
 
 
-@dataclass(slots=True, eq=False)
-class Waiting:
+class Waiting(msgspec.Struct, eq=False):
     """A decoded request and its place. A policy.Candidate; times in ms of the monotonic clock."""
 
     ticket: Ticket
@@ -31,7 +31,7 @@ class Waiting:
     overtaken: int = 0
     #: Sizes before padding of the dims that were padded: symbol → size.
     padded: Mapping[str, int] | None = None
-    order: tuple[int, int] = field(init=False)
+    order: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         self.order = (self.ticket.priority, next(_sequence))
