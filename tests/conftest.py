@@ -12,6 +12,9 @@ import redis as redis_py
 from inferq.shared.errors import ConfigError
 from inferq.workers.embedded import EmbeddedRedis, find_server
 
+# The tests' own use of onnxruntime reports nothing either; the worker sets this itself.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 #: valkey always; redis-server where there is one.
 KINDS = ["valkey", *(["redis-server"] if shutil.which("redis-server") else [])]
 
