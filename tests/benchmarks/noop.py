@@ -7,7 +7,7 @@ two, long enough for CPU times that the kernel counts in hundredths.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def run(stage: Stage, models: Path, rounds: int, scale: float) -> dict[str, Any]
 
     for batch in BATCHES:
         served = stage.serve(models, small_model(batch))
-        work = echo(served.client, small_model(batch), max(256, 8 * batch))
+        work = echo(served.client, small_model(batch), max(256, 4 * batch))
         add(f"inferq {batch}", work, small, COUNTS[batch], served.pid)
     served = stage.serve(models, LARGE_MODEL)
     work = echo(served.client, LARGE_MODEL, 64)
@@ -99,14 +99,16 @@ def run(stage: Stage, models: Path, rounds: int, scale: float) -> dict[str, Any]
         many = stock.client.run_get_many
         add(f"celery-batches {batch}", many, small, STOCK_COUNT, stock.pid)
     samples = interleave(systems, rounds)
-    return _report({name: medians(runs) for name, runs in samples.items()})
+    return summarise({name: medians(runs) for name, runs in samples.items()})
 
 
 def _ways(stock: StockServed) -> dict[str, Work]:
     return {"get": stock.client.run_get, "get_many": stock.client.run_get_many}
 
 
-def _report(figures: dict[str, Sample]) -> dict[str, Any]:
+def summarise(figures: Mapping[str, Sample]) -> dict[str, Any]:
+    """The figures of all systems, by the names that `run` gives them, as in build/bench.json."""
+
     def best(large: bool) -> float:
         """Requests/s of plain Celery's fastest pool and way of reading."""
         stock = [n for n in figures if n.startswith("celery ") and n.endswith(" 150k") == large]

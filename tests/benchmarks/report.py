@@ -54,15 +54,15 @@ def _models_table(models: Figures) -> Table:
     table = Table(title="Real models against the engine's ceiling in process")
     columns = ("model", "in flight", "requests/s", "of the ceiling", "p50 ms", "p99 ms")
     for place, column in enumerate(columns):
-        table.add_column(column, justify="left" if place == 0 else "right")
+        table.add_column(column, justify="right" if place else "left", no_wrap=True)
     for model, entry in models.items():
         for in_flight, served in entry["served"].items():
             table.add_row(
                 model, in_flight, f"{served['rps']:,.0f}", f"{served['efficiency']:.3f}",
                 f"{served['p50_ms']:.0f}", f"{served['p99_ms']:.0f}",
             )  # fmt: skip
-        ways = "; ".join(f"{way}: {rps:,.0f}" for way, rps in entry["ceilings"].items())
-        table.add_row(f"  ceiling ({ways})", "", f"{entry['ceiling_rps']:,.0f}", "1", "", "")
+        for way, rps in entry["ceilings"].items():
+            table.add_row(f"  in process: {way}", "", f"{rps:,.0f}", "", "", "")
     return table
 
 

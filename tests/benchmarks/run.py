@@ -15,11 +15,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from inferq.workers.demo.models import prepare
 from rich.console import Console
 
 from benchmarks import latency, models, noop, report
 from benchmarks.stage import Stage, open_stage
+from inferq.workers.demo.models import prepare
 
 Section = Callable[[Stage, Path, int, float], dict[str, Any]]
 
@@ -35,6 +35,9 @@ def _latency(stage: Stage, folder: Path, rounds: int, scale: float) -> dict[str,
 def _models(stage: Stage, folder: Path, rounds: int, scale: float) -> dict[str, Any]:
     return {"models": models.run(stage, folder, rounds, scale)}
 
+
+#: Columns of the tables in a log file.
+LOG_WIDTH = 110
 
 SECTIONS: dict[str, Section] = {"noop": _noop, "latency": _latency, "models": _models}
 
@@ -64,6 +67,8 @@ def main() -> None:
     rounds, scale = args.rounds or (3 if args.quick else 5), 0.1 if args.quick else 1.0
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=LOG_WIDTH)
     figures: dict[str, Any] = {"rounds": rounds, "quick": args.quick}
     for name in chosen:
         with tempfile.TemporaryDirectory(prefix="inferq-bench-") as folder, open_stage() as stage:
