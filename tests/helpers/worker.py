@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -60,6 +61,7 @@ class Worker:
             self.start()
             self.wait_ready()
         except BaseException:
+            self._show_log()
             self.close()
             raise
         return self
@@ -71,7 +73,7 @@ class Worker:
         trace: TracebackType | None,
     ) -> None:
         if error is not None:
-            sys.stderr.write(f"--- log of worker {self.name} ---\n{self.log[-6000:]}\n")
+            self._show_log()
         self.close()
 
     @property
@@ -121,19 +123,8 @@ class Worker:
         """
         with redis.Redis.from_url(self.redis_url) as client:
             for model in self.serve:
-                came = until(
-                    lambda m=model: (
-                        not self.alive  # type: ignore[misc]
-                        or self._serving(client, m) - self._before
-                    ),
-                    timeout,
-                    f"worker {self.name} serves {model}; its log:\n{self.log[-4000:]}",
-                )
-                if came is True:
-                    raise AssertionError(
-                        f"worker {self.name} ended with {self.process.returncode}; its log:\n"
-                        f"{self.log[-6000:]}"
-                    )
+                what = f"worker {self.name} serves {model}"
+                came = until(functools.partial(self._newcomers, client, model), timeout, what)
                 self.incarnation = min(came)
 
     def kill(self) -> None:
@@ -169,6 +160,15 @@ class Worker:
         if self._log is not None:
             self._log.unlink(missing_ok=True)
             self._log = None
+
+    def _show_log(self) -> None:
+        sys.stderr.write(f"--- log of worker {self.name} ---\n{self.log[-6000:]}\n")
+
+    def _newcomers(self, client: redis.Redis, model: str) -> set[str]:
+        """Incarnations that serve `model` since the start. AssertionError if this worker ended."""
+        if not self.alive:
+            raise AssertionError(f"worker {self.name} ended with {self.process.returncode}")
+        return self._serving(client, model) - self._before
 
     def _serving(self, client: redis.Redis, model: str) -> set[str]:
         members = client.zrange(self._names.serving(model), 0, -1)

