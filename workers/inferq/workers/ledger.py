@@ -140,8 +140,8 @@ class Ledger:
         lists = self._link.call([("LRANGE", key, 0, -1) for key in strangers])
         adopted: list[Claimed] = []
         for key, items in zip(strangers, lists, strict=True):
-            if not items or isinstance(items, ReplyError):
-                self._link.send([("HDEL", self._claims, key)])
+            if isinstance(items, ReplyError) or not any(items):
+                self._link.send([("UNLINK", key), ("HDEL", self._claims, key)])
                 continue
             name = self._names.parse_claim(key)
             messages: list[bytes | None] = [item or None for item in reversed(items)]

@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import redis
 from redis.exceptions import RedisError
@@ -26,7 +26,7 @@ from inferq.workers.claims import Claim, Claimed, Want
 from inferq.workers.clock import RedisClock
 from inferq.workers.hooks import Hooks
 from inferq.workers.intake import Failed, Revoked
-from inferq.workers.lanes import Finished
+from inferq.workers.lanes import Finished, Job
 from inferq.workers.lease import Lease
 from inferq.workers.ledger import LeaseLost, Ledger, RedisFull
 from inferq.workers.link import BROKEN, Link, Waker
@@ -45,6 +45,11 @@ RECONNECT_S = 0.2
 FULL_RETRY_S = 0.25
 #: Bytes of results that one MULTI carries at most; the rest goes into the next.
 MAX_SETTLE_BYTES = 32 * 1024 * 1024
+
+
+def _ids(jobs: Iterable[Job]) -> list[str]:
+    """The members of running:<i> for `jobs`."""
+    return [f"{item.ticket.model}/{item.ticket.id}" for job in jobs for item in job.items]
 
 
 class DataPlane:
@@ -80,7 +85,7 @@ class DataPlane:
         self._ready: deque[tuple[str, Settlement]] = deque()
         self._settlements: list[Settlement] = []
         self._claims: dict[str, Claim] = {}
-        self._receiver = Receiver(self._models, clock, hooks, self._settle)
+        self._receiver = Receiver(self._models, clock, hooks)
         #: Claims decoded since Redis was last told.
         self._decoded: list[Claim] = []
         self._incarnation = ""
@@ -191,6 +196,9 @@ class DataPlane:
 
     def _serve(self, link: Link, ledger: Ledger) -> None:
         ledger.arm()
+        ledger.mark_running(
+            _ids(job for model in self._models.values() for job in model.jobs()), self._decoded
+        )
         self._receive(ledger, ledger.adopt(self._claims), frozenset(self._models))
         looked = time.monotonic()
         while not self._over():
@@ -263,12 +271,13 @@ class DataPlane:
                         self._settle(done, formed.ticket.canvas)
                     else:
                         leaving.append(formed)
-        if leaving or self._decoded:
-            ids = [f"{i.ticket.model}/{i.ticket.id}" for _, job in leaving for i in job.items]
-            ledger.mark_running(ids, self._decoded)
-            self._decoded = []
-        for lane, job in leaving:
-            lane.put(job)
+        try:
+            if leaving or self._decoded:
+                ledger.mark_running(_ids(job for _, job in leaving), self._decoded)
+                self._decoded = []
+        finally:  # Should the link break here, the next one is told.
+            for lane, job in leaving:
+                lane.put(job)
 
     def _wants(self, ledger: Ledger) -> list[Want]:
         wants: list[Want] = []
@@ -293,17 +302,29 @@ class DataPlane:
                 if done.slot.claim.complete:
                     self._claims.pop(done.slot.claim.key, None)
                 if done.after is not None:
-                    done.after()
+                    self._after(done.after)
         self._receive(ledger, exchange.claimed, exchange.suspicious)
+
+    @staticmethod
+    def _after(callback: Callable[[], None]) -> None:
+        try:
+            callback()
+        except Exception:
+            logger.exception("Celery did not take a message; it stays in kombu's unacked")
 
     def _receive(
         self, ledger: Ledger, claimed: Sequence[Claimed], suspicious: frozenset[str]
     ) -> None:
         for batch in claimed:
+            # If this breaks off, the claim stays unknown here and is adopted on the next link.
+            received = self._receiver.receive(ledger, batch, batch.claim.model in suspicious)
             self._claims[batch.claim.key] = batch.claim
-            self.claimed += sum(message is not None for message in batch.messages)
-            self._receiver.receive(ledger, batch, batch.claim.model in suspicious)
             self._decoded.append(batch.claim)
+            self.claimed += len(received.waiting) + len(received.ended)
+            for item in received.waiting:
+                self._models[batch.claim.model].add(item)
+            for settlement, canvas in received.ended:
+                self._settle(settlement, canvas)
 
     def _next_settlements(self) -> list[Settlement]:
         size = 0

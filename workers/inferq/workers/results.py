@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,13 +13,15 @@ from typing import Any
 import msgpack
 
 from inferq.shared import codec
-from inferq.shared.errors import DeadLettered, InferqError, PayloadTooLarge
+from inferq.shared.errors import DeadLettered, EngineError, InferqError, PayloadTooLarge
 from inferq.shared.schema import Ticket
 from inferq.workers.batching.padding import Padding
 from inferq.workers.claims import Slot
 from inferq.workers.intake import Quarantined
 from inferq.workers.lanes import Outcome
 from inferq.workers.settle import Settlement
+
+logger = logging.getLogger(__name__)
 
 
 def _now() -> str:
@@ -57,7 +60,9 @@ class Results:
                 lists=ticket.lists,
                 extra=ticket.extra,
             )
-        except PayloadTooLarge as error:
+        except Exception as problem:
+            logger.exception("the result of %s cannot be encoded", ticket.id)
+            error = EngineError(f"its result cannot be encoded: {problem!r}")
             return self.failed(item.slot, ticket, error, running=True)
         if len(meta) > codec.MAX_MESSAGE_BYTES:
             too_large = PayloadTooLarge(
