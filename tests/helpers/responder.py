@@ -22,6 +22,8 @@ from inferq.shared.errors import InferqError, PayloadExpired
 from inferq.shared.names import Names
 from inferq.shared.schema import Array, ModelAdvert, Signature, TensorSpec
 
+#: The name of its connection, in CLIENT LIST.
+RESPONDER = "responder"
 DONE_AT = "2026-01-01T00:00:00+00:00"
 RECEIPT = {
     "queue_ms": 1.0, "form_ms": 0.0, "compute_ms": 0.0, "settle_ms": 0.0, "batch_size": 1,
@@ -79,7 +81,7 @@ class Responder:
         block: int = 32,
         tell: bool = True,
     ) -> None:
-        self._client = redis.Redis.from_url(url, socket_timeout=5)
+        self._client = redis.Redis.from_url(url, socket_timeout=5, client_name=RESPONDER)
         self._names = Names()
         self._queues = [self._names.queue(model, step) for step in (0, 3, 6, 9) for model in models]
         self._answer = answer
@@ -88,6 +90,7 @@ class Responder:
         self._ending = threading.Event()
         self._running = threading.Event()
         self._running.set()
+        self._paused = threading.Event()
         self._thread = threading.Thread(target=self._run, name="responder")
         self.seen: list[Seen] = []
 
@@ -107,14 +110,19 @@ class Responder:
         self._client.close()
 
     def pause(self) -> None:
+        """Take nothing more; on return, nothing is in hand either."""
+        self._paused.clear()
         self._running.clear()
+        assert self._paused.wait(20)
 
     def resume(self) -> None:
         self._running.set()
 
     def _run(self) -> None:
         while not self._ending.is_set():
-            self._running.wait()
+            if not self._running.is_set():
+                self._paused.set()
+                self._running.wait()
             try:
                 if not self._serve():
                     time.sleep(0.001)

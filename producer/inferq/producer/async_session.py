@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Final
 
+import redis
+
 from inferq.producer.async_wire import AsyncWire
 from inferq.producer.core import MAX_BACKOFF_S, SWEEP_S, Core
 from inferq.producer.dialogue import (
@@ -67,14 +69,16 @@ class AsyncSession:
             await asyncio.wait([self._task])
 
     async def _call(self, commands: Sequence[Command]) -> list[Reply]:
+        wire = await self._connected()
         try:
-            return await (await self._connected()).call(commands)
-        except TimeoutError as problem:
+            return await wire.call(commands)
+        except redis.TimeoutError as problem:
             raise unavailable(problem) from problem
         except BROKEN:
             pass  # it broke since it was used last: not a word about Redis now
+        wire = await self._connected()
         try:
-            return await (await self._connected()).call(commands)
+            return await wire.call(commands)
         except BROKEN as problem:
             raise unavailable(problem) from problem
 
@@ -103,20 +107,22 @@ class AsyncSession:
         backoff = 0.0
         while True:
             await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
+            connected = False
             wire = AsyncWire(self._redis, self._on_push, self._on_broken)
             try:
                 await wire.open()
                 wire.send([("SUBSCRIBE", self.core.channel)])
                 # Its confirmation is a push, which comes before the replies to what follows.
                 await carry_async(greet(self.core), wire.call)
-                self._wire = wire
+                self._wire, connected = wire, True
                 self._attempted(None)
                 await carry_async(resume(self.core), wire.call)
                 backoff = 0.0
                 await self._serve(wire)
             except (*BROKEN, InferqError) as problem:
-                known = problem if isinstance(problem, InferqError) else unavailable(problem)
-                self._attempted(known)
+                if not connected:
+                    known = problem if isinstance(problem, InferqError) else unavailable(problem)
+                    self._attempted(known)
                 _log.warning("connection to Redis lost, reconnecting: %s", problem)
             except Exception:  # noqa: BLE001  or all callers would wait
                 _log.exception("connection to Redis failed, reconnecting")

@@ -67,7 +67,8 @@ class Core:
         self._table: dict[str, PendingRequest] = {}
         self._ended: InferqError | None = None
         self._run_id = ""
-        self._suspects: set[str] = set()
+        #: Ids that a restart may have cost Redis, oldest first.
+        self._suspects: dict[str, None] = {}
         #: By then (monotonic seconds) every stored result had been read.
         self._complete_at = time.monotonic()
         self._mean_bytes = 4096.0
@@ -208,7 +209,7 @@ class Core:
             sections.append(dict(re.findall(r"^(\w+):(.*?)\r?$", text, re.MULTILINE)))
         known, self._run_id = self._run_id, judge_server(*sections).run_id
         if known not in ("", self._run_id):
-            self._suspects.update(self._table)
+            self._suspects.update(dict.fromkeys(list(self._table)))
             self._complete_at = time.monotonic()
 
     def lost(self) -> list[Outgoing]:
