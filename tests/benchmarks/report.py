@@ -75,7 +75,7 @@ def write_picture(figures: Figures, path: Path) -> None:
         entries = {**small, **{f"inferq {n}": e for n, e in figures["noop"].items()}}
         names = list(entries)
         axes[0].barh(names, [entry["rps"] for entry in entries.values()])
-        axes[0].set(title="no-op requests/s, 3 KB", xscale="log")
+        axes[0].set(title="no-op requests/s, 3 KB")
         left = [0.0] * len(names)
         for part in ("producer", "worker", "redis"):
             width = [entry["cpu_us"][part] for entry in entries.values()]
