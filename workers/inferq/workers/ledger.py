@@ -14,7 +14,7 @@ when a queue changed: an idle worker waits on this same connection and takes not
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -51,10 +51,21 @@ class Exchange:
 
 
 class Ledger:
-    """One incarnation's claims on one link. Owned by the data plane's thread."""
+    """One incarnation's claims on one link. Owned by the data plane's thread.
+
+    `numbers` outlives the link: a claim's number is never used twice by one incarnation, or a claim
+    whose reply was lost would pass for one that is known.
+    """
 
     def __init__(
-        self, link: Link, names: Names, incarnation: str, models: Sequence[str], result_ttl_s: int
+        self,
+        link: Link,
+        names: Names,
+        incarnation: str,
+        models: Sequence[str],
+        *,
+        numbers: Iterator[int],
+        result_ttl_s: int,
     ) -> None:
         self._link = link
         self._names = names
@@ -73,7 +84,7 @@ class Ledger:
             ("GET", self._fence),
             *(("LLEN", queue) for _, _, queue in self._queues),
         ]
-        self._claim_number = 0
+        self._numbers = numbers
         #: Requests waiting in each queue, as far as known: (model, step) -> count.
         self.depths: dict[tuple[str, int], int] = {}
 
@@ -179,8 +190,7 @@ class Ledger:
         self._link.forget_changes()
 
     def _new_claim(self, want: Want) -> Claim:
-        self._claim_number += 1
-        key = self._names.claim(self._incarnation, self._claim_number, want.model, want.step)
+        key = self._names.claim(self._incarnation, next(self._numbers), want.model, want.step)
         return Claim(key, want.model, want.step, want.count)
 
     def _round_trip(self, commands: list[Command]) -> list[Reply]:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from itertools import count
 
 import redis
 from redis.exceptions import RedisError
@@ -85,6 +86,7 @@ class DataPlane:
         self._ready: deque[tuple[str, Settlement]] = deque()
         self._settlements: list[Settlement] = []
         self._claims: dict[str, Claim] = {}
+        self._claim_numbers = count(1)
         self._receiver = Receiver(self._models, clock, hooks)
         #: Claims decoded since Redis was last told.
         self._decoded: list[Claim] = []
@@ -165,9 +167,13 @@ class DataPlane:
                 try:
                     link.open()
                     ledger = Ledger(
-                        link, self._names, self._incarnation, list(self._models),
-                        self._result_expires_s,
-                    )  # fmt: skip
+                        link,
+                        self._names,
+                        self._incarnation,
+                        list(self._models),
+                        numbers=self._claim_numbers,
+                        result_ttl_s=self._result_expires_s,
+                    )
                     self._serve(link, ledger)
                 except LeaseLost:
                     self._be_reborn()
