@@ -334,10 +334,10 @@ class DataPlane:
 
     def _next_settlements(self) -> list[Settlement]:
         size = 0
-        for count, done in enumerate(self._settlements):
+        for place, done in enumerate(self._settlements):
             size += len(done.outcome)
-            if size > MAX_SETTLE_BYTES and count:
-                return self._settlements[:count]
+            if size > MAX_SETTLE_BYTES and place:
+                return self._settlements[:place]
         return list(self._settlements)
 
     # --- the end of an incarnation ----------------------------------------------------------

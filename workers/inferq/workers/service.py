@@ -20,6 +20,7 @@ from inferq.workers.celery_side import CelerySide
 from inferq.workers.clock import RedisClock
 from inferq.workers.lanes import Finished
 from inferq.workers.lease import Lease
+from inferq.workers.memory import keep_freed_memory
 from inferq.workers.plane import DataPlane
 from inferq.workers.recovery import Recoverer
 from inferq.workers.repository import ModelSpec
@@ -50,6 +51,7 @@ class Service:
 
     def start(self) -> None:
         """Load the models and begin to serve, both in the background."""
+        keep_freed_memory()
         self._loader.start()
 
     def _load(self) -> None:
