@@ -71,7 +71,7 @@ def test_lists_take_the_models_dtype_and_arrays_keep_theirs() -> None:
     assert arrays_of(dtypes, {"x": np.zeros(2)})["x"].dtype == np.float64
 
 
-@pytest.mark.parametrize("value", [[1.5], [300], [-1], [True, 2.0], ["a"], [[1], [1, 2]]])
+@pytest.mark.parametrize("value", [[1.5], [300], [-1], ["a"], [[1], [1, 2]], (1, 2.5), 2.5, -1])
 def test_a_list_that_the_models_dtype_cannot_hold_is_refused_by_name(value: object) -> None:
     with pytest.raises(InvalidInput, match="input 'n'"):
         arrays_of({"n": np.dtype("uint8")}, {"n": value})  # type: ignore[dict-item]
@@ -252,6 +252,37 @@ def test_what_a_plain_celery_worker_stored_is_read_too() -> None:
     with pytest.raises(EngineError, match="unreadable result"):
         odd.result(0)
     assert odd.state is State.FAILED
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        {"dtype": "<f4", "shape": [3], "data": b"1234"},
+        {"dtype": "|O", "shape": [1], "data": b"12345678"},
+        {"dtype": "<f4", "shape": [1] * 17, "data": b"1234"},
+        {"dtype": "<f4", "shape": [-1], "data": b"1234"},
+        {"dtype": "<f4", "shape": [1]},
+    ],
+)
+def test_outputs_that_are_no_tensors_end_as_an_engine_error(tensor: dict[str, Any]) -> None:
+    core = new_core()
+    pending = submit(core)
+    args = ("SUCCESS", pending.request_id, {"y": tensor}, DONE_AT, codec.MSGPACK, RECEIPT, None)
+    with pytest.raises(EngineError, match=r"unreadable result: .*'y'"):
+        take(core, pending, codec.encode_meta(*args)).result(0)
+
+
+def test_scalar_and_empty_outputs_arrive_as_they_are() -> None:
+    core = new_core()
+    pending = submit(core)
+    outputs = {"s": np.array(3.5), "e": np.zeros((0, 2), np.int64), "b": np.array([True])}
+    meta = codec.encode_success(pending.request_id, outputs, RECEIPT, DONE_AT)
+    result = take(core, pending, meta).result(0)
+    assert result.receipt is not None
+    got = result.outputs
+    for name, array in outputs.items():
+        assert got[name].dtype == array.dtype
+        np.testing.assert_array_equal(got[name], array)
 
 
 def test_a_result_that_is_not_terminal_is_waited_on() -> None:

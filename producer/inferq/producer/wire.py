@@ -12,7 +12,8 @@ import socket
 import ssl
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any, Final
 
 import hiredis
@@ -27,8 +28,10 @@ Reply = Any
 #: How a connection breaks: what redis-py or the socket raises.
 BROKEN: Final = (OSError, redis.RedisError)
 NOTHING: Final = object()
-#: Commands are written together up to this many bytes; a longer one goes out without a copy.
-_JOIN_BYTES: Final = 64 * 1024
+#: Longer arguments of a command are written from where they stand.
+_COPY_BYTES: Final = 16 * 1024
+#: Pieces that one `sendmsg` takes (IOV_MAX).
+_PIECES: Final = 1024
 #: An unused connection older than this (seconds) is tried before it is used again.
 _STALE_S: Final = 15.0
 
@@ -45,19 +48,41 @@ def new_reader() -> Any:
 
 
 def pack(commands: Sequence[Command]) -> list[bytes]:
-    """`commands` as bytes, in few pieces."""
+    """`commands` as bytes, in few pieces; large arguments are pieces of their own, not copied."""
     out: list[bytes] = []
     small: list[bytes] = []
-    size = 0
     for command in commands:
-        packed: bytes = hiredis.pack_command(command)
-        if size + len(packed) > _JOIN_BYTES and small:
-            out.append(b"".join(small))
-            small, size = [], 0
-        small.append(packed)
-        size += len(packed)
-    out.append(b"".join(small) if len(small) > 1 else small[0])
+        if any(isinstance(part, bytes) and len(part) > _COPY_BYTES for part in command):
+            for piece in _pack_large(command):
+                if len(piece) > _COPY_BYTES:
+                    out += (b"".join(small), piece)
+                    small = []
+                else:
+                    small.append(piece)
+        else:
+            small.append(hiredis.pack_command(command))
+    out.append(b"".join(small))
     return out
+
+
+def _pack_large(command: Command) -> Iterator[bytes]:
+    yield b"*%d\r\n" % len(command)
+    for part in command:
+        data = part if isinstance(part, bytes) else str(part).encode()
+        yield b"$%d\r\n" % len(data)
+        yield data
+        yield b"\r\n"
+
+
+def _send_all(sock: socket.socket, pieces: Sequence[bytes]) -> None:
+    """`sock.sendall` for many pieces."""
+    left = deque(memoryview(piece) for piece in pieces if piece)
+    while left:
+        sent = sock.sendmsg(tuple(islice(left, _PIECES)))
+        while left and sent >= len(left[0]):
+            sent -= len(left.popleft())
+        if sent:
+            left[0] = left[0][sent:]
 
 
 def first_error(replies: Sequence[Reply]) -> ReplyError | None:
@@ -101,8 +126,12 @@ class Wire:
         sock = self._sock
         if sock is None:
             raise redis.ConnectionError("the connection is closed")
-        for piece in pack(commands):
-            sock.sendall(piece)
+        pieces = pack(commands)
+        if len(pieces) == 1 or isinstance(sock, ssl.SSLSocket):
+            for piece in pieces:
+                sock.sendall(piece)
+        else:
+            _send_all(sock, pieces)
         return sock
 
     def call(self, commands: Sequence[Command]) -> list[Reply]:

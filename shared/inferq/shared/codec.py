@@ -32,6 +32,7 @@ from inferq.shared.schema import (
     WIRE_DTYPES,
     Array,
     ModelAdvert,
+    Receipt,
     Tensors,
     describe,
 )
@@ -431,6 +432,48 @@ def decode_outputs(result: object) -> dict[str, Array]:
     if not isinstance(result, dict) or len(result) > MAX_TENSORS:
         raise MalformedMessage("not a result: outputs are no mapping")
     return {str(name): decode_tensor(str(name), tensor) for name, tensor in result.items()}
+
+
+class _WireTensor(msgspec.Struct):
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+
+class _WireMeta(msgspec.Struct):
+    status: str
+    result: msgspec.Raw
+    receipt: Receipt | None = None
+
+
+def _odd(shape: tuple[int, ...]) -> bool:
+    return len(shape) > MAX_DIMS or min(shape, default=0) < 0
+
+
+_meta_decoder = msgspec.msgpack.Decoder(_WireMeta)
+_outputs_decoder = msgspec.msgpack.Decoder(dict[str, _WireTensor])
+
+
+def decode_success(data: bytes) -> tuple[dict[str, Array], Receipt | None] | None:
+    """Outputs and receipt of a msgpack SUCCESS meta, without copying the tensors out of `data`.
+
+    None for anything else, whatever is wrong with it: `decode_meta` and `decode_outputs` tell.
+    """
+    try:
+        meta = _meta_decoder.decode(data)
+        if meta.status != "SUCCESS":
+            return None
+        tensors = _outputs_decoder.decode(meta.result)
+        if len(tensors) > MAX_TENSORS or any(_odd(t.shape) for t in tensors.values()):
+            return None
+        outputs = {
+            name: np.frombuffer(tensor.data, WIRE_DTYPES[tensor.dtype]).reshape(tensor.shape)
+            for name, tensor in tensors.items()
+            if tensor.data.nbytes
+        }
+    except (msgspec.DecodeError, ValueError, KeyError):
+        return None
+    return (outputs, meta.receipt) if len(outputs) == len(tensors) else None
 
 
 # --- announcements -------------------------------------------------------------------------------
