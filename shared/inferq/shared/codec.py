@@ -116,13 +116,13 @@ def decode_envelope(raw: bytes) -> Envelope:
 
 def decode_body(envelope: Envelope) -> Body:
     """Read an envelope's body. InvalidInput if it is not ``[args, kwargs, embed]``."""
-    data = _body_bytes(envelope)
     kind = envelope.content_type
     try:
+        data = _body_bytes(envelope)
         if kind == MSGPACK:
             body = _unpack(data)
         elif kind == JSON:
-            body = _json_decoder.decode(data)
+            body = _from_json(data)
         else:
             raise InvalidInput(f"content type {kind!r}; expected {MSGPACK} or {JSON}")
     except (ValueError, msgspec.DecodeError, RecursionError) as problem:
@@ -137,6 +137,14 @@ def decode_body(envelope: Envelope) -> Body:
         ):
             return Body(args, kwargs, embed or {})
     raise InvalidInput("the message body is not [args, kwargs, embed]")
+
+
+def _from_json(data: bytes) -> Any:
+    try:
+        return _json_decoder.decode(data)
+    except msgspec.DecodeError:
+        # NaN and Infinity are no JSON, but Python's, and so Celery's, writes and reads them.
+        return json.loads(data)
 
 
 def _body_bytes(envelope: Envelope) -> bytes:
@@ -198,13 +206,21 @@ def reference_of(tensor: object) -> str | None:
     return None
 
 
+_NUMBERS: Final = (list, int, float)
+
+
+def is_lists(tensor: object) -> bool:
+    """Whether a tensor is written as nested lists rather than as bytes."""
+    return isinstance(tensor.get("data") if isinstance(tensor, dict) else tensor, _NUMBERS)
+
+
 def decode_tensor(name: str, tensor: object, dtype: str | None = None) -> Array:
     """A tensor from its wire form. InvalidInput names `name` and what is wrong.
 
-    Nested lists may stand alone (then `dtype` is the model's) or as ``data``. The array is
-    read-only where it shares the message's bytes.
+    Nested lists, or one number for a scalar, may stand alone (then `dtype` is the model's) or as
+    ``data``. The array is read-only where it shares the message's bytes.
     """
-    if isinstance(tensor, list):
+    if isinstance(tensor, _NUMBERS):
         return _from_lists(name, tensor, dtype)
     if not isinstance(tensor, dict):
         raise InvalidInput(
@@ -212,7 +228,7 @@ def decode_tensor(name: str, tensor: object, dtype: str | None = None) -> Array:
             "expected {'dtype', 'shape', 'data'} or nested lists"
         )
     kind, shape, data = tensor.get("dtype"), tensor.get("shape"), tensor.get("data")
-    if isinstance(data, list):
+    if isinstance(data, _NUMBERS):
         array = _from_lists(name, data, kind if isinstance(kind, str) else dtype)
         if shape is not None and list(array.shape) != shape:
             raise InvalidInput(
@@ -242,7 +258,10 @@ def decode_tensor(name: str, tensor: object, dtype: str | None = None) -> Array:
             f"input {name!r}: {len(data)} bytes of data; "
             f"expected {expected} for shape {list(shape)} of {real.name}"
         )
-    return np.frombuffer(data, real).reshape(shape)
+    try:
+        return np.frombuffer(data, real).reshape(shape)
+    except ValueError as problem:  # no element, yet a size that no array can have
+        raise InvalidInput(f"input {name!r}: shape {str(shape)[:80]!r}: {problem}") from problem
 
 
 def _dtype(name: str, kind: object) -> np.dtype[Any]:
@@ -254,14 +273,29 @@ def _dtype(name: str, kind: object) -> np.dtype[Any]:
     return found
 
 
-def _from_lists(name: str, lists: list[Any], kind: str | None) -> Array:
+def _from_lists(name: str, lists: Any, kind: str | None) -> Array:
     dtype = _dtype(name, kind) if kind is not None else None
     try:
-        array = np.array(lists, dtype=dtype)
+        array = np.array(lists)
     except (ValueError, TypeError, OverflowError, RecursionError) as problem:
         wanted = dtype.name if dtype is not None else "numbers"
         raise InvalidInput(f"input {name!r}: nested lists are not {wanted}: {problem}") from problem
-    return wire_array(name, array)
+    array = wire_array(name, array)
+    return array if dtype is None else _converted(name, array, dtype)
+
+
+def _converted(name: str, array: Array, dtype: np.dtype[Any]) -> Array:
+    """The numbers of nested lists as `dtype`, if that holds them: 2.0 is an integer, 2.5 is none.
+
+    Rounding to a float's precision is what everybody expects; overflow to infinity is not.
+    """
+    with np.errstate(all="ignore"):
+        wire = array.astype(dtype)
+        lost = np.isinf(wire) & ~np.isinf(array) if dtype.kind in "fc" else wire != array
+    if lost.any():
+        value = array[lost].item(0)
+        raise InvalidInput(f"input {name!r}: nested lists hold {value}; expected {dtype.name}")
+    return wire
 
 
 # --- requests ------------------------------------------------------------------------------------
@@ -355,11 +389,18 @@ def encode_success(
             name: {
                 "dtype": array.dtype.str,
                 "shape": array.shape,
-                "data": array.tolist() if lists else pybase64.b64encode_as_string(array.tobytes()),
+                "data": _json_data(array, lists),
             }
             for name, array in outputs.items()
         }
     return encode_meta("SUCCESS", request_id, result, date_done, content_type, receipt, extra)
+
+
+def _json_data(array: Array, lists: bool) -> object:
+    """Nested lists if wanted; JSON has no complex numbers, so theirs are bytes in any case."""
+    if lists and array.dtype.kind != "c":
+        return array.tolist()
+    return pybase64.b64encode_as_string(array.tobytes())
 
 
 def encode_failure(
@@ -419,7 +460,7 @@ def encode_meta(
 def decode_meta(data: bytes) -> dict[str, Any]:
     """A result meta from either serialiser. MalformedMessage if it is neither."""
     try:
-        meta = _json_decoder.decode(data) if data[:1] == b"{" else _unpack(data)
+        meta = _from_json(data) if data[:1] == b"{" else _unpack(data)
     except (ValueError, msgspec.DecodeError, RecursionError) as problem:
         raise MalformedMessage(f"not a result: {problem}") from problem
     if not isinstance(meta, dict) or not isinstance(meta.get("status"), str):

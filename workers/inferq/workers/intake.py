@@ -156,7 +156,7 @@ class Intake:
                         raise PayloadExpired(f"input {name!r}: its payload {key!r} is gone")
                     tensor = {**tensor, "data": data}  # noqa: PLW2901
                 elif ticket.content_type == codec.JSON:
-                    lists = lists or isinstance(tensor, list) or isinstance(tensor["data"], list)
+                    lists = lists or codec.is_lists(tensor)
                 arrays[name] = codec.decode_tensor(name, tensor, self._dtypes.get(name))
             rows = self._check(arrays)
             arrays, padded = self._padding.apply(arrays)
