@@ -27,7 +27,7 @@ from inferq.workers.claims import Claim, Claimed, Want
 from inferq.workers.clock import RedisClock
 from inferq.workers.hooks import Hooks
 from inferq.workers.intake import Failed, Revoked
-from inferq.workers.lanes import Finished, Job
+from inferq.workers.lanes import Finished, Job, Outcome
 from inferq.workers.lease import Lease
 from inferq.workers.ledger import LeaseLost, Ledger, RedisFull
 from inferq.workers.link import BROKEN, Link, Waker
@@ -84,6 +84,7 @@ class DataPlane:
         self._waker = Waker()
         self._finished: deque[Finished] = deque()
         self._ready: deque[tuple[str, Settlement]] = deque()
+        self._outcomes: list[Outcome] = []
         self._settlements: list[Settlement] = []
         self._claims: dict[str, Claim] = {}
         self._claim_numbers = count(1)
@@ -197,8 +198,8 @@ class DataPlane:
         if time.monotonic() >= self._drain_by or self._fatal:
             return True
         computing = any(model.jobs() for model in self._models.values())
-        pending = self._finished or self._ready or self._settlements or self._away_in_canvas
-        return not computing and not pending
+        pending = self._finished or self._outcomes or self._ready or self._settlements
+        return not computing and not pending and not self._away_in_canvas
 
     def _serve(self, link: Link, ledger: Ledger) -> None:
         ledger.arm()
@@ -211,7 +212,8 @@ class DataPlane:
             if self._fenced_out:
                 raise LeaseLost
             self._collect()
-            self._form(ledger)
+            self._form(ledger)  # before the outcomes are encoded: no free lane waits for that
+            self._settle_outcomes()
             wants = self._wants(ledger) if self._claiming else []
             if self._settlements or wants:
                 try:
@@ -236,6 +238,7 @@ class DataPlane:
         return max(0.0, min(until))
 
     def _collect(self) -> None:
+        """Free the lanes that are done."""
         while self._finished:
             finished = self._finished.popleft()
             model = self._models[finished.job.items[0].ticket.model]
@@ -245,9 +248,15 @@ class DataPlane:
                 self._fatal = True
                 self._hooks.on_fatal(str(finished.fatal))
                 continue
-            for outcome in finished.outcomes:
-                if outcome.item.slot.claim.key in self._claims:
-                    self._settle(model.results.computed(outcome), outcome.item.ticket.canvas)
+            self._outcomes += finished.outcomes
+
+    def _settle_outcomes(self) -> None:
+        outcomes, self._outcomes = self._outcomes, []
+        for outcome in outcomes:
+            item = outcome.item
+            if item.slot.claim.key in self._claims:
+                results = self._models[item.ticket.model].results
+                self._settle(results.computed(outcome), item.ticket.canvas)
         while self._ready:
             incarnation, settlement = self._ready.popleft()
             if incarnation == self._incarnation:
