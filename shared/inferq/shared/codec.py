@@ -274,28 +274,25 @@ def _dtype(name: str, kind: object) -> np.dtype[Any]:
 
 
 def _from_lists(name: str, lists: Any, kind: str | None) -> Array:
-    dtype = _dtype(name, kind) if kind is not None else None
-    try:
-        array = np.array(lists)
-    except (ValueError, TypeError, OverflowError, RecursionError) as problem:
-        wanted = dtype.name if dtype is not None else "numbers"
-        raise InvalidInput(f"input {name!r}: nested lists are not {wanted}: {problem}") from problem
-    array = wire_array(name, array)
-    return array if dtype is None else _converted(name, array, dtype)
-
-
-def _converted(name: str, array: Array, dtype: np.dtype[Any]) -> Array:
-    """The numbers of nested lists as `dtype`, if that holds them: 2.0 is an integer, 2.5 is none.
+    """The numbers of nested lists, if the dtype holds them: 2.0 is an integer, 2.5 is none.
 
     Rounding to a float's precision is what everybody expects; overflow to infinity is not.
     """
-    with np.errstate(all="ignore"):
-        wire = array.astype(dtype)
-        lost = np.isinf(wire) & ~np.isinf(array) if dtype.kind in "fc" else wire != array
+    dtype = _dtype(name, kind) if kind is not None else None
+    try:
+        free = wire_array(name, np.array(lists))
+        if dtype is None:
+            return free
+        with np.errstate(all="ignore"):
+            array = np.array(lists, dtype)
+            lost = np.isinf(array) & ~np.isinf(free) if dtype.kind in "fc" else array != free
+    except (ValueError, TypeError, OverflowError, RecursionError) as problem:
+        wanted = dtype.name if dtype is not None else "numbers"
+        raise InvalidInput(f"input {name!r}: nested lists are not {wanted}: {problem}") from problem
     if lost.any():
-        value = array[lost].item(0)
+        value = free[lost].item(0)
         raise InvalidInput(f"input {name!r}: nested lists hold {value}; expected {dtype.name}")
-    return wire
+    return array
 
 
 # --- requests ------------------------------------------------------------------------------------
