@@ -9,7 +9,8 @@ import hiredis
 import pytest
 import redis
 
-from inferq.producer.wire import Command, Wire, Wires, pack
+from inferq.producer.wire import Command, Wire, pack
+from inferq.producer.wires import Wires
 from inferq.shared.connect import redis_client
 from inferq.shared.errors import RedisUnavailable
 

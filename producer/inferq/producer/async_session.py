@@ -27,7 +27,8 @@ from inferq.producer.dialogue import (
 )
 from inferq.producer.outgoing import Outgoing
 from inferq.producer.pending import AsyncPending
-from inferq.producer.wire import BROKEN, Command, Reply, unavailable
+from inferq.producer.wire import BROKEN, Command, Reply
+from inferq.producer.wires import unavailable
 from inferq.shared.connect import CONNECT_TIMEOUT_S, async_redis_client
 from inferq.shared.errors import InferqError, RedisUnavailable
 from inferq.shared.settings import Settings

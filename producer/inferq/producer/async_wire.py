@@ -58,9 +58,10 @@ class AsyncWire:
         pool = self._client.connection_pool
         connection: Any = pool.connection_class(**pool.connection_kwargs)
         await connection.connect()
-        self._connection = connection
+        # Ours from here on: what redis-py still held, it would close when collected.
         self._stream: asyncio.StreamReader = connection._reader
         self._writer: asyncio.StreamWriter = connection._writer
+        connection._reader = connection._writer = None
         self._reading = asyncio.create_task(self._read(), name="inferq-results")
 
     def send(self, commands: Sequence[Command]) -> None:

@@ -17,24 +17,22 @@ from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
 import msgpack
-import msgspec
 
 from inferq.producer.admission import Admission, ModelView
+from inferq.producer.outcome import outcome_of
 from inferq.producer.outgoing import Encoder, Inputs, Outgoing, arrays_of
-from inferq.producer.pending import Outcome, PendingRequest, Result
+from inferq.producer.pending import PendingRequest
 from inferq.producer.wire import Command, Reply, ReplyError
 from inferq.shared import codec
 from inferq.shared.connect import judge_server
 from inferq.shared.errors import (
     ClientClosed,
-    EngineError,
     InferqError,
     InvalidInput,
     RedisUnavailable,
     ResultExpired,
-    from_wire,
 )
-from inferq.shared.schema import Array, Receipt, check_inputs
+from inferq.shared.schema import check_inputs
 from inferq.shared.settings import Settings
 
 #: Seconds between two looks at all unresolved requests' results, besides being told.
@@ -47,7 +45,6 @@ _PATIENCE_S: Final = 0.001
 #: Most results asked for at once: keys, and bytes as far as they can be foreseen.
 _MGET_KEYS: Final = 64
 _MGET_BYTES: Final = 8 * 1024 * 1024
-_TERMINAL: Final = frozenset({"SUCCESS", "FAILURE", "REVOKED"})
 
 P = TypeVar("P", bound=PendingRequest)
 
@@ -87,9 +84,8 @@ class Core:
 
         Raises InvalidInput, PayloadTooLarge, QueueFull, ClientClosed: nothing was entered then.
         """
+        self.check_open()
         now = time.monotonic()
-        if self._ended is not None:
-            raise self._ended
         advert = view.advert
         priority = _checked_priority(advert.default_priority if priority is None else priority)
         timeout_ms = _checked_timeout(timeout_ms) or advert.default_timeout_ms
@@ -107,6 +103,11 @@ class Core:
         pending = make(outgoing, now)
         self._table[pending.request_id] = pending
         return pending
+
+    def check_open(self) -> None:
+        """ClientClosed after `end`."""
+        if self._ended is not None:
+            raise self._ended
 
     def drop(self, pending: PendingRequest, error: InferqError | None = None) -> None:
         """Take a request out of the table, resolving it with `error` if one is given."""
@@ -167,7 +168,7 @@ class Core:
             if raw is None or pending is None:
                 continue
             self._mean_bytes += 0.1 * (len(raw) - self._mean_bytes)
-            outcome = _outcome(pending, raw)
+            outcome = outcome_of(pending, raw)
             if outcome is not None:
                 self.drop(pending)
                 pending.resolve(outcome)
@@ -259,32 +260,3 @@ def _checked_timeout(timeout_ms: float | None) -> float | None:
     if timeout_ms is not None and not (number and 0 < timeout_ms < float("inf")):
         raise InvalidInput(f"timeout_ms {timeout_ms!r}; expected milliseconds above 0")
     return timeout_ms
-
-
-def _outcome(pending: PendingRequest, raw: bytes) -> Outcome | None:
-    """What a result meta stands for; None if it is not terminal."""
-    read = codec.decode_success(raw) or _read_slowly(pending, raw)
-    if not isinstance(read, tuple):
-        return read
-    outputs, receipt = read
-    latency_ms = (time.monotonic() - pending.submitted_at) * 1000
-    return Result(outputs, receipt, pending.request_id, latency_ms)
-
-
-def _read_slowly(
-    pending: PendingRequest, raw: bytes
-) -> tuple[dict[str, Array], Receipt | None] | InferqError | None:
-    try:
-        meta = codec.decode_meta(raw)
-        status = meta["status"]
-        if status not in _TERMINAL:
-            return None
-        if status != "SUCCESS":
-            return from_wire(status, meta.get("result"))
-        outputs = codec.decode_outputs(meta.get("result"))
-    except (codec.MalformedMessage, InvalidInput) as problem:
-        return EngineError(f"request {pending.request_id}: unreadable result: {problem}")
-    try:
-        return outputs, msgspec.convert(meta.get("receipt"), Receipt)
-    except msgspec.ValidationError:
-        return outputs, None

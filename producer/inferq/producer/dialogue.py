@@ -19,7 +19,7 @@ from inferq.producer.core import Core, P
 from inferq.producer.outgoing import PUSH_BLOCK, Inputs, Outgoing, Push
 from inferq.producer.pending import PendingRequest
 from inferq.producer.wire import Command, Reply
-from inferq.shared.errors import Cancelled, ModelNotFound, RedisUnavailable
+from inferq.shared.errors import Cancelled, InferqError, RedisUnavailable
 
 _log: Final = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ async def carry_async(
 
 def look_up(core: Core, model: str) -> Dialogue[ModelView]:
     """What is known of `model`, asked for if that is too old. ModelNotFound."""
+    core.check_open()
     view = core.admission.current(model, time.monotonic())
     if view is None:
         questions = core.admission.questions(model)
@@ -118,8 +119,8 @@ def _push(
     model = view.advert.name
     replies = yield [*out.commands, *core.admission.questions(model)]
     answers = replies[len(out.commands) :]
-    # Gone since these were admitted: they wait, as all that is queued does.
-    with suppress(ModelNotFound):
+    # Whatever is wrong with the answer (the model may be gone): these are in the queue.
+    with suppress(InferqError):
         core.admission.learn(model, answers, asked_at, time.monotonic())
     return out.refused(replies)
 
@@ -175,6 +176,6 @@ def ask_about_models(core: Core) -> Dialogue[None]:
         questions = core.admission.questions(model)
         asked_at = time.monotonic()
         replies = yield questions
-        # Announced no more: its requests wait on, as "queued_no_worker".
-        with suppress(ModelNotFound):
+        # If it is announced no more, its requests wait on, as "queued_no_worker".
+        with suppress(InferqError):
             core.admission.learn(model, replies, asked_at, time.monotonic())

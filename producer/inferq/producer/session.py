@@ -12,7 +12,8 @@ from inferq.producer.dialogue import Dialogue, T, cancel, carry, greet
 from inferq.producer.listener import Listener
 from inferq.producer.outgoing import Outgoing
 from inferq.producer.pending import Pending
-from inferq.producer.wire import Command, Reply, Wires
+from inferq.producer.wire import Command, Reply
+from inferq.producer.wires import Wires
 from inferq.shared.connect import redis_client
 from inferq.shared.settings import Settings
 
@@ -23,6 +24,7 @@ class Session:
     def __init__(self, settings: Settings) -> None:
         self._redis = redis_client(settings.redis_url, sentinel_master=settings.sentinel_master)
         self._wires = Wires(self._redis)
+        self._close_wires = weakref.finalize(self, self._wires.close)
         self._starting = threading.Lock()
         self._stop: weakref.finalize[Any, Any] | None = None
         self.core = Core(settings)
@@ -56,7 +58,7 @@ class Session:
         self.core.end("the client was closed before the result came; the request goes on")
         if self._stop is not None:
             self._stop()
-        self._wires.close()
+        self._close_wires()
 
     def abandon(self) -> None:
         """In a forked child: leave the parent's connections alone, and what waits on them."""

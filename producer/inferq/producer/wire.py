@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import socket
 import ssl
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -20,7 +19,6 @@ import hiredis
 import redis
 
 from inferq.shared.connect import SOCKET_TIMEOUT_S
-from inferq.shared.errors import RedisUnavailable
 
 Command = tuple[bytes | str | int | float, ...]
 Reply = Any
@@ -32,8 +30,6 @@ NOTHING: Final = object()
 _COPY_BYTES: Final = 16 * 1024
 #: Pieces that one `sendmsg` takes (IOV_MAX).
 _PIECES: Final = 1024
-#: An unused connection older than this (seconds) is tried before it is used again.
-_STALE_S: Final = 15.0
 
 
 class ReplyError(Exception):
@@ -111,15 +107,15 @@ class Wire:
     def open(self) -> None:
         """Connect and shake hands. Raises one of BROKEN."""
         pool = self._client.connection_pool
-        connection = pool.connection_class(**pool.connection_kwargs)
+        connection: Any = pool.connection_class(**pool.connection_kwargs)
         connection.connect()
+        # Ours from here on: what redis-py still held, it would shut down when collected.
         sock: socket.socket | None = getattr(connection, "_sock", None)
         if sock is None:
             raise redis.ConnectionError("the connection has no socket")
-        # The connection object must live as long: it closes its socket when it is collected.
-        self._connection = connection
-        self._sock = sock
+        connection._sock = None
         sock.settimeout(SOCKET_TIMEOUT_S)
+        self._sock = sock
 
     def send(self, commands: Sequence[Command]) -> socket.socket:
         """Write `commands`, which have no replies."""
@@ -192,65 +188,3 @@ class Wire:
         sock, self._sock = self._sock, None
         if sock is not None:
             sock.close()
-
-
-class Wires:
-    """Idle connections of one client, for calls from any thread."""
-
-    def __init__(self, client: redis.Redis) -> None:
-        self._client = client
-        self._idle: deque[Wire] = deque()
-
-    def call(self, commands: Sequence[Command]) -> list[Reply]:
-        """Have `commands` answered. RedisUnavailable if that cannot be.
-
-        They are sent again on a fresh connection if an old one turns out to be broken, so they
-        must bear to be executed twice.
-        """
-        wire = self._take_idle()
-        if wire is not None:
-            try:
-                return self._call_on(wire, commands)
-            except TimeoutError as problem:
-                raise unavailable(problem) from problem
-            except BROKEN:
-                pass  # it broke since it was used last: not a word about Redis now
-        try:
-            wire = Wire(self._client)
-            wire.open()
-            return self._call_on(wire, commands)
-        except BROKEN as problem:
-            raise unavailable(problem) from problem
-
-    def _call_on(self, wire: Wire, commands: Sequence[Command]) -> list[Reply]:
-        try:
-            replies = wire.call(commands)
-        except BaseException:
-            wire.close()
-            raise
-        wire.used_at = time.monotonic()
-        self._idle.append(wire)
-        return replies
-
-    def _take_idle(self) -> Wire | None:
-        while True:
-            try:
-                wire = self._idle.pop()
-            except IndexError:
-                return None
-            if time.monotonic() - wire.used_at < _STALE_S:
-                return wire
-            wire.close()
-
-    def close(self) -> None:
-        """Close the idle connections."""
-        while self._idle:
-            try:
-                self._idle.pop().close()
-            except IndexError:
-                return
-
-
-def unavailable(problem: Exception) -> RedisUnavailable:
-    """RedisUnavailable for one of BROKEN."""
-    return RedisUnavailable(f"Redis cannot be reached: {problem}")
