@@ -307,7 +307,7 @@ def test_only_news_about_our_own_requests_is_heard() -> None:
     core = new_core()
     pending = submit(core)
     channel = core.channel.encode()
-    ids = msgpack.packb([pending.request_id, "someone-else"])
+    ids = msgpack.packb([pending.request_id, "someone-else", 7, []])
     assert core.told([b"message", channel, ids]) == [pending.request_id]
     assert core.told([b"message", b"other", ids]) == []
     assert core.told([b"subscribe", channel, 1]) == []

@@ -129,7 +129,9 @@ class Core:
             ids = msgpack.unpackb(push[2], raw=False)
         except (ValueError, msgpack.UnpackException):
             return []
-        return [one for one in ids if one in self._table] if isinstance(ids, list) else []
+        if not isinstance(ids, list):
+            return []
+        return [one for one in ids if isinstance(one, str) and one in self._table]
 
     def patience_s(self, told: int) -> float:
         """Seconds to wait for more news before reading what `told` requests came to.
