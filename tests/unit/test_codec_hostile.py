@@ -102,6 +102,8 @@ def test_a_message_over_the_limit_is_malformed_before_it_is_read(
         wrapped(msgpack.packb([[], {}, None]) + b"\x00"),
         wrapped(b"[[],{},null]" + b"x", JSON),
         wrapped(b"[" * DEEP, JSON),
+        wrapped(b'[[],{"x":"\\ud800"},null]', JSON),
+        wrapped(b'[[],{"x":"\\ud800","y":NaN},null]', JSON),
         wrapped(b'[[],{"x":' + b"9" * 5000 + b"},null]", JSON),
         wrapped(b"[[],{},null]", "application/x-python-serialize"),
         wrapped(b"[[],{},null]", "application/x-yaml"),

@@ -143,8 +143,11 @@ def _from_json(data: bytes) -> Any:
     try:
         return _json_decoder.decode(data)
     except msgspec.DecodeError:
-        # NaN and Infinity are no JSON, but Python's, and so Celery's, writes and reads them.
-        return json.loads(data)
+        # NaN and Infinity are no JSON, but Python's, and so Celery's, writes and reads them. It
+        # also lets half a surrogate pass, which no other serialiser takes: encode raises.
+        value = json.loads(data)
+        json.dumps(value, ensure_ascii=False).encode()
+        return value
 
 
 def _body_bytes(envelope: Envelope) -> bytes:

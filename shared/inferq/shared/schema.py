@@ -5,7 +5,7 @@ Frozen, and free of I/O; `codec` turns them into bytes and back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 import msgspec
@@ -190,18 +190,14 @@ class InputCheck:
         return rows
 
 
-def check_inputs(advert: ModelAdvert, inputs: Tensors) -> int:
-    """Check a request's `inputs` against what a model takes; return its rows.
-
-    Raises InvalidInput (naming input, value and expectation) or PayloadTooLarge.
-    """
+def check_names(advert: ModelAdvert, inputs: Collection[str]) -> None:
+    """InvalidInput unless `inputs` are the names of the model's inputs, no more and no less."""
     specs = advert.signature.inputs
-    given = inputs.keys()
-    names = {spec.name for spec in specs}
+    given, names = set(inputs), {spec.name for spec in specs}
     if given != names:
         missing, unknown = sorted(names - given), sorted(given - names)
         problem = "; ".join(
-            f"{what} {', '.join(map(repr, which))}"
+            f"{what} {', '.join(map(repr, which[:MAX_TENSORS]))}"
             for what, which in (("missing", missing), ("unknown", unknown))
             if which
         )
@@ -210,6 +206,15 @@ def check_inputs(advert: ModelAdvert, inputs: Tensors) -> int:
             f"expected {', '.join(str(spec) for spec in specs)}",
             model=advert.name,
         )
+
+
+def check_inputs(advert: ModelAdvert, inputs: Tensors) -> int:
+    """Check a request's `inputs` against what a model takes; return its rows.
+
+    Raises InvalidInput (naming input, value and expectation) or PayloadTooLarge.
+    """
+    specs = advert.signature.inputs
+    check_names(advert, inputs)
     symbols: dict[str, tuple[int, str]] = {}
     for spec in specs:
         _check_tensor(advert, spec, inputs[spec.name], symbols)

@@ -23,7 +23,7 @@ from inferq.shared.errors import (
     PayloadExpired,
 )
 from inferq.shared.names import TASK, Names
-from inferq.shared.schema import Array, InputCheck, ModelAdvert, Ticket
+from inferq.shared.schema import Array, InputCheck, ModelAdvert, Ticket, check_names
 from inferq.workers.batching.padding import Padding
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Slot
@@ -124,22 +124,21 @@ class Intake:
                 ticket = replace(ticket, expires_ms=_unix_ms(headers.expires))
             late = self.too_late(slot, ticket)
             body = codec.decode_body(envelope)
-            if body.has_canvas:
-                ticket = replace(ticket, canvas=message)
+            given = _given(body)
+            references = _references(given.get("inputs"))
+            is_own = self._names.is_payload_of
+            own = tuple(key for key in references.values() if is_own(key, ticket.id))
+            if own or body.has_canvas:
+                canvas = message if body.has_canvas else None
+                ticket = replace(ticket, payload_keys=own, canvas=canvas)
             if late is not None:
                 return replace(late, ticket=ticket)
-            inputs = self._arguments(body)
-            references: dict[str, str] = {}
-            for name, tensor in inputs.items():
-                if (key := codec.reference_of(tensor)) is not None:
-                    references[name] = key
+            inputs = self._inputs(given)
             for name, key in references.items():
-                if not self._names.is_payload_of(key, ticket.id):
+                if key not in own:
                     raise InvalidInput(f"input {name!r}: key {key[:200]!r} is not its payload's")
         except InferqError as error:
             return Failed(slot, ticket, error)
-        if references:
-            ticket = replace(ticket, payload_keys=tuple(references.values()))
         return Opened(slot, ticket, inputs, references)
 
     def admit(self, opened: Opened, payloads: Mapping[str, bytes | None]) -> Waiting | Failed:
@@ -162,7 +161,7 @@ class Intake:
             arrays, padded = self._padding.apply(arrays)
         except InferqError as error:
             return Failed(slot, ticket, error)
-        except (KeyError, TypeError) as problem:
+        except (KeyError, TypeError, ValueError, MemoryError) as problem:
             return Failed(slot, ticket, InvalidInput(f"inputs are no tensors: {problem!r}"))
         if lists:
             ticket = replace(ticket, lists=True)
@@ -200,15 +199,10 @@ class Intake:
             attempts=attempts, extra=extra, kwargsrepr=headers.kwargsrepr or "",
         )  # fmt: skip
 
-    def _arguments(self, body: codec.Body) -> Mapping[str, Any]:
-        """The task's signature is ``infer(inputs, model=None)``."""
-        given = body.kwargs
-        if body.args:
-            given = dict(zip(("inputs", "model"), body.args, strict=False)) | given
+    def _inputs(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         unknown = sorted(given.keys() - _ARGUMENTS)
-        if unknown or len(body.args) > 2:
-            what = f"argument {unknown[0]!r}" if unknown else f"{len(body.args)} arguments"
-            raise InvalidInput(f"{what}; expected inputs and model")
+        if unknown:
+            raise InvalidInput(f"argument {unknown[0][:100]!r}; expected inputs and model")
         model, inputs = given.get("model"), given.get("inputs")
         if model is not None and model != self._advert.name:
             raise ModelNotFound(
@@ -220,12 +214,31 @@ class Intake:
             raise InvalidInput(
                 f"inputs are {type(inputs).__name__}; expected a mapping of input names to tensors"
             )
+        if inputs.keys() != self._dtypes.keys():
+            check_names(self._advert, inputs)
         return inputs
 
     def _compatible(self, arrays: Mapping[str, Array]) -> Hashable:
         if not self._varies:
             return None
-        return tuple(array.shape[1:] for array in arrays.values())
+        return tuple(arrays[name].shape[1:] for name in self._dtypes)
+
+
+def _given(body: codec.Body) -> Mapping[str, Any]:
+    """The arguments by name; the task's signature is ``infer(inputs, model=None)``."""
+    if not body.args:
+        return body.kwargs
+    if len(body.args) > 2:
+        raise InvalidInput(f"{len(body.args)} arguments; expected inputs and model")
+    return dict(zip(("inputs", "model"), body.args, strict=False)) | body.kwargs
+
+
+def _references(inputs: object) -> dict[str, str]:
+    """Input name → payload key of the claim-checked tensors, whatever else `inputs` may be."""
+    if not isinstance(inputs, dict):
+        return {}
+    found = ((name, codec.reference_of(tensor)) for name, tensor in inputs.items())
+    return {name: key for name, key in found if key is not None}
 
 
 def _unix_ms(expires: str) -> float:

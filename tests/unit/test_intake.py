@@ -1,0 +1,352 @@
+"""Hop 3 reads every message to one of its ends, and never raises."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inferq.shared import codec
+from inferq.shared.errors import (
+    DeadlineExceeded,
+    InvalidInput,
+    ModelNotFound,
+    PayloadExpired,
+    PayloadTooLarge,
+)
+from inferq.shared.names import Names
+from inferq.shared.schema import ModelAdvert, Signature, TensorSpec
+from inferq.workers.batching.padding import Padding, PadRule
+from inferq.workers.batching.waiting import Waiting
+from inferq.workers.claims import Claim, Slot
+from inferq.workers.intake import Failed, Foreign, Intake, Opened, Quarantined, Revoked
+
+NAMES = Names()
+NOW = 1_800_000_000_000.0
+SLOT = Slot(Claim("k", "m", 3, 1), 0)
+X = np.arange(4, dtype=np.float32).reshape(1, 4)
+INPUTS = {"x": codec.encode_tensor(X)}
+PLAIN = (TensorSpec("x", "float32", ("batch", 4)),)
+
+
+def intake(
+    *inputs: TensorSpec, revoked: frozenset[str] = frozenset(), limit: int = 1000, **pad: PadRule
+) -> Intake:
+    signature = Signature(inputs or PLAIN, inputs or PLAIN)
+    advert = ModelAdvert(
+        name="m", version=1, engine="fake", signature=signature, max_batch_size=8, batchable=True,
+        max_queue_depth=0, max_request_bytes=limit, default_priority=0, default_timeout_ms=0,
+        seconds_per_row=0.0,
+    )  # fmt: skip
+    padding = Padding(signature, pad)
+    return Intake(advert, NAMES, padding, revoked.__contains__, lambda: NOW)
+
+
+def message(
+    inputs: object = None,
+    *,
+    args: list[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    embed: object = None,
+    kind: str = codec.MSGPACK,
+    **headers: Any,
+) -> bytes:
+    if kwargs is None:
+        kwargs = {} if args else {"model": "m", "inputs": INPUTS if inputs is None else inputs}
+    body = [args or [], kwargs, embed]
+    packed = json.dumps(body).encode() if kind == codec.JSON else msgpack.packb(body)
+    return json.dumps(
+        {
+            "body": base64.b64encode(packed).decode(),
+            "headers": {"id": "one", "task": "inferq.infer", **headers},
+            "properties": {"body_encoding": "base64"},
+            "content-type": kind,
+        }
+    ).encode()
+
+
+def failure(found: object) -> Exception:
+    assert isinstance(found, Failed), found
+    return found.error
+
+
+def opened(reader: Intake, raw: bytes) -> Opened:
+    found = reader.open(SLOT, raw)
+    assert isinstance(found, Opened), found
+    return found
+
+
+def admitted(
+    reader: Intake, raw: bytes, payloads: Mapping[str, bytes | None] | None = None
+) -> Waiting:
+    item = reader.admit(opened(reader, raw), payloads or {})
+    assert isinstance(item, Waiting), item
+    return item
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        message(),
+        message(args=[INPUTS]),
+        message(args=[INPUTS, "m"]),
+        message(args=[INPUTS], kwargs={"model": "m"}),
+        message({"x": X.tolist()}, kind=codec.JSON),
+        message({"x": {"data": X.tolist()}}, kind=codec.JSON),
+    ],
+)
+def test_every_way_to_pass_the_arguments_is_read(raw: bytes) -> None:
+    item = admitted(intake(), raw)
+    np.testing.assert_array_equal(item.inputs["x"], X)
+    assert (item.rows, item.ticket.id, item.ticket.model, item.ticket.priority) == (
+        1,
+        "one",
+        "m",
+        3,
+    )
+
+
+def test_json_lists_are_answered_with_lists_and_bytes_with_bytes() -> None:
+    b64 = {"dtype": "<f4", "shape": [1, 4], "data": base64.b64encode(X.tobytes()).decode()}
+    assert admitted(intake(), message({"x": X.tolist()}, kind=codec.JSON)).ticket.lists
+    assert not admitted(intake(), message({"x": b64}, kind=codec.JSON)).ticket.lists
+
+
+@pytest.mark.parametrize(
+    ("raw", "error", "words"),
+    [
+        (message(kwargs={"inputs": INPUTS, "model": "other"}), ModelNotFound, "'other'"),
+        (message(kwargs={"inputs": INPUTS, "model": 7}), ModelNotFound, "'7'"),
+        (message(kwargs={"inputs": INPUTS, "extra": 1}), InvalidInput, "'extra'"),
+        (message(args=[INPUTS, "m", 1]), InvalidInput, "3 arguments"),
+        (message(kwargs={"model": "m"}), InvalidInput, "NoneType"),
+        (message([1]), InvalidInput, "list"),
+        (message({}), InvalidInput, "missing 'x'"),
+        (message({**INPUTS, "y": 1}), InvalidInput, "unknown 'y'"),
+        (message({1: 2}, kind=codec.MSGPACK), InvalidInput, "names"),
+        (message(compression="application/x-gzip"), InvalidInput, "gzip"),
+        (message(expires="tomorrow"), InvalidInput, "ISO 8601"),
+        (message(kind="application/x-yaml"), InvalidInput, "yaml"),
+    ],
+)  # fmt: skip
+def test_a_bad_message_fails_with_what_was_expected(
+    raw: bytes, error: type[Exception], words: str
+) -> None:
+    problem = failure(intake().open(SLOT, raw))
+    assert type(problem) is error
+    assert words in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "error", "words"),
+    [
+        (codec.encode_tensor(X.astype("f8")), InvalidInput, "float64; expected float32"),
+        (codec.encode_tensor(X[:, :3].copy()), InvalidInput, "expected 4"),
+        (codec.encode_tensor(X[0]), InvalidInput, "1 dims"),
+        (codec.encode_tensor(np.zeros((0, 4), "f4")), InvalidInput, "expected at least 1"),
+        (codec.encode_tensor(np.zeros((9, 4), "f4")), InvalidInput, "9 rows; expected 1 to 8"),
+        (codec.encode_tensor(np.zeros((7, 4), "f4")), PayloadTooLarge, "112 bytes"),
+        ({"dtype": "<f4", "shape": [0, 2**62, 2**62], "data": b""}, InvalidInput, "shape"),
+        (None, InvalidInput, "NoneType"),
+        ("text", InvalidInput, "str"),
+        ({1: 2}, InvalidInput, "None"),
+    ],
+)
+def test_a_bad_tensor_fails_with_what_was_expected(
+    tensor: Any, error: type[Exception], words: str
+) -> None:
+    reader = intake(limit=100 if error is PayloadTooLarge else 1000)
+    problem = failure(reader.admit(opened(reader, message({"x": tensor})), {}))
+    assert type(problem) is error
+    assert words in str(problem)
+
+
+def test_what_names_no_request_is_quarantined_with_its_bytes() -> None:
+    for raw in (b"\xff", message(id=""), message(id=None)):
+        found = intake().open(SLOT, raw)
+        assert isinstance(found, Quarantined)
+        assert (found.message, bool(found.reason)) == (raw, True)
+
+
+def test_another_task_and_one_with_an_eta_are_celerys() -> None:
+    for raw in (message(task="other"), message(eta="2030-01-01T00:00:00")):
+        assert isinstance(intake().open(SLOT, raw), Foreign)
+
+
+# --- too late ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("expires", ["2028-01-01T00:00:00+00:00", "2020-01-01T00:00:00"])
+def test_expiry_ends_a_request_as_revoked_only_once_it_has_passed(expires: str) -> None:
+    found = intake().open(SLOT, message(expires=expires))
+    passed = expires.startswith("2020")
+    assert isinstance(found, Revoked if passed else Opened)
+    assert not isinstance(found, Revoked) or found.reason == "expired"
+
+
+def test_a_deadline_ends_a_request_only_once_it_has_passed() -> None:
+    assert isinstance(intake().open(SLOT, message(inferq_deadline_ms=NOW)), Opened)
+    problem = failure(intake().open(SLOT, message(inferq_deadline_ms=NOW - 5)))
+    assert type(problem) is DeadlineExceeded
+    assert "5 ms ago" in str(problem)
+
+
+def test_a_revoked_request_ends_as_revoked() -> None:
+    found = intake(revoked=frozenset({"one"})).open(SLOT, message())
+    assert isinstance(found, Revoked)
+    assert found.reason == "revoked"
+
+
+def test_a_request_that_is_too_late_still_has_its_links() -> None:
+    raw = message(embed={"errbacks": [{"task": "x"}]}, inferq_deadline_ms=1.0)
+    found = intake().open(SLOT, raw)
+    assert isinstance(found, Failed)
+    assert found.ticket.canvas == raw
+
+
+# --- claim check ---------------------------------------------------------------------------------
+
+OWN = NAMES.payload("one", "x")
+CHECKED = {"x": codec.encode_reference(X, OWN)}
+
+
+def test_a_claim_checked_tensor_is_read_from_its_payload() -> None:
+    item = admitted(intake(), message(CHECKED), {OWN: X.tobytes()})
+    np.testing.assert_array_equal(item.inputs["x"], X)
+    assert item.ticket.payload_keys == (OWN,)
+
+
+def test_a_payload_that_is_gone_is_payload_expired() -> None:
+    reader = intake()
+    found = reader.admit(opened(reader, message(CHECKED)), {OWN: None})
+    assert type(failure(found)) is PayloadExpired
+
+
+@pytest.mark.parametrize("data", [b"", X.tobytes()[:-1], X.tobytes() + b"\x00"])
+def test_a_payload_of_the_wrong_size_is_invalid_input(data: bytes) -> None:
+    reader = intake()
+    assert (
+        type(failure(reader.admit(opened(reader, message(CHECKED)), {OWN: data}))) is InvalidInput
+    )
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        NAMES.payload("two", "x"),
+        NAMES.payload("one1", "x"),
+        "inferq:1:payload:",
+        "celery-task-meta-one",
+        NAMES.queue("m"),
+        NAMES.leases,
+        " " + OWN,
+        "",
+    ],
+)
+def test_a_key_that_is_not_the_requests_own_is_neither_read_nor_deleted(key: str) -> None:
+    two = (*PLAIN, TensorSpec("y", "float32", ("batch", 4)))
+    raw = message({**CHECKED, "y": codec.encode_reference(X, key)})
+    found = intake(*two).open(SLOT, raw)
+    problem = failure(found)
+    assert type(problem) is InvalidInput
+    assert "'y'" in str(problem)
+    assert isinstance(found, Failed)
+    assert found.ticket.payload_keys == (OWN,)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        message(CHECKED, inferq_deadline_ms=1.0),
+        message(CHECKED, expires="2020-01-01T00:00:00"),
+        message(kwargs={"model": "other", "inputs": CHECKED}),
+        message({**CHECKED, "y": [1]}),
+        message(args=[CHECKED, "other"]),
+    ],
+    ids=["late", "expired", "other model", "unknown input", "positional"],
+)
+def test_a_request_that_ends_unread_still_names_its_payload_so_that_it_is_deleted(
+    raw: bytes,
+) -> None:
+    found = intake().open(SLOT, raw)
+    assert isinstance(found, Failed | Revoked)
+    assert found.ticket.payload_keys == (OWN,)
+
+
+# --- who may share a batch -----------------------------------------------------------------------
+
+PAIR = (TensorSpec("a", "float32", ("batch", "n")), TensorSpec("b", "float32", ("batch", "m")))
+
+
+def pair(n: int, m: int, order: str = "ab") -> bytes:
+    arrays = {"a": np.zeros((1, n), np.float32), "b": np.zeros((1, m), np.float32)}
+    return message({name: codec.encode_tensor(arrays[name]) for name in order})
+
+
+def test_only_equal_inner_shapes_are_compatible() -> None:
+    reader = intake(*PAIR)
+    groups = {(n, m): admitted(reader, pair(n, m)).compatible for n in (1, 2) for m in (1, 2)}
+    assert len(set(groups.values())) == 4
+
+
+def test_compatibility_does_not_depend_on_the_order_of_the_inputs() -> None:
+    reader = intake(*PAIR)
+    assert admitted(reader, pair(1, 2)).compatible == admitted(reader, pair(1, 2, "ba")).compatible
+    assert admitted(reader, pair(1, 2)).compatible != admitted(reader, pair(2, 1, "ba")).compatible
+
+
+def test_padded_sizes_are_compatible_up_to_their_bucket() -> None:
+    reader = intake(*PAIR, n=PadRule((4, 8), 0.0))
+    groups = [admitted(reader, pair(n, 1)).compatible for n in (1, 3, 4, 5, 8)]
+    assert groups[0] == groups[1] == groups[2] != groups[3] == groups[4]
+    problem = failure(reader.admit(opened(reader, pair(9, 1)), {}))
+    assert "expected at most 8" in str(problem)
+
+
+def test_one_that_killed_a_worker_runs_alone() -> None:
+    reader = intake()
+    found = opened(reader, message())
+    again = reader.admit(found.retried(2), {})
+    assert isinstance(again, Waiting)
+    assert (again.alone, again.ticket.attempts) == (True, 2)
+    assert not admitted(reader, message()).alone
+
+
+# --- anything ------------------------------------------------------------------------------------
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text()
+    | st.binary() | st.sampled_from(["m", "x", "<f4", OWN]),
+    lambda inner: st.lists(inner)
+    | st.dictionaries(
+        st.sampled_from(["x", "y", "dtype", "shape", "data", "key", "model", "inputs", "chain"]),
+        inner,
+    ),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@given(ANYTHING, ANYTHING, ANYTHING)
+def test_no_body_makes_it_raise(args: Any, kwargs: Any, embed: Any) -> None:
+    reader = intake()
+    bodies: list[Any] = [[args, kwargs, embed], [[], {"inputs": {"x": args}}, None], args]
+    for body in bodies:
+        raw = json.dumps(
+            {
+                "body": base64.b64encode(msgpack.packb(body)).decode(),
+                "headers": {"id": "one", "task": "inferq.infer"},
+                "properties": {"body_encoding": "base64"},
+                "content-type": codec.MSGPACK,
+            }
+        ).encode()
+        found = reader.open(SLOT, raw)
+        assert isinstance(found, Opened | Failed)
+        if isinstance(found, Opened):
+            assert isinstance(reader.admit(found, {OWN: b"1234"}), Waiting | Failed)
