@@ -79,4 +79,4 @@ def named(redis: redis_py.Redis, name: str) -> dict[str, str]:
 
 
 def readable(link: Link) -> bool:
-    return bool(select.select([link._sock], [], [], 0)[0])
+    return bool(select.select([link._socket], [], [], 0)[0])

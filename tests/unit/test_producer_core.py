@@ -17,7 +17,6 @@ from inferq.producer.core import Core
 from inferq.producer.outgoing import INLINE_LIMIT, PAYLOAD_MARGIN_S, Push, arrays_of
 from inferq.producer.pending import Pending, Result, State
 from inferq.producer.window import Window
-from inferq.producer.wire import ReplyError
 from inferq.shared import codec
 from inferq.shared.errors import (
     Cancelled,
@@ -31,6 +30,7 @@ from inferq.shared.errors import (
     ResultExpired,
 )
 from inferq.shared.names import Names
+from inferq.shared.resp import ReplyError
 from inferq.shared.schema import Signature, TensorSpec
 from inferq.shared.settings import Settings
 

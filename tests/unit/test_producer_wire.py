@@ -9,10 +9,11 @@ import hiredis
 import pytest
 import redis
 
-from inferq.producer.wire import Command, Wire, pack
+from inferq.producer.wire import Wire
 from inferq.producer.wires import Wires
 from inferq.shared.connect import redis_client
 from inferq.shared.errors import RedisUnavailable
+from inferq.shared.resp import Command, pack
 
 LARGE = bytes(range(256)) * 1000
 

@@ -14,10 +14,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from inferq.producer.wire import Command, Reply, first_error
 from inferq.shared import codec
 from inferq.shared.errors import ModelNotFound, QueueFull, RedisUnavailable
 from inferq.shared.names import Names, is_model_name
+from inferq.shared.resp import Command, Reply, first_error
 from inferq.shared.schema import DTYPES, ModelAdvert
 
 #: Seconds.

@@ -27,10 +27,10 @@ from inferq.producer.dialogue import (
 )
 from inferq.producer.outgoing import Outgoing
 from inferq.producer.pending import AsyncPending
-from inferq.producer.wire import BROKEN, Command, Reply
 from inferq.producer.wires import unavailable
 from inferq.shared.connect import CONNECT_TIMEOUT_S, async_redis_client
 from inferq.shared.errors import InferqError, RedisUnavailable
+from inferq.shared.resp import BROKEN, Command, Reply
 from inferq.shared.settings import Settings
 
 _log: Final = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ import hiredis
 import redis
 import redis.asyncio
 
-from inferq.producer.wire import BROKEN, NOTHING, Command, Reply, new_reader, pack
 from inferq.shared.connect import SOCKET_TIMEOUT_S
+from inferq.shared.resp import BROKEN, NOTHING, Command, Reply, new_reader, pack
 
 _READ_BYTES: Final = 256 * 1024
 

@@ -22,7 +22,6 @@ from inferq.producer.admission import Admission, ModelView
 from inferq.producer.outcome import outcome_of
 from inferq.producer.outgoing import Encoder, Inputs, Outgoing, arrays_of
 from inferq.producer.pending import PendingRequest
-from inferq.producer.wire import Command, Reply, ReplyError
 from inferq.shared import codec
 from inferq.shared.connect import judge_server
 from inferq.shared.errors import (
@@ -32,6 +31,7 @@ from inferq.shared.errors import (
     RedisUnavailable,
     ResultExpired,
 )
+from inferq.shared.resp import Command, Reply, ReplyError
 from inferq.shared.schema import check_inputs
 from inferq.shared.settings import Settings
 

@@ -18,8 +18,8 @@ from inferq.producer.admission import ModelView
 from inferq.producer.core import Core, P
 from inferq.producer.outgoing import PUSH_BLOCK, Inputs, Outgoing, Push
 from inferq.producer.pending import PendingRequest
-from inferq.producer.wire import Command, Reply
 from inferq.shared.errors import Cancelled, InferqError, RedisUnavailable
+from inferq.shared.resp import Command, Reply
 
 _log: Final = logging.getLogger(__name__)
 

@@ -20,8 +20,9 @@ import redis
 
 from inferq.producer.core import MAX_BACKOFF_S, SWEEP_S, Core
 from inferq.producer.dialogue import ask_about_models, carry, greet, read, resume, sweep
-from inferq.producer.wire import BROKEN, Wire
+from inferq.producer.wire import Wire
 from inferq.shared.errors import InferqError
+from inferq.shared.resp import BROKEN
 
 _log: Final = logging.getLogger(__name__)
 #: Seconds that `stop` waits for the thread.

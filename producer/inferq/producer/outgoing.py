@@ -16,10 +16,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from inferq.producer.wire import Command, Reply, ReplyError
 from inferq.shared import codec
 from inferq.shared.errors import InvalidInput, RedisUnavailable
 from inferq.shared.names import Names, queue_of
+from inferq.shared.resp import Command, Reply, ReplyError
 from inferq.shared.schema import Array
 
 #: Bytes of one tensor from which on it is claim-checked. Measured (CPU µs a request of producer,

@@ -12,9 +12,9 @@ from inferq.producer.dialogue import Dialogue, T, cancel, carry, greet
 from inferq.producer.listener import Listener
 from inferq.producer.outgoing import Outgoing
 from inferq.producer.pending import Pending
-from inferq.producer.wire import Command, Reply
 from inferq.producer.wires import Wires
 from inferq.shared.connect import redis_client
+from inferq.shared.resp import Command, Reply
 from inferq.shared.settings import Settings
 
 

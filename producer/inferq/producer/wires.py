@@ -9,8 +9,9 @@ from typing import Final
 
 import redis
 
-from inferq.producer.wire import BROKEN, Command, Reply, Wire
+from inferq.producer.wire import Wire
 from inferq.shared.errors import RedisUnavailable
+from inferq.shared.resp import BROKEN, Command, Reply
 
 #: Seconds after which an idle connection is not trusted any more, but replaced.
 STALE_S: Final = 15.0

@@ -18,7 +18,7 @@ from celery.exceptions import TaskRevokedError
 from celery.worker import state as worker_state
 from celery.worker.consumer import Consumer
 
-from inferq.workers.link import Command
+from inferq.shared.resp import Command
 
 #: kombu's bookkeeping of delivered messages (kombu.transport.redis.Channel).
 UNACKED = "unacked"

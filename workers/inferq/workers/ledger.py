@@ -21,9 +21,10 @@ from typing import Final
 from redis.exceptions import RedisError
 
 from inferq.shared.names import Names
+from inferq.shared.resp import Command, Reply, ReplyError
 from inferq.workers import settle
 from inferq.workers.claims import Claim, Claimed, Want
-from inferq.workers.link import Command, Link, Reply, ReplyError
+from inferq.workers.link import Link
 from inferq.workers.settle import Settlement
 
 logger = logging.getLogger(__name__)

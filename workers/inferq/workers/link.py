@@ -1,8 +1,7 @@
-"""One RESP3 connection, driven by hand: commands go out together, replies are read in order.
+"""The data plane's connection: commands go out together, replies are read in order.
 
-redis-py opens it (TLS, ACL, Sentinel, the handshake); from then on the data plane owns the socket,
-because it must wait for Redis and for its own lanes at once. Pushes (RESP3 invalidations) are set
-aside as they arrive. What is private of redis-py, the connection's socket, is used here alone.
+Pushes (RESP3 invalidations of tracked keys) are set aside as they arrive, and `Link.wait` waits for
+them and for the process's own lanes at once.
 """
 
 from __future__ import annotations
@@ -10,25 +9,24 @@ from __future__ import annotations
 import os
 import select
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import hiredis
 import redis
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
 
-Command = tuple[bytes | str | int | float, ...]
-Reply = Any
+from inferq.shared.resp import (
+    NOTHING,
+    Command,
+    Reply,
+    ReplyError,
+    new_reader,
+    open_socket,
+    pack,
+    send_all,
+)
 
-#: Why a link can break: whatever redis-py or the socket raises.
-BROKEN: Final = (OSError, RedisError)
-_NOTHING: Final = object()
 _BUFFER_BYTES: Final = 256 * 1024
-
-
-class ReplyError(Exception):
-    """Redis answered one command with an error; it stands where the reply would stand."""
 
 
 class Waker:
@@ -58,7 +56,8 @@ class Link:
     """
 
     def __init__(self, client: redis.Redis, waker: Waker, timeout: float) -> None:
-        self._connection = client.connection_pool.make_connection()
+        self._client = client
+        self._sock: socket.socket | None = None
         self._waker = waker
         self._timeout = timeout
         self._buffer = bytearray(_BUFFER_BYTES)
@@ -70,50 +69,50 @@ class Link:
 
     def open(self) -> None:
         """Connect and turn key tracking on. Raises one of BROKEN."""
-        self._connection.connect()  # type: ignore[no-untyped-call]
-        sock: socket.socket | None = getattr(self._connection, "_sock", None)
-        if sock is None:
-            raise RedisConnectionError("the connection has no socket")
-        self._sock = sock
-        self._sock.settimeout(self._timeout)
-        self._reader = hiredis.Reader(
-            notEnoughData=_NOTHING, replyError=ReplyError, protocolError=RedisConnectionError
-        )
+        self._sock = open_socket(self._client, self._timeout)
+        self._reader = new_reader()
         self._poll = select.poll()
         self._poll.register(self._sock, select.POLLIN)
         self._poll.register(self._waker.fd, select.POLLIN)
         (reply,) = self.call([("CLIENT", "TRACKING", "ON", "NOLOOP")])
         if isinstance(reply, ReplyError):
-            raise RedisConnectionError(f"CLIENT TRACKING was refused: {reply}")
+            raise redis.ConnectionError(f"CLIENT TRACKING was refused: {reply}")
 
     def close(self) -> None:
         """Close the socket; never raises."""
-        self._connection.disconnect()  # type: ignore[no-untyped-call]
+        sock, self._sock = self._sock, None
+        if sock is not None:
+            sock.close()
 
-    def send(self, commands: Iterable[Command]) -> None:
+    def send(self, commands: Sequence[Command]) -> None:
         """Write `commands` at once, without waiting; their replies will be passed over."""
-        self._unread += self._write(commands)
+        self._write(commands)
+        self._unread += len(commands)
 
     def call(self, commands: Sequence[Command]) -> list[Reply]:
         """Write `commands` at once and return their replies, ReplyErrors among them."""
         self._write(commands)
         return self.read(len(commands))
 
-    def post(self, commands: Iterable[Command]) -> None:
+    def post(self, commands: Sequence[Command]) -> None:
         """Write `commands` at once; their replies are to be `read`."""
         self._write(commands)
 
-    def _write(self, commands: Iterable[Command]) -> int:
-        packed = [hiredis.pack_command(command) for command in commands]
-        self._sock.sendall(b"".join(packed))
-        return len(packed)
+    def _write(self, commands: Sequence[Command]) -> None:
+        send_all(self._socket, pack(commands))
+
+    @property
+    def _socket(self) -> socket.socket:
+        if self._sock is None:
+            raise redis.ConnectionError("the link is closed")
+        return self._sock
 
     def read(self, count: int) -> list[Reply]:
         """The next `count` replies that were not passed over."""
         replies: list[Reply] = []
         while len(replies) < count:
             reply = self._reader.gets()
-            if reply is _NOTHING:
+            if reply is NOTHING:
                 self._receive()
             elif isinstance(reply, hiredis.PushNotification):
                 self._note(reply)
@@ -145,16 +144,16 @@ class Link:
         self._drain()
 
     def _drain(self) -> None:
-        while (reply := self._reader.gets()) is not _NOTHING:
+        while (reply := self._reader.gets()) is not NOTHING:
             if isinstance(reply, hiredis.PushNotification):
                 self._note(reply)
             else:
                 self._unread -= 1
 
     def _receive(self) -> None:
-        count = self._sock.recv_into(self._buffer)
+        count = self._socket.recv_into(self._buffer)
         if not count:
-            raise RedisConnectionError("Redis closed the connection")
+            raise redis.ConnectionError("Redis closed the connection")
         self._reader.feed(self._buffer, 0, count)
 
     def _note(self, push: list[Any]) -> None:

@@ -23,6 +23,7 @@ import redis
 from redis.exceptions import RedisError
 
 from inferq.shared.names import Names
+from inferq.shared.resp import BROKEN
 from inferq.workers.claims import Claim, Claimed, Want
 from inferq.workers.clock import RedisClock
 from inferq.workers.hooks import Hooks
@@ -30,7 +31,7 @@ from inferq.workers.intake import Failed, Revoked
 from inferq.workers.lanes import Finished, Job, Outcome
 from inferq.workers.lease import Lease
 from inferq.workers.ledger import LeaseLost, Ledger, RedisFull
-from inferq.workers.link import BROKEN, Link, Waker
+from inferq.workers.link import Link, Waker
 from inferq.workers.receiving import Receiver
 from inferq.workers.recovery import Recoverer
 from inferq.workers.serving import ServedModel

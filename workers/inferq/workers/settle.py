@@ -14,8 +14,8 @@ import msgpack
 import msgspec
 
 from inferq.shared.names import Names
+from inferq.shared.resp import Command
 from inferq.workers.claims import Claim, Slot
-from inferq.workers.link import Command
 
 #: Newest dead letters kept per model.
 DEAD_LETTERS_KEPT: Final = 10_000

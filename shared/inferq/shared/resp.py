@@ -1,0 +1,107 @@
+"""Redis' protocol (RESP3) on a socket of our own: what both sides' connections are made of.
+
+redis-py opens a connection (TLS, ACL, Sentinel, the handshake). From then on the socket is ours:
+redis-py's own way costs three to five times as much CPU for a command, and the data plane must wait
+for Redis and for its lanes at once. What is private of redis-py, the socket, is taken here.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any, Final
+
+import hiredis
+import redis
+
+Command = tuple[bytes | str | int | float, ...]
+Reply = Any
+
+#: How a connection breaks: what redis-py or the socket raises.
+BROKEN: Final = (OSError, redis.RedisError)
+NOTHING: Final = object()
+#: Longer arguments of a command are written from where they stand.
+_COPY_BYTES: Final = 16 * 1024
+#: Pieces that one `sendmsg` takes (IOV_MAX).
+_PIECES: Final = 1024
+
+
+class ReplyError(Exception):
+    """Redis answered one command with an error; it stands where the reply would stand."""
+
+
+def new_reader() -> Any:
+    """A parser of replies; errors are ReplyError instances, `NOTHING` means: feed me more."""
+    return hiredis.Reader(
+        notEnoughData=NOTHING, replyError=ReplyError, protocolError=redis.ConnectionError
+    )
+
+
+def pack(commands: Sequence[Command]) -> list[bytes]:
+    """`commands` as bytes, in few pieces; large arguments are pieces of their own, not copied."""
+    out: list[bytes] = []
+    small: list[bytes] = []
+    for command in commands:
+        for part in command:
+            if part.__class__ is bytes and len(part) > _COPY_BYTES:
+                break
+        else:
+            small.append(hiredis.pack_command(command))
+            continue
+        for piece in _pack_large(command):
+            if len(piece) > _COPY_BYTES:
+                out += (b"".join(small), piece)
+                small = []
+            else:
+                small.append(piece)
+    out.append(b"".join(small))
+    return out
+
+
+def _pack_large(command: Command) -> Iterator[bytes]:
+    yield b"*%d\r\n" % len(command)
+    for part in command:
+        data = part if isinstance(part, bytes) else str(part).encode()
+        yield b"$%d\r\n" % len(data)
+        yield data
+        yield b"\r\n"
+
+
+def send_all(sock: socket.socket, pieces: Sequence[bytes]) -> None:
+    """`sock.sendall` for many pieces, without joining them."""
+    if len(pieces) == 1 or isinstance(sock, ssl.SSLSocket):
+        for piece in pieces:
+            sock.sendall(piece)
+        return
+    left = deque(memoryview(piece) for piece in pieces if piece)
+    while left:
+        sent = sock.sendmsg(tuple(islice(left, _PIECES)))
+        while left and sent >= len(left[0]):
+            sent -= len(left.popleft())
+        if sent:
+            left[0] = left[0][sent:]
+
+
+def first_error(replies: Sequence[Reply]) -> ReplyError | None:
+    """The first command that was refused, if any."""
+    return next((reply for reply in replies if isinstance(reply, ReplyError)), None)
+
+
+def open_socket(client: redis.Redis, timeout: float) -> socket.socket:
+    """A connected, authenticated RESP3 socket; each wait on it ends after `timeout` seconds.
+
+    Raises one of BROKEN.
+    """
+    pool = client.connection_pool
+    connection: Any = pool.connection_class(**pool.connection_kwargs)
+    connection.connect()
+    # Ours from here on: what redis-py still held, it would shut down when collected.
+    sock: socket.socket | None = getattr(connection, "_sock", None)
+    if sock is None:
+        raise redis.ConnectionError("the connection has no socket")
+    connection._sock = None
+    sock.settimeout(timeout)
+    return sock
