@@ -7,8 +7,9 @@ ones, since a full batch on one core beside an idle core helps nobody.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 #: How many smaller requests may overtake one that did not fit, before batches close at it.
@@ -65,9 +66,8 @@ class Leave:
     take: tuple[int, ...]
     rows: int
     bucket: int
-    #: Index of the request that closed the batch and was overtaken by later ones, and how often.
-    overtaken: int | None = None
-    overtakes: int = 0
+    #: Indices of the requests that did not fit → how many later ones overtake them.
+    overtaken: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,53 +80,94 @@ class Wait:
 def decide(
     waiting: Sequence[Candidate], free_lanes: int, now_ms: float, knobs: Knobs
 ) -> Leave | Wait | None:
-    """The next batch of `waiting` (most urgent first), given `free_lanes`; None: nothing to do."""
+    """The next batch of `waiting` (most urgent first), given `free_lanes`; None: nothing to do.
+
+    The most urgent group of compatible requests that may leave does; a group that still waits for
+    company keeps no lane from those behind it.
+    """
     if not waiting or not free_lanes:
         return None
-    head = waiting[0]
-    if head.alone or not knobs.batchable:
-        return Leave((0,), head.rows, knobs.bucket(head.rows))
-    limit = max(knobs.target, head.rows)
+    until = math.inf
+    seen: set[Hashable] = set()
+    for index, head in enumerate(waiting):
+        if head.alone or not knobs.batchable:
+            return Leave((index,), head.rows, knobs.bucket(head.rows))
+        if head.compatible not in seen:
+            seen.add(head.compatible)
+            decision = _decide_group(waiting, index, free_lanes, now_ms, knobs)
+            if isinstance(decision, Leave):
+                return decision
+            until = min(until, decision.until_ms)
+    return Wait(until)
+
+
+@dataclass
+class _Batch:
+    take: list[int]
+    rows: int
+    oldest_ms: float
+    #: As in `Leave`; not empty: this batch is closed.
+    overtaken: dict[int, int]
+
+
+def _decide_group(
+    waiting: Sequence[Candidate], head: int, free_lanes: int, now_ms: float, knobs: Knobs
+) -> Leave | Wait:
+    limit = max(knobs.target, waiting[head].rows)
+    batch = _fill(waiting, head, limit)
+    due = batch.oldest_ms + knobs.max_queue_delay_ms
+    if batch.rows < limit and not batch.overtaken and now_ms < due:
+        return _preferred(waiting, batch, knobs) or Wait(due)
     if knobs.spread and free_lanes > 1:
-        limit = min(limit, max(_share(waiting, head, free_lanes, limit), head.rows))
-    take, rows, oldest = [0], head.rows, head.arrived_ms
-    blocked: int | None = None
-    overtakes = 0
-    for index in range(1, len(waiting)):
+        share = max(_share(waiting, head, free_lanes, limit), waiting[head].rows)
+        if share < batch.rows:
+            batch = _fill(waiting, head, share)
+    return Leave(tuple(batch.take), batch.rows, knobs.bucket(batch.rows), batch.overtaken)
+
+
+def _fill(waiting: Sequence[Candidate], head: int, limit: int) -> _Batch:
+    """What fits into `limit` rows with the request at `head`, in order."""
+    first = waiting[head]
+    compatible, rows, oldest_ms = first.compatible, first.rows, first.arrived_ms
+    take = [head]
+    overtaken: dict[int, int] = {}
+    for index in range(head + 1, len(waiting)):
         if rows >= limit:
             break
         item = waiting[index]
-        if item.alone or item.compatible != head.compatible:
+        if item.alone or item.compatible != compatible:
             continue
         if rows + item.rows > limit:
-            if blocked is None:
-                blocked = index
+            overtaken[index] = 0
             continue
-        if blocked is not None:
-            if waiting[blocked].overtaken + overtakes >= MAX_OVERTAKES:
+        if overtaken:
+            if any(waiting[i].overtaken + n >= MAX_OVERTAKES for i, n in overtaken.items()):
                 break
-            overtakes += 1
+            for passed in overtaken:
+                overtaken[passed] += 1
         take.append(index)
         rows += item.rows
-        oldest = min(oldest, item.arrived_ms)
-    due = oldest + knobs.max_queue_delay_ms
-    if rows >= limit or blocked is not None or now_ms >= due:
-        return Leave(tuple(take), rows, knobs.bucket(rows), blocked, overtakes)
-    total = 0
-    best: tuple[int, int] | None = None
-    for count, index in enumerate(take, start=1):
-        total += waiting[index].rows
-        if total in knobs.preferred_batch_sizes:
-            best = (count, total)
-    if best is not None:
-        return Leave(tuple(take[: best[0]]), best[1], knobs.bucket(best[1]))
-    return Wait(due)
+        oldest_ms = min(oldest_ms, item.arrived_ms)
+    return _Batch(take, rows, oldest_ms, overtaken)
 
 
-def _share(waiting: Sequence[Candidate], head: Candidate, free_lanes: int, limit: int) -> int:
+def _preferred(waiting: Sequence[Candidate], batch: _Batch, knobs: Knobs) -> Leave | None:
+    """The largest part of `batch`, from its head on, that is of a preferred size."""
+    found: Leave | None = None
     rows = 0
-    for item in waiting:
-        if not item.alone and item.compatible == head.compatible:
+    for count, index in enumerate(batch.take, start=1):
+        rows += waiting[index].rows
+        if rows in knobs.preferred_batch_sizes:
+            found = Leave(tuple(batch.take[:count]), rows, knobs.bucket(rows))
+    return found
+
+
+def _share(waiting: Sequence[Candidate], head: int, free_lanes: int, limit: int) -> int:
+    """Rows for each of the free lanes, at most `limit`."""
+    rows = 0
+    for index in range(head, len(waiting)):
+        item = waiting[index]
+        if not item.alone and item.compatible == waiting[head].compatible:
             rows += item.rows
             if rows >= limit * free_lanes:
                 return limit

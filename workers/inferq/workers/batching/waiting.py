@@ -63,8 +63,8 @@ class WaitingRequests:
 
     def take(self, leave: Leave) -> list[Waiting]:
         """Remove and return the requests of a decided batch."""
-        if leave.overtaken is not None:
-            self._items[leave.overtaken].overtaken += leave.overtakes
+        for index, times in leave.overtaken.items():
+            self._items[index].overtaken += times
         taken = [self._items[index] for index in leave.take]
         if leave.take == tuple(range(len(leave.take))):
             del self._items[: len(leave.take)]
