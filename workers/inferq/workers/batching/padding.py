@@ -39,7 +39,7 @@ class Padding:
         padded: dict[str, Array] = {}
         for name, array in arrays.items():
             widths = [(0, 0)] * array.ndim
-            value = 0.0
+            values = [(0.0, 0.0)] * array.ndim
             for axis, symbol in enumerate(self._inputs[name]):
                 rule = self._rules.get(symbol) if isinstance(symbol, str) and axis else None
                 if rule is None or not isinstance(symbol, str):
@@ -53,9 +53,9 @@ class Padding:
                     )
                 sizes[symbol] = size
                 widths[axis] = (0, bucket - size)
-                value = rule.value
+                values[axis] = (0.0, rule.value)
             grows = any(after for _, after in widths)
-            padded[name] = np.pad(array, widths, constant_values=value) if grows else array
+            padded[name] = np.pad(array, widths, constant_values=values) if grows else array
         return padded, sizes
 
     def cut(self, outputs: Tensors, sizes: Mapping[str, int] | None) -> Tensors:
