@@ -14,7 +14,7 @@ when a queue changed: an idle worker waits on this same connection and takes not
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -93,11 +93,17 @@ class Ledger:
         """Watch the fence and look at the queues; the first thing on a new link, and when idle."""
         self._read_arming(self._round_trip([]))
 
-    def exchange(self, settlements: Sequence[Settlement], wants: Sequence[Want]) -> Exchange:
+    def exchange(
+        self,
+        settlements: Sequence[Settlement],
+        wants: Sequence[Want],
+        sent: Callable[[], None],
+    ) -> Exchange:
         """Settle and claim in one MULTI, and arm the next. At least one of both is not empty.
 
-        Raises LeaseLost, RedisFull, or one of link.BROKEN: then whether it was applied is unknown
-        and the same settlements are sent again on the next link.
+        `sent` is called between writing and waiting for the reply. Raises LeaseLost, RedisFull, or
+        one of resp.BROKEN: then whether it was applied is unknown and the same settlements are sent
+        again on the next link.
         """
         body = settle.commands(settlements, self._names, self._incarnation, self._result_ttl_s)
         offset = len(body)
@@ -108,7 +114,7 @@ class Ledger:
             body += [("LMOVE", queue, claim.key, "RIGHT", "LEFT")] * want.count
         models = sorted({want.model for want in wants})
         body += [("HLEN", self._names.attempts(model)) for model in models]
-        replies = self._round_trip([("MULTI",), *body, ("EXEC",)])
+        replies = self._round_trip([("MULTI",), *body, ("EXEC",)], sent)
         done = self._executed(replies[: len(body) + 2])
         claimed: list[Claimed] = []
         empty: list[str] = []
@@ -128,20 +134,25 @@ class Ledger:
             model for model, count in zip(models, done[offset:], strict=True) if count != 0
         )
         if empty:
-            self._link.send([("HDEL", self._claims, *empty)])
+            self._link.note(("HDEL", self._claims, *empty))
         self._read_arming(replies[len(body) + 2 :])
         return Exchange(claimed, suspicious)
 
-    def mark_running(self, ids: Sequence[str], decoded: Sequence[Claim]) -> None:
-        """Tell Redis, without waiting, what starts computing and which claims were decoded."""
-        out: list[Command] = []
-        fields = [part for claim in decoded for part in (claim.key, 1)]
-        if fields:
-            out.append(("HSET", self._claims, *fields))
-        if ids:
-            out.append(("SADD", self._names.running(self._incarnation), *ids))
-        if out:
-            self._link.send(out)
+    def mark(self, starting: Sequence[str], decoded: Sequence[Claim]) -> None:
+        """Note what starts computing ("<m>/<id>") and which claims were decoded.
+
+        Redis is told with what is written next; at the latest by `flush`, and before any of it
+        starts: what kills this process is then known by name.
+        """
+        if decoded:
+            fields = [part for claim in decoded for part in (claim.key, 1)]
+            self._link.note(("HSET", self._claims, *fields))
+        if starting:
+            self._link.note(("SADD", self._names.running(self._incarnation), *starting))
+
+    def flush(self) -> None:
+        """Write what was noted, if nothing else is to be written."""
+        self._link.flush()
 
     def adopt(self, known: Mapping[str, Claim]) -> list[Claimed]:
         """Claims of ours in Redis that we do not know: the reply that brought them was lost."""
@@ -153,7 +164,8 @@ class Ledger:
         adopted: list[Claimed] = []
         for key, items in zip(strangers, lists, strict=True):
             if isinstance(items, ReplyError) or not any(items):
-                self._link.send([("UNLINK", key), ("HDEL", self._claims, key)])
+                self._link.note(("UNLINK", key))
+                self._link.note(("HDEL", self._claims, key))
                 continue
             name = self._names.parse_claim(key)
             messages: list[bytes | None] = [item or None for item in reversed(items)]
@@ -169,12 +181,8 @@ class Ledger:
 
     def forgive(self, model: str, field: str) -> None:
         """Strike `field` from running and from attempts:<m>: it did no harm this time."""
-        self._link.send(
-            [
-                ("SREM", self._names.running(self._incarnation), f"{model}/{field}"),
-                ("HDEL", self._names.attempts(model), field),
-            ]
-        )
+        self._link.note(("SREM", self._names.running(self._incarnation), f"{model}/{field}"))
+        self._link.note(("HDEL", self._names.attempts(model), field))
 
     def payloads(self, keys: Sequence[str]) -> dict[str, bytes | None]:
         """The claim-checked bytes under `keys`; None: gone."""
@@ -194,8 +202,11 @@ class Ledger:
         key = self._names.claim(self._incarnation, next(self._numbers), want.model, want.step)
         return Claim(key, want.model, want.step, want.count)
 
-    def _round_trip(self, commands: list[Command]) -> list[Reply]:
+    def _round_trip(
+        self, commands: list[Command], sent: Callable[[], None] = lambda: None
+    ) -> list[Reply]:
         self._link.post([*commands, *self._arming])
+        sent()
         replies = self._link.read(len(commands))
         # From here on the replies tell the depths; a change that is pushed after them is newer.
         self._link.forget_changes()

@@ -61,6 +61,7 @@ class Link:
         self._waker = waker
         self._timeout = timeout
         self._buffer = bytearray(_BUFFER_BYTES)
+        self._notes: list[Command] = []
         self._unread = 0
         #: Keys that Redis has reported as changed since the last `forget_changes`.
         self.changed: set[bytes] = set()
@@ -84,22 +85,25 @@ class Link:
         if sock is not None:
             sock.close()
 
-    def send(self, commands: Sequence[Command]) -> None:
-        """Write `commands` at once, without waiting; their replies will be passed over."""
-        self._write(commands)
-        self._unread += len(commands)
+    def note(self, command: Command) -> None:
+        """Have `command` written with what is written next; its reply will be passed over."""
+        self._notes.append(command)
+
+    def flush(self) -> None:
+        """Write what was noted, without waiting."""
+        if self._notes:
+            self.post([])
 
     def call(self, commands: Sequence[Command]) -> list[Reply]:
         """Write `commands` at once and return their replies, ReplyErrors among them."""
-        self._write(commands)
+        self.post(commands)
         return self.read(len(commands))
 
     def post(self, commands: Sequence[Command]) -> None:
-        """Write `commands` at once; their replies are to be `read`."""
-        self._write(commands)
-
-    def _write(self, commands: Sequence[Command]) -> None:
-        send_all(self._socket, pack(commands))
+        """Write what was noted, and `commands`, whose replies are to be `read`."""
+        notes, self._notes = self._notes, []
+        send_all(self._socket, pack([*notes, *commands]))
+        self._unread += len(notes)
 
     @property
     def _socket(self) -> socket.socket:

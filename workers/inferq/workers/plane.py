@@ -28,7 +28,7 @@ from inferq.workers.claims import Claim, Claimed, Want
 from inferq.workers.clock import RedisClock
 from inferq.workers.hooks import Hooks
 from inferq.workers.intake import Failed, Revoked
-from inferq.workers.lanes import Finished, Job, Outcome
+from inferq.workers.lanes import Finished, Job, LaneThread, Outcome
 from inferq.workers.lease import Lease
 from inferq.workers.ledger import LeaseLost, Ledger, RedisFull
 from inferq.workers.link import Link, Waker
@@ -85,6 +85,8 @@ class DataPlane:
         self._waker = Waker()
         self._finished: deque[Finished] = deque()
         self._ready: deque[tuple[str, Settlement]] = deque()
+        #: Batches formed for a lane that they were not given to yet.
+        self._leaving: list[tuple[LaneThread, Job]] = []
         self._outcomes: list[Outcome] = []
         self._settlements: list[Settlement] = []
         self._claims: dict[str, Claim] = {}
@@ -199,21 +201,23 @@ class DataPlane:
         if time.monotonic() >= self._drain_by or self._fatal:
             return True
         computing = any(model.jobs() for model in self._models.values())
-        pending = self._finished or self._outcomes or self._ready or self._settlements
+        pending = (
+            self._leaving or self._finished or self._outcomes or self._ready or self._settlements
+        )
         return not computing and not pending and not self._away_in_canvas
 
     def _serve(self, link: Link, ledger: Ledger) -> None:
         ledger.arm()
-        ledger.mark_running(
-            _ids(job for model in self._models.values() for job in model.jobs()), self._decoded
-        )
+        jobs = [job for model in self._models.values() for job in model.jobs()]
+        jobs += [job for _, job in self._leaving]
+        ledger.mark(_ids(jobs), list(self._claims.values()))
         self._receive(ledger, ledger.adopt(self._claims), frozenset(self._models))
         looked = time.monotonic()
         while not self._over():
             if self._fenced_out:
                 raise LeaseLost
             self._collect()
-            self._form(ledger)  # before the outcomes are encoded: no free lane waits for that
+            self._form(ledger)
             self._settle_outcomes()
             wants = self._wants(ledger) if self._claiming else []
             if self._settlements or wants:
@@ -224,6 +228,9 @@ class DataPlane:
                     link.wait(FULL_RETRY_S)
                 looked = time.monotonic()
                 continue
+            if self._leaving:
+                ledger.flush()
+                self._dispatch()
             link.wait(self._sleep_s())
             ledger.note_changes()
             if time.monotonic() - looked > IDLE_S:
@@ -272,7 +279,8 @@ class DataPlane:
             self._hooks.publish_canvas(self._incarnation, settlement, canvas)
 
     def _form(self, ledger: Ledger) -> None:
-        leaving = []
+        """Decide what leaves. It is dispatched once Redis was told what starts."""
+        leaving: list[tuple[LaneThread, Job]] = []
         if self._claiming:
             now = time.monotonic() * 1000
             for model in self._models.values():
@@ -287,13 +295,14 @@ class DataPlane:
                         self._settle(done, formed.ticket.canvas)
                     else:
                         leaving.append(formed)
-        try:
-            if leaving or self._decoded:
-                ledger.mark_running(_ids(job for _, job in leaving), self._decoded)
-                self._decoded = []
-        finally:  # Should the link break here, the next one is told.
-            for lane, job in leaving:
-                lane.put(job)
+        ledger.mark(_ids(job for _, job in leaving), self._decoded)
+        self._decoded = []
+        self._leaving += leaving
+
+    def _dispatch(self) -> None:
+        for lane, job in self._leaving:
+            lane.put(job)
+        self._leaving.clear()
 
     def _wants(self, ledger: Ledger) -> list[Want]:
         wants: list[Want] = []
@@ -310,7 +319,7 @@ class DataPlane:
 
     def _exchange(self, ledger: Ledger, wants: list[Want]) -> None:
         sending = self._next_settlements()
-        exchange = ledger.exchange(sending, wants)
+        exchange = ledger.exchange(sending, wants, self._dispatch)
         if sending:
             del self._settlements[: len(sending)]
             self.settled += len(sending)
@@ -358,6 +367,9 @@ class DataPlane:
         self._settlements.clear()
         self._claims.clear()
         self._decoded.clear()
+        for lane, job in self._leaving:
+            self._models[job.items[0].ticket.model].freed(lane)
+        self._leaving.clear()
         self._away_in_canvas = 0
         for model in self._models.values():
             model.waiting.clear()
