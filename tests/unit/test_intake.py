@@ -26,7 +26,7 @@ from inferq.shared.schema import ModelAdvert, Signature, TensorSpec
 from inferq.workers.batching.padding import Padding, PadRule
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Claim, Slot
-from inferq.workers.intake import Failed, Foreign, Intake, Opened, Quarantined, Revoked
+from inferq.workers.intake import Failed, Foreign, Intake, Opened, Quarantined, Revoked, retried
 
 NAMES = Names()
 NOW = 1_800_000_000_000.0
@@ -313,7 +313,7 @@ def test_padded_sizes_are_compatible_up_to_their_bucket() -> None:
 def test_one_that_killed_a_worker_runs_alone() -> None:
     reader = intake()
     found = opened(reader, message())
-    again = reader.admit(found.retried(2), {})
+    again = reader.admit(retried(found, 2), {})
     assert isinstance(again, Waiting)
     assert (again.alone, again.ticket.attempts) == (True, 2)
     assert not admitted(reader, message()).alone

@@ -11,6 +11,7 @@ from __future__ import annotations
 import binascii
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -34,6 +35,7 @@ from inferq.shared.schema import (
     ModelAdvert,
     Receipt,
     Tensors,
+    Ticket,
     describe,
 )
 
@@ -82,6 +84,9 @@ class Envelope(msgspec.Struct):
     content_type: str = msgspec.field(name="content-type", default=JSON)
 
 
+#: Inside strings quotes are escaped, so this matches keys alone.
+_ID: Final = re.compile(rb'"id": ?"([ !#-\[\]-~]{1,200})"')
+
 _envelope_decoder = msgspec.json.Decoder(Envelope)
 _json_decoder = msgspec.json.Decoder()
 _STR: Final = frozenset({str})
@@ -112,6 +117,15 @@ def decode_envelope(raw: bytes) -> Envelope:
         return _envelope_decoder.decode(raw)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as problem:
         raise MalformedMessage(str(problem)) from problem
+
+
+def guess_ticket(raw: bytes, model: str) -> Ticket | None:
+    """Who asked, looked up in bytes that must not be decoded again; None: they do not say."""
+    found = _ID.search(raw)
+    if found is None:
+        return None
+    kind = MSGPACK if MSGPACK.encode() in raw else JSON
+    return Ticket(id=found[1].decode(), model=model, content_type=kind)
 
 
 def decode_body(envelope: Envelope) -> Body:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -44,10 +44,6 @@ class Opened(msgspec.Struct, frozen=True):
     #: Input name → payload key of the claim-checked ones.
     references: Mapping[str, str]
 
-    def retried(self, attempts: int) -> Opened:
-        """The same, now known to have cost `attempts` workers their life."""
-        return replace(self, ticket=replace(self.ticket, attempts=attempts))
-
 
 class Failed(msgspec.Struct, frozen=True):
     """It ends here, with `error`."""
@@ -63,6 +59,14 @@ class Revoked(msgspec.Struct, frozen=True):
     slot: Slot
     ticket: Ticket
     reason: str
+
+
+Known = TypeVar("Known", bound=Opened | Failed | Revoked)
+
+
+def retried(found: Known, attempts: int) -> Known:
+    """The same, now known to have cost `attempts` workers their life."""
+    return replace(found, ticket=replace(found.ticket, attempts=attempts))
 
 
 class Foreign(msgspec.Struct, frozen=True):
@@ -103,9 +107,7 @@ class Intake:
             not isinstance(dim, int) for spec in advert.signature.inputs for dim in spec.shape[1:]
         )
 
-    def open(
-        self, slot: Slot, message: bytes, attempts: int = 0
-    ) -> Opened | Failed | Revoked | Foreign | Quarantined:
+    def open(self, slot: Slot, message: bytes) -> Opened | Failed | Revoked | Foreign | Quarantined:
         """Read one message. Never raises."""
         try:
             envelope = codec.decode_envelope(message)
@@ -116,7 +118,7 @@ class Intake:
             return Quarantined(slot, message, "the id header is empty")
         if headers.task != TASK or headers.eta is not None:
             return Foreign(slot, message)
-        ticket = self._ticket(slot, envelope, attempts)
+        ticket = self._ticket(slot, envelope)
         try:
             if headers.compression:
                 raise InvalidInput(f"compression {headers.compression!r}; expected none")
@@ -184,7 +186,7 @@ class Intake:
             return Revoked(slot, ticket, "revoked")
         return None
 
-    def _ticket(self, slot: Slot, envelope: codec.Envelope, attempts: int) -> Ticket:
+    def _ticket(self, slot: Slot, envelope: codec.Envelope) -> Ticket:
         headers = envelope.headers
         extra: dict[str, Any] = {}
         if headers.group:
@@ -196,7 +198,7 @@ class Intake:
             content_type=codec.MSGPACK if envelope.content_type == codec.MSGPACK else codec.JSON,
             priority=slot.claim.step, reply=headers.inferq_reply, sent_ms=headers.inferq_sent_ms,
             deadline_ms=headers.inferq_deadline_ms, ignore_result=bool(headers.ignore_result),
-            attempts=attempts, extra=extra, kwargsrepr=headers.kwargsrepr or "",
+            extra=extra, kwargsrepr=headers.kwargsrepr or "",
         )  # fmt: skip
 
     def _inputs(self, given: Mapping[str, Any]) -> Mapping[str, Any]:

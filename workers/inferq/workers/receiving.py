@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from inferq.shared.schema import Ticket
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Claimed, Slot
 from inferq.workers.clock import RedisClock
 from inferq.workers.hooks import Hooks
-from inferq.workers.intake import Failed, Foreign, Opened, Quarantined, Revoked
+from inferq.workers.intake import Failed, Foreign, Opened, Quarantined, Revoked, retried
 from inferq.workers.ledger import Ledger
 from inferq.workers.recovery import suspect
 from inferq.workers.serving import ServedModel
@@ -24,7 +25,16 @@ from inferq.workers.settle import Settlement
 
 logger = logging.getLogger(__name__)
 
-Found = Opened | Failed | Revoked | Foreign | Quarantined
+
+class Dead(msgspec.Struct, frozen=True):
+    """Computing it ended too many workers."""
+
+    slot: Slot
+    ticket: Ticket
+    message: bytes
+
+
+Found = Opened | Failed | Revoked | Foreign | Quarantined | Dead
 
 
 class Received(msgspec.Struct, frozen=True):
@@ -48,34 +58,33 @@ class Receiver:
     def receive(self, ledger: Ledger, claimed: Claimed, suspicious: bool) -> Received:
         """Decode one claim. `suspicious`: its model has entries in attempts:<m>."""
         model = self._models[claimed.claim.model]
-        messages = claimed.messages
-        deaths: dict[str, int] = {}
-        if suspicious:
-            deaths = ledger.attempts(model.name, [suspect(m) for m in messages if m is not None])
+        places = [
+            (Slot(claimed.claim, place), message)
+            for place, message in enumerate(claimed.messages)
+            if message is not None
+        ]
         received = Received([], [])
-        opened: list[Opened] = []
-        for place, message in enumerate(messages):
-            if message is None:
-                continue
-            slot = Slot(claimed.claim, place)
-            if deaths:
-                found = self._open_suspect(ledger, model, slot, message, deaths)
-            else:
-                found = self._open(model, slot, message)
-            if isinstance(found, Opened):
-                opened.append(found)
-            else:
-                received.ended.append(self._end(model, found))
-        if suspicious and opened:
-            opened = self._without_dead(ledger, model, opened, messages, received)
-        keys = [key for found in opened for key in found.references.values()]
-        payloads = ledger.payloads(keys) if keys else {}
-        for found in opened:
-            item = model.intake.admit(found, payloads)
-            if isinstance(item, Failed):
-                received.ended.append(self._end(model, item))
-            else:
-                received.waiting.append(item)
+        if not suspicious:
+            found = [self._open(model, slot, message) for slot, message in places]
+            self._admit(ledger, model, found, received)
+            return received
+        fields = [suspect(message) for _, message in places]
+        deaths = ledger.attempts(model.name, fields)
+        clear = [place for place, field in zip(places, fields, strict=True) if field not in deaths]
+        self._admit(ledger, model, self._open_counted(ledger, model, clear), received)
+        for (slot, message), field in zip(places, fields, strict=True):
+            count = deaths.get(field, 0)
+            if count >= model.spec.config.max_attempts:
+                logger.error("dead letter: a message of %s ended %d workers", model.name, count)
+                dead = model.results.undecodable(slot, message, field, count, self._clock.now())
+                received.ended.append((dead, None))
+            elif count:
+                # By itself: should this end the worker again, only the culprit is counted on.
+                ledger.mark([f"{model.name}/{field}"], [])
+                ledger.flush()
+                found = self._open_counted(ledger, model, [(slot, message)])
+                self._admit(ledger, model, found, received)
+                ledger.forgive(model.name, field)
         return received
 
     def _open(self, model: ServedModel, slot: Slot, message: bytes) -> Found:
@@ -85,43 +94,41 @@ class Receiver:
             logger.exception("a message of %s cannot be read", model.name)
             return Quarantined(slot, message, f"reading it raised {problem!r}")
 
-    def _open_suspect(
-        self, ledger: Ledger, model: ServedModel, slot: Slot, message: bytes,
-        deaths: Mapping[str, int],
-    ) -> Found:  # fmt: skip
-        field = suspect(message)
-        count = deaths.get(field, 0)
-        if not count:
-            return self._open(model, slot, message)
-        if count >= model.spec.config.max_attempts:
-            ledger.forgive(model.name, field)
-            return Quarantined(slot, message, f"its worker died decoding it {count} times")
-        ledger.mark_running([f"{model.name}/{field}"], [])
-        found = self._open(model, slot, message)
-        ledger.forgive(model.name, field)
-        return found
+    def _open_counted(
+        self, ledger: Ledger, model: ServedModel, places: Sequence[tuple[Slot, bytes]]
+    ) -> list[Found]:
+        """As `_open`; Dead are those that ended too many workers while they were computed."""
+        opened = [self._open(model, slot, message) for slot, message in places]
+        ids = [found.ticket.id for found in opened if isinstance(found, Opened | Failed | Revoked)]
+        counts = ledger.attempts(model.name, ids) if ids else {}
+        if not counts:
+            return opened
+        counted: list[Found] = []
+        for found, (slot, message) in zip(opened, places, strict=True):
+            if isinstance(found, Opened | Failed | Revoked):
+                again = retried(found, counts.get(found.ticket.id, 0))
+                dead = again.ticket.attempts >= model.spec.config.max_attempts
+                alive = not dead or not isinstance(again, Opened)
+                counted.append(again if alive else Dead(slot, again.ticket, message))
+            else:
+                counted.append(found)
+        return counted
 
-    def _without_dead(
-        self, ledger: Ledger, model: ServedModel, opened: Sequence[Opened],
-        messages: Sequence[bytes | None], received: Received,
-    ) -> list[Opened]:  # fmt: skip
-        counts = ledger.attempts(model.name, [found.ticket.id for found in opened])
-        alive: list[Opened] = []
-        for found in opened:
-            count = counts.get(found.ticket.id, 0)
-            message = messages[found.slot.index]
-            again = found.retried(count) if count else found
-            if count < model.spec.config.max_attempts or message is None:
-                alive.append(again)
-                continue
-            ticket = again.ticket
-            logger.error("dead letter: %s of %s ended %d workers", ticket.id, model.name, count)
-            dead = model.results.dead(again.slot, ticket, message, self._clock.now())
-            received.ended.append((dead, ticket.canvas))
-        return alive
+    def _admit(
+        self, ledger: Ledger, model: ServedModel, found: Sequence[Found], received: Received
+    ) -> None:
+        opened = [each for each in found if isinstance(each, Opened)]
+        keys = [key for each in opened for key in each.references.values()]
+        payloads = ledger.payloads(keys) if keys else {}
+        for each in found:
+            item = model.intake.admit(each, payloads) if isinstance(each, Opened) else each
+            if isinstance(item, Waiting):
+                received.waiting.append(item)
+            else:
+                received.ended.append(self._end(model, item))
 
     def _end(
-        self, model: ServedModel, found: Failed | Revoked | Foreign | Quarantined
+        self, model: ServedModel, found: Failed | Revoked | Foreign | Quarantined | Dead
     ) -> tuple[Settlement, bytes | None]:
         results = model.results
         match found:
@@ -129,6 +136,11 @@ class Receiver:
                 return results.failed(slot, ticket, error), ticket.canvas
             case Revoked(slot=slot, ticket=ticket, reason=reason):
                 return results.revoked(slot, ticket, reason), ticket.canvas
+            case Dead(slot=slot, ticket=ticket, message=message):
+                logger.error(
+                    "dead letter: %s of %s ended %d workers", ticket.id, model.name, ticket.attempts
+                )
+                return results.dead(slot, ticket, message, self._clock.now()), ticket.canvas
             case Foreign(slot=slot, message=message):
                 try:
                     return self._hooks.hand_over(slot, model.name, message), None

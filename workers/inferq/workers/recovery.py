@@ -120,7 +120,11 @@ class Recoverer:
         return moved
 
     def _accuse(self, incarnation: str) -> None:
-        """Count what was claimed and not decoded yet when the worker died."""
+        """Note what was claimed and not decoded yet when the worker died.
+
+        Once, however often: from then on each is decoded by itself, as a member of running:<i>, so
+        that only the culprit is counted on (by revoke.lua).
+        """
         names = self._names
         held: dict[bytes, bytes] = self._client.hgetall(names.claims(incarnation))  # type: ignore[assignment]
         for key, decoded in held.items():
@@ -130,4 +134,4 @@ class Recoverer:
             messages: list[bytes] = self._client.lrange(key, 0, -1)  # type: ignore[assignment]
             for message in messages:
                 if message:
-                    self._client.hincrby(attempts, suspect(message), 1)
+                    self._client.hsetnx(attempts, suspect(message), "1")

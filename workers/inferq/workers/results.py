@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import msgpack
+from msgspec.structs import replace
 
 from inferq.shared import codec
 from inferq.shared.errors import DeadLettered, EngineError, InferqError, PayloadTooLarge
@@ -60,15 +61,16 @@ class Results:
                 lists=ticket.lists,
                 extra=ticket.extra,
             )
+        except PayloadTooLarge as too_large:
+            return self.failed(item.slot, ticket, too_large, running=True)
         except Exception as problem:
             logger.exception("the result of %s cannot be encoded", ticket.id)
-            error = EngineError(f"its result cannot be encoded: {problem!r}")
-            return self.failed(item.slot, ticket, error, running=True)
+            broken = EngineError(f"its result cannot be encoded: {problem!r}")
+            return self.failed(item.slot, ticket, broken, running=True)
         if len(meta) > codec.MAX_MESSAGE_BYTES:
-            too_large = PayloadTooLarge(
-                f"the result is {len(meta)} bytes; expected at most {codec.MAX_MESSAGE_BYTES}"
-            )
-            return self.failed(item.slot, ticket, too_large, running=True)
+            limit = codec.MAX_MESSAGE_BYTES
+            error = PayloadTooLarge(f"the result is {len(meta)} bytes; expected at most {limit}")
+            return self.failed(item.slot, ticket, error, running=True)
         return self._settlement(item.slot, ticket, meta, running=True)
 
     def failed(
@@ -88,6 +90,26 @@ class Results:
     def dead(self, slot: Slot, ticket: Ticket, message: bytes, redis_ms: float) -> Settlement:
         """A dead letter: computing it ended its worker too often. Its payload is kept."""
         reason = f"its worker died computing it {ticket.attempts} times"
+        return self._dead(slot, ticket, message, reason, redis_ms)
+
+    def undecodable(
+        self, slot: Slot, message: bytes, suspect: str, deaths: int, redis_ms: float
+    ) -> Settlement:
+        """A dead letter: decoding it ended its worker too often. Answered if the bytes say whom.
+
+        `suspect` is its field of attempts:<m>.
+        """
+        reason = f"its worker died decoding it {deaths} times"
+        ticket = codec.guess_ticket(message, slot.claim.model)
+        if ticket is None:
+            found = Quarantined(slot, message, reason)
+            return replace(self.quarantined(found, slot.claim.model, redis_ms), suspect=suspect)
+        dead = self._dead(slot, replace(ticket, attempts=deaths), message, reason, redis_ms)
+        return replace(dead, suspect=suspect)
+
+    def _dead(
+        self, slot: Slot, ticket: Ticket, message: bytes, reason: str, redis_ms: float
+    ) -> Settlement:
         error = DeadLettered(reason, attempts=ticket.attempts, reason=reason)
         meta = codec.encode_failure(
             ticket.id, error, _now(), ticket.content_type, extra=ticket.extra

@@ -39,6 +39,8 @@ class Settlement(msgspec.Struct, frozen=True, eq=False):
     reply: str | None = None
     running: bool = False
     attempts: int = 0
+    #: Its field of attempts:<m>, if workers died decoding it.
+    suspect: str | None = None
     payload_keys: tuple[str, ...] = ()
     dead_letter: bytes | None = None
     before: tuple[Command, ...] = ()
@@ -74,6 +76,8 @@ def commands(
             stopped.append(f"{done.model}/{done.request_id}")
         if done.attempts and done.request_id is not None:
             forgiven[done.model].append(done.request_id)
+        if done.suspect is not None:
+            forgiven[done.model].append(done.suspect)
         done.slot.claim.settled.add(done.slot.index)
         touched[done.slot.claim].append(done.slot.index)
     for channel, ids in replies.items():
