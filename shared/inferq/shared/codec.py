@@ -3,7 +3,8 @@
 https://docs.celeryq.dev/en/stable/internals/protocol.html describes the message; kombu's virtual
 transports wrap it in a JSON envelope whose body is base64. Content is msgpack or JSON, never
 pickle or yaml. A tensor is ``{"dtype": "<f4", "shape": [..], "data": bytes}`` where JSON writes
-`data` as base64 text or as nested lists; a claim-checked one has ``"key"`` in place of ``"data"``.
+`data` as base64 text (or as kombu's JSON writes bytes), or as nested lists; a claim-checked one
+has ``"key"`` in place of ``"data"``.
 """
 
 from __future__ import annotations
@@ -262,6 +263,8 @@ def decode_tensor(name: str, tensor: object, dtype: str | None = None) -> Array:
             f"input {name!r}: shape {str(shape)[:80]!r}; "
             f"expected a list of at most {MAX_DIMS} sizes"
         )
+    if isinstance(data, dict):
+        data = _kombu_bytes(data)
     if isinstance(data, str):
         try:
             data = pybase64.b64decode(data, validate=True)
@@ -279,6 +282,16 @@ def decode_tensor(name: str, tensor: object, dtype: str | None = None) -> Array:
         return np.frombuffer(data, real).reshape(shape)
     except ValueError as problem:  # no element, yet a size that no array can have
         raise InvalidInput(f"input {name!r}: shape {str(shape)[:80]!r}: {problem}") from problem
+
+
+def _kombu_bytes(data: Mapping[str, Any]) -> object:
+    """Bytes as kombu's JSON writes them: it does so wherever a program puts bytes into a task."""
+    match data:
+        case {"__type__": "base64", "__value__": str(text)}:
+            return text
+        case {"__type__": "bytes", "__value__": str(text)}:
+            return text.encode()
+    return data
 
 
 def _dtype(name: str, kind: object) -> np.dtype[Any]:
