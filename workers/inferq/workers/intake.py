@@ -70,7 +70,7 @@ def retried(found: Known, attempts: int) -> Known:
 
 
 class Foreign(msgspec.Struct, frozen=True):
-    """Not ours to run now (another task, or one with an ETA): Celery's own handler takes it."""
+    """Not ours to run now (another task, or one whose ETA is ahead): Celery's handler takes it."""
 
     slot: Slot
     message: bytes
@@ -116,14 +116,14 @@ class Intake:
         headers = envelope.headers
         if not headers.id:
             return Quarantined(slot, message, "the id header is empty")
-        if headers.task != TASK or headers.eta is not None:
+        if headers.task != TASK:
             return Foreign(slot, message)
         ticket = self._ticket(slot, envelope)
         try:
             if headers.compression:
                 raise InvalidInput(f"compression {headers.compression!r}; expected none")
             if headers.expires is not None:
-                ticket = replace(ticket, expires_ms=_unix_ms(headers.expires))
+                ticket = replace(ticket, expires_ms=_unix_ms("expires", headers.expires))
             late = self.too_late(slot, ticket)
             body = codec.decode_body(envelope)
             given = _given(body)
@@ -139,11 +139,14 @@ class Intake:
             for name, key in references.items():
                 if key not in own:
                     raise InvalidInput(f"input {name!r}: key {key[:200]!r} is not its payload's")
+            # By this machine's clock, as Celery's handler will see it: it comes back when it is due.
+            if headers.eta is not None and _unix_ms("eta", headers.eta) > time.time() * 1000:
+                return Foreign(slot, message)
         except InferqError as error:
             return Failed(slot, ticket, error)
         return Opened(slot, ticket, inputs, references)
 
-    def admit(self, opened: Opened, payloads: Mapping[str, bytes | None]) -> Waiting | Failed:
+    def admit(self, opened: Opened, payloads: Mapping[str, memoryview | None]) -> Waiting | Failed:
         """Read the tensors and check them against the signature. Never raises."""
         slot, ticket = opened.slot, opened.ticket
         try:
@@ -154,7 +157,9 @@ class Intake:
                 if key is not None:
                     data = payloads.get(key)
                     if data is None:
-                        raise PayloadExpired(f"input {name!r}: its payload {key!r} is gone")
+                        raise PayloadExpired(
+                            f"input {name!r}: its payload {key!r} is gone, or too large"
+                        )
                     tensor = {**tensor, "data": data}  # noqa: PLW2901
                 elif ticket.content_type == codec.JSON:
                     lists = lists or codec.is_lists(tensor)
@@ -243,9 +248,9 @@ def _references(inputs: object) -> dict[str, str]:
     return {name: key for name, key in found if key is not None}
 
 
-def _unix_ms(expires: str) -> float:
+def _unix_ms(header: str, given: str) -> float:
     try:
-        moment = datetime.fromisoformat(expires)
+        moment = datetime.fromisoformat(given)
     except ValueError:
-        raise InvalidInput(f"expires {expires[:60]!r}; expected an ISO 8601 time") from None
+        raise InvalidInput(f"{header} {given[:60]!r}; expected an ISO 8601 time") from None
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000
