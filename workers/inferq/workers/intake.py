@@ -139,7 +139,7 @@ class Intake:
             for name, key in references.items():
                 if key not in own:
                     raise InvalidInput(f"input {name!r}: key {key[:200]!r} is not its payload's")
-            # By this machine's clock, as Celery's handler will see it: it comes back when it is due.
+            # By this machine's clock, as Celery's handler sees it: it comes back when it is due.
             if headers.eta is not None and _unix_ms("eta", headers.eta) > time.time() * 1000:
                 return Foreign(slot, message)
         except InferqError as error:
