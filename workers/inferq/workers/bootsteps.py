@@ -18,6 +18,9 @@ from inferq.workers.service import Service
 
 logger = logging.getLogger(__name__)
 
+#: Seconds between looks for what died workers held until its ETA.
+RESTORE_EVERY_S = 10.0
+
 
 def refuse(reason: str) -> SystemExit:
     """A worker that cannot be started says so in one line."""
@@ -79,9 +82,20 @@ class QueuesStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
 
+    def __init__(self, consumer: Consumer, **options: Any) -> None:
+        super().__init__(consumer, **options)
+        self._restoring: Any = None
+
     def start(self, consumer: Consumer) -> None:
+        self._restoring = consumer.timer.call_repeatedly(
+            RESTORE_EVERY_S, celery_private.restore_messages, (consumer,)
+        )
         service: Service = consumer.controller.inferq
         for queue in list(consumer.task_consumer.queues):
             if model_of(queue.name) is not None:
                 service.queues[queue.name] = queue
                 consumer.cancel_task_queue(queue.name)
+
+    def stop(self, consumer: Consumer) -> None:
+        if self._restoring is not None:
+            self._restoring.cancel()

@@ -17,11 +17,12 @@ import redis
 from celery import Celery
 from kombu.exceptions import OperationalError
 from msgspec.structs import replace
-from redis.exceptions import RedisError
+from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 
 from inferq.shared import codec
+from inferq.shared.celery_app import make_app
 from inferq.shared.errors import EngineError, from_wire
-from inferq.shared.names import Names
+from inferq.shared.settings import Settings
 from inferq.workers import celery_private
 from inferq.workers.settle import Settlement
 
@@ -33,16 +34,36 @@ RETRY_S = 0.5
 Ready = Callable[[str, Settlement], None]
 
 
+def _app(settings: Settings, serializer: str) -> Celery:
+    """An app that writes and reads as the request did.
+
+    What follows on a request may be a request, whose answer the same client reads; and chord parts
+    of stock workers and ours meet in one Redis key.
+    """
+    app = make_app(settings)
+    app.conf.update(task_serializer=serializer, result_serializer=serializer)
+    return app
+
+
+def _passes(problem: Exception) -> bool:
+    """Whether trying again may help: Redis is away or full, rather than asked the impossible."""
+    cause = problem.__cause__ if isinstance(problem, OperationalError) else problem
+    return not isinstance(cause, ResponseError) or isinstance(
+        cause, OutOfMemoryError | ReadOnlyError
+    )
+
+
 class Canvas:
     """Publishes what follows on a request. `ready` is called once its settlement may go out."""
 
-    def __init__(
-        self, app: Celery, client: redis.Redis, names: Names, expires_s: int, ready: Ready
-    ) -> None:
-        self._app = app
+    def __init__(self, settings: Settings, client: redis.Redis, ready: Ready) -> None:
+        self._apps = {
+            codec.JSON: _app(settings, "json"),
+            codec.MSGPACK: _app(settings, "msgpack"),
+        }
         self._client = client
-        self._names = names
-        self._expires_s = expires_s
+        self._names = settings.names()
+        self._expires_s = settings.result_expires_s
         self._ready = ready
         self._inbox: SimpleQueue[tuple[str, Settlement, bytes] | None] = SimpleQueue()
         self._stopping = False
@@ -68,11 +89,12 @@ class Canvas:
             while not self._stopping:
                 try:
                     self._publish(settlement, message)
-                except (OperationalError, RedisError) as problem:
-                    logger.warning("links of %s wait for Redis: %s", settlement.request_id, problem)
-                    time.sleep(RETRY_S)
-                    continue
                 except Exception as problem:
+                    waits = isinstance(problem, OperationalError | RedisError) and _passes(problem)
+                    if waits:
+                        logger.warning("links of %s wait: %s", settlement.request_id, problem)
+                        time.sleep(RETRY_S)
+                        continue
                     logger.exception("links of %s cannot be published", settlement.request_id)
                     settlement = self._failed(settlement, message, problem)
                 break
@@ -82,25 +104,24 @@ class Canvas:
         envelope = codec.decode_envelope(message)
         body = codec.decode_body(envelope)
         request = celery_private.context_of(message, (body.args, body.kwargs, body.embed))
-        serializer = "msgpack" if envelope.content_type == codec.MSGPACK else "json"
+        app = self._apps[envelope.content_type]
         # An ignored result is still what links and chords are given.
         meta = codec.decode_meta(settlement.outcome)
         status, result = meta["status"], meta["result"]
-        backend = celery_private.backend_for(self._app, serializer)
-        if status == "SUCCESS":
-            celery_private.publish_success(self._app, request, result, serializer)
-        if request.chord and not settlement.ignore_result:
-            # A chord of groups reads its parts' results back, ours among them.
+        if (request.chord or request.errbacks) and not settlement.ignore_result:
+            # A chord of groups, and an errback, reads this result back.
             key = self._names.meta(request.id)
             self._client.set(key, settlement.outcome, ex=self._expires_s, nx=True)
         if status == "SUCCESS":
-            celery_private.finish_chord(backend, request, status, result)
-            return
-        error: Exception = from_wire(status, result)
-        if status == "REVOKED":
-            error = celery_private.revoked_error(str(error))
-        celery_private.finish_chord(backend, request, status, error)
-        celery_private.publish_failure(backend, request, status, error)
+            celery_private.publish_success(app, request, result)
+            celery_private.finish_chord(app, request, status, result)
+        elif status == "REVOKED":
+            revoked = celery_private.revoked_error(str(from_wire(status, result)))
+            celery_private.finish_chord(app, request, status, revoked)
+        else:
+            error = from_wire(status, result)
+            celery_private.finish_chord(app, request, status, error)
+            celery_private.publish_failure(app, request, error)
 
     def _failed(self, settlement: Settlement, message: bytes, problem: Exception) -> Settlement:
         if settlement.request_id is None:

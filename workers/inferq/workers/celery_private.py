@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from celery import Celery, states
 from celery.app.task import Context
-from celery.backends.redis import RedisBackend
 from celery.canvas import group, maybe_signature
 from celery.exceptions import TaskRevokedError
 from celery.worker import state as worker_state
 from celery.worker.consumer import Consumer
+from celery.worker.request import Request
 
 from inferq.shared.resp import Command
 
@@ -25,13 +26,45 @@ UNACKED = "unacked"
 UNACKED_INDEX = "unacked_index"
 
 
+class Held(Request):  # type: ignore[misc]
+    """A request that Celery only keeps until its ETA.
+
+    Whether it is revoked or expired by then is for the data plane to find, which answers in the
+    serialiser that was asked in.
+    """
+
+    def revoked(self) -> bool:
+        return False
+
+
+def put_back(request_id: str) -> None:
+    """Move the message of a request that Celery is executing from kombu's unacked to its queue.
+
+    In one transaction, and byte for byte. Its execution counts for nothing.
+    """
+    request: Request = worker_state.requests[request_id]
+    count_tasks(request.name, -1)
+    request.reject(requeue=True)
+
+
 def is_revoked(request_id: str) -> bool:
     """Whether ``app.control.revoke`` named this id. Safe from any thread."""
     return request_id in worker_state.revoked
 
 
-def count_accepted(task: str, count: int) -> None:
-    """Add to the totals that ``celery inspect stats`` shows."""
+def flag_revoked(ids: set[str]) -> None:
+    """Have `is_revoked` say so of `ids`, and other workers learn it when they start (mingle)."""
+    worker_state.revoked.update(ids)
+
+
+def held_by_celery(task_id: str, but: str) -> bool:
+    """Whether Celery's own handler holds this id, as a request of another task than `but`."""
+    request = worker_state.requests.get(task_id)
+    return request is not None and request.name != but
+
+
+def count_tasks(task: str, count: int) -> None:
+    """Add to the totals that ``celery inspect stats`` and heartbeats tell."""
     worker_state.total_count[task] += count
     worker_state.all_total_count[0] += count
 
@@ -55,14 +88,6 @@ def stop_worker(exitcode: int) -> None:
 def is_terminating() -> bool:
     """Whether a cold shutdown was asked for."""
     return worker_state.should_terminate not in (None, False)
-
-
-def backend_for(app: Celery, serializer: str) -> RedisBackend:
-    """Celery's own result backend, reading and writing with `serializer`.
-
-    Chord parts of stock workers and ours meet in one Redis key, so ours must look like theirs.
-    """
-    return type(app.backend)(app=app, url=app.conf.result_backend, serializer=serializer)
 
 
 def unacked_commands(message: bytes, prefix: str) -> Sequence[Command]:
@@ -94,6 +119,17 @@ def deliver(consumer: Consumer, message: bytes) -> None:
     consumer.call_soon(receive)
 
 
+def restore_messages(consumer: Consumer) -> None:
+    """Put back into their queues what died workers held too long (kombu's visibility_timeout).
+
+    kombu does so only where it consumes some queue itself.
+    """
+    channel = consumer.task_consumer.channel
+    if not channel.active_queues:
+        with suppress(*channel.connection_errors):  # the consumer finds out by itself
+            channel.qos.restore_visible(num=channel.unacked_restore_limit, interval=1)
+
+
 def context_of(message: bytes, body: Sequence[Any]) -> Context:
     """Celery's view of a request, for its canvas."""
     raw = json.loads(message)
@@ -111,41 +147,32 @@ def context_of(message: bytes, body: Sequence[Any]) -> Context:
     )
 
 
-def publish_success(app: Celery, request: Context, result: object, serializer: str) -> None:
+def publish_success(app: Celery, request: Context, result: object) -> None:
     """Publish links and the rest of a chain, as celery.app.trace does after a task's success."""
-    options: Mapping[str, Any] = {
-        "parent_id": request.id,
-        "root_id": request.root_id or request.id,
-        "serializer": serializer,
-    }
-    if request.callbacks:
-        signatures = [maybe_signature(s, app=app) for s in request.callbacks]
-        together = [s for s in signatures if not isinstance(s, group)]
-        for each in signatures:
-            if isinstance(each, group):
-                each.apply_async((result,), **options)
-        if len(together) == 1:
-            together[0].apply_async((result,), **options)
-        elif together:
-            group(together, app=app).apply_async((result,), **options)
+    origin = {"parent_id": request.id, "root_id": request.root_id or request.id}
+    signatures = [maybe_signature(each, app=app) for each in request.callbacks or ()]
+    groups = [each for each in signatures if isinstance(each, group)]
+    others = [each for each in signatures if not isinstance(each, group)]
+    if len(others) > 1:
+        others = [group(others, app=app)]
+    for each in groups + others:
+        each.apply_async((result,), **origin)
     if request.chain:
         following = maybe_signature(request.chain[-1], app=app)
-        following.apply_async((result,), chain=request.chain[:-1], **options)
+        following.apply_async((result,), chain=request.chain[:-1], **origin)
 
 
-def finish_chord(backend: RedisBackend, request: Context, status: str, result: object) -> None:
+def finish_chord(app: Celery, request: Context, status: str, result: object) -> None:
     """Count this request as a finished part of its chord, which may start the chord's body."""
     if request.chord:
-        backend.on_chord_part_return(request, status, result)
+        app.backend.on_chord_part_return(request, status, result)
 
 
-def publish_failure(backend: RedisBackend, request: Context, status: str, error: Exception) -> None:
+def publish_failure(app: Celery, request: Context, error: Exception) -> None:
     """Fail the rest of the chain and call errbacks, as Backend.mark_as_failure does."""
-    if status == states.REVOKED:
-        return
-    backend._fail_chain(request.chain, error, None, store_result=True, state=states.FAILURE)
+    app.backend._fail_chain(request.chain, error, None, store_result=True, state=states.FAILURE)
     if request.errbacks:
-        backend._call_task_errbacks(request, error, None)
+        app.backend._call_task_errbacks(request, error, None)
 
 
 def revoked_error(reason: str) -> TaskRevokedError:

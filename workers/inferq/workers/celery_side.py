@@ -6,6 +6,7 @@ from functools import partial
 
 from celery.worker import WorkController
 
+from inferq.shared.names import TASK
 from inferq.workers import celery_private
 from inferq.workers.canvas import Canvas
 from inferq.workers.claims import Slot
@@ -23,6 +24,8 @@ class CelerySide:
     def __init__(self, worker: WorkController, key_prefix: str) -> None:
         self._worker = worker
         self._key_prefix = key_prefix
+        # Its entry is there before the data plane's thread counts in it and others read it.
+        celery_private.count_tasks(TASK, 0)
 
     def publish_canvas(self, incarnation: str, settlement: Settlement, message: bytes) -> None:
         self.canvas.put(incarnation, settlement, message)
@@ -33,6 +36,9 @@ class CelerySide:
             before=tuple(celery_private.unacked_commands(message, self._key_prefix)),
             after=partial(celery_private.deliver, self._worker.consumer, message),
         )  # fmt: skip
+
+    def on_settled(self, count: int) -> None:
+        celery_private.count_tasks(TASK, count)
 
     def on_fatal(self, reason: str) -> None:
         celery_private.stop_worker(EX_FATAL_ENGINE)

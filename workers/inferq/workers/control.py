@@ -7,13 +7,15 @@ data plane's thread changes what it holds all the time.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from celery.worker import control as stock
 from celery.worker.control import Panel
 
-from inferq.shared.names import TASK, queue_of
+from inferq.shared.names import TASK, model_of, queue_of
+from inferq.workers import celery_private
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.service import Service
 
@@ -30,7 +32,8 @@ def _computing(state: Any) -> Iterator[dict[str, Any]]:
     for model in service.models if service else ():
         for job in model.jobs():
             for item in job.items:
-                yield _info(state, item, job.formed_ms / 1000)
+                waited_s = time.monotonic() - job.formed_ms / 1000
+                yield _info(state, item, time.time() - waited_s)
 
 
 def _waiting(state: Any) -> Iterator[dict[str, Any]]:
@@ -95,6 +98,8 @@ def add_consumer(state: Any, queue: str, *args: Any, **options: Any) -> Any:
     service = _service(state)
     if service is not None and service.consume(queue, True):
         return stock.ok(f"add consumer {queue}")
+    if model_of(queue) is not None:
+        return stock.nok(f"queue {queue}: its model is not loaded here; start a worker with -Q")
     return _add_consumer(state, queue, *args, **options)
 
 
@@ -109,9 +114,27 @@ def cancel_consumer(state: Any, queue: str, **options: Any) -> Any:
     return _cancel_consumer(state, queue, **options)
 
 
+@Panel.register(  # type: ignore[untyped-decorator]
+    type="control", name="revoke", variadic="task_id", signature="[id1 [id2 [... [idN]]]]"
+)
+def revoke(state: Any, task_id: Any, *args: Any, **options: Any) -> Any:
+    """Revoke task by task id (or list of ids).
+
+    Stock Celery stores REVOKED at once, in the worker's own serialiser, which the client of a
+    request may not read. The data plane answers when its turn comes, in the request's.
+    """
+    ids = {task_id} if isinstance(task_id, str) else set(task_id or ())
+    celerys = {each for each in ids if celery_private.held_by_celery(each, but=TASK)}
+    celery_private.flag_revoked(ids)
+    if celerys:
+        return _revoke(state, sorted(celerys), *args, **options)
+    return stock.ok(f"tasks {sorted(ids)} flagged as revoked")
+
+
 _active: Answer = stock.active
 _reserved: Answer = stock.reserved
 _query_task: Answer = stock.query_task
 _active_queues: Answer = stock.active_queues
 _add_consumer: Answer = stock.add_consumer
 _cancel_consumer: Answer = stock.cancel_consumer
+_revoke: Answer = stock.revoke

@@ -18,5 +18,8 @@ class Hooks(Protocol):
         """The settlement that moves a message into kombu's care. ValueError if it cannot be."""
         ...
 
+    def on_settled(self, count: int) -> None:
+        """So many requests were answered in one round trip."""
+
     def on_fatal(self, reason: str) -> None:
         """The process must end: an engine is beyond use, or the data plane failed."""

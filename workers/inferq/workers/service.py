@@ -103,9 +103,7 @@ class Service:
             result_expires_s=settings.result_expires_s,
             reply_timeout_s=min(5.0, settings.lease_s),
         )
-        self._side.canvas = Canvas(
-            self._worker.app, self._client, names, settings.result_expires_s, plane.on_ready
-        )
+        self._side.canvas = Canvas(settings, self._client, plane.on_ready)
         self._side.canvas.start()
         lease.start()
         self._recoverer.start()
