@@ -209,6 +209,8 @@ class DataPlane:
     def _serve(self, link: Link, ledger: Ledger) -> None:
         ledger.arm()
         jobs = [job for model in self._models.values() for job in model.jobs()]
+        # What a lost incarnation had begun is discarded: it is nothing of this one's.
+        jobs = [job for job in jobs if job.items[0].slot.claim.key in self._claims]
         jobs += [job for _, job in self._leaving]
         ledger.mark(_ids(jobs), list(self._claims.values()))
         self._receive(ledger, ledger.adopt(self._claims), frozenset(self._models))
