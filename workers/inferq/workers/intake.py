@@ -146,7 +146,9 @@ class Intake:
             return Failed(slot, ticket, error)
         return Opened(slot, ticket, inputs, references)
 
-    def admit(self, opened: Opened, payloads: Mapping[str, memoryview | None]) -> Waiting | Failed:
+    def admit(
+        self, opened: Opened, payloads: Mapping[str, bytes | memoryview | None]
+    ) -> Waiting | Failed:
         """Read the tensors and check them against the signature. Never raises."""
         slot, ticket = opened.slot, opened.ticket
         try:

@@ -184,11 +184,6 @@ class Ledger:
         self._link.note(("SREM", self._names.running(self._incarnation), f"{model}/{field}"))
         self._link.note(("HDEL", self._names.attempts(model), field))
 
-    def payloads(self, keys: Sequence[str]) -> dict[str, bytes | None]:
-        """The claim-checked bytes under `keys`; None: gone."""
-        (values,) = self._link.call([("MGET", *keys)])
-        return dict(zip(keys, values, strict=True))
-
     def note_changes(self) -> None:
         """Take over what Redis pushed: queues that changed since they were last looked at."""
         keys = self._by_key.keys() if self._link.all_changed else self._link.changed

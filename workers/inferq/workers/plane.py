@@ -32,6 +32,7 @@ from inferq.workers.lanes import Finished, Job, LaneThread, Outcome
 from inferq.workers.lease import Lease
 from inferq.workers.ledger import LeaseLost, Ledger, RedisFull
 from inferq.workers.link import Link, Waker
+from inferq.workers.payloads import PayloadReader
 from inferq.workers.receiving import Receiver
 from inferq.workers.recovery import Recoverer
 from inferq.workers.serving import ServedModel
@@ -91,7 +92,8 @@ class DataPlane:
         self._settlements: list[Settlement] = []
         self._claims: dict[str, Claim] = {}
         self._claim_numbers = count(1)
-        self._receiver = Receiver(self._models, clock, hooks)
+        self._payloads = PayloadReader(client, reply_timeout_s)
+        self._receiver = Receiver(self._models, clock, hooks, self._payloads)
         #: Claims decoded since Redis was last told.
         self._decoded: list[Claim] = []
         self._incarnation = ""
@@ -193,6 +195,7 @@ class DataPlane:
             self._hand_back()
             self._hooks.on_fatal("the data plane failed")
         finally:
+            self._payloads.close()
             self._ended.set()
 
     def _over(self) -> bool:
@@ -325,6 +328,7 @@ class DataPlane:
         if sending:
             del self._settlements[: len(sending)]
             self.settled += len(sending)
+            self._hooks.on_settled(sum(done.request_id is not None for done in sending))
             for done in sending:
                 if done.slot.claim.complete:
                     self._claims.pop(done.slot.claim.key, None)

@@ -19,6 +19,7 @@ from inferq.workers.clock import RedisClock
 from inferq.workers.hooks import Hooks
 from inferq.workers.intake import Failed, Foreign, Opened, Quarantined, Revoked, retried
 from inferq.workers.ledger import Ledger
+from inferq.workers.payloads import PayloadReader
 from inferq.workers.recovery import suspect
 from inferq.workers.serving import ServedModel
 from inferq.workers.settle import Settlement
@@ -50,10 +51,17 @@ class Received(msgspec.Struct, frozen=True):
 class Receiver:
     """Reads claims. What it asks of Redis may break off: then nothing was admitted or ended."""
 
-    def __init__(self, models: Mapping[str, ServedModel], clock: RedisClock, hooks: Hooks) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, ServedModel],
+        clock: RedisClock,
+        hooks: Hooks,
+        payloads: PayloadReader,
+    ) -> None:
         self._models = models
         self._clock = clock
         self._hooks = hooks
+        self._payloads = payloads
 
     def receive(self, ledger: Ledger, claimed: Claimed, suspicious: bool) -> Received:
         """Decode one claim. `suspicious`: its model has entries in attempts:<m>."""
@@ -119,7 +127,7 @@ class Receiver:
     ) -> None:
         opened = [each for each in found if isinstance(each, Opened)]
         keys = [key for each in opened for key in each.references.values()]
-        payloads = ledger.payloads(keys) if keys else {}
+        payloads = self._payloads.fetch(keys, model.advert.max_request_bytes) if keys else {}
         for each in found:
             item = model.intake.admit(each, payloads) if isinstance(each, Opened) else each
             if isinstance(item, Waiting):

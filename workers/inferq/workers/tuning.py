@@ -22,11 +22,12 @@ from inferq.workers.engines.base import Batch, Lane
 PER_SIZE_S: Final = 0.1
 #: Seconds after which no larger size is tried.
 BUDGET_S: Final = 5.0
-#: CPU seconds that claiming, forming and settling one batch costs beside its requests' own share,
-#: as `make bench` measures it: it speaks for a larger batch where the engine itself hardly does.
-PER_BATCH_S: Final = 0.25e-3
+#: Seconds that one batch costs beside its run: CPU for claiming and settling it, and the pause of
+#: its lane. Measured on two cores with 150 KB requests; it speaks for a larger batch where the
+#: engine itself hardly does.
+PER_BATCH_S: Final = 0.5e-3
 #: A smaller batch is preferred to the fastest one if it reaches this share of it: it waits less.
-GOOD_ENOUGH: Final = 0.97
+GOOD_ENOUGH: Final = 0.985
 #: Two sizes in a row below this share of the fastest end the search for larger ones.
 FALLING: Final = 0.9
 #: How many of the fastest are measured again, and how often: what else runs on the machine can

@@ -1,0 +1,114 @@
+"""Fetches claim-checked tensors: MGET on a connection of its own, straight into place.
+
+A general reader copies each reply twice before it is a Python object; for tensors of hundreds of
+kilobytes that is a good part of what a request costs. Here the kernel writes into the array itself.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import redis
+
+from inferq.shared.resp import open_socket, pack, send_all
+
+_SCRATCH_BYTES: Final = 4096
+#: Most keys asked for at once.
+_KEYS: Final = 64
+
+
+class PayloadReader:
+    """One connection, opened when first needed. Not thread-safe.
+
+    After `fetch` raised one of resp.BROKEN, the next call opens another connection.
+    """
+
+    def __init__(self, client: redis.Redis, timeout: float) -> None:
+        self._client = client
+        self._timeout = timeout
+        self._sock: socket.socket | None = None
+        self._scratch = bytearray(_SCRATCH_BYTES)
+        self._view = memoryview(self._scratch)
+        self._start = self._end = 0
+
+    def fetch(self, keys: Sequence[str], limit: int) -> dict[str, bytes | memoryview | None]:
+        """The bytes under `keys`. None: the key is gone, or holds more than `limit` bytes."""
+        found: dict[str, bytes | memoryview | None] = {}
+        try:
+            if self._sock is None:
+                self._sock = open_socket(self._client, self._timeout)
+            for at in range(0, len(keys), _KEYS):
+                found.update(self._fetch(self._sock, keys[at : at + _KEYS], limit))
+        except BaseException:
+            self.close()
+            raise
+        return found
+
+    def close(self) -> None:
+        """Close the connection, if there is one; never raises."""
+        sock, self._sock = self._sock, None
+        self._start = self._end = 0
+        if sock is not None:
+            sock.close()
+
+    def _fetch(
+        self, sock: socket.socket, keys: Sequence[str], limit: int
+    ) -> dict[str, bytes | memoryview | None]:
+        send_all(sock, pack([("MGET", *keys)]))
+        head = self._line(sock)
+        if head != b"*%d" % len(keys):
+            raise redis.ResponseError(f"MGET of {len(keys)} payloads answered {head[:200]!r}")
+        return {key: self._value(sock, limit) for key in keys}
+
+    def _value(self, sock: socket.socket, limit: int) -> memoryview | None:
+        head = self._line(sock)
+        if head in (b"_", b"$-1"):
+            return None
+        if head[:1] != b"$":
+            raise redis.ResponseError(f"a payload was answered with {head[:200]!r}")
+        size = int(head[1:])
+        if size > limit:
+            self._skip(sock, size)
+            value = None
+        else:
+            value = np.empty(size, np.uint8).data
+            self._read(sock, value)
+        self._skip(sock, 2)
+        return value
+
+    def _line(self, sock: socket.socket) -> bytes:
+        while (at := self._scratch.find(b"\r\n", self._start, self._end)) < 0:
+            if self._start:
+                rest = self._scratch[self._start : self._end]
+                self._scratch[: len(rest)] = rest
+                self._start, self._end = 0, len(rest)
+            if self._end == _SCRATCH_BYTES:
+                raise redis.InvalidResponse("a reply line is too long")
+            self._end += _received(sock.recv_into(self._view[self._end :]))
+        line = bytes(self._view[self._start : at])
+        self._start = at + 2
+        return line
+
+    def _read(self, sock: socket.socket, into: memoryview) -> None:
+        have = min(len(into), self._end - self._start)
+        into[:have] = self._view[self._start : self._start + have]
+        self._start += have
+        while have < len(into):
+            have += _received(sock.recv_into(into[have:]))
+
+    def _skip(self, sock: socket.socket, count: int) -> None:
+        while count:
+            if self._start == self._end:
+                self._start, self._end = 0, _received(sock.recv_into(self._view))
+            step = min(count, self._end - self._start)
+            self._start += step
+            count -= step
+
+
+def _received(count: int) -> int:
+    if not count:
+        raise redis.ConnectionError("Redis closed the connection")
+    return count
