@@ -154,6 +154,12 @@ def totals(parts: list[Any]) -> list[Any]:
     ]
 
 
+@app.task(name="stock.merge")  # type: ignore[untyped-decorator]
+def merge(parts: list[Any]) -> dict[str, Any]:
+    """The inputs of a request, made from a chord's parts."""
+    return inputs(sum(totals(parts)))
+
+
 @app.task(name="stock.plus")  # type: ignore[untyped-decorator]
 def plus(a: float, b: float) -> float:
     """A part of a chord that is no request."""
@@ -175,7 +181,8 @@ def note(outputs: dict[str, Any], key: str) -> None:
 @app.task(name="stock.note_error")  # type: ignore[untyped-decorator]
 def note_error(task_id: str, key: str) -> None:
     """A link_error, as Celery's guide has it: it is given the id and reads the error itself."""
-    app.backend.client.rpush(key, json.dumps(ending(app.AsyncResult(task_id))))
+    result = app.AsyncResult(task_id)
+    app.backend.client.rpush(key, json.dumps([result.state, type(result.result).__name__]))
 
 
 # --- running what the tests send -----------------------------------------------------------------
