@@ -19,7 +19,14 @@ from inferq.shared import codec
 from inferq.shared.errors import DeadLettered, EngineError
 from inferq.shared.names import Names
 from inferq.shared.schema import Receipt
-from inferq.workers.engines.fake import FAULT_EXIT, FAULT_RAISE, FAULT_SEGFAULT, FAULT_TOO_FEW_ROWS
+from inferq.workers.celery_side import EX_FATAL_ENGINE
+from inferq.workers.engines.fake import (
+    FAULT_EXIT,
+    FAULT_FATAL,
+    FAULT_RAISE,
+    FAULT_SEGFAULT,
+    FAULT_TOO_FEW_ROWS,
+)
 from inferq.workers.recovery import suspect
 from inferq.workers.settle import DEAD_PAYLOAD_S
 
@@ -128,6 +135,31 @@ def _expect_one_dead_letter(redis: Redis, pending: list[Pending], items: list[An
             assert receipt(each).requests == 1, "a suspect runs alone"
             assert receipt(each).attempt == 2, "only its first neighbours shared its fate"
     assert again < 16
+
+
+def test_an_engine_beyond_use_ends_its_worker_and_what_it_held_goes_back_at_once(
+    redis_url: str, redis: Redis, models: Path
+) -> None:
+    """Also where no other worker is there to recover it; the supervisor knows by the status."""
+    sent = dict(message("m", numbered(FAULT_FATAL if n == 2 else n)) for n in range(20))
+    redis.lpush(NAMES.queue("m"), *sent.values())
+    with Worker(redis_url, models, ["m"]) as worker:
+        assert worker.process.wait(30) == EX_FATAL_ENGINE
+    assert nothing_is_held(redis)
+    assert redis.zcard(NAMES.leases) == 0
+    waiting = redis.lrange(NAMES.queue("m"), 0, -1)
+    served = {each for each in sent if redis.exists(NAMES.meta(each))}
+    assert waiting == [raw for each, raw in sent.items() if each not in served][::-1]
+    fatal = list(sent)[2]
+    assert redis.hget(NAMES.attempts("m"), fatal) == b"1"
+    computing = [each for each in sent if redis.hexists(NAMES.attempts("m"), each)]
+    assert len(computing) <= 16, "only its batch is counted"
+    redis.hset(NAMES.attempts("m"), fatal, str(MAX_ATTEMPTS))
+    with Worker(redis_url, models, ["m"]):
+        for n, request_id in enumerate(sent):
+            if request_id != fatal:
+                np.testing.assert_array_equal(outputs_of(redis, request_id)["x"], numbered(n))
+        assert meta_of(redis, fatal)["result"]["exc_type"] == "DeadLettered"
 
 
 def test_bytes_that_name_no_request_are_quarantined_and_the_worker_goes_on(

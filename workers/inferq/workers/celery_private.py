@@ -80,9 +80,18 @@ def is_solo(pool_cls: object) -> bool:
     return getattr(pool_cls, "__module__", "") == "celery.concurrency.solo"
 
 
+def asks_for_prefork(arguments: Sequence[str]) -> bool:
+    """Whether a command line names prefork, which Celery takes for "as the app is set up"."""
+    joined = "\0".join(arguments)
+    return any(f"{option}prefork" in joined for option in ("-P", "-P\0", "--pool=", "--pool\0"))
+
+
 def stop_worker(exitcode: int) -> None:
-    """Ask Celery's main loop to end the worker process."""
-    worker_state.should_terminate = exitcode
+    """Ask Celery's main loop to end the worker process, with this status.
+
+    By a warm shutdown: a cold one would end with status 0, whatever was asked for.
+    """
+    worker_state.should_stop = exitcode
 
 
 def is_terminating() -> bool:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 
+from inferq.shared.errors import ConfigError
 from inferq.shared.names import Names
 from inferq.shared.schema import ModelAdvert
 from inferq.workers.batching.padding import Padding
@@ -103,7 +104,13 @@ class ServedModel:
         tried = [1]
         if self.spec.batchable:
             tried = sizes(self.spec.max_batch_size, config.buckets)
-        return measure(engine.lanes, self.spec.signature, tried, dict(config.pad))
+        try:
+            return measure(engine.lanes, self.spec.signature, tried, dict(config.pad))
+        except Exception as problem:
+            raise ConfigError(
+                f"{self.spec.path or self.name} cannot run zeros to warm up "
+                f"(warm_up = false serves it without): {problem}"
+            ) from problem
 
     # --- claiming ---------------------------------------------------------------------------
 
