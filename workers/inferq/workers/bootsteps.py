@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 from celery import bootsteps
@@ -24,7 +25,6 @@ RESTORE_EVERY_S = 10.0
 
 def refuse(reason: str) -> SystemExit:
     """A worker that cannot be started says so in one line."""
-    logger.critical("%s", reason)
     return SystemExit(f"inferq: {reason}")
 
 
@@ -37,7 +37,8 @@ class DataPlaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
         super().__init__(worker, **options)
         worker.inferq = None
         self._settings: Settings = worker.app.conf.inferq_settings
-        if not celery_private.is_solo(worker.pool_cls):
+        solo = celery_private.is_solo(worker.pool_cls)
+        if not solo or celery_private.asks_for_prefork(sys.argv):
             raise refuse("pool refused: a worker that holds an engine runs with -P solo only")
         if options.get("autoscale"):
             raise refuse("--autoscale refused: scale by starting more workers")

@@ -7,7 +7,7 @@ kilobytes that is a good part of what a request costs. Here the kernel writes in
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -23,10 +23,14 @@ _KEYS: Final = 64
 class PayloadReader:
     """One connection, opened when first needed. Not thread-safe.
 
-    After `fetch` raised one of resp.BROKEN, the next call opens another connection.
+    `await_readable` waits for a socket and may do other things meanwhile (see Link). After `fetch`
+    raised one of resp.BROKEN, the next call opens another connection.
     """
 
-    def __init__(self, client: redis.Redis, timeout: float) -> None:
+    def __init__(
+        self, client: redis.Redis, timeout: float, await_readable: Callable[[socket.socket], None]
+    ) -> None:
+        self._await_readable = await_readable
         self._client = client
         self._timeout = timeout
         self._sock: socket.socket | None = None
@@ -87,7 +91,7 @@ class PayloadReader:
                 self._start, self._end = 0, len(rest)
             if self._end == _SCRATCH_BYTES:
                 raise redis.InvalidResponse("a reply line is too long")
-            self._end += _received(sock.recv_into(self._view[self._end :]))
+            self._end += self._receive(sock, self._view[self._end :])
         line = bytes(self._view[self._start : at])
         self._start = at + 2
         return line
@@ -97,18 +101,19 @@ class PayloadReader:
         into[:have] = self._view[self._start : self._start + have]
         self._start += have
         while have < len(into):
-            have += _received(sock.recv_into(into[have:]))
+            have += self._receive(sock, into[have:])
 
     def _skip(self, sock: socket.socket, count: int) -> None:
         while count:
             if self._start == self._end:
-                self._start, self._end = 0, _received(sock.recv_into(self._view))
+                self._start, self._end = 0, self._receive(sock, self._view)
             step = min(count, self._end - self._start)
             self._start += step
             count -= step
 
-
-def _received(count: int) -> int:
-    if not count:
-        raise redis.ConnectionError("Redis closed the connection")
-    return count
+    def _receive(self, sock: socket.socket, into: memoryview) -> int:
+        self._await_readable(sock)
+        count = sock.recv_into(into)
+        if not count:
+            raise redis.ConnectionError("Redis closed the connection")
+        return count

@@ -92,8 +92,9 @@ class DataPlane:
         self._settlements: list[Settlement] = []
         self._claims: dict[str, Claim] = {}
         self._claim_numbers = count(1)
-        self._payloads = PayloadReader(client, reply_timeout_s)
-        self._receiver = Receiver(self._models, clock, hooks, self._payloads)
+        self._clock = clock
+        #: Set while its link is in use and armed.
+        self._ledger: Ledger | None = None
         #: Claims decoded since Redis was last told.
         self._decoded: list[Claim] = []
         self._incarnation = ""
@@ -169,7 +170,9 @@ class DataPlane:
         try:
             while not self._over():
                 self._incarnation = self._lease.incarnation
-                link = Link(self._client, self._waker, self._reply_timeout_s)
+                link = Link(self._client, self._waker, self._reply_timeout_s, self._feed_lanes)
+                payloads = PayloadReader(self._client, self._reply_timeout_s, link.await_readable)
+                self._receiver = Receiver(self._models, self._clock, self._hooks, payloads)
                 try:
                     link.open()
                     ledger = Ledger(
@@ -187,6 +190,8 @@ class DataPlane:
                     logger.warning("the data plane's connection broke: %s", problem)
                     time.sleep(RECONNECT_S)
                 finally:
+                    self._ledger = None
+                    payloads.close()
                     link.close()
             self._hand_back()
         except Exception:
@@ -195,7 +200,6 @@ class DataPlane:
             self._hand_back()
             self._hooks.on_fatal("the data plane failed")
         finally:
-            self._payloads.close()
             self._ended.set()
 
     def _over(self) -> bool:
@@ -217,6 +221,7 @@ class DataPlane:
         jobs += [job for _, job in self._leaving]
         ledger.mark(_ids(jobs), list(self._claims.values()))
         self._receive(ledger, ledger.adopt(self._claims), frozenset(self._models))
+        self._ledger = ledger
         looked = time.monotonic()
         while not self._over():
             if self._fenced_out:
@@ -241,6 +246,15 @@ class DataPlane:
             if time.monotonic() - looked > IDLE_S:
                 ledger.arm()
                 looked = time.monotonic()
+
+    def _feed_lanes(self) -> None:
+        """Give free lanes what waits. Also called while a reply is waited for."""
+        if self._ledger is not None:
+            self._collect()
+            self._form(self._ledger)
+            if self._leaving:
+                self._ledger.flush()
+                self._dispatch()
 
     def _sleep_s(self) -> float:
         until = [IDLE_S]
