@@ -300,7 +300,7 @@ class DataPlane:
     def _form(self, ledger: Ledger) -> None:
         """Decide what leaves. It is dispatched once Redis was told what starts."""
         leaving: list[tuple[LaneThread, Job]] = []
-        if self._claiming:
+        if self._claiming and not self._fatal:
             now = time.monotonic() * 1000
             for model in self._models.values():
                 if not model.waiting:
