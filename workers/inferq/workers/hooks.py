@@ -1,4 +1,4 @@
-"""What the data plane asks of Celery's side: the seam between the two planes."""
+"""What the data plane asks of the process around it: the seam to Celery's side."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ class Hooks(Protocol):
 
     def hand_over(self, slot: Slot, model: str, message: bytes) -> Settlement:
         """The settlement that moves a message into kombu's care. ValueError if it cannot be."""
+        ...
+
+    def keep(self, slot: Slot, message: bytes, due_ms: float) -> Settlement:
+        """The settlement that has a request wait until `due_ms` (Redis ms), and then return."""
         ...
 
     def on_settled(self, count: int) -> None:

@@ -70,10 +70,18 @@ def retried(found: Known, attempts: int) -> Known:
 
 
 class Foreign(msgspec.Struct, frozen=True):
-    """Not ours to run now (another task, or one whose ETA is ahead): Celery's handler takes it."""
+    """Another task: Celery's own handler takes it."""
 
     slot: Slot
     message: bytes
+
+
+class Early(msgspec.Struct, frozen=True):
+    """A good request whose ETA, `due_ms` in Redis ms, is ahead."""
+
+    slot: Slot
+    message: bytes
+    due_ms: float
 
 
 class Quarantined(msgspec.Struct, frozen=True):
@@ -107,7 +115,9 @@ class Intake:
             not isinstance(dim, int) for spec in advert.signature.inputs for dim in spec.shape[1:]
         )
 
-    def open(self, slot: Slot, message: bytes) -> Opened | Failed | Revoked | Foreign | Quarantined:
+    def open(
+        self, slot: Slot, message: bytes
+    ) -> Opened | Failed | Revoked | Foreign | Early | Quarantined:
         """Read one message. Never raises."""
         try:
             envelope = codec.decode_envelope(message)
@@ -139,9 +149,10 @@ class Intake:
             for name, key in references.items():
                 if key not in own:
                     raise InvalidInput(f"input {name!r}: key {key[:200]!r} is not its payload's")
-            # By this machine's clock, as Celery's handler sees it: it comes back when it is due.
-            if headers.eta is not None and _unix_ms("eta", headers.eta) > time.time() * 1000:
-                return Foreign(slot, message)
+            if headers.eta is not None:
+                due_ms = _unix_ms("eta", headers.eta)
+                if due_ms > self._redis_ms():
+                    return Early(slot, message, due_ms)
         except InferqError as error:
             return Failed(slot, ticket, error)
         return Opened(slot, ticket, inputs, references)

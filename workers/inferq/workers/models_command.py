@@ -5,9 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from inferq.shared.errors import ConfigError
 from inferq.workers.repository import ModelSpec, load_model, model_names
@@ -29,7 +26,7 @@ def models(folder: Path) -> None:
         except ConfigError as problem:
             problems.append(problem.message)
     if good:
-        Console().print(_table(good))
+        _print(good)
     elif not problems:
         click.echo(f"no models in {folder}; expected {folder}/<name>/<version>/model.onnx")
     for line in problems:
@@ -38,7 +35,11 @@ def models(folder: Path) -> None:
         raise SystemExit(1)
 
 
-def _table(specs: list[ModelSpec]) -> Table:
+def _print(specs: list[ModelSpec]) -> None:
+    from rich.console import Console  # noqa: PLC0415 (comes with an extra)
+    from rich.markup import escape  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
     table = Table()
     for heading in ("model", "versions", "engine", "batch", "signature and knobs"):
         table.add_column(heading, overflow="fold")
@@ -53,7 +54,7 @@ def _table(specs: list[ModelSpec]) -> Table:
             else f"no: {escape(spec.why_not_batchable or '')}",
             escape("\n".join(_signature(spec) + _knobs(spec))),
         )
-    return table
+    Console().print(table)
 
 
 def _signature(spec: ModelSpec) -> list[str]:

@@ -411,7 +411,7 @@ class DataPlane:
                     self._client.delete(self._names.running(self._incarnation))
                 moved = self._recoverer.recover(self._incarnation, dead=True)
                 self._lease.retire()
-                logger.info("handed back %d requests", moved or 0)
+                logger.info("handed back what was held: %d requests", moved or 0)
                 return
             except RedisError as problem:
                 if time.monotonic() > deadline:

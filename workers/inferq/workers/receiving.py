@@ -17,7 +17,7 @@ from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Claimed, Slot
 from inferq.workers.clock import RedisClock
 from inferq.workers.hooks import Hooks
-from inferq.workers.intake import Failed, Foreign, Opened, Quarantined, Revoked, retried
+from inferq.workers.intake import Early, Failed, Foreign, Opened, Quarantined, Revoked, retried
 from inferq.workers.ledger import Ledger
 from inferq.workers.payloads import PayloadReader
 from inferq.workers.recovery import suspect
@@ -35,7 +35,7 @@ class Dead(msgspec.Struct, frozen=True):
     message: bytes
 
 
-Found = Opened | Failed | Revoked | Foreign | Quarantined | Dead
+Found = Opened | Failed | Revoked | Foreign | Early | Quarantined | Dead
 
 
 class Received(msgspec.Struct, frozen=True):
@@ -136,7 +136,7 @@ class Receiver:
                 received.ended.append(self._end(model, item))
 
     def _end(
-        self, model: ServedModel, found: Failed | Revoked | Foreign | Quarantined | Dead
+        self, model: ServedModel, found: Failed | Revoked | Foreign | Early | Quarantined | Dead
     ) -> tuple[Settlement, bytes | None]:
         results = model.results
         match found:
@@ -154,6 +154,8 @@ class Receiver:
                     return self._hooks.hand_over(slot, model.name, message), None
                 except ValueError as problem:
                     return self._end(model, Quarantined(slot, message, str(problem)))
+            case Early(slot=slot, message=message, due_ms=due_ms):
+                return self._hooks.keep(slot, message, due_ms), None
             case Quarantined(reason=reason):
                 logger.error("quarantined a message of %s: %s", model.name, reason)
                 return results.quarantined(found, model.name, self._clock.now()), None

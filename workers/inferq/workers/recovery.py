@@ -116,7 +116,8 @@ class Recoverer:
         self._accuse(incarnation)
         moved = give_back(self._client, names, incarnation)
         self._client.zrem(names.leases, incarnation)
-        logger.warning("recovered %d requests of worker incarnation %s", moved, incarnation)
+        if moved:
+            logger.warning("recovered %d requests of worker incarnation %s", moved, incarnation)
         return moved
 
     def _accuse(self, incarnation: str) -> None:

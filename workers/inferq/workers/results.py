@@ -153,12 +153,14 @@ class Results:
         ticket = item.ticket
         if run is None:
             raise ValueError("only a computed request has a receipt")
-        queued = None if ticket.sent_ms is None else max(0.0, item.claimed_ms - ticket.sent_ms)
+        queued = (
+            None if ticket.sent_ms is None else max(0.0, round(item.claimed_ms - ticket.sent_ms, 3))
+        )
         return {
             "queue_ms": queued,
-            "form_ms": run.started_ms - item.arrived_ms,
-            "compute_ms": run.ended_ms - run.started_ms,
-            "settle_ms": time.monotonic() * 1000 - run.ended_ms,
+            "form_ms": round(run.started_ms - item.arrived_ms, 3),
+            "compute_ms": round(run.ended_ms - run.started_ms, 3),
+            "settle_ms": round(time.monotonic() * 1000 - run.ended_ms, 3),
             "batch_size": run.rows,
             "padding": run.padding,
             "requests": run.requests,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from celery.worker import WorkController
+from redis.exceptions import RedisError
 
 from inferq.shared.codec import encode_advert
 from inferq.shared.connect import check_server, redis_client
-from inferq.shared.errors import InferqError
+from inferq.shared.errors import InferqError, RedisUnavailable
 from inferq.shared.names import queue_of
 from inferq.shared.settings import Settings
 from inferq.workers import celery_private
@@ -19,6 +22,7 @@ from inferq.workers.canvas import Canvas
 from inferq.workers.celery_side import CelerySide
 from inferq.workers.clock import RedisClock
 from inferq.workers.lanes import Finished
+from inferq.workers.later import Later
 from inferq.workers.lease import Lease
 from inferq.workers.memory import keep_freed_memory
 from inferq.workers.plane import DataPlane
@@ -28,6 +32,8 @@ from inferq.workers.serving import ServedModel
 
 logger = logging.getLogger(__name__)
 
+#: Seconds between tries while Redis cannot be reached at the start.
+RETRY_S = 2.0
 #: Exit status of a worker that cannot serve what it was told to (sysexits.h).
 EX_CONFIG = 78
 
@@ -41,7 +47,8 @@ class Service:
         self._names = settings.names()
         self._clock = RedisClock()
         self._client = redis_client(settings.redis_url, sentinel_master=settings.sentinel_master)
-        self._side = CelerySide(worker, settings.global_keyprefix)
+        self._later = Later(self._client, self._names, self._clock)
+        self._side = CelerySide(worker, self._later, settings.global_keyprefix)
         self._models = [ServedModel(spec) for spec in specs]
         self._loader = threading.Thread(target=self._load, name="inferq-load", daemon=True)
         self._stopping = False
@@ -56,7 +63,7 @@ class Service:
 
     def _load(self) -> None:
         try:
-            check_server(self._client)
+            self._when_redis_answers(partial(check_server, self._client))
             for model in self._models:
                 model.load(
                     self._worker.hostname,
@@ -66,14 +73,23 @@ class Service:
                     on_finished=self._on_finished,
                     result_expires_s=self._settings.result_expires_s,
                 )
-            if not self._stopping:
-                self._serve()
+            self._when_redis_answers(self._serve)
         except InferqError as problem:
             logger.critical("%s", problem)
             self._give_up()
         except Exception:
             logger.critical("the models could not be loaded", exc_info=True)
             self._give_up()
+
+    def _when_redis_answers(self, step: Callable[[], object]) -> None:
+        """Take `step`, again and again until Redis can be reached, as Celery's own side does."""
+        while not self._stopping:
+            try:
+                step()
+                return
+            except (RedisUnavailable, RedisError) as problem:
+                logger.warning("%s; trying again in %g s", problem, RETRY_S)
+                time.sleep(RETRY_S)
 
     def _give_up(self) -> None:
         celery_private.stop_worker(EX_CONFIG)
@@ -104,9 +120,10 @@ class Service:
             reply_timeout_s=min(5.0, settings.lease_s),
         )
         self._side.canvas = Canvas(settings, self._client, plane.on_ready)
-        self._side.canvas.start()
         lease.start()
+        self._side.canvas.start()
         self._recoverer.start()
+        self._later.start()
         self.plane = plane
         plane.start()
         logger.info("serving %s", ", ".join(model.name for model in self._models))
@@ -159,6 +176,7 @@ class Service:
                 terminated = True
                 plane.terminate()
         self._recoverer.stop()
+        self._later.stop()
         self._side.canvas.stop()
         for model in self._models:
             model.close(timeout=1.0)

@@ -67,8 +67,10 @@ def commands(
             if done.reply is not None:
                 replies[done.reply].append(done.request_id)
         if done.dead_letter is not None:
-            out.append(("LPUSH", names.dead(done.model), done.dead_letter))
-            out.append(("LTRIM", names.dead(done.model), 0, DEAD_LETTERS_KEPT - 1))
+            dead = names.dead(done.model)
+            out.append(("LREM", dead, 1, done.dead_letter))  # of a MULTI whose answer was lost
+            out.append(("LPUSH", dead, done.dead_letter))
+            out.append(("LTRIM", dead, 0, DEAD_LETTERS_KEPT - 1))
             out += [("EXPIRE", key, DEAD_PAYLOAD_S) for key in done.payload_keys]
         else:
             garbage += done.payload_keys

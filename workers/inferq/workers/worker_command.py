@@ -23,8 +23,9 @@ from inferq.shared.names import model_of, queue_of
     help="Serve this queue, inferq.<model>; repeatable. Default: every model in the repository.",
 )  # fmt: skip
 @click.option(
-    "-n", "--name", default="cpu0@%h", show_default=True, help="Celery node name; %h is the host."
-)
+    "-n", "--name", default=None,
+    help="Celery node name; %h is the host. Default: cpu<pid>@%h, so that replicas differ.",
+)  # fmt: skip
 @click.option(
     "--redis-url", envvar=["INFERQ_REDIS_URL", "CELERY_BROKER_URL"],
     help="Queues and results. Also: INFERQ_REDIS_URL, CELERY_BROKER_URL.",
@@ -34,7 +35,7 @@ from inferq.shared.names import model_of, queue_of
 def worker(
     repository: Path,
     queues: tuple[str, ...],
-    name: str,
+    name: str | None,
     redis_url: str | None,
     loglevel: str,
     celery_options: tuple[str, ...],
@@ -55,7 +56,7 @@ def worker(
         raise click.ClickException(f"no model in {str(repository)!r}; expected <model>/<version>/")
     command = [
         sys.executable, "-m", "celery", "-A", "inferq.workers.app", "worker", "-P", "solo",
-        "-Q", ",".join(served), "-n", name, "-l", loglevel, *celery_options,
+        "-Q", ",".join(served), "-n", name or f"cpu{os.getpid()}@%h", "-l", loglevel, *celery_options,
     ]  # fmt: skip
     environment = {
         **os.environ,
