@@ -179,4 +179,6 @@ def from_wire(status: str, wire: object) -> InferqError:
     if cls is None:
         cls = Cancelled if status == "REVOKED" else EngineError
         message = f"{fields.get('exc_type', status)}: {message}" if message else status.lower()
-    return cls(str(message), **known)
+    error = cls(str(message))
+    error.detail = known
+    return error

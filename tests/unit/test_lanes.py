@@ -1,0 +1,198 @@
+"""A lane runs batches; what fails is run again in halves until the culprit is by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from queue import SimpleQueue
+
+import numpy as np
+import pytest
+
+from inferq.shared.errors import EngineError, FatalEngineError, InvalidInput
+from inferq.shared.schema import Array, Ticket
+from inferq.workers.batching.policy import Knobs
+from inferq.workers.batching.waiting import Waiting
+from inferq.workers.engines.base import Batch, gather
+from inferq.workers.lanes import Finished, Job, LaneThread, Outcome, execute
+
+KNOBS = Knobs(max_batch_size=16)
+
+
+class Echo:
+    """Gives back its inputs; `judge` may raise, seeing them joined. Counts its runs."""
+
+    def __init__(self, judge: Callable[[Array], None] = lambda x: None) -> None:
+        self.judge = judge
+        self.batches: list[Batch] = []
+
+    def run(self, batch: Batch) -> Mapping[str, Array]:
+        self.batches.append(batch)
+        x = gather(batch)["x"]
+        self.judge(x)
+        return {"x": x[: batch.rows] if batch.batchable else x}
+
+
+def items(*values: float, rows: int = 1) -> list[Waiting]:
+    return [
+        Waiting(
+            ticket=Ticket(f"{value:g}", "m", ""), inputs={"x": np.full((rows, 2), value)},
+            slot=None, compatible=None, arrived_ms=0.0, claimed_ms=0.0, rows=rows, alone=False,
+        )
+        for value in values
+    ]  # fmt: skip
+
+
+def run(lane: Echo, waiting: Sequence[Waiting], knobs: Knobs = KNOBS) -> dict[str, Outcome]:
+    outcomes = execute(lane, waiting, sum(item.rows for item in waiting), knobs)
+    assert [outcome.item for outcome in outcomes] == list(waiting), "one each, in order"
+    return {outcome.item.ticket.id: outcome for outcome in outcomes}
+
+
+def assert_echoed(outcome: Outcome) -> None:
+    assert outcome.error is None
+    assert outcome.outputs is not None
+    np.testing.assert_array_equal(outcome.outputs["x"], outcome.item.inputs["x"])
+
+
+def refuse(*values: float) -> Callable[[Array], None]:
+    def judge(x: Array) -> None:
+        if np.isin(x, values).any():
+            raise ValueError("bad row")
+
+    return judge
+
+
+def test_each_request_gets_its_own_rows() -> None:
+    waiting = [*items(1, 2), *items(3, rows=3), *items(4)]
+    lane = Echo()
+    for outcome in run(lane, waiting).values():
+        assert_echoed(outcome)
+        assert outcome.run is not None
+        assert (outcome.run.rows, outcome.run.requests, outcome.run.padding) == (6, 4, 0)
+    assert len(lane.batches) == 1
+
+
+def test_a_batch_runs_at_its_bucket_and_parts_of_it_at_theirs() -> None:
+    lane = Echo(refuse(1))
+    outcomes = run(lane, items(*range(5)), Knobs(max_batch_size=8, buckets=(1, 4, 8)))
+    assert [(batch.rows, batch.bucket) for batch in lane.batches] == [
+        (5, 8), (2, 4), (1, 1), (1, 1), (3, 4),
+    ]  # fmt: skip
+    last = outcomes["4"].run
+    assert last is not None
+    assert (last.rows, last.padding, last.requests) == (3, 1, 3)
+
+
+@pytest.mark.parametrize("culprits", [(0,), (7,), (3, 4), (0, 5, 15), tuple(range(16))])
+def test_only_the_culprits_fail(culprits: tuple[int, ...]) -> None:
+    lane = Echo(refuse(*culprits))
+    for name, outcome in run(lane, items(*range(16))).items():
+        if int(name) in culprits:
+            assert type(outcome.error) is EngineError
+            assert "ValueError: bad row" in str(outcome.error)
+            assert outcome.run is None
+        else:
+            assert_echoed(outcome)
+    assert len(lane.batches) < 32
+
+
+def test_an_error_of_ours_reaches_the_caller_as_it_is() -> None:
+    def judge(x: Array) -> None:
+        raise InvalidInput("input 'x': no such word")
+
+    (outcome,) = run(Echo(judge), items(1)).values()
+    assert type(outcome.error) is InvalidInput
+
+
+@pytest.mark.parametrize("problem", [MemoryError(), RecursionError(), SystemError("odd")])
+def test_whatever_an_engine_raises_fails_its_request_only(problem: Exception) -> None:
+    def judge(x: Array) -> None:
+        if (x == 1).any():
+            raise problem
+
+    outcomes = run(Echo(judge), items(0, 1, 2))
+    assert type(outcomes["1"].error) is EngineError
+    assert_echoed(outcomes["0"])
+    assert_echoed(outcomes["2"])
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_outputs_with_other_rows_than_the_inputs_are_never_handed_out(rows: int) -> None:
+    class Wrong(Echo):
+        def run(self, batch: Batch) -> Mapping[str, Array]:
+            if batch.rows > 1 or any((part["x"] == 1).all() for part in batch.parts):
+                return {"x": np.zeros((rows if rows != batch.rows else 9, 2))}
+            return super().run(batch)
+
+    outcomes = run(Wrong(), items(0, 1))
+    assert_echoed(outcomes["0"])
+    assert "expected 1, as the inputs" in str(outcomes["1"].error)
+
+
+def test_a_scalar_output_of_a_batch_is_an_engine_error() -> None:
+    class Scalar(Echo):
+        def run(self, batch: Batch) -> Mapping[str, Array]:
+            return {"x": np.zeros((), np.float32)}
+
+    (outcome,) = run(Scalar(), items(1)).values()
+    assert "has no rows" in str(outcome.error)
+
+
+def test_a_model_that_is_not_batchable_answers_with_any_shape() -> None:
+    lane = Echo()
+    knobs = Knobs(max_batch_size=1, batchable=False, buckets=(1,))
+    for outcome in run(lane, items(1, rows=5), knobs).values():
+        assert_echoed(outcome)
+        assert outcome.run is not None
+        assert outcome.run.padding == 0
+    assert not lane.batches[0].batchable
+
+
+# --- the thread ----------------------------------------------------------------------------------
+
+
+def job(*values: float) -> Job:
+    waiting = items(*values)
+    return Job(waiting, len(waiting), len(waiting), 0.0)
+
+
+def started(lane: Echo) -> tuple[LaneThread, SimpleQueue[Finished]]:
+    done: SimpleQueue[Finished] = SimpleQueue()
+    thread = LaneThread("lane", lane, KNOBS, done.put)
+    thread.start()
+    return thread, done
+
+
+def test_a_lane_hands_back_each_batch_and_is_ready_for_the_next() -> None:
+    thread, done = started(Echo(refuse(2)))
+    for values in ((1,), (2,), (1, 2, 3)):
+        given = job(*values)
+        thread.put(given)
+        assert thread.job is given
+        finished = done.get(timeout=10)
+        assert (finished.lane, finished.job, finished.fatal) == (thread, given, None)
+        failed = [outcome.item.ticket.id for outcome in finished.outcomes if outcome.error]
+        assert failed == ["2"] * (2 in values)
+    assert thread.stop(10)
+
+
+def test_an_engine_beyond_use_has_no_outcome() -> None:
+    def judge(x: Array) -> None:
+        raise FatalEngineError("sticky")
+
+    thread, done = started(Echo(judge))
+    thread.put(job(1, 2))
+    finished = done.get(timeout=10)
+    assert str(finished.fatal) == "sticky"
+    assert finished.outcomes == ()
+    assert thread.stop(10)
+
+
+def test_a_lane_that_is_busy_is_not_waited_for_too_long() -> None:
+    release: SimpleQueue[None] = SimpleQueue()
+    thread, done = started(Echo(lambda x: release.get(timeout=10)))
+    thread.put(job(1))
+    assert not thread.stop(0.01)
+    release.put(None)
+    done.get(timeout=10)
+    assert thread.stop(10)

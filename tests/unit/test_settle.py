@@ -1,0 +1,246 @@
+"""One MULTI settles requests whole, and sending it again changes nothing (on a real Redis)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+from redis import Redis
+
+from inferq.shared import codec
+from inferq.shared.errors import EngineError
+from inferq.shared.names import Names
+from inferq.shared.schema import Signature, TensorSpec, Ticket
+from inferq.workers.batching.padding import Padding, PadRule
+from inferq.workers.batching.waiting import Waiting
+from inferq.workers.claims import Claim, Slot
+from inferq.workers.intake import Quarantined
+from inferq.workers.lanes import Outcome, Run
+from inferq.workers.results import Results
+from inferq.workers.settle import DEAD_LETTERS_KEPT, DEAD_PAYLOAD_S, Settlement, commands
+
+NAMES = Names()
+I = "incarnation"  # noqa: E741 - as in the names of its keys
+SPEC = TensorSpec("y", "float32", ("batch", "n"))
+PADDING = Padding(Signature((SPEC,), (SPEC,)), {"n": PadRule((4,), 0.0)})
+RESULTS = Results("worker@host", "fake", 3, PADDING)
+
+
+@pytest.fixture
+def claim(redis: Redis) -> Claim:
+    """A claim of three requests in Redis, as the data plane holds it."""
+    claim = Claim(NAMES.claim(I, 1, "m", 0), "m", 0, 3)
+    redis.lpush(claim.key, b"first", b"second", b"third")
+    redis.hset(NAMES.claims(I), claim.key, 1)
+    return claim
+
+
+def settled(claim: Claim, place: int, **given: Any) -> Settlement:
+    request_id = f"id{place}"
+    return Settlement(Slot(claim, place), "m", request_id, b"done", **given)
+
+
+def apply(redis: Redis, settlements: Iterable[Settlement], times: int = 1) -> None:
+    settlements = list(settlements)
+    for _ in range(times):
+        with redis.pipeline(transaction=True) as pipe:
+            for command in commands(settlements, NAMES, I, 60):
+                pipe.execute_command(*command)  # type: ignore[no-untyped-call]
+            pipe.execute(raise_on_error=False)
+
+
+def state(redis: Redis) -> dict[bytes, Any]:
+    """All that Redis holds."""
+    read = {b"string": redis.get, b"hash": redis.hgetall, b"set": redis.smembers}
+    found: dict[bytes, Any] = {}
+    for key in redis.keys("*"):
+        assert isinstance(key, bytes)
+        kind = redis.type(key)
+        found[key] = redis.lrange(key, 0, -1) if kind == b"list" else read[kind](key)  # type: ignore[index]
+    return found
+
+
+def test_a_settled_request_is_blanked_in_its_claim_and_the_last_one_ends_it(
+    redis: Redis, claim: Claim
+) -> None:
+    apply(redis, [settled(claim, 1)])
+    assert redis.lrange(claim.key, 0, -1) == [b"third", b"", b"first"]
+    assert not claim.complete
+    apply(redis, [settled(claim, 0), settled(claim, 2)])
+    assert claim.complete
+    assert set(state(redis)) == {NAMES.meta(f"id{n}").encode() for n in range(3)}
+
+
+def test_the_first_stored_result_stays_and_expires(redis: Redis, claim: Claim) -> None:
+    redis.set(NAMES.meta("id0"), b"cancelled", ex=30)
+    apply(redis, [settled(claim, 0), settled(claim, 1)])
+    assert redis.get(NAMES.meta("id0")) == b"cancelled"
+    assert redis.get(NAMES.meta("id1")) == b"done"
+    assert 30 < redis.ttl(NAMES.meta("id1")) <= 60
+
+
+def test_what_was_computing_its_attempts_and_its_payload_are_gone(
+    redis: Redis, claim: Claim
+) -> None:
+    redis.sadd(NAMES.running(I), "m/id0", "m/id1")
+    redis.hset(NAMES.attempts("m"), mapping={"id0": 1, "#hash": 2, "other": 1})
+    redis.mset({"payload": 1, "payload2": 2, "kept": 3})
+    keys = ("payload", "payload2")
+    apply(redis, [settled(claim, 0, running=True, attempts=1, suspect="#hash", payload_keys=keys)])
+    assert redis.smembers(NAMES.running(I)) == {b"m/id1"}
+    assert redis.hgetall(NAMES.attempts("m")) == {b"other": b"1"}
+    assert redis.exists("payload", "payload2") == 0
+    assert redis.exists("kept") == 1
+
+
+def test_an_ignored_result_is_neither_stored_nor_told(redis: Redis, claim: Claim) -> None:
+    given = settled(claim, 0, ignore_result=True, reply="channel")
+    assert not any(command[0] in ("SET", "PUBLISH") for command in commands([given], NAMES, I, 60))
+    apply(redis, [given])
+    assert redis.lrange(claim.key, 0, -1) == [b"third", b"second", b""]
+
+
+def test_each_client_hears_of_all_its_requests_at_once_and_each_channel_of_its_own(
+    redis: Redis, claim: Claim
+) -> None:
+    with redis.pubsub() as heard:  # type: ignore[no-untyped-call]
+        heard.psubscribe("*")
+        heard.get_message(timeout=10)
+        replies = ("a", "b", "a")
+        apply(redis, [settled(claim, n, reply=reply) for n, reply in enumerate(replies)])
+        messages = [heard.get_message(timeout=10) for _ in range(5)]
+    got = [(each["channel"], each["data"]) for each in messages if each is not None]
+    assert got[:3] == [(NAMES.meta(f"id{n}").encode(), b"done") for n in range(3)]
+    assert {channel: msgpack.unpackb(ids) for channel, ids in got[3:]} == {
+        b"a": ["id0", "id2"],
+        b"b": ["id1"],
+    }
+
+
+def test_a_dead_letter_is_kept_with_its_payload(redis: Redis, claim: Claim) -> None:
+    redis.set("payload", 1)
+    apply(redis, [settled(claim, 0, dead_letter=b"letter", payload_keys=("payload",))])
+    assert redis.lrange(NAMES.dead("m"), 0, -1) == [b"letter"]
+    assert DEAD_PAYLOAD_S - 60 < redis.ttl("payload") <= DEAD_PAYLOAD_S
+
+
+def test_only_so_many_dead_letters_are_kept(redis: Redis, claim: Claim) -> None:
+    redis.lpush(NAMES.dead("m"), *(str(n) for n in range(DEAD_LETTERS_KEPT)))
+    apply(redis, [settled(claim, 0, dead_letter=b"newest")])
+    assert redis.llen(NAMES.dead("m")) == DEAD_LETTERS_KEPT
+    assert redis.lindex(NAMES.dead("m"), 0) == b"newest"
+    assert redis.lindex(NAMES.dead("m"), -1) == b"1"
+
+
+@pytest.mark.parametrize("places", [[1], [0, 2], [0, 1, 2]])
+def test_a_multi_whose_answer_was_lost_may_be_sent_again(
+    redis: Redis, claim: Claim, places: list[int]
+) -> None:
+    redis.mset({f"payload{n}": n for n in range(3)})
+    redis.sadd(NAMES.running(I), "m/id0", "m/id1", "m/id2")
+    settlements = [
+        settled(
+            claim, n, running=True, attempts=1, payload_keys=(f"payload{n}",),
+            dead_letter=f"letter{n}".encode() if n else None,
+            before=(("HSET", "unacked", f"tag{n}", "message"),),
+        )
+        for n in places
+    ]  # fmt: skip
+    apply(redis, settlements)
+    once = state(redis)
+    apply(redis, settlements, times=2)
+    assert state(redis) == once
+
+
+# --- how requests end ----------------------------------------------------------------------------
+
+
+def outcome(claim: Claim, ticket: Ticket, **given: Any) -> Outcome:
+    item = Waiting(
+        ticket=ticket, inputs={}, slot=Slot(claim, 0), compatible=None, arrived_ms=100.0,
+        claimed_ms=5_000.0, rows=2, alone=False, padded={"n": 3},
+    )  # fmt: skip
+    outputs = {"y": np.arange(8, dtype=np.float32).reshape(2, 4)}
+    return Outcome(item, **{"outputs": outputs, "run": Run(130.0, 150.0, 6, 2, 3), **given})
+
+
+def test_a_success_has_its_own_size_back_and_says_where_the_time_went(claim: Claim) -> None:
+    ticket = Ticket("id", "m", codec.MSGPACK, sent_ms=4_990.0, attempts=1, reply="channel")
+    done = RESULTS.computed(outcome(claim, ticket))
+    meta = codec.decode_meta(done.outcome)
+    np.testing.assert_array_equal(codec.decode_outputs(meta["result"])["y"], [[0, 1, 2], [4, 5, 6]])
+    receipt = meta["receipt"]
+    assert receipt.pop("settle_ms") > 0
+    assert receipt == {
+        "queue_ms": 10.0, "form_ms": 30.0, "compute_ms": 20.0, "batch_size": 6, "padding": 2,
+        "requests": 3, "worker": "worker@host", "engine": "fake", "model": "m", "version": 3,
+        "attempt": 2,
+    }  # fmt: skip
+    assert (done.running, done.attempts, done.reply) == (True, 1, "channel")
+
+
+def test_without_our_timestamp_the_receipt_does_not_guess(claim: Claim) -> None:
+    meta = codec.decode_meta(
+        RESULTS.computed(outcome(claim, Ticket("id", "m", codec.JSON))).outcome
+    )
+    assert meta["receipt"]["queue_ms"] is None
+
+
+def test_a_result_that_is_too_large_says_so(claim: Claim, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "MAX_MESSAGE_BYTES", 100)
+    done = RESULTS.computed(outcome(claim, Ticket("id", "m", codec.MSGPACK)))
+    meta = codec.decode_meta(done.outcome)
+    assert meta["result"]["exc_type"] == "PayloadTooLarge"
+    assert done.running
+
+
+@pytest.mark.parametrize("outputs", [{"y": np.array([object()])}, {"y": "no array"}])
+def test_outputs_that_cannot_be_encoded_fail_their_request_only(claim: Claim, outputs: Any) -> None:
+    for kind in (codec.MSGPACK, codec.JSON):
+        done = RESULTS.computed(outcome(claim, Ticket("id", "m", kind), outputs=outputs))
+        assert codec.decode_meta(done.outcome)["status"] == "FAILURE"
+
+
+def test_a_failed_run_is_settled_as_what_the_engine_raised(claim: Claim) -> None:
+    given = outcome(claim, Ticket("id", "m", codec.JSON), outputs=None, run=None,
+                    error=EngineError("broken"))  # fmt: skip
+    done = RESULTS.computed(given)
+    meta = codec.decode_meta(done.outcome)
+    assert (meta["status"], meta["result"]["exc_message"]) == ("FAILURE", ["broken"])
+    assert done.running
+
+
+def test_bytes_that_name_nobody_are_kept_and_not_answered(claim: Claim) -> None:
+    done = RESULTS.quarantined(Quarantined(Slot(claim, 0), b"\xff", "why"), "m", 7.0)
+    assert (done.outcome, done.request_id) == (b"", None)
+    assert done.dead_letter is not None
+    letter = msgpack.unpackb(done.dead_letter)
+    assert (letter["id"], letter["message"], letter["reason"], letter["at_ms"]) == (
+        None, b"\xff", "why", 7.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("message", "request_id", "kind"),
+    [
+        (b'{"body": "x", "headers": {"root_id": "no", "id": "yes"}}', "yes", codec.JSON),
+        (b'{"headers":{"id":"yes"},"content-type":"application/x-msgpack"}', "yes", codec.MSGPACK),
+        (b'{"body": "{\\"id\\": \\"no\\"}", "headers": {}}', None, None),
+        (b"\xff", None, None),
+    ],
+)
+def test_what_was_given_up_is_answered_if_the_bytes_name_who_asked(
+    claim: Claim, message: bytes, request_id: str | None, kind: str | None
+) -> None:
+    done = RESULTS.undecodable(Slot(claim, 0), message, "#hash", 3, 7.0)
+    assert (done.request_id, done.suspect) == (request_id, "#hash")
+    assert done.dead_letter is not None
+    letter = msgpack.unpackb(done.dead_letter)
+    assert (letter["id"], letter["message"]) == (request_id, message)
+    if request_id is not None:
+        meta = codec.decode_meta(done.outcome)
+        assert meta["result"]["detail"]["attempts"] == 3
+        assert (done.outcome[:1] == b"{") == (kind == codec.JSON)
