@@ -38,7 +38,12 @@ def worker(redis_kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         models, "slow", knobs="max_batch_size = 1\nwarm_up = false",
         fake=f"delay_ms = {SLOW_S * 1000}",
     )  # fmt: skip
-    with EmbeddedRedis(redis_kind) as server, Worker(server.url, models) as worker:
+    with (
+        EmbeddedRedis(redis_kind) as server,
+        redis_py.Redis.from_url(server.url) as store,
+        Worker(server.url, models) as worker,
+    ):
+        until(lambda: celerys_connections(store), what="Celery listens for commands")
         yield worker
 
 
@@ -131,7 +136,8 @@ def test_scheduled_names_what_celery_holds_until_its_eta(app: Celery) -> None:
     (info,) = until(lambda: ask(app, "scheduled"), what="Celery holds it")
     assert info["request"]["id"] == later.id
     assert "ok" in ask(app, "revoke", task_id=later.id)
-    assert later.get(timeout=ANSWER_S, propagate=False) and later.state == "REVOKED"
+    later.get(timeout=ANSWER_S, propagate=False)
+    assert later.state == "REVOKED"
 
 
 def test_stats_count_each_request_once(app: Celery) -> None:

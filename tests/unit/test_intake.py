@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 import msgpack
@@ -26,7 +27,16 @@ from inferq.shared.schema import ModelAdvert, Signature, TensorSpec
 from inferq.workers.batching.padding import Padding, PadRule
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Claim, Slot
-from inferq.workers.intake import Failed, Foreign, Intake, Opened, Quarantined, Revoked, retried
+from inferq.workers.intake import (
+    Early,
+    Failed,
+    Foreign,
+    Intake,
+    Opened,
+    Quarantined,
+    Revoked,
+    retried,
+)
 
 NAMES = Names()
 NOW = 1_800_000_000_000.0
@@ -175,9 +185,21 @@ def test_what_names_no_request_is_quarantined_with_its_bytes() -> None:
         assert (found.message, bool(found.reason)) == (raw, True)
 
 
-def test_another_task_and_one_with_an_eta_are_celerys() -> None:
-    for raw in (message(task="other"), message(eta="2030-01-01T00:00:00")):
-        assert isinstance(intake().open(SLOT, raw), Foreign)
+def test_another_task_is_celerys() -> None:
+    assert isinstance(intake().open(SLOT, message(task="other", eta="some day")), Foreign)
+
+
+def test_a_request_waits_for_its_eta_only_if_it_is_good_and_early() -> None:
+    ahead = "2030-01-01T00:00:00"
+    early = intake().open(SLOT, message(eta=ahead))
+    assert isinstance(early, Early)
+    assert early.due_ms == datetime(2030, 1, 1, tzinfo=UTC).timestamp() * 1000
+    assert isinstance(intake().open(SLOT, message(eta="2020-01-01T00:00:00+02:00")), Opened)
+    bad = [message(eta="some day"), message(eta=ahead, kwargs={}), message(eta=ahead, kind="yaml")]
+    for raw in bad:
+        assert isinstance(failure(intake().open(SLOT, raw)), InvalidInput)
+    revoked = intake(revoked=frozenset({"one"})).open(SLOT, message(eta=ahead))
+    assert isinstance(revoked, Revoked)
 
 
 # --- too late ------------------------------------------------------------------------------------
