@@ -66,6 +66,29 @@ def test_a_change_that_came_in_one_packet_behind_a_reply_wakes_it(
     assert_wakes(link)
 
 
+def test_what_is_told_while_replies_are_read_in_parts_comes_behind_all_of_them(
+    redis_url: str,
+) -> None:
+    """Or the replies of one round trip would be taken for those of another command."""
+    waker = Waker()
+    client = redis_py.Redis.from_url(redis_url, protocol=3)
+
+    def tell() -> None:
+        mine.note(("ECHO", "told"))
+        mine.flush()
+
+    mine = Link(client, waker, 10.0, tell)
+    mine.open()
+    mine.post([("ECHO", "a"), ("BLPOP", "never", 0.1), ("ECHO", "c"), ("ECHO", "d")])
+    waker.set()
+    assert [mine.read(2), mine.read(2)] == [[b"a", None], [b"c", b"d"]]
+    waker.set()
+    assert mine.call([("ECHO", "e")]) == [b"e"]
+    mine.close()
+    client.close()
+    waker.close()
+
+
 def test_without_news_it_waits_no_longer_than_asked(link: Link) -> None:
     before = time.monotonic()
     link.wait(0.05)

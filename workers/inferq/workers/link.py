@@ -71,10 +71,10 @@ class Link:
         self._timeout = timeout
         self._buffer = bytearray(_BUFFER_BYTES)
         self._notes: list[Command] = []
-        #: Replies that are passed over: those that come next, and those behind what is being read.
+        #: Replies to come, in this order: passed over, to be read, and passed over behind those.
         self._unread = 0
+        self._wanted = 0
         self._unread_later = 0
-        self._reading = False
         #: Keys that Redis has reported as changed since the last `forget_changes`.
         self.changed: set[bytes] = set()
         #: True if Redis reported that any key may have changed (FLUSHALL).
@@ -112,10 +112,11 @@ class Link:
         """Write what was noted, and `commands`, whose replies are to be `read`."""
         notes, self._notes = self._notes, []
         send_all(self._socket, pack([*notes, *commands]))
-        if self._reading:
+        if self._wanted:
             self._unread_later += len(notes)
         else:
             self._unread += len(notes)
+        self._wanted += len(commands)
 
     @property
     def _socket(self) -> socket.socket:
@@ -126,7 +127,6 @@ class Link:
     def read(self, count: int) -> list[Reply]:
         """The next `count` replies that were not passed over."""
         replies: list[Reply] = []
-        self._reading = True
         while len(replies) < count:
             reply = self._reader.gets()
             if reply is NOTHING:
@@ -138,9 +138,9 @@ class Link:
                 self._unread -= 1
             else:
                 replies.append(reply)
-        self._reading = False
-        self._unread += self._unread_later
-        self._unread_later = 0
+        self._wanted -= count
+        if not self._wanted:
+            self._unread, self._unread_later = self._unread + self._unread_later, 0
         return replies
 
     def await_readable(self, sock: socket.socket) -> None:
