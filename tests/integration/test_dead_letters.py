@@ -181,6 +181,21 @@ def test_bytes_that_name_no_request_are_quarantined_and_the_worker_goes_on(
         assert worker.alive
 
 
+def test_a_message_that_cannot_be_read_but_names_its_request_is_answered(
+    redis_url: str, redis: Redis, models: Path
+) -> None:
+    request_id, raw = message("m", numbered(1))
+    bad = raw.replace(b'"retries": 0', b'"retries": "none"')
+    assert bad != raw
+    redis.lpush(NAMES.queue("m"), bad)
+    with Worker(redis_url, models, ["m"]):
+        result = meta_of(redis, request_id)["result"]
+        assert result["exc_type"] == "DeadLettered"
+        assert "retries" in result["exc_message"][0]
+        (letter,) = dead_letters(redis, "m")
+        assert (letter["id"], letter["message"]) == (request_id, bad)
+
+
 @pytest.mark.parametrize("deaths", [1, 2, 3])
 def test_a_message_that_ended_workers_while_it_was_decoded_is_given_up_the_third_time(
     redis_url: str, redis: Redis, models: Path, deaths: int

@@ -152,3 +152,19 @@ def test_a_recoverer_that_died_halfway_is_followed_by_another(
     assert recover("dead") == 2
     assert items(redis) == [b"b", b"a"]
     assert redis.hget(NAMES.attempts("m"), "one") == b"1", "counted once"
+
+
+def test_what_one_left_behind_does_not_keep_the_others_from_being_recovered(
+    redis_url: str, redis: Redis
+) -> None:
+    for i in ("a", "b", "dead"):
+        hold(redis, i, {(1, 0): [b"message"]} if i == "dead" else {}, ends_ms=1.0)
+    redis.hset(NAMES.claims("a"), "no claim's name", 0)
+    redis.set(NAMES.running("b"), "no set")
+    with Redis.from_url(redis_url) as client:
+        recoverer = Recoverer(client, NAMES, lease_s=0.5)
+        recoverer.start()
+        try:
+            until(lambda: items(redis) == [b"message"], what="the third is recovered")
+        finally:
+            recoverer.stop()

@@ -214,7 +214,7 @@ def test_a_failed_run_is_settled_as_what_the_engine_raised(claim: Claim) -> None
 
 
 def test_bytes_that_name_nobody_are_kept_and_not_answered(claim: Claim) -> None:
-    done = RESULTS.quarantined(Quarantined(Slot(claim, 0), b"\xff", "why"), "m", 7.0)
+    done = RESULTS.quarantined(Quarantined(Slot(claim, 0), b"\xff", "why"), 7.0)
     assert (done.outcome, done.request_id) == (b"", None)
     assert done.dead_letter is not None
     letter = msgpack.unpackb(done.dead_letter)

@@ -85,7 +85,7 @@ class Early(msgspec.Struct, frozen=True):
 
 
 class Quarantined(msgspec.Struct, frozen=True):
-    """Bytes that cannot be answered, since they name no request."""
+    """Bytes that are no request, as far as can be read."""
 
     slot: Slot
     message: bytes

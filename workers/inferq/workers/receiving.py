@@ -158,4 +158,4 @@ class Receiver:
                 return self._hooks.keep(slot, message, due_ms), None
             case Quarantined(reason=reason):
                 logger.error("quarantined a message of %s: %s", model.name, reason)
-                return results.quarantined(found, model.name, self._clock.now()), None
+                return results.quarantined(found, self._clock.now()), None

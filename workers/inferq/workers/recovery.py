@@ -96,10 +96,18 @@ class Recoverer:
                 expired = self._expired(keys=[self._names.leases], args=[100])
                 if time.monotonic() - up_since >= self._lease_s:
                     for incarnation in expired:
-                        self.recover(incarnation.decode())
+                        self._try(incarnation.decode())
             except RedisError as problem:
                 up_since = None
                 logger.warning("recovery: %s", problem)
+
+    def _try(self, incarnation: str) -> None:
+        try:
+            self.recover(incarnation)
+        except (redis.ConnectionError, redis.TimeoutError):
+            raise
+        except Exception:  # what one left behind must not keep the others from being recovered
+            logger.exception("worker incarnation %s cannot be recovered", incarnation)
 
     def recover(self, incarnation: str, *, dead: bool = False) -> int | None:
         """Take over `incarnation` if its lease has run out (or it is known to be `dead`).

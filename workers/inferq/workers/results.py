@@ -95,17 +95,20 @@ class Results:
     def undecodable(
         self, slot: Slot, message: bytes, suspect: str, deaths: int, redis_ms: float
     ) -> Settlement:
-        """A dead letter: decoding it ended its worker too often. Answered if the bytes say whom.
-
-        `suspect` is its field of attempts:<m>.
-        """
+        """A dead letter: decoding it ended its worker too often. `suspect`: see Settlement."""
         reason = f"its worker died decoding it {deaths} times"
-        ticket = codec.guess_ticket(message, slot.claim.model)
+        found = Quarantined(slot, message, reason)
+        return replace(self.quarantined(found, redis_ms, deaths), suspect=suspect)
+
+    def quarantined(self, found: Quarantined, redis_ms: float, attempts: int = 0) -> Settlement:
+        """A dead letter: nobody can read it. Answered if the bytes say whom."""
+        ticket = codec.guess_ticket(found.message, found.slot.claim.model)
         if ticket is None:
-            found = Quarantined(slot, message, reason)
-            return replace(self.quarantined(found, slot.claim.model, redis_ms), suspect=suspect)
-        dead = self._dead(slot, replace(ticket, attempts=deaths), message, reason, redis_ms)
-        return replace(dead, suspect=suspect)
+            letter = self._letter(None, found.message, found.reason, redis_ms, attempts)
+            model = found.slot.claim.model
+            return Settlement(found.slot, model, None, b"", dead_letter=letter)
+        ticket = replace(ticket, attempts=attempts)
+        return self._dead(found.slot, ticket, found.message, found.reason, redis_ms)
 
     def _dead(
         self, slot: Slot, ticket: Ticket, message: bytes, reason: str, redis_ms: float
@@ -116,11 +119,6 @@ class Results:
         )
         letter = self._letter(ticket.id, message, reason, redis_ms, ticket.attempts)
         return self._settlement(slot, ticket, meta, dead_letter=letter)
-
-    def quarantined(self, found: Quarantined, model: str, redis_ms: float) -> Settlement:
-        """Bytes that name no request: nobody can be answered, so the bytes themselves are kept."""
-        letter = self._letter(None, found.message, found.reason, redis_ms, 0)
-        return Settlement(found.slot, model, None, b"", dead_letter=letter)
 
     def _letter(
         self, request_id: str | None, message: bytes, reason: str, redis_ms: float, attempts: int
