@@ -1,0 +1,153 @@
+"""A worker that is told to end, or killed, loses nothing that a stock application asked for."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis as redis_py
+from celery import Celery
+from celery.result import AsyncResult
+from helpers.repository import fake_model
+from helpers.wait import until
+from helpers.worker import Worker
+
+from inferq.shared.names import Names
+
+NAMES = Names()
+#: How long Celery's shutdown itself may take, in s: far less than a batch of "endless".
+SHUTDOWN_S = 15.0
+WAIT_S = 30.0
+
+Send = Callable[..., AsyncResult]
+
+
+@pytest.fixture
+def send(redis_url: str) -> Iterator[Send]:
+    """Sends an echo of ``n`` to the model "m" as a stock application does."""
+    app = Celery("stock", broker=redis_url, backend=redis_url, set_as_current=False)
+
+    def send(n: float, **options: object) -> AsyncResult:
+        kwargs = {"model": "m", "inputs": {"x": [[n] * 4]}}
+        return app.send_task("inferq.infer", kwargs=kwargs, queue="inferq.m", **options)
+
+    yield send
+    app.close()
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Callable[[float], Path]:
+    """A repository whose one model, of the same name each time, takes so many seconds a request."""
+
+    def make(seconds: float) -> Path:
+        root = tmp_path / f"{seconds}"
+        knobs = "max_batch_size = 1\nwarm_up = false"
+        if not root.exists():
+            fake_model(root, "m", knobs=knobs, fake=f"delay_ms = {seconds * 1000}")
+        return root
+
+    return make
+
+
+Models = Callable[[float], Path]
+
+
+def echoed(results: list[AsyncResult]) -> list[float]:
+    """The answers, in order."""
+    return [result.get(timeout=WAIT_S)["x"]["data"][0][0] for result in results]
+
+
+def computes(redis: redis_py.Redis, worker: Worker) -> bool:
+    return redis.scard(NAMES.running(worker.incarnation)) == 1
+
+
+def assert_nothing_is_held(redis: redis_py.Redis) -> None:
+    """No lease, no claim, nothing running, nothing in kombu's care."""
+    assert redis.keys("inferq:1:*") == [NAMES.model("m").encode()]
+    assert not redis.exists("unacked", "unacked_index")
+
+
+def test_sigterm_finishes_what_computes_and_hands_back_the_rest_in_order(
+    redis: redis_py.Redis, redis_url: str, send: Send, models: Models
+) -> None:
+    with Worker(redis_url, models(1.0)) as worker:
+        sent = [send(n) for n in range(6)]
+        until(lambda: "ready." in worker.log, what="Celery is up")
+        until(lambda: computes(redis, worker), what="one computes")
+        assert worker.stop(SHUTDOWN_S) == 0
+        done = sum(result.ready() for result in sent)
+        assert 1 <= done < 6
+        assert echoed(sent[:done]) == list(range(done))
+        assert redis.llen(NAMES.queue("m")) == 6 - done
+        assert_nothing_is_held(redis)
+    with Worker(redis_url, models(0.0), name="second"):
+        assert echoed(sent) == [0, 1, 2, 3, 4, 5]
+
+
+def test_sigterm_hands_back_also_what_computes_once_the_grace_has_passed(
+    redis: redis_py.Redis, redis_url: str, send: Send, models: Models
+) -> None:
+    with Worker(redis_url, models(600.0), env={"INFERQ_GRACE_S": "0.5"}) as worker:
+        sent = [send(n) for n in range(3)]
+        until(lambda: computes(redis, worker), what="the first computes")
+        worker.stop(SHUTDOWN_S)
+        assert redis.llen(NAMES.queue("m")) == 3
+        assert_nothing_is_held(redis)
+    with Worker(redis_url, models(0.0), name="second"):
+        assert echoed(sent) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("first", [None, signal.SIGTERM], ids=["at once", "while it drains"])
+def test_sigquit_hands_back_everything_without_waiting(
+    redis: redis_py.Redis, redis_url: str, send: Send, models: Models, first: int | None
+) -> None:
+    with Worker(redis_url, models(600.0), env={"INFERQ_GRACE_S": "600"}) as worker:
+        sent = [send(n) for n in range(3)]
+        until(lambda: computes(redis, worker), what="the first computes")
+        if first is not None:
+            worker.process.send_signal(first)
+            until(lambda: "Warm shutdown" in worker.log, what="it has begun to drain")
+        worker.process.send_signal(signal.SIGQUIT)
+        worker.process.wait(SHUTDOWN_S)
+        assert redis.llen(NAMES.queue("m")) == 3
+        assert_nothing_is_held(redis)
+    with Worker(redis_url, models(0.0), name="second"):
+        assert echoed(sent) == [0, 1, 2]
+
+
+def test_a_request_with_an_eta_outlives_the_worker_that_took_it(
+    redis: redis_py.Redis, redis_url: str, send: Send, models: Models
+) -> None:
+    """It is served by whoever is there when it is due."""
+    with Worker(redis_url, models(0.0)) as worker:
+        sent = [send(7, countdown=4), send(8, countdown=2)]
+        until(lambda: redis.zcard(NAMES.later) == 2, what="both wait in Redis")
+        worker.kill()
+    with Worker(redis_url, models(0.0), name="second"):
+        assert echoed(sent) == [7, 8]
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["SIGTERM", "SIGKILL"])
+def test_a_foreign_task_that_celery_holds_goes_back_to_its_queue(
+    redis: redis_py.Redis, redis_url: str, models: Models, killed: bool
+) -> None:
+    """At once, or where the worker was killed, once kombu's visibility timeout has passed."""
+    app = Celery("stock", broker=redis_url, backend=redis_url, set_as_current=False)
+    with Worker(redis_url, models(0.0)) as worker:
+        held = app.send_task("celery.accumulate", args=[1], queue="inferq.m", countdown=3)
+        tags = until(lambda: redis.hkeys("unacked"), what="Celery holds it")
+        until(lambda: held.id in worker.log, what="its handler has received it")
+        if killed:
+            worker.kill()
+        else:
+            worker.stop(SHUTDOWN_S)
+            assert_nothing_is_held(redis)
+    with Worker(redis_url, models(0.0), name="second"):
+        if killed:
+            for tag in tags:
+                redis.execute_command("ZADD", "unacked_index", time.time() - 3601, tag)  # type: ignore[no-untyped-call]
+        assert held.get(timeout=WAIT_S) == [1]
+    app.close()
