@@ -135,6 +135,11 @@ def test_a_worker_that_slept_past_its_lease_overwrites_nothing_and_serves_on(
             until(lambda: f"lease of {sleeper.incarnation} is lost" in sleeper.log)
             known = {sleeper.incarnation, other.incarnation}
             (reborn,) = until(lambda: serving(redis) - known, what="a new incarnation")
+            # As if its last words, written before it knew, had come in late.
+            redis.hset(
+                NAMES.claims(sleeper.incarnation), NAMES.claim(sleeper.incarnation, 1, "m", 0), 1
+            )
+            redis.sadd(NAMES.running(sleeper.incarnation), "m/long settled")
             other.stop()
         assert {each: redis.get(NAMES.meta(each)) for each in sent} == before
         again, raw = message("m", numbered(9))
@@ -143,7 +148,7 @@ def test_a_worker_that_slept_past_its_lease_overwrites_nothing_and_serves_on(
         assert meta["status"] == "SUCCESS"
         assert meta["receipt"]["worker"].startswith("sleeper@")
         assert serving(redis) == {reborn}
-        assert redis.zrange(NAMES.leases, 0, -1) == [reborn.encode()]
+        until(lambda: redis.zrange(NAMES.leases, 0, -1) == [reborn.encode()], what="all is done")
         assert redis.keys(NAMES.fence("*")) == [NAMES.fence(reborn).encode()]
         until(lambda: nothing_is_held(redis), what="nothing is held any more")
 

@@ -144,7 +144,7 @@ def test_a_recoverer_that_died_halfway_is_followed_by_another(
     revoke = redis.register_script(source("revoke"))
     granted = revoke(
         keys=[NAMES.leases, NAMES.fence("dead"), NAMES.running("dead")],
-        args=["dead", 10_000, NAMES.attempts(""), 0],
+        args=["dead", 10_000, NAMES.attempts(""), 0, 60],
     )
     assert granted == 1
     assert recover("dead") is None, "the recovery has a lease of its own"
@@ -152,6 +152,7 @@ def test_a_recoverer_that_died_halfway_is_followed_by_another(
     assert recover("dead") == 2
     assert items(redis) == [b"b", b"a"]
     assert redis.hget(NAMES.attempts("m"), "one") == b"1", "counted once"
+    assert redis.ttl(NAMES.attempts("m")) > 0
 
 
 def test_what_one_left_behind_does_not_keep_the_others_from_being_recovered(

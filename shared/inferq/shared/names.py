@@ -8,7 +8,7 @@ Keys live under ``<prefix>inferq:1:`` where 1 is the protocol version and ``<pre
     claims:<i>            HASH   claim key -> 1 once its messages were decoded without dying, else 0
     claim:<i>:<n>:<m>:<p> LIST   messages of one claim, oldest at the right end
     running:<i>           SET    "<m>/<id>" of requests now computing
-    attempts:<m>          HASH   id -> how often a worker died computing it;
+    attempts:<m>          HASH   id -> how often a worker died computing it, expires;
                                  "#<sha1>" -> how often one died decoding these bytes
     dead:<m>              LIST   dead letters, newest at the left end
     later                 ZSET   "<m>:<p>:<random>" -> Redis ms at which that request is due

@@ -61,13 +61,19 @@ class Lease:
         self._thread.start()
 
     def be_born(self) -> None:
-        """A fresh incarnation: its fence and its lease in one MULTI."""
-        incarnation = secrets.token_hex(8)
+        """A fresh incarnation: its fence and its lease in one MULTI.
+
+        What the one before may still have written after it was recovered is recovered once more.
+        """
+        incarnation, before = secrets.token_hex(8), self.incarnation
         asked = time.monotonic()
         with self._client.pipeline(transaction=True) as pipe:
             pipe.set(self._names.fence(incarnation), 1)
             self._renew(keys=self._keys(incarnation), args=self._args(incarnation), client=pipe)
-            _, (_, stamp) = pipe.execute()
+            if before:
+                ends = self._clock.now() + self._lease_s * 1000
+                pipe.zadd(self._names.leases, {before: round(ends)}, nx=True)
+            _, stamp = pipe.execute()[1]
         self._clock.set(float(stamp), asked)
         self.incarnation = incarnation
         self._announce()

@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 SCAN_EVERY_S = 1.0
 #: Time one recovery has before another worker may take it over, in ms.
 RECOVERY_LEASE_MS = 10_000
+#: How long attempts:<m> is kept after the last death, in seconds: what it knows of requests that
+#: never come again must not make their model suspicious for ever.
+ATTEMPTS_TTL_S = 24 * 3600
 _MOVES_PER_TRIP = 64
 
 
@@ -117,7 +120,7 @@ class Recoverer:
         names = self._names
         granted = self._revoke(
             keys=[names.leases, names.fence(incarnation), names.running(incarnation)],
-            args=[incarnation, RECOVERY_LEASE_MS, names.attempts(""), int(dead)],
+            args=[incarnation, RECOVERY_LEASE_MS, names.attempts(""), int(dead), ATTEMPTS_TTL_S],
         )
         if not granted:
             return None
@@ -144,3 +147,4 @@ class Recoverer:
             for message in messages:
                 if message:
                     self._client.hsetnx(attempts, suspect(message), "1")
+            self._client.expire(attempts, ATTEMPTS_TTL_S)

@@ -9,6 +9,7 @@
 -- ARGV[2]  ms that the recovery may take before another one may start
 -- ARGV[3]  prefix of attempts:<m>
 -- ARGV[4]  '1': revoke even though the lease has not run out (its process is known to be dead)
+-- ARGV[5]  seconds that attempts:<m> outlives the last death
 -- Returns 1 if the caller is to recover <i> now, else 0.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + time[2] / 1000
@@ -19,7 +20,9 @@ end
 redis.call('DEL', KEYS[2])
 for _, member in ipairs(redis.call('SMEMBERS', KEYS[3])) do
   local cut = string.find(member, '/', 1, true)
-  redis.call('HINCRBY', ARGV[3] .. string.sub(member, 1, cut - 1), string.sub(member, cut + 1), 1)
+  local attempts = ARGV[3] .. string.sub(member, 1, cut - 1)
+  redis.call('HINCRBY', attempts, string.sub(member, cut + 1), 1)
+  redis.call('EXPIRE', attempts, ARGV[5])
 end
 redis.call('DEL', KEYS[3])
 redis.call('ZADD', KEYS[1], string.format('%.0f', now + ARGV[2]), ARGV[1])
