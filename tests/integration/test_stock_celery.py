@@ -5,6 +5,7 @@ Each claim is tried with Celery untouched (JSON) and with one that is set up for
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -279,6 +280,30 @@ def test_a_foreign_task_goes_to_celerys_own_handler(side: Side, store: redis_py.
         return [list(known.get(timeout=WAIT_S)), ending(unknown)[1], served]
 
     assert side(ask) == [[1, 2], "NotRegistered", 5.0]
+    until(lambda: not store.exists("unacked", "unacked_index"), what="nothing is left unacked")
+
+
+@pytest.mark.parametrize("side", ["json"], indirect=True)
+def test_a_foreign_task_that_celery_cannot_read_is_answered(
+    side: Side, store: redis_py.Redis
+) -> None:
+    """It would end a stock worker."""
+
+    def ask(task_id: str) -> object:
+        served = values(send("echo", 5).get(timeout=WAIT_S))[0]
+        return [served, ending(app.AsyncResult(task_id))[0]]
+
+    message = {
+        "body": 5,
+        "headers": {"id": "unreadable", "task": "celery.accumulate"},
+        "properties": {
+            "delivery_info": {"exchange": "", "routing_key": "inferq.echo"},
+            "delivery_tag": "tag",
+            "body_encoding": "base64",
+        },
+    }
+    store.lpush(Names().queue("echo"), json.dumps(message))
+    assert side(ask, "unreadable") == [5.0, "FAILURE"]
     until(lambda: not store.exists("unacked", "unacked_index"), what="nothing is left unacked")
 
 

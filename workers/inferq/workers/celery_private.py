@@ -6,6 +6,7 @@ tests/integration/test_celery_private.py fails when an upgrade changes any of th
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,6 +20,8 @@ from celery.worker import state as worker_state
 from celery.worker.consumer import Consumer
 
 from inferq.shared.resp import Command
+
+logger = logging.getLogger(__name__)
 
 #: kombu's bookkeeping of delivered messages (kombu.transport.redis.Channel).
 UNACKED = "unacked"
@@ -73,7 +76,8 @@ def stop_worker(exitcode: int) -> None:
 
 def is_terminating() -> bool:
     """Whether a cold shutdown was asked for."""
-    return worker_state.should_terminate not in (None, False)
+    asked = worker_state.should_terminate
+    return asked is not None and asked is not False
 
 
 def unacked_commands(message: bytes, prefix: str) -> Sequence[Command]:
@@ -94,13 +98,25 @@ def unacked_commands(message: bytes, prefix: str) -> Sequence[Command]:
 
 
 def deliver(consumer: Consumer, message: bytes) -> None:
-    """Give a message that stands in kombu's unacked to Celery's own handler, in the main thread."""
+    """Give a message that stands in kombu's unacked to Celery's own handler, in the main thread.
+
+    One that the handler cannot even read, which would end a stock worker, is answered and dropped.
+    """
 
     def receive() -> None:
+        raw = json.loads(message)
         channel = consumer.task_consumer.channel
-        delivered = channel.Message(json.loads(message), channel=channel)
-        channel.qos.append(delivered, delivered.delivery_tag)
-        consumer.task_consumer._receive_callback(delivered)
+        try:
+            delivered = channel.Message(raw, channel=channel)
+            channel.qos.append(delivered, delivered.delivery_tag)
+            consumer.task_consumer._receive_callback(delivered)
+        except consumer.connection_errors:
+            raise  # The consumer starts anew, and the message goes back to its queue.
+        except Exception as problem:
+            task_id = raw["headers"]["id"]
+            logger.exception("task %s cannot be read", task_id)
+            consumer.app.backend.mark_as_failure(task_id, problem)
+            channel.qos.reject(raw["properties"]["delivery_tag"])
 
     consumer.call_soon(receive)
 
