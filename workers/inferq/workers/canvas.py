@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from queue import SimpleQueue
@@ -34,39 +33,39 @@ RETRY_S = 0.5
 Ready = Callable[[str, Settlement], None]
 
 
-def _app(settings: Settings, serializer: str) -> Celery:
-    """An app that writes and reads as the request did.
+def _apps(settings: Settings) -> dict[str, Celery]:
+    """Apps that write and read as a request of that content type did.
 
     What follows on a request may be a request, whose answer the same client reads; and chord parts
     of stock workers and ours meet in one Redis key.
     """
-    app = make_app(settings)
-    app.conf.update(task_serializer=serializer, result_serializer=serializer)
-    return app
+    apps = {codec.JSON: make_app(settings), codec.MSGPACK: make_app(settings)}
+    apps[codec.MSGPACK].conf.update(task_serializer="msgpack", result_serializer="msgpack")
+    for app in apps.values():
+        # `Canvas` tries again itself. kombu would do so at once, on a channel that may be broken.
+        app.conf.task_publish_retry = False
+    return apps
 
 
 def _passes(problem: Exception) -> bool:
     """Whether trying again may help: Redis is away or full, rather than asked the impossible."""
     cause = problem.__cause__ if isinstance(problem, OperationalError) else problem
-    return not isinstance(cause, ResponseError) or isinstance(
-        cause, OutOfMemoryError | ReadOnlyError
-    )
+    if isinstance(cause, ResponseError):
+        return isinstance(cause, OutOfMemoryError | ReadOnlyError)
+    return isinstance(problem, OperationalError | RedisError)
 
 
 class Canvas:
     """Publishes what follows on a request. `ready` is called once its settlement may go out."""
 
     def __init__(self, settings: Settings, client: redis.Redis, ready: Ready) -> None:
-        self._apps = {
-            codec.JSON: _app(settings, "json"),
-            codec.MSGPACK: _app(settings, "msgpack"),
-        }
+        self._apps = _apps(settings)
         self._client = client
         self._names = settings.names()
         self._expires_s = settings.result_expires_s
         self._ready = ready
         self._inbox: SimpleQueue[tuple[str, Settlement, bytes] | None] = SimpleQueue()
-        self._stopping = False
+        self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="inferq-canvas", daemon=True)
 
     def start(self) -> None:
@@ -74,7 +73,7 @@ class Canvas:
 
     def stop(self) -> None:
         """End once the present one is published; the others are handed back with their claims."""
-        self._stopping = True
+        self._stopping.set()
         self._inbox.put(None)
         if self._thread.is_alive():
             self._thread.join(timeout=5)
@@ -84,21 +83,27 @@ class Canvas:
         self._inbox.put((incarnation, settlement, message))
 
     def _run(self) -> None:
-        while (entry := self._inbox.get()) is not None and not self._stopping:
+        while (entry := self._inbox.get()) is not None:
             incarnation, settlement, message = entry
-            while not self._stopping:
-                try:
-                    self._publish(settlement, message)
-                except Exception as problem:
-                    waits = isinstance(problem, OperationalError | RedisError) and _passes(problem)
-                    if waits:
-                        logger.warning("links of %s wait: %s", settlement.request_id, problem)
-                        time.sleep(RETRY_S)
-                        continue
+            done = self._published(settlement, message)
+            if done is None:
+                return
+            self._ready(incarnation, done)
+
+    def _published(self, settlement: Settlement, message: bytes) -> Settlement | None:
+        """The settlement that may go out now; None: stopped before that."""
+        while not self._stopping.is_set():
+            try:
+                self._publish(settlement, message)
+            except Exception as problem:
+                if not _passes(problem):
                     logger.exception("links of %s cannot be published", settlement.request_id)
-                    settlement = self._failed(settlement, message, problem)
-                break
-            self._ready(incarnation, settlement)
+                    return self._failed(settlement, message, problem)
+                logger.warning("links of %s wait: %s", settlement.request_id, problem)
+                self._stopping.wait(RETRY_S)
+            else:
+                return settlement
+        return None
 
     def _publish(self, settlement: Settlement, message: bytes) -> None:
         envelope = codec.decode_envelope(message)

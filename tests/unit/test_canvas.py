@@ -1,0 +1,159 @@
+"""What follows on a request is published before it is settled, also where Redis is in trouble."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+from typing import Any
+
+import pytest
+import redis as redis_py
+from celery import Celery
+from helpers.wait import until
+
+from inferq.shared import codec
+from inferq.shared.celery_app import make_app
+from inferq.shared.errors import EngineError
+from inferq.shared.names import Names
+from inferq.shared.settings import Settings
+from inferq.workers.canvas import Canvas
+from inferq.workers.claims import Claim, Slot
+from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.settle import Settlement
+
+NOW = "2026-01-01T00:00:00+00:00"
+CLAIM = Claim("claim", "m", 0, 1)
+
+
+@pytest.fixture
+def server(new_redis: Callable[..., EmbeddedRedis]) -> EmbeddedRedis:
+    return new_redis()
+
+
+@pytest.fixture
+def store(server: EmbeddedRedis) -> Iterator[redis_py.Redis]:
+    with redis_py.Redis.from_url(server.url) as client:
+        yield client
+
+
+@pytest.fixture
+def app(server: EmbeddedRedis) -> Iterator[Celery]:
+    app = make_app(Settings.load(redis_url=server.url))
+    yield app
+    app.close()
+
+
+class Ready(SimpleQueue[tuple[str, Settlement]]):
+    """What the canvas reports as ready to be settled."""
+
+    def __call__(self, incarnation: str, settlement: Settlement) -> None:
+        self.put((incarnation, settlement))
+
+
+@pytest.fixture
+def ready() -> Ready:
+    return Ready()
+
+
+@pytest.fixture
+def canvas(server: EmbeddedRedis, store: redis_py.Redis, ready: Ready) -> Iterator[Canvas]:
+    canvas = Canvas(Settings.load(redis_url=server.url), store, ready)
+    canvas.start()
+    yield canvas
+    canvas.stop()
+
+
+def linked(app: Celery, store: redis_py.Redis, queue: str, **options: Any) -> bytes:
+    """The message of a request with a link into `queue`."""
+    link = app.signature("plain.note", queue=queue)
+    app.send_task("inferq.infer", queue="inferq.m", link=link, **options)
+    message = store.rpop("inferq.m")
+    assert isinstance(message, bytes)
+    return message
+
+
+def succeeded(message: bytes, **given: Any) -> Settlement:
+    task_id = json.loads(message)["headers"]["id"]
+    meta = codec.encode_meta("SUCCESS", task_id, {"x": 1}, NOW, codec.JSON, None, None)
+    return Settlement(Slot(CLAIM, 0), "m", task_id, meta, **given)
+
+
+def test_a_link_is_published_and_then_the_request_is_ready(
+    app: Celery, store: redis_py.Redis, canvas: Canvas, ready: Ready
+) -> None:
+    message = linked(app, store, "plain")
+    settlement = succeeded(message)
+    canvas.put("i", settlement, message)
+    assert ready.get(timeout=10) == ("i", settlement)
+    (published,) = store.lrange("plain", 0, -1)
+    assert json.loads(published)["headers"]["root_id"] == settlement.request_id
+
+
+def test_links_wait_for_a_full_redis_and_the_request_with_them(
+    app: Celery, store: redis_py.Redis, canvas: Canvas, ready: Ready
+) -> None:
+    message = linked(app, store, "plain")
+    have_it_full(store, True)
+    canvas.put("i", succeeded(message), message)
+    until(lambda: int(store.info("errorstats").get("errorstat_OOM", {}).get("count", 0)) >= 2)
+    assert ready.empty()
+    have_it_full(store, False)
+    ready.get(timeout=10)
+    assert store.llen("plain") == 1
+
+
+def test_links_ride_out_connections_that_die(
+    app: Celery, store: redis_py.Redis, canvas: Canvas, ready: Ready
+) -> None:
+    for n in range(1, 6):
+        message = linked(app, store, "plain")
+        store.client_kill_filter(_type="normal", skipme=True)
+        canvas.put("i", succeeded(message), message)
+        assert codec.decode_meta(ready.get(timeout=10)[1].outcome)["status"] == "SUCCESS"
+        assert store.llen("plain") == n
+
+
+def test_a_canvas_that_is_stopped_while_links_wait_reports_nothing_ready(
+    app: Celery, store: redis_py.Redis, canvas: Canvas, ready: Ready
+) -> None:
+    """The request goes back to its queue with its claim, and its links are published later."""
+    message = linked(app, store, "plain")
+    have_it_full(store, True)
+    canvas.put("i", succeeded(message), message)
+    until(lambda: store.info("errorstats").get("errorstat_OOM"), what="it has tried")
+    canvas.stop()
+    assert ready.empty()
+
+
+def test_links_that_can_never_be_published_make_the_request_fail(
+    app: Celery, store: redis_py.Redis, canvas: Canvas, ready: Ready
+) -> None:
+    store.set("no list", 1)
+    messages = [linked(app, store, "no list"), linked(app, store, "plain")]
+    for message in messages:
+        canvas.put("i", succeeded(message), message)
+    _, failed = ready.get(timeout=10)
+    meta = codec.decode_meta(failed.outcome)
+    assert (meta["status"], meta["result"]["code"]) == ("FAILURE", EngineError.code)
+    assert "WRONGTYPE" in meta["result"]["exc_message"][0]
+    _, settled = ready.get(timeout=10)
+    assert codec.decode_meta(settled.outcome)["status"] == "SUCCESS"
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_failure_is_stored_before_its_errbacks_are_called_unless_it_is_ignored(
+    app: Celery, store: redis_py.Redis, canvas: Canvas, ready: Ready, ignored: bool
+) -> None:
+    message = linked(app, store, "plain", link_error=app.signature("plain.e", queue="plain"))
+    task_id = json.loads(message)["headers"]["id"]
+    meta = codec.encode_failure(task_id, EngineError("it"), NOW, codec.JSON)
+    failed = Settlement(Slot(CLAIM, 0), "m", task_id, meta, ignore_result=ignored)
+    canvas.put("i", failed, message)
+    ready.get(timeout=10)
+    assert store.llen("plain") == 1
+    assert bool(store.exists(Names().meta(task_id))) != ignored
+
+
+def have_it_full(store: redis_py.Redis, full: bool) -> None:
+    store.config_set("maxmemory", 1 if full else 0)
