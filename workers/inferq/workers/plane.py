@@ -248,8 +248,8 @@ class DataPlane:
                 looked = time.monotonic()
 
     def _feed_lanes(self) -> None:
-        """Give free lanes what waits. Also called while a reply is waited for."""
-        if self._ledger is not None:
+        """Give free lanes what waits, while a reply of Redis is waited for."""
+        if self._ledger is not None and any(model.slow for model in self._models.values()):
             self._collect()
             self._form(self._ledger)
             if self._leaving:

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 #: How much the newest request weighs in the mean rows per request.
 _ROWS_WEIGHT = 0.1
+#: Seconds: lanes whose batches take less are fed between round trips only, which is cheaper.
+SLOW_BATCH_S = 1e-3
 #: Most requests that one claim asks for.
 MAX_CLAIM = 1024
 
@@ -66,6 +68,8 @@ class ServedModel:
         engine.load()
         self._engine = engine
         tuning = self._tune(engine)
+        #: True if a batch takes so long that a lane must not wait for a round trip to Redis.
+        self.slow = tuning is None or tuning.best * tuning.seconds_per_row > SLOW_BATCH_S
         preferred = config.preferred_batch_sizes
         if not preferred and tuning is not None and spec.batchable:
             preferred = (tuning.best,)
