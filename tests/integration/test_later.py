@@ -1,0 +1,100 @@
+"""A request with an ETA waits in Redis and returns to its own queue, as it was, when it is due."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import redis as redis_py
+from helpers.wait import until
+
+from inferq.shared.names import Names
+from inferq.workers.claims import Claim, Slot
+from inferq.workers.clock import RedisClock
+from inferq.workers.later import Later
+
+NAMES = Names()
+
+
+@pytest.fixture
+def clock(redis: redis_py.Redis) -> RedisClock:
+    return RedisClock()
+
+
+@pytest.fixture
+def later(redis_url: str, clock: RedisClock) -> Iterator[Later]:
+    with redis_py.Redis.from_url(redis_url) as client:
+        later = Later(client, NAMES, clock)
+        yield later
+        later.stop()
+
+
+def keep(later: Later, redis: redis_py.Redis, message: bytes, due_ms: float, step: int = 0) -> None:
+    """What the data plane does with such a request, its MULTI sent twice."""
+    settlement = later.keep(Slot(Claim("claim", "m", step, 1), 0), message, due_ms)
+    for _ in range(2):
+        with redis.pipeline(transaction=True) as pipe:
+            for command in settlement.before:
+                pipe.execute_command(*command)  # type: ignore[no-untyped-call]
+            pipe.execute()
+    assert settlement.after is not None
+    settlement.after()
+
+
+def queued(redis: redis_py.Redis, step: int = 0) -> list[bytes]:
+    """The messages in a queue, in the order in which they would be claimed."""
+    items: list[bytes] = redis.lrange(NAMES.queue("m", step), 0, -1)  # type: ignore[assignment]
+    return items[::-1]
+
+
+def test_a_request_returns_when_it_is_due_and_not_before(
+    redis: redis_py.Redis, later: Later, clock: RedisClock
+) -> None:
+    later.start()
+    due = clock.now() + 1500
+    keep(later, redis, b"one", due)
+    assert until(partial(queued, redis)) == [b"one"]
+    assert due <= clock.now() < due + 1000
+    assert not redis.keys(f"{NAMES.later}*")
+
+
+def test_requests_return_to_their_priority_in_the_order_of_their_etas(
+    redis: redis_py.Redis, later: Later, clock: RedisClock
+) -> None:
+    """Ahead of what is queued already: they have waited long enough."""
+    redis.lpush(NAMES.queue("m"), b"queued")
+    now = clock.now()
+    for n, step in ((3, 0), (1, 0), (2, 6), (2, 0)):
+        keep(later, redis, b"%d" % n, now - 100 + n, step)
+    later.start()
+    until(lambda: len(queued(redis)) == 4)
+    assert queued(redis) == [b"1", b"2", b"3", b"queued"]
+    assert queued(redis, 6) == [b"2"]
+
+
+def test_many_that_are_due_at_once_all_return_though_connections_die(
+    redis: redis_py.Redis, later: Later, clock: RedisClock
+) -> None:
+    for n in range(1000):
+        keep(later, redis, b"%d" % n, clock.now() + 300)
+    later.start()
+    for _ in range(5):
+        redis.client_kill_filter(_type="normal", skipme=True)
+    until(lambda: len(queued(redis)) >= 1000)
+    assert sorted(map(int, queued(redis))) == list(range(1000))
+    assert not redis.keys(f"{NAMES.later}*")
+
+
+def test_two_workers_put_a_request_back_once(
+    redis: redis_py.Redis, redis_url: str, later: Later, clock: RedisClock
+) -> None:
+    with redis_py.Redis.from_url(redis_url) as client:
+        other = Later(client, NAMES, clock)
+        later.start()
+        other.start()
+        for n in range(300):
+            keep(later, redis, b"%d" % n, clock.now() + n)
+        until(lambda: not redis.exists(NAMES.later))
+        other.stop()
+    assert sorted(map(int, queued(redis))) == list(range(300))
