@@ -10,10 +10,13 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from celery import Celery
 
 from inferq.workers.children import end_child, start_child
 
@@ -33,6 +36,27 @@ def stock_environment(redis_url: str, content: str) -> dict[str, str]:
         "CELERY_RESULT_BACKEND": redis_url,
         "STOCK_CONTENT": content,
     }
+
+
+@contextmanager
+def stock_app(redis_url: str) -> Iterator[Celery]:
+    """A stock application in this process."""
+    app = Celery("stock", broker=redis_url, backend=redis_url, set_as_current=False)
+    try:
+        yield app
+    finally:
+        let_go(app)
+
+
+def let_go(app: Celery) -> None:
+    """Close `app` for good.
+
+    Its results are in reference cycles. One that is collected later must not unsubscribe from a
+    Redis that is gone by then: that raises wherever the collection happens to come in between.
+    """
+    app.backend.result_consumer.stop()
+    app.backend.result_consumer._pubsub = None
+    app.close()
 
 
 class Side:

@@ -22,6 +22,7 @@ from celery.exceptions import WorkerShutdown, WorkerTerminate
 from celery.worker import state as worker_state
 from click import Command
 from click import Context as ClickContext
+from helpers.stock import let_go
 from kombu import Connection, Consumer, Queue
 
 from inferq.shared.celery_app import make_app
@@ -37,7 +38,7 @@ OUTPUTS = {"x": {"dtype": "<f4", "shape": [1], "data": "AACAPw=="}}
 def app(redis_url: str) -> Iterator[Celery]:
     app = make_app(Settings.load(redis_url=redis_url))
     yield app
-    app.close()
+    let_go(app)
 
 
 @pytest.fixture
@@ -159,7 +160,7 @@ def test_a_message_is_kept_as_kombu_keeps_what_it_delivers(
         assert ours[0] == scored[0] == tag.encode()
         assert ours[1] == pytest.approx(scored[1], abs=60)
         channel.qos._delivered.clear()
-    app.close()
+    let_go(app)
 
 
 @pytest.mark.parametrize("missing", ["properties", "delivery_info", "delivery_tag"])

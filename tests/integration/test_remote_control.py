@@ -17,6 +17,7 @@ import redis as redis_py
 from celery import Celery
 from celery.result import AsyncResult
 from helpers.repository import fake_model
+from helpers.stock import stock_app
 from helpers.wait import until
 from helpers.worker import Worker
 from redis.client import Monitor
@@ -50,9 +51,8 @@ def worker(redis_kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.fixture
 def app(worker: Worker) -> Iterator[Celery]:
     """A stock application, to ask with."""
-    app = Celery("stock", broker=worker.redis_url, backend=worker.redis_url, set_as_current=False)
-    yield app
-    app.close()
+    with stock_app(worker.redis_url) as app:
+        yield app
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ def test_a_lost_control_connection_disturbs_no_request_and_changes_no_queue(
         redis_py.Redis.from_url(server.url) as store,
         store.monitor() as monitor,
         Worker(server.url, tmp_path) as worker,
-        Celery("stock", broker=server.url, backend=server.url, set_as_current=False) as app,
+        stock_app(server.url) as app,
     ):
         serve_while_celery_is_cut_off(app, store)
         assert [queue["name"] for queue in ask(app, "active_queues")] == ["inferq.slow"]

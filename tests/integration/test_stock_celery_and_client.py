@@ -10,6 +10,7 @@ import pytest
 import redis as redis_py
 from celery import Celery
 from helpers.repository import fake_model, numbered
+from helpers.stock import stock_app
 from helpers.wait import until
 from helpers.worker import Worker
 
@@ -39,9 +40,8 @@ def client(worker: Worker) -> Iterator[Client]:
 
 @pytest.fixture
 def app(worker: Worker) -> Iterator[Celery]:
-    app = Celery("stock", broker=worker.redis_url, backend=worker.redis_url, set_as_current=False)
-    yield app
-    app.close()
+    with stock_app(worker.redis_url) as app:
+        yield app
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import redis as redis_py
 from celery import Celery
 from celery.result import AsyncResult
 from helpers.repository import fake_model
+from helpers.stock import stock_app
 from helpers.wait import until
 from helpers.worker import Worker
 
@@ -26,16 +27,20 @@ Send = Callable[..., AsyncResult]
 
 
 @pytest.fixture
-def send(redis_url: str) -> Iterator[Send]:
+def app(redis_url: str) -> Iterator[Celery]:
+    with stock_app(redis_url) as app:
+        yield app
+
+
+@pytest.fixture
+def send(app: Celery) -> Send:
     """Sends an echo of ``n`` to the model "m" as a stock application does."""
-    app = Celery("stock", broker=redis_url, backend=redis_url, set_as_current=False)
 
     def send(n: float, **options: object) -> AsyncResult:
         kwargs = {"model": "m", "inputs": {"x": [[n] * 4]}}
         return app.send_task("inferq.infer", kwargs=kwargs, queue="inferq.m", **options)
 
-    yield send
-    app.close()
+    return send
 
 
 @pytest.fixture
@@ -132,10 +137,9 @@ def test_a_request_with_an_eta_outlives_the_worker_that_took_it(
 
 @pytest.mark.parametrize("killed", [False, True], ids=["SIGTERM", "SIGKILL"])
 def test_a_foreign_task_that_celery_holds_goes_back_to_its_queue(
-    redis: redis_py.Redis, redis_url: str, models: Models, killed: bool
+    redis: redis_py.Redis, redis_url: str, app: Celery, models: Models, killed: bool
 ) -> None:
     """At once, or where the worker was killed, once kombu's visibility timeout has passed."""
-    app = Celery("stock", broker=redis_url, backend=redis_url, set_as_current=False)
     with Worker(redis_url, models(0.0)) as worker:
         held = app.send_task("celery.accumulate", args=[1], queue="inferq.m", countdown=3)
         tags = until(lambda: redis.hkeys("unacked"), what="Celery holds it")
@@ -150,4 +154,3 @@ def test_a_foreign_task_that_celery_holds_goes_back_to_its_queue(
             for tag in tags:
                 redis.execute_command("ZADD", "unacked_index", time.time() - 3601, tag)  # type: ignore[no-untyped-call]
         assert held.get(timeout=WAIT_S) == [1]
-    app.close()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import redis as redis_py
 from celery import Celery
+from helpers.stock import let_go
 from helpers.wait import until
 
 from inferq.shared import codec
@@ -41,7 +42,7 @@ def store(server: EmbeddedRedis) -> Iterator[redis_py.Redis]:
 def app(server: EmbeddedRedis) -> Iterator[Celery]:
     app = make_app(Settings.load(redis_url=server.url))
     yield app
-    app.close()
+    let_go(app)
 
 
 class Ready(SimpleQueue[tuple[str, Settlement]]):
