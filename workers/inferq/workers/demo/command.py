@@ -79,6 +79,8 @@ def _run(
 
     # The default would end this process at once, and leave what it started to the kernel.
     signal.signal(signal.SIGTERM, _exit)
+    # A shell starts background jobs with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     options = Options(path or Path(sys.prefix), limit, json_file, redis_kind, redis_url)
     if not run(options, Console()):
         raise SystemExit(1)
