@@ -40,8 +40,7 @@ class ServedModel:
         self.waiting = WaitingRequests()
         self.lanes: list[LaneThread] = []
         self._free: list[LaneThread] = []
-        #: Mean rows of a request; None before the first, of which one per lane is then claimed.
-        self._rows_per_request: float | None = None
+        self._rows_per_request = 1.0
         self._engine: Engine | None = None
         #: False while ``control cancel_consumer`` holds: nothing is claimed.
         self.consuming = True
@@ -125,13 +124,11 @@ class ServedModel:
         Less urgent ones that wait already do not count: an urgent request is always let in.
         """
         rows = len(self.lanes) * self.knobs.target - self.waiting.rows_ahead(step)
-        per_request = self._rows_per_request or self.knobs.target
-        return min(MAX_CLAIM, max(0, -int(-rows // per_request)))
+        return min(MAX_CLAIM, max(0, -int(-rows // self._rows_per_request)))
 
     def add(self, item: Waiting) -> None:
         self.waiting.add(item)
-        mean = self._rows_per_request or float(item.rows)
-        self._rows_per_request = mean + _ROWS_WEIGHT * (item.rows - mean)
+        self._rows_per_request += _ROWS_WEIGHT * (item.rows - self._rows_per_request)
 
     # --- forming ----------------------------------------------------------------------------
 
