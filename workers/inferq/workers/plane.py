@@ -197,8 +197,10 @@ class DataPlane:
         except Exception:
             logger.critical("the data plane failed", exc_info=True)
             self._fatal = True
-            self._hand_back()
-            self._hooks.on_fatal("the data plane failed")
+            try:
+                self._hand_back()
+            finally:  # whatever else fails: a process that serves nothing must end
+                self._hooks.on_fatal("the data plane failed")
         finally:
             self._ended.set()
 
