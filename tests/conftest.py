@@ -8,12 +8,17 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import redis as redis_py
+from hypothesis import HealthCheck, settings
 
 from inferq.shared.errors import ConfigError
 from inferq.workers.embedded import EmbeddedRedis, find_server
 
 # The tests' own use of onnxruntime reports nothing either; the worker sets this itself.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+# A busy machine makes an example slow, never wrong.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 #: valkey always; redis-server where there is one.
 KINDS = ["valkey", *(["redis-server"] if shutil.which("redis-server") else [])]

@@ -67,7 +67,7 @@ def test_what_names_no_request_is_malformed(message: bytes) -> None:
 def test_a_message_over_the_limit_is_malformed_before_it_is_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(codec, "MAX_MESSAGE_BYTES", 10)
+    monkeypatch.setattr("inferq.shared.codec.messages.MAX_MESSAGE_BYTES", 10)
     with pytest.raises(MalformedMessage, match="expected at most 10"):
         codec.decode_envelope(b"[" * 11)
 

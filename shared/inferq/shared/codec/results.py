@@ -1,0 +1,163 @@
+"""Results as Celery's Redis backend writes them, with a receipt beside ``result``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+import pybase64
+
+from inferq.shared.codec.content import MSGPACK, MalformedMessage, from_json, pack, unpack
+from inferq.shared.codec.tensors import decode_tensor, encode_tensor
+from inferq.shared.errors import InferqError, PayloadTooLarge, to_wire
+from inferq.shared.schema import MAX_DIMS, MAX_TENSORS, WIRE_DTYPES, Array, Receipt, Tensors
+
+
+def encode_success(
+    request_id: str,
+    outputs: Tensors,
+    receipt: Mapping[str, Any],
+    date_done: str,
+    content_type: str = MSGPACK,
+    *,
+    lists: bool = False,
+    extra: Mapping[str, Any] | None = None,
+) -> bytes:
+    """A SUCCESS meta as Celery's Redis backend writes it; ``result`` maps outputs to tensors."""
+    result: dict[str, Any]
+    if content_type == MSGPACK:
+        result = {name: encode_tensor(array) for name, array in outputs.items()}
+    else:
+        result = {
+            name: {
+                "dtype": array.dtype.str,
+                "shape": array.shape,
+                "data": _json_data(array, lists),
+            }
+            for name, array in outputs.items()
+        }
+    return encode_meta("SUCCESS", request_id, result, date_done, content_type, receipt, extra)
+
+
+def _json_data(array: Array, lists: bool) -> object:
+    """Nested lists if wanted; JSON has no complex numbers, so theirs are bytes in any case."""
+    if lists and array.dtype.kind != "c":
+        return array.tolist()
+    return pybase64.b64encode_as_string(array.tobytes())
+
+
+def encode_failure(
+    request_id: str,
+    error: InferqError,
+    date_done: str,
+    content_type: str = MSGPACK,
+    *,
+    receipt: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> bytes:
+    """A FAILURE meta that stock Celery raises by name and our client by class."""
+    return encode_meta(
+        "FAILURE", request_id, to_wire(error), date_done, content_type, receipt, extra
+    )
+
+
+def encode_revoked(
+    request_id: str, reason: str, date_done: str, content_type: str = MSGPACK
+) -> bytes:
+    """A REVOKED meta as Celery's workers write it; `reason`: revoked, expired, cancelled."""
+    result = {
+        "exc_type": "TaskRevokedError",
+        "exc_message": [reason],
+        "exc_module": "celery.exceptions",
+        "code": "cancelled",
+    }
+    return encode_meta("REVOKED", request_id, result, date_done, content_type, None, None)
+
+
+def encode_meta(
+    status: str,
+    request_id: str,
+    result: object,
+    date_done: str,
+    content_type: str,
+    receipt: Mapping[str, Any] | None,
+    extra: Mapping[str, Any] | None,
+) -> bytes:
+    """A result meta: Celery's keys, a ``receipt``, and `extra` (``group_id``, ``parent_id``)."""
+    meta: dict[str, Any] = {
+        "status": status, "result": result, "traceback": None, "children": [],
+        "date_done": date_done, "task_id": request_id,
+    }  # fmt: skip
+    if receipt is not None:
+        meta["receipt"] = receipt
+    if extra:
+        meta.update(extra)
+    if content_type == MSGPACK:
+        try:
+            return pack(meta)
+        except (ValueError, OverflowError) as problem:
+            raise PayloadTooLarge(f"the result does not fit a message: {problem}") from problem
+    return json.dumps(meta, separators=(",", ":")).encode()
+
+
+def decode_meta(data: bytes) -> dict[str, Any]:
+    """A result meta from either serialiser. MalformedMessage if it is neither."""
+    try:
+        meta = from_json(data) if data[:1] == b"{" else unpack(data)
+    except (ValueError, msgspec.DecodeError, RecursionError) as problem:
+        raise MalformedMessage(f"not a result: {problem}") from problem
+    if not isinstance(meta, dict) or not isinstance(meta.get("status"), str):
+        raise MalformedMessage("not a result: no status")
+    return meta
+
+
+def decode_outputs(result: object) -> dict[str, Array]:
+    """The arrays of a SUCCESS meta's ``result``."""
+    if not isinstance(result, dict) or len(result) > MAX_TENSORS:
+        raise MalformedMessage("not a result: outputs are no mapping")
+    return {str(name): decode_tensor(str(name), tensor) for name, tensor in result.items()}
+
+
+class _WireTensor(msgspec.Struct):
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+
+class _WireMeta(msgspec.Struct):
+    status: str
+    result: msgspec.Raw
+    receipt: Receipt | None = None
+
+
+def _odd(shape: tuple[int, ...]) -> bool:
+    return len(shape) > MAX_DIMS or min(shape, default=0) < 0
+
+
+_meta_decoder = msgspec.msgpack.Decoder(_WireMeta)
+_outputs_decoder = msgspec.msgpack.Decoder(dict[str, _WireTensor])
+
+
+def decode_success(data: bytes) -> tuple[dict[str, Array], Receipt | None] | None:
+    """Outputs and receipt of a msgpack SUCCESS meta, without copying the tensors out of `data`.
+
+    None for anything else, whatever is wrong with it: `decode_meta` and `decode_outputs` tell.
+    """
+    try:
+        meta = _meta_decoder.decode(data)
+        if meta.status != "SUCCESS":
+            return None
+        tensors = _outputs_decoder.decode(meta.result)
+        if len(tensors) > MAX_TENSORS or any(_odd(t.shape) for t in tensors.values()):
+            return None
+        outputs = {
+            name: np.frombuffer(tensor.data, WIRE_DTYPES[tensor.dtype]).reshape(tensor.shape)
+            for name, tensor in tensors.items()
+            if tensor.data.nbytes
+        }
+    except (msgspec.DecodeError, ValueError, KeyError):
+        return None
+    return (outputs, meta.receipt) if len(outputs) == len(tensors) else None

@@ -1,0 +1,156 @@
+"""Tensors: ``{"dtype": "<f4", "shape": [..], "data": bytes}``.
+
+JSON writes `data` as base64 text (or as kombu's JSON writes bytes), or as nested lists; a
+claim-checked tensor has ``"key"`` in place of ``"data"``.
+"""
+
+from __future__ import annotations
+
+import binascii
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+import pybase64
+
+from inferq.shared.errors import InvalidInput
+from inferq.shared.schema import DTYPES, MAX_DIMS, WIRE_DTYPES, Array
+
+_NUMBERS: Final = (list, int, float)
+
+
+def wire_array(name: str, value: object) -> Array:
+    """`value` as an array that can travel: contiguous, little-endian, of a dtype in DTYPES."""
+    array = np.asarray(value)
+    if array.dtype.name not in DTYPES:
+        raise InvalidInput(
+            f"input {name!r}: dtype {array.dtype.name}; expected one of {', '.join(DTYPES)}"
+        )
+    if array.ndim > MAX_DIMS:
+        raise InvalidInput(f"input {name!r}: {array.ndim} dims; expected at most {MAX_DIMS}")
+    wire = array.astype(DTYPES[array.dtype.name], copy=False)
+    return wire if wire.flags.c_contiguous else np.ascontiguousarray(wire)
+
+
+def tensor_bytes(array: Array) -> bytes | memoryview:
+    """The bytes of a contiguous array; without copying where that pays."""
+    if array.nbytes > 16_384 and array.ndim and array.flags.c_contiguous:
+        return array.data.cast("B")
+    return array.tobytes()
+
+
+def encode_tensor(array: Array) -> dict[str, Any]:
+    """A tensor's msgpack form."""
+    return {"dtype": array.dtype.str, "shape": array.shape, "data": tensor_bytes(array)}
+
+
+def encode_reference(array: Array, key: str) -> dict[str, Any]:
+    """A claim-checked tensor: its bytes stand under `key`."""
+    return {"dtype": array.dtype.str, "shape": array.shape, "key": key}
+
+
+def reference_of(tensor: object) -> str | None:
+    """The payload key of a claim-checked tensor, else None."""
+    if isinstance(tensor, dict) and "data" not in tensor:
+        key = tensor.get("key")
+        return key if isinstance(key, str) else None
+    return None
+
+
+def is_lists(tensor: object) -> bool:
+    """Whether a tensor is written as nested lists rather than as bytes."""
+    return isinstance(tensor.get("data") if isinstance(tensor, dict) else tensor, _NUMBERS)
+
+
+def decode_tensor(name: str, tensor: object, dtype: str | None = None) -> Array:
+    """A tensor from its wire form. InvalidInput names `name` and what is wrong.
+
+    Nested lists, or one number for a scalar, may stand alone (then `dtype` is the model's) or as
+    ``data``. The array is read-only where it shares the message's bytes.
+    """
+    if isinstance(tensor, _NUMBERS):
+        return _from_lists(name, tensor, dtype)
+    if not isinstance(tensor, dict):
+        raise InvalidInput(
+            f"input {name!r}: {type(tensor).__name__}; "
+            "expected {'dtype', 'shape', 'data'} or nested lists"
+        )
+    kind, shape, data = tensor.get("dtype"), tensor.get("shape"), tensor.get("data")
+    if isinstance(data, _NUMBERS):
+        array = _from_lists(name, data, kind if isinstance(kind, str) else dtype)
+        if shape is not None and list(array.shape) != shape:
+            raise InvalidInput(
+                f"input {name!r}: nested lists of shape {list(array.shape)}; expected {shape!r}"
+            )
+        return array
+    real = _dtype(name, kind)
+    if (
+        not isinstance(shape, list | tuple)
+        or len(shape) > MAX_DIMS
+        or not all(type(size) is int and size >= 0 for size in shape)
+    ):
+        raise InvalidInput(
+            f"input {name!r}: shape {str(shape)[:80]!r}; "
+            f"expected a list of at most {MAX_DIMS} sizes"
+        )
+    if isinstance(data, dict):
+        data = _kombu_bytes(data)
+    if isinstance(data, str):
+        try:
+            data = pybase64.b64decode(data, validate=True)
+        except (binascii.Error, ValueError) as problem:
+            raise InvalidInput(f"input {name!r}: data is not base64: {problem}") from problem
+    if not isinstance(data, bytes | memoryview):
+        raise InvalidInput(f"input {name!r}: data is {type(data).__name__}; expected bytes")
+    expected = math.prod(shape) * real.itemsize
+    if len(data) != expected:
+        raise InvalidInput(
+            f"input {name!r}: {len(data)} bytes of data; "
+            f"expected {expected} for shape {list(shape)} of {real.name}"
+        )
+    try:
+        return np.frombuffer(data, real).reshape(shape)
+    except ValueError as problem:  # no element, yet a size that no array can have
+        raise InvalidInput(f"input {name!r}: shape {str(shape)[:80]!r}: {problem}") from problem
+
+
+def _kombu_bytes(data: Mapping[str, Any]) -> object:
+    """Bytes as kombu's JSON writes them: it does so wherever a program puts bytes into a task."""
+    match data:
+        case {"__type__": "base64", "__value__": str(text)}:
+            return text
+        case {"__type__": "bytes", "__value__": str(text)}:
+            return text.encode()
+    return data
+
+
+def _dtype(name: str, kind: object) -> np.dtype[Any]:
+    found = (WIRE_DTYPES.get(kind) or DTYPES.get(kind)) if isinstance(kind, str) else None
+    if found is None:
+        raise InvalidInput(
+            f"input {name!r}: dtype {str(kind)[:40]!r}; expected one of {', '.join(WIRE_DTYPES)}"
+        )
+    return found
+
+
+def _from_lists(name: str, lists: Any, kind: str | None) -> Array:
+    """The numbers of nested lists, if the dtype holds them: 2.0 is an integer, 2.5 is none.
+
+    Rounding to a float's precision is what everybody expects; overflow to infinity is not.
+    """
+    dtype = _dtype(name, kind) if kind is not None else None
+    try:
+        free = wire_array(name, np.array(lists))
+        if dtype is None:
+            return free
+        with np.errstate(all="ignore"):
+            array = np.array(lists, dtype)
+            lost = np.isinf(array) & ~np.isinf(free) if dtype.kind in "fc" else array != free
+    except (ValueError, TypeError, OverflowError, RecursionError) as problem:
+        wanted = dtype.name if dtype is not None else "numbers"
+        raise InvalidInput(f"input {name!r}: nested lists are not {wanted}: {problem}") from problem
+    if lost.any():
+        value = free[lost].item(0)
+        raise InvalidInput(f"input {name!r}: nested lists hold {value}; expected {dtype.name}")
+    return array
