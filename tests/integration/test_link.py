@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import time
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 import redis as redis_py
@@ -66,27 +67,22 @@ def test_a_change_that_came_in_one_packet_behind_a_reply_wakes_it(
     assert_wakes(link)
 
 
-def test_what_is_told_while_replies_are_read_in_parts_comes_behind_all_of_them(
-    redis_url: str,
-) -> None:
-    """Or the replies of one round trip would be taken for those of another command."""
-    waker = Waker()
-    client = redis_py.Redis.from_url(redis_url, protocol=3)
+def test_replies_to_what_was_noted_never_pass_for_those_of_a_round_trip(link: Link) -> None:
+    link.note(("ECHO", "noted"))
+    link.flush()
+    link.note(("ECHO", "noted too"))
+    link.post([("ECHO", "a"), ("ECHO", "b")])
+    assert [link.read(1), link.read(1)] == [[b"a"], [b"b"]]
+    link.note(("ECHO", "and this"))
+    assert link.call([("ECHO", "c")]) == [b"c"]
 
-    def tell() -> None:
-        mine.note(("ECHO", "told"))
-        mine.flush()
 
-    mine = Link(client, waker, 10.0, tell)
-    mine.open()
-    mine.post([("ECHO", "a"), ("BLPOP", "never", 0.1), ("ECHO", "c"), ("ECHO", "d")])
-    waker.set()
-    assert [mine.read(2), mine.read(2)] == [[b"a", None], [b"c", b"d"]]
-    waker.set()
-    assert mine.call([("ECHO", "e")]) == [b"e"]
-    mine.close()
-    client.close()
-    waker.close()
+def test_a_reply_that_does_not_come_in_time_is_a_timeout(redis_url: str) -> None:
+    with closing(Waker()) as waker, redis_py.Redis.from_url(redis_url, protocol=3) as client:
+        impatient = Link(client, waker, timeout=0.2)
+        impatient.open()
+        with closing(impatient), pytest.raises(TimeoutError, match="did not answer"):
+            impatient.call([("BLPOP", "never", 10)])
 
 
 def test_without_news_it_waits_no_longer_than_asked(link: Link) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from inferq.shared.errors import EngineError, FatalEngineError, InvalidInput
+from inferq.shared.errors import DeadlineExceeded, EngineError, FatalEngineError, InvalidInput
 from inferq.shared.schema import Array, Ticket
 from inferq.workers.batching.policy import Knobs
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.engines.base import Batch, gather
-from inferq.workers.lanes import Finished, Job, LaneThread, Outcome, execute
+from inferq.workers.intake import Failed, Revoked
+from inferq.workers.lanes import Finished, Job, Lanes, Outcome, execute
 
 KNOBS = Knobs(max_batch_size=16)
 
@@ -43,7 +45,7 @@ def items(*values: float, rows: int = 1) -> list[Waiting]:
 
 
 def run(lane: Echo, waiting: Sequence[Waiting], knobs: Knobs = KNOBS) -> dict[str, Outcome]:
-    outcomes = execute(lane, waiting, sum(item.rows for item in waiting), knobs)
+    outcomes = execute(lane, waiting, knobs)
     assert [outcome.item for outcome in outcomes] == list(waiting), "one each, in order"
     return {outcome.item.ticket.id: outcome for outcome in outcomes}
 
@@ -148,51 +150,145 @@ def test_a_model_that_is_not_batchable_answers_with_any_shape() -> None:
     assert not lane.batches[0].batchable
 
 
-# --- the thread ----------------------------------------------------------------------------------
+# --- the threads ---------------------------------------------------------------------------------
 
 
 def job(*values: float) -> Job:
     waiting = items(*values)
-    return Job(waiting, len(waiting), len(waiting), 0.0)
+    return Job(waiting, {0: len(waiting)})
 
 
-def started(lane: Echo) -> tuple[LaneThread, SimpleQueue[Finished]]:
+def never_late(slot: object, ticket: Ticket) -> None:
+    return None
+
+
+def started(
+    *lanes: Echo, too_late: Callable[[Any, Ticket], Failed | Revoked | None] = never_late
+) -> tuple[Lanes, SimpleQueue[Finished]]:
     done: SimpleQueue[Finished] = SimpleQueue()
-    thread = LaneThread("lane", lane, KNOBS, done.put)
-    thread.start()
-    return thread, done
+    driven = Lanes("lane")
+    driven.start(lanes, KNOBS, too_late, done.put)
+    return driven, done
+
+
+class Gate:
+    """Holds a batch until it is opened."""
+
+    def __init__(self) -> None:
+        self._entered: SimpleQueue[None] = SimpleQueue()
+        self._open: SimpleQueue[None] = SimpleQueue()
+
+    def __call__(self, x: Array) -> None:
+        self._entered.put(None)
+        self._open.get(timeout=10)
+
+    def entered(self) -> None:
+        self._entered.get(timeout=10)
+
+    def open(self) -> None:
+        self._open.put(None)
 
 
 def test_a_lane_hands_back_each_batch_and_is_ready_for_the_next() -> None:
-    thread, done = started(Echo(refuse(2)))
+    lanes, done = started(Echo(refuse(2)))
     for values in ((1,), (2,), (1, 2, 3)):
         given = job(*values)
-        thread.put(given)
-        assert thread.job is given
+        lanes.put(given)
         finished = done.get(timeout=10)
-        assert (finished.lane, finished.job, finished.fatal) == (thread, given, None)
+        assert (finished.job, finished.fatal) == (given, None)
+        assert finished.ended >= finished.began > 0
         failed = [outcome.item.ticket.id for outcome in finished.outcomes if outcome.error]
         assert failed == ["2"] * (2 in values)
-    assert thread.stop(10)
+    assert lanes.stop(10)
 
 
-def test_an_engine_beyond_use_has_no_outcome() -> None:
+def test_what_waits_for_a_lane_can_be_taken_back_and_what_computes_cannot() -> None:
+    gate = Gate()
+    lanes, done = started(Echo(gate))
+    running, waiting = job(1), [job(2), job(3)]
+    lanes.put(running)
+    gate.entered()
+    assert [computed for computed, _ in lanes.computing()] == [running]
+    for each in waiting:
+        lanes.put(each)
+    assert lanes.take_back() == waiting
+    assert lanes.take_back() == []
+    gate.open()
+    assert done.get(timeout=10).job is running
+    assert lanes.computing() == []
+    assert lanes.stop(10)
+
+
+def test_whichever_lane_is_free_takes_the_next_batch() -> None:
+    held, free = Gate(), Echo()
+    lanes, done = started(Echo(held), free)
+    lanes.put(job(1))
+    lanes.put(job(2))
+    # One of them went to the lane that is held, unless the free one took both: then send more.
+    ended = [done.get(timeout=10)]
+    for value in range(3, 8):
+        lanes.put(job(value))
+        ended.append(done.get(timeout=10))
+    assert len(free.batches) >= 5
+    held.open()
+    lanes.stop(10)
+
+
+def test_a_batch_that_ends_while_ample_others_wait_is_in_no_hurry() -> None:
+    gate = Gate()
+    lanes, done = started(Echo(gate))
+    lanes.ample = 2
+    for value in range(4):
+        lanes.put(job(value))
+    hurry = []
+    for _ in range(4):
+        gate.open()
+        hurry.append(done.get(timeout=10).hurry)
+    assert hurry == [False, False, True, True]  # 3, 2, 1 and none waited
+    assert lanes.stop(10)
+
+
+def test_requests_that_are_too_late_when_their_batch_begins_are_not_computed() -> None:
+    echo = Echo()
+
+    def too_late(slot: object, ticket: Ticket) -> Failed | None:
+        late = ticket.id in ("2", "4")
+        return Failed(cast("Any", slot), ticket, DeadlineExceeded("late")) if late else None
+
+    lanes, done = started(echo, too_late=too_late)
+    lanes.put(job(1, 2, 3))
+    finished = done.get(timeout=10)
+    assert [outcome.item.ticket.id for outcome in finished.outcomes] == ["1", "3"]
+    assert [late.ticket.id for late in finished.late] == ["2"]
+    lanes.put(job(4))
+    finished = done.get(timeout=10)
+    assert (finished.outcomes, [late.ticket.id for late in finished.late]) == ((), ["4"])
+    assert [batch.rows for batch in echo.batches] == [2]
+    assert lanes.stop(10)
+
+
+def test_an_engine_beyond_use_has_no_outcome_and_computes_no_more() -> None:
     def judge(x: Array) -> None:
         raise FatalEngineError("sticky")
 
-    thread, done = started(Echo(judge))
-    thread.put(job(1, 2))
+    echo = Echo(judge)
+    lanes, done = started(echo)
+    lanes.put(job(1, 2))
     finished = done.get(timeout=10)
     assert str(finished.fatal) == "sticky"
     assert finished.outcomes == ()
-    assert thread.stop(10)
+    assert lanes.stop(10)
+    lanes.put(job(3))
+    assert len(lanes.take_back()) == 1
+    assert len(echo.batches) == 1
 
 
 def test_a_lane_that_is_busy_is_not_waited_for_too_long() -> None:
-    release: SimpleQueue[None] = SimpleQueue()
-    thread, done = started(Echo(lambda x: release.get(timeout=10)))
-    thread.put(job(1))
-    assert not thread.stop(0.01)
-    release.put(None)
+    gate = Gate()
+    lanes, done = started(Echo(gate))
+    lanes.put(job(1))
+    gate.entered()
+    assert not lanes.stop(0.01)
+    gate.open()
     done.get(timeout=10)
-    assert thread.stop(10)
+    assert lanes.stop(10)

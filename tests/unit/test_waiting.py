@@ -41,9 +41,11 @@ def test_any_order_of_arrival_gives_that_order(priorities: list[int]) -> None:
     assert len(requests) == len(priorities)
 
 
-def test_only_what_a_new_request_would_not_overtake_counts_as_ahead_of_it() -> None:
-    requests = waiting(item("a", 0, 2), item("b", 3, 3), item("c", 9, 5))
-    assert [requests.rows_ahead(priority) for priority in (0, 3, 6, 9)] == [2, 5, 5, 10]
+def test_rows_are_counted_by_priority_as_requests_come_and_go() -> None:
+    requests = waiting(item("a", 0, 2), item("b", 3, 3), item("c", 9, 5), item("d", 3, 1))
+    assert requests.rows == {0: 2, 3: 4, 9: 5}
+    requests.take(Leave((0, 2), 3, 3))
+    assert requests.rows == {0: 0, 3: 3, 9: 5}
 
 
 def test_those_taken_are_gone_and_the_others_keep_their_order() -> None:
@@ -67,4 +69,4 @@ def test_clear_leaves_nothing() -> None:
     requests = waiting(*map(item, "abc"))
     requests.clear()
     assert len(requests) == 0
-    assert requests.rows_ahead(9) == 0
+    assert not any(requests.rows.values())

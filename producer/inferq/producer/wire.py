@@ -5,8 +5,8 @@ A RESP3 connection that is subscribed can also be asked, so one is enough for al
 
 from __future__ import annotations
 
+import select
 import socket
-import ssl
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +14,16 @@ import hiredis
 import redis
 
 from inferq.shared.connect import SOCKET_TIMEOUT_S
-from inferq.shared.resp import NOTHING, Command, Reply, new_reader, open_socket, pack, send_all
+from inferq.shared.resp import (
+    NOTHING,
+    Command,
+    Reply,
+    new_reader,
+    open_socket,
+    pack,
+    receive,
+    send_all,
+)
 
 
 class Wire:
@@ -38,6 +47,8 @@ class Wire:
     def open(self) -> None:
         """Connect and shake hands. Raises one of BROKEN."""
         self._sock = open_socket(self._client, SOCKET_TIMEOUT_S)
+        self._poll = select.poll()
+        self._poll.register(self._sock, select.POLLIN)
 
     def send(self, commands: Sequence[Command]) -> socket.socket:
         """Write `commands`, which have no replies."""
@@ -68,14 +79,10 @@ class Wire:
         sock = self._sock
         if sock is None:
             raise redis.ConnectionError("the connection is closed")
-        try:
-            sock.settimeout(max(0.0, seconds))
+        pending = getattr(sock, "pending", None)  # TLS: decrypted, not yet read
+        if (pending is not None and pending()) or self._poll.poll(max(0.0, seconds) * 1000):
             self._receive(sock)
-        except (TimeoutError, BlockingIOError, ssl.SSLWantReadError):
-            return
-        finally:
-            sock.settimeout(SOCKET_TIMEOUT_S)
-        self._drain()
+            self._drain()
 
     def _drain(self) -> None:
         while (push := self._reader.gets()) is not NOTHING:
@@ -86,10 +93,7 @@ class Wire:
             self._on_push(push)
 
     def _receive(self, sock: socket.socket) -> None:
-        count = sock.recv_into(self._buffer)
-        if count == 0:
-            raise redis.ConnectionError("Redis closed the connection")
-        self._reader.feed(self._view[:count])
+        self._reader.feed(self._buffer, 0, receive(sock, self._view))
 
     def interrupt(self) -> None:
         """Make a thread that waits on this wire stop, with one of BROKEN. Never raises."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import parse_qsl, urlsplit
+
 from celery import Celery
 
 from inferq.shared.settings import Settings
@@ -26,9 +28,8 @@ def make_app(settings: Settings) -> Celery:
         backend["global_keyprefix"] = settings.result_keyprefix
     if settings.redis_url.startswith("sentinel://"):
         backend["master_name"] = settings.sentinel_master
-    app = Celery(
-        "inferq", broker=settings.redis_url, backend=settings.redis_url, set_as_current=False
-    )
+    url = _celery_url(settings.redis_url)
+    app = Celery("inferq", broker=url, backend=url, set_as_current=False)
     app.conf.update(
         accept_content=["json", "msgpack"],
         broker_connection_retry_on_startup=True,
@@ -40,3 +41,12 @@ def make_app(settings: Settings) -> Celery:
         worker_prefetch_multiplier=1,
     )
     return app
+
+
+def _celery_url(url: str) -> str:
+    """`url` as Celery writes it: it knows Unix sockets by a scheme of its own."""
+    parts = urlsplit(url)
+    if parts.scheme != "unix":
+        return url
+    db = dict(parse_qsl(parts.query)).get("db", "0")
+    return f"redis+socket://{parts.netloc}{parts.path}?virtual_host={db}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import struct
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -25,6 +26,8 @@ BROKEN: Final = (OSError, redis.RedisError)
 NOTHING: Final = object()
 #: Longer arguments of a command are written from where they stand.
 _COPY_BYTES: Final = 16 * 1024
+#: Only for a socket without a timeout of Python's: there the kernel does the waiting.
+_ALL: Final = socket.MSG_WAITALL
 #: Pieces that one `sendmsg` takes (IOV_MAX).
 _PIECES: Final = 1024
 
@@ -90,6 +93,21 @@ def first_error(replies: Sequence[Reply]) -> ReplyError | None:
     return next((reply for reply in replies if isinstance(reply, ReplyError)), None)
 
 
+def receive(sock: socket.socket, into: memoryview, *, whole: bool = False) -> int:
+    """Receive some bytes (or, if `whole`, as many as `into` holds); return how many came.
+
+    Raises one of BROKEN: TimeoutError, or ConnectionError if the other side closed.
+    """
+    flags = _ALL if whole and not isinstance(sock, ssl.SSLSocket) else 0
+    try:
+        count = sock.recv_into(into, 0, flags)
+    except BlockingIOError:
+        raise TimeoutError("Redis did not answer in time") from None
+    if not count:
+        raise redis.ConnectionError("Redis closed the connection")
+    return count
+
+
 def open_socket(client: redis.Redis, timeout: float) -> socket.socket:
     """A connected, authenticated RESP3 socket; each wait on it ends after `timeout` seconds.
 
@@ -103,5 +121,14 @@ def open_socket(client: redis.Redis, timeout: float) -> socket.socket:
     if sock is None:
         raise redis.ConnectionError("the connection has no socket")
     connection._sock = None
-    sock.settimeout(timeout)
+    if isinstance(sock, ssl.SSLSocket):
+        sock.settimeout(timeout)
+        return sock
+    # The kernel keeps the time: Python's own way is one more system call for each recv and send,
+    # and lets no recv wait for all of a large payload.
+    seconds, rest = divmod(timeout, 1)
+    limit = struct.pack("ll", int(seconds), int(rest * 1e6))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+    sock.settimeout(None)
     return sock

@@ -30,16 +30,16 @@ def _service(state: Any) -> Service | None:
 def _computing(state: Any) -> Iterator[dict[str, Any]]:
     service = _service(state)
     for model in service.models if service else ():
-        for job in model.jobs():
+        for job, began_ms in model.computing():
+            began = time.time() - (time.monotonic() - began_ms / 1000)
             for item in job.items:
-                waited_s = time.monotonic() - job.formed_ms / 1000
-                yield _info(state, item, time.time() - waited_s)
+                yield _info(state, item, began)
 
 
 def _waiting(state: Any) -> Iterator[dict[str, Any]]:
     service = _service(state)
     for model in service.models if service else ():
-        for item in list(model.waiting.items):
+        for item in model.reserved():
             yield _info(state, item, None)
 
 

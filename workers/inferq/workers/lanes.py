@@ -9,28 +9,28 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from queue import SimpleQueue
+from collections.abc import Callable, Mapping, Sequence
+from queue import Empty, SimpleQueue
 
 import msgspec
 
 from inferq.shared.errors import EngineError, FatalEngineError, InferqError
-from inferq.shared.schema import Tensors
+from inferq.shared.schema import Tensors, Ticket
 from inferq.workers.batching.policy import Knobs
 from inferq.workers.batching.waiting import Waiting
+from inferq.workers.claims import Slot
 from inferq.workers.engines.base import Batch, Lane
+from inferq.workers.intake import Failed, Revoked
 
 logger = logging.getLogger(__name__)
 
 
-class Job(msgspec.Struct, frozen=True):
-    """A batch on its way to a lane."""
+class Job(msgspec.Struct, frozen=True, eq=False):
+    """Requests that were formed into one batch, most urgent first."""
 
     items: Sequence[Waiting]
-    rows: int
-    bucket: int
-    #: ``time.monotonic()`` in ms when it was formed.
-    formed_ms: float
+    #: Priority → rows.
+    rows: Mapping[int, int]
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -52,17 +52,26 @@ class Outcome(msgspec.Struct, frozen=True):
     error: InferqError | None = None
 
 
-class Finished(msgspec.Struct, frozen=True):
-    """A lane is free again. `fatal`: no outcome, the engine is beyond use."""
+class Finished(msgspec.Struct):
+    """A lane has ended a batch. `late` were too late to be computed when it began.
 
-    lane: LaneThread
+    `fatal`: no outcome, the engine is beyond use.
+    """
+
     job: Job
     outcomes: Sequence[Outcome]
+    late: Sequence[Failed | Revoked] = ()
     fatal: FatalEngineError | None = None
+    #: Monotonic s.
+    began: float = 0.0
+    ended: float = 0.0
+    #: False while the lanes have `ample` further batches: the results may wait for the next ones.
+    hurry: bool = True
 
 
-def execute(lane: Lane, items: Sequence[Waiting], rows: int, knobs: Knobs) -> list[Outcome]:
+def execute(lane: Lane, items: Sequence[Waiting], knobs: Knobs) -> list[Outcome]:
     """Run `items` as one batch on `lane`; in halves where that fails. Raises FatalEngineError."""
+    rows = sum(item.rows for item in items)
     bucket = knobs.bucket(rows) if knobs.batchable else rows
     batch = Batch([item.inputs for item in items], rows, bucket, knobs.batchable)
     started = time.monotonic() * 1000
@@ -79,7 +88,7 @@ def execute(lane: Lane, items: Sequence[Waiting], rows: int, knobs: Knobs) -> li
         return [
             outcome
             for part in (items[:half], items[half:])
-            for outcome in execute(lane, part, sum(item.rows for item in part), knobs)
+            for outcome in execute(lane, part, knobs)
         ]
     run = Run(started, time.monotonic() * 1000, rows, bucket - rows, len(items))
     if len(items) == 1:
@@ -107,39 +116,96 @@ def _engine_error(problem: Exception) -> InferqError:
     return EngineError(f"{type(problem).__name__}: {problem}")
 
 
-class LaneThread:
-    """Drives one lane. `on_finished` is called from its thread, and must only take note."""
+class Lanes:
+    """One model's lanes, each driven by a thread of its own.
 
-    def __init__(
-        self, name: str, lane: Lane, knobs: Knobs, on_finished: Callable[[Finished], None]
-    ) -> None:
-        self._lane = lane
-        self._knobs = knobs
-        self._on_finished = on_finished
+    Whichever lane is free takes the next batch, so a batch that is put while all are busy costs no
+    pause between two. `too_late` tells of a request whether it needs no computing any more;
+    `on_finished` must only take note. Both are called from the lanes' threads.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._inbox: SimpleQueue[Job | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        #: The batch that it has, if any; set and cleared by the data plane's thread.
-        self.job: Job | None = None
+        self._threads: list[threading.Thread] = []
+        #: So many batches that wait for the lanes are ample: nothing is in a hurry then.
+        self.ample = 1
+        #: What each lane computes, and since when (monotonic ms).
+        self._computing: list[tuple[Job, float] | None] = []
 
-    def start(self) -> None:
-        self._thread.start()
+    def __len__(self) -> int:
+        return len(self._threads)
+
+    def start(
+        self,
+        lanes: Sequence[Lane],
+        knobs: Knobs,
+        too_late: Callable[[Slot, Ticket], Failed | Revoked | None],
+        on_finished: Callable[[Finished], None],
+    ) -> None:
+        """Drive `lanes` from now on."""
+        self._knobs = knobs
+        self._too_late = too_late
+        self._on_finished = on_finished
+        self._computing = [None] * len(lanes)
+        self.ample = len(lanes) + 1
+        self._threads = [
+            threading.Thread(target=self._run, args=place, name=f"{self._name}-{n}", daemon=True)
+            for n, place in enumerate(enumerate(lanes))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def put(self, job: Job) -> None:
-        """Give the lane its next batch. It must be free."""
-        self.job = job
+        """The next batch, for the first lane that is free."""
         self._inbox.put(job)
 
-    def stop(self, timeout: float) -> bool:
-        """End the thread once it is free; False if that took longer than `timeout` seconds."""
-        self._inbox.put(None)
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
-
-    def _run(self) -> None:
-        while (job := self._inbox.get()) is not None:
+    def take_back(self) -> list[Job]:
+        """The batches that no lane has begun."""
+        taken: list[Job] = []
+        while True:
             try:
-                outcomes = execute(self._lane, job.items, job.rows, self._knobs)
-                finished = Finished(self, job, outcomes)
-            except FatalEngineError as fatal:
-                finished = Finished(self, job, (), fatal)
+                job = self._inbox.get_nowait()
+            except Empty:
+                return taken
+            if job is not None:
+                taken.append(job)
+
+    def computing(self) -> list[tuple[Job, float]]:
+        """The batches that lanes have begun, and when (monotonic ms). For any thread."""
+        return [begun for begun in list(self._computing) if begun is not None]
+
+    def stop(self, timeout: float) -> bool:
+        """End the threads once they are free; False if that took longer than `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        for _ in self._threads:
+            self._inbox.put(None)
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _run(self, number: int, lane: Lane) -> None:
+        while (job := self._inbox.get()) is not None:
+            began = time.monotonic()
+            self._computing[number] = job, began * 1000
+            finished = self._compute(lane, job)
+            finished.began, finished.ended = began, time.monotonic()
+            finished.hurry = self._inbox.qsize() < self.ample
+            self._computing[number] = None
             self._on_finished(finished)
+            if finished.fatal is not None:
+                return
+
+    def _compute(self, lane: Lane, job: Job) -> Finished:
+        items: list[Waiting] = []
+        late: list[Failed | Revoked] = []
+        for item in job.items:
+            verdict = self._too_late(item.slot, item.ticket)
+            if verdict is None:
+                items.append(item)
+            else:
+                late.append(verdict)
+        try:
+            return Finished(job, execute(lane, items, self._knobs) if items else (), late)
+        except FatalEngineError as fatal:
+            return Finished(job, (), fatal=fatal)

@@ -4,11 +4,12 @@
       <settles>                                              see settle.py
       per non-empty queue: HSET claims:i k 0, LMOVE q k RIGHT LEFT × n, HLEN attempts:m
     EXEC
-    WATCH fence:i   GET fence:i   LLEN q × every queue        arms the next round trip
+    WATCH fence:i   GET fence:i   LLEN q × queues to hear of  arms the next round trip
 
 EXEC answers nil exactly if the fence was touched since it was watched: the lease is lost, and so is
 everything in that MULTI. The LLENs are tracked reads (CLIENT TRACKING), so Redis itself tells
 when a queue changed: an idle worker waits on this same connection and takes nothing by looking.
+One that has no room for more does not look, and is not told.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 #: What to assume of a queue that Redis reports as changed while nothing was in it: enough to be
 #: useful, little enough that LMOVEs of nothing cost nothing.
 HINT: Final = 4
+#: A model's name and a priority step.
+QueueId = tuple[str, int]
 
 
 class LeaseLost(Exception):
@@ -49,6 +52,8 @@ class Exchange:
     claimed: list[Claimed]
     #: Models that have entries in attempts:<m>: ask before running their claimed requests.
     suspicious: frozenset[str]
+    #: A queue held less than was wanted, and was not looked at.
+    missed: bool
 
 
 class Ledger:
@@ -72,35 +77,33 @@ class Ledger:
         self._names = names
         self._incarnation = incarnation
         self._result_ttl_s = result_ttl_s
-        self._queues: list[tuple[str, int, str]] = [
-            (model, step, names.queue(model, step))
+        self._queues: dict[QueueId, str] = {
+            (model, step): names.queue(model, step)
             for model in models
             for step in names.priority_steps
-        ]
-        self._by_key = {queue.encode(): (model, step) for model, step, queue in self._queues}
+        }
+        self._by_key = {queue.encode(): place for place, queue in self._queues.items()}
         self._fence = names.fence(incarnation)
         self._claims = names.claims(incarnation)
-        self._arming: list[Command] = [
-            ("WATCH", self._fence),
-            ("GET", self._fence),
-            *(("LLEN", queue) for _, _, queue in self._queues),
-        ]
         self._numbers = numbers
-        #: Requests waiting in each queue, as far as known: (model, step) -> count.
-        self.depths: dict[tuple[str, int], int] = {}
+        #: Requests waiting in each queue; None: unknown, as it was not looked at.
+        self.depths: dict[QueueId, int | None] = {}
 
     def arm(self) -> None:
-        """Watch the fence and look at the queues; the first thing on a new link, and when idle."""
-        self._read_arming(self._round_trip([]))
+        """Watch the fence and look at all queues; the first thing on a new link, and when idle."""
+        listen = list(self._queues)
+        self._read_arming(listen, self._round_trip([], listen))
 
     def exchange(
         self,
         settlements: Sequence[Settlement],
         wants: Sequence[Want],
+        listen: Sequence[QueueId],
         sent: Callable[[], None],
     ) -> Exchange:
         """Settle and claim in one MULTI, and arm the next. At least one of both is not empty.
 
+        `listen`: the queues to look at, and to hear of, from then on.
         `sent` is called between writing and waiting for the reply. Raises LeaseLost, RedisFull, or
         one of resp.BROKEN: then whether it was applied is unknown and the same settlements are sent
         again on the next link.
@@ -114,10 +117,12 @@ class Ledger:
             body += [("LMOVE", queue, claim.key, "RIGHT", "LEFT")] * want.count
         models = sorted({want.model for want in wants})
         body += [("HLEN", self._names.attempts(model)) for model in models]
-        replies = self._round_trip([("MULTI",), *body, ("EXEC",)], sent)
+        replies = self._round_trip([("MULTI",), *body, ("EXEC",)], listen, sent)
         done = self._executed(replies[: len(body) + 2])
+        self.depths.update((place, None) for place in self._queues if place not in listen)
         claimed: list[Claimed] = []
         empty: list[str] = []
+        missed = False
         for want, claim in zip(wants, claims, strict=True):
             got = [
                 reply
@@ -126,6 +131,9 @@ class Ledger:
             ]
             offset += 1 + want.count
             claim.size = len(got)
+            if len(got) < want.count and (want.model, want.step) not in listen:
+                missed = True
+                self.depths[want.model, want.step] = 0
             if got:
                 claimed.append(Claimed(claim, got))
             else:
@@ -135,8 +143,8 @@ class Ledger:
         )
         if empty:
             self._link.note(("HDEL", self._claims, *empty))
-        self._read_arming(replies[len(body) + 2 :])
-        return Exchange(claimed, suspicious)
+        self._read_arming(listen, replies[len(body) + 2 :])
+        return Exchange(claimed, suspicious, missed)
 
     def mark(self, starting: Sequence[str], decoded: Sequence[Claim]) -> None:
         """Note what starts computing ("<m>/<id>") and which claims were decoded.
@@ -149,6 +157,10 @@ class Ledger:
             self._link.note(("HSET", self._claims, *fields))
         if starting:
             self._link.note(("SADD", self._names.running(self._incarnation), *starting))
+
+    def unmark(self, recalled: Sequence[str]) -> None:
+        """Note what was to start computing ("<m>/<id>") and shall wait again."""
+        self._link.note(("SREM", self._names.running(self._incarnation), *recalled))
 
     def flush(self) -> None:
         """Write what was noted, if nothing else is to be written."""
@@ -190,7 +202,7 @@ class Ledger:
         for key in keys:
             place = self._by_key.get(key)
             if place is not None:
-                self.depths[place] = max(self.depths.get(place, 0), HINT)
+                self.depths[place] = max(self.depths.get(place) or 0, HINT)
         self._link.forget_changes()
 
     def _new_claim(self, want: Want) -> Claim:
@@ -198,14 +210,19 @@ class Ledger:
         return Claim(key, want.model, want.step, want.count)
 
     def _round_trip(
-        self, commands: list[Command], sent: Callable[[], None] = lambda: None
+        self,
+        commands: list[Command],
+        listen: Sequence[QueueId],
+        sent: Callable[[], None] = lambda: None,
     ) -> list[Reply]:
-        self._link.post([*commands, *self._arming])
+        arming: list[Command] = [("WATCH", self._fence), ("GET", self._fence)]
+        arming += [("LLEN", self._queues[place]) for place in listen]
+        self._link.post([*commands, *arming])
         sent()
         replies = self._link.read(len(commands))
         # From here on the replies tell the depths; a change that is pushed after them is newer.
         self._link.forget_changes()
-        return replies + self._link.read(len(self._arming))
+        return replies + self._link.read(len(arming))
 
     def _executed(self, replies: list[Reply]) -> list[Reply]:
         result = replies[-1]
@@ -223,11 +240,10 @@ class Ledger:
         executed: list[Reply] = result
         return executed
 
-    def _read_arming(self, replies: list[Reply]) -> None:
+    def _read_arming(self, listen: Sequence[QueueId], replies: list[Reply]) -> None:
         for reply in replies:
             if isinstance(reply, ReplyError):
                 raise RedisError(f"while arming: {reply}")
         if replies[1] is None:
             raise LeaseLost
-        for (model, step, _), count in zip(self._queues, replies[2:], strict=True):
-            self.depths[model, step] = count
+        self.depths.update(zip(listen, replies[2:], strict=True))

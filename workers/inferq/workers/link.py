@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import select
 import socket
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import hiredis
@@ -24,6 +23,7 @@ from inferq.shared.resp import (
     new_reader,
     open_socket,
     pack,
+    receive,
     send_all,
 )
 
@@ -53,28 +53,19 @@ class Link:
     """A connection of the data plane. Not thread-safe: one thread owns it.
 
     `timeout` (seconds) bounds every wait for a reply; a link that raises one of BROKEN is of no
-    further use and is replaced. `on_wake` is called when the waker is set while a reply is waited
-    for: what is urgent need not wait for Redis. It may `note` and `flush`, but not `call`.
+    further use and is replaced.
     """
 
-    def __init__(
-        self,
-        client: redis.Redis,
-        waker: Waker,
-        timeout: float,
-        on_wake: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._on_wake = on_wake
+    def __init__(self, client: redis.Redis, waker: Waker, timeout: float) -> None:
         self._client = client
         self._sock: socket.socket | None = None
         self._waker = waker
         self._timeout = timeout
         self._buffer = bytearray(_BUFFER_BYTES)
+        self._view = memoryview(self._buffer)
         self._notes: list[Command] = []
-        #: Replies to come, in this order: passed over, to be read, and passed over behind those.
+        #: Replies that come next and are passed over.
         self._unread = 0
-        self._wanted = 0
-        self._unread_later = 0
         #: Keys that Redis has reported as changed since the last `forget_changes`.
         self.changed: set[bytes] = set()
         #: True if Redis reported that any key may have changed (FLUSHALL).
@@ -84,6 +75,9 @@ class Link:
         """Connect and turn key tracking on. Raises one of BROKEN."""
         self._sock = open_socket(self._client, self._timeout)
         self._reader = new_reader()
+        self._poll = select.poll()
+        self._poll.register(self._sock, select.POLLIN)
+        self._poll.register(self._waker.fd, select.POLLIN)
         (reply,) = self.call([("CLIENT", "TRACKING", "ON", "NOLOOP")])
         if isinstance(reply, ReplyError):
             raise redis.ConnectionError(f"CLIENT TRACKING was refused: {reply}")
@@ -112,11 +106,7 @@ class Link:
         """Write what was noted, and `commands`, whose replies are to be `read`."""
         notes, self._notes = self._notes, []
         send_all(self._socket, pack([*notes, *commands]))
-        if self._wanted:
-            self._unread_later += len(notes)
-        else:
-            self._unread += len(notes)
-        self._wanted += len(commands)
+        self._unread += len(notes)
 
     @property
     def _socket(self) -> socket.socket:
@@ -130,7 +120,6 @@ class Link:
         while len(replies) < count:
             reply = self._reader.gets()
             if reply is NOTHING:
-                self.await_readable(self._socket)
                 self._receive()
             elif isinstance(reply, hiredis.PushNotification):
                 self._note(reply)
@@ -138,39 +127,7 @@ class Link:
                 self._unread -= 1
             else:
                 replies.append(reply)
-        self._wanted -= count
-        if not self._wanted:
-            self._unread, self._unread_later = self._unread + self._unread_later, 0
         return replies
-
-    def await_readable(self, sock: socket.socket) -> None:
-        """Until `sock` can be read; calls `on_wake` when the waker is set meanwhile.
-
-        TimeoutError if Redis does not answer in time.
-        """
-        deadline = time.monotonic() + self._timeout
-        while True:
-            readable, woken = self._poll(sock, deadline - time.monotonic())
-            if woken:
-                self._on_wake()
-            if readable:
-                return
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"Redis did not answer within {self._timeout:g} s")
-
-    def _poll(self, sock: socket.socket, seconds: float) -> tuple[bool, bool]:
-        """Wait for `sock` and the waker: which of them is ready. Clears the waker."""
-        pending = getattr(sock, "pending", None)  # TLS: decrypted, not yet read
-        if pending is not None and pending():
-            return True, False
-        poll = select.poll()
-        poll.register(sock, select.POLLIN)
-        poll.register(self._waker.fd, select.POLLIN)
-        ready = {fd for fd, _ in poll.poll(max(0.0, seconds) * 1000)}
-        woken = self._waker.fd in ready
-        if woken:
-            self._waker.clear()
-        return sock.fileno() in ready, woken
 
     def forget_changes(self) -> None:
         """Start anew to collect changed keys."""
@@ -182,9 +139,15 @@ class Link:
         self._drain()  # a push may have come in behind, or among, replies that were read
         if self.changed or self.all_changed:
             return
-        readable, _ = self._poll(self._socket, seconds)
-        if readable:
+        pending = getattr(self._sock, "pending", None)  # TLS: decrypted, not yet read
+        if pending is not None and pending():
             self._receive()
+        else:
+            for fd, _ in self._poll.poll(max(0.0, seconds) * 1000):
+                if fd == self._waker.fd:
+                    self._waker.clear()
+                else:
+                    self._receive()
         self._drain()
 
     def _drain(self) -> None:
@@ -195,10 +158,7 @@ class Link:
                 self._unread -= 1
 
     def _receive(self) -> None:
-        count = self._socket.recv_into(self._buffer)
-        if not count:
-            raise redis.ConnectionError("Redis closed the connection")
-        self._reader.feed(self._buffer, 0, count)
+        self._reader.feed(self._buffer, 0, receive(self._socket, self._view))
 
     def _note(self, push: list[Any]) -> None:
         if push and push[0] == b"invalidate":

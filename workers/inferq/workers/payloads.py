@@ -7,13 +7,13 @@ kilobytes that is a good part of what a request costs. Here the kernel writes in
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 import redis
 
-from inferq.shared.resp import open_socket, pack, send_all
+from inferq.shared.resp import open_socket, pack, receive, send_all
 
 _SCRATCH_BYTES: Final = 4096
 #: Most keys asked for at once.
@@ -23,14 +23,11 @@ _KEYS: Final = 64
 class PayloadReader:
     """One connection, opened when first needed. Not thread-safe.
 
-    `await_readable` waits for a socket and may do other things meanwhile (see Link). After `fetch`
-    raised one of resp.BROKEN, the next call opens another connection.
+    `timeout` (seconds) bounds every wait. After `fetch` raised one of resp.BROKEN, the next call
+    opens another connection.
     """
 
-    def __init__(
-        self, client: redis.Redis, timeout: float, await_readable: Callable[[socket.socket], None]
-    ) -> None:
-        self._await_readable = await_readable
+    def __init__(self, client: redis.Redis, timeout: float) -> None:
         self._client = client
         self._timeout = timeout
         self._sock: socket.socket | None = None
@@ -91,7 +88,7 @@ class PayloadReader:
                 self._start, self._end = 0, len(rest)
             if self._end == _SCRATCH_BYTES:
                 raise redis.InvalidResponse("a reply line is too long")
-            self._end += self._receive(sock, self._view[self._end :])
+            self._end += receive(sock, self._view[self._end :])
         line = bytes(self._view[self._start : at])
         self._start = at + 2
         return line
@@ -101,19 +98,12 @@ class PayloadReader:
         into[:have] = self._view[self._start : self._start + have]
         self._start += have
         while have < len(into):
-            have += self._receive(sock, into[have:])
+            have += receive(sock, into[have:], whole=True)
 
     def _skip(self, sock: socket.socket, count: int) -> None:
         while count:
             if self._start == self._end:
-                self._start, self._end = 0, self._receive(sock, self._view)
+                self._start, self._end = 0, receive(sock, self._view)
             step = min(count, self._end - self._start)
             self._start += step
             count -= step
-
-    def _receive(self, sock: socket.socket, into: memoryview) -> int:
-        self._await_readable(sock)
-        count = sock.recv_into(into)
-        if not count:
-            raise redis.ConnectionError("Redis closed the connection")
-        return count

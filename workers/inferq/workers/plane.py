@@ -1,13 +1,13 @@
 """The data plane: claim → form → run → settle, in one thread on one connection.
 
     collect   what the lanes have finished becomes settlements
-    form      waiting requests leave in batches for free lanes
+    form      waiting requests leave in batches: for free lanes, and one more for each lane
     exchange  one fenced MULTI settles and claims
     admit     what was claimed is decoded and waits
 
-While lanes compute (GIL released), this thread settles the batch before and claims and decodes
-the batch after. It never waits for a lane and never polls: it sleeps until Redis reports a changed
-queue on this very connection, or a lane sets the waker.
+While lanes compute (GIL released), this thread settles the batch before and claims, decodes and
+forms the batch after, which a lane takes by itself. It never waits for a lane and never polls: it
+sleeps until Redis reports a changed queue on this very connection, or a lane sets the waker.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from redis.exceptions import RedisError
 
 from inferq.shared.names import Names
 from inferq.shared.resp import BROKEN
+from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Claim, Claimed, Want
 from inferq.workers.clock import RedisClock
 from inferq.workers.hooks import Hooks
-from inferq.workers.intake import Failed, Revoked
-from inferq.workers.lanes import Finished, Job, LaneThread, Outcome
+from inferq.workers.lanes import Finished, Job
 from inferq.workers.lease import Lease
-from inferq.workers.ledger import LeaseLost, Ledger, RedisFull
+from inferq.workers.ledger import HINT, LeaseLost, Ledger, QueueId, RedisFull
 from inferq.workers.link import Link, Waker
 from inferq.workers.payloads import PayloadReader
 from inferq.workers.receiving import Receiver
@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 #: Longest sleep of an idle data plane, in s: then it looks at the queues, and at its connection.
 IDLE_S = 1.0
+#: Longest time that results wait for those of the lanes' next batches, in s.
+SETTLE_WITHIN_S = 0.02
 #: Seconds before a broken connection is replaced, and again if that fails.
 RECONNECT_S = 0.2
 #: Seconds before a MULTI that a full Redis refused is sent again.
@@ -50,9 +52,9 @@ FULL_RETRY_S = 0.25
 MAX_SETTLE_BYTES = 32 * 1024 * 1024
 
 
-def _ids(jobs: Iterable[Job]) -> list[str]:
-    """The members of running:<i> for `jobs`."""
-    return [f"{item.ticket.model}/{item.ticket.id}" for job in jobs for item in job.items]
+def _ids(items: Iterable[Waiting]) -> list[str]:
+    """The members of running:<i> for `items`."""
+    return [f"{item.ticket.model}/{item.ticket.id}" for item in items]
 
 
 class DataPlane:
@@ -86,15 +88,13 @@ class DataPlane:
         self._waker = Waker()
         self._finished: deque[Finished] = deque()
         self._ready: deque[tuple[str, Settlement]] = deque()
-        #: Batches formed for a lane that they were not given to yet.
-        self._leaving: list[tuple[LaneThread, Job]] = []
-        self._outcomes: list[Outcome] = []
+        #: Batches that were formed and not given to the lanes yet.
+        self._leaving: list[tuple[ServedModel, Job]] = []
+        self._ended_jobs: list[Finished] = []
         self._settlements: list[Settlement] = []
         self._claims: dict[str, Claim] = {}
         self._claim_numbers = count(1)
         self._clock = clock
-        #: Set while its link is in use and armed.
-        self._ledger: Ledger | None = None
         #: Claims decoded since Redis was last told.
         self._decoded: list[Claim] = []
         self._incarnation = ""
@@ -118,7 +118,8 @@ class DataPlane:
     def on_finished(self, finished: Finished) -> None:
         """A lane is done: called from its thread."""
         self._finished.append(finished)
-        self._waker.set()
+        if finished.hurry:
+            self._waker.set()
 
     def on_ready(self, incarnation: str, settlement: Settlement) -> None:
         """A request's links, chain or chord are published: it may be settled now."""
@@ -170,8 +171,8 @@ class DataPlane:
         try:
             while not self._over():
                 self._incarnation = self._lease.incarnation
-                link = Link(self._client, self._waker, self._reply_timeout_s, self._feed_lanes)
-                payloads = PayloadReader(self._client, self._reply_timeout_s, link.await_readable)
+                link = Link(self._client, self._waker, self._reply_timeout_s)
+                payloads = PayloadReader(self._client, self._reply_timeout_s)
                 self._receiver = Receiver(self._models, self._clock, self._hooks, payloads)
                 try:
                     link.open()
@@ -190,7 +191,6 @@ class DataPlane:
                     logger.warning("the data plane's connection broke: %s", problem)
                     time.sleep(RECONNECT_S)
                 finally:
-                    self._ledger = None
                     payloads.close()
                     link.close()
             self._hand_back()
@@ -209,32 +209,29 @@ class DataPlane:
             return self._fatal
         if time.monotonic() >= self._drain_by or self._fatal:
             return True
-        computing = any(model.jobs() for model in self._models.values())
-        pending = (
-            self._leaving or self._finished or self._outcomes or self._ready or self._settlements
-        )
+        computing = any(model.jobs for model in self._models.values())
+        pending = self._finished or self._ended_jobs or self._ready or self._settlements
         return not computing and not pending and not self._away_in_canvas
 
     def _serve(self, link: Link, ledger: Ledger) -> None:
         ledger.arm()
-        jobs = [job for model in self._models.values() for job in model.jobs()]
         # What a lost incarnation had begun is discarded: it is nothing of this one's.
-        jobs = [job for job in jobs if job.items[0].slot.claim.key in self._claims]
-        jobs += [job for _, job in self._leaving]
-        ledger.mark(_ids(jobs), list(self._claims.values()))
+        jobs = [job for model in self._models.values() for job in model.jobs]
+        items = [item for job in jobs for item in job.items if item.slot.claim.key in self._claims]
+        ledger.mark(_ids(items), list(self._claims.values()))
         self._receive(ledger, ledger.adopt(self._claims), frozenset(self._models))
-        self._ledger = ledger
         looked = time.monotonic()
         while not self._over():
             if self._fenced_out:
                 raise LeaseLost
             self._collect()
             self._form(ledger)
-            self._settle_outcomes()
-            wants = self._wants(ledger) if self._claiming else []
+            wants, listen = self._wants(ledger) if self._claiming else ([], [])
+            if wants or self._settling_is_due():
+                self._settle_ended()
             if self._settlements or wants:
                 try:
-                    self._exchange(ledger, wants)
+                    self._exchange(ledger, wants, listen)
                 except RedisFull as problem:
                     logger.error("Redis is full, will try again: %s", problem)
                     link.wait(FULL_RETRY_S)
@@ -249,43 +246,50 @@ class DataPlane:
                 ledger.arm()
                 looked = time.monotonic()
 
-    def _feed_lanes(self) -> None:
-        """Give free lanes what waits, while a reply of Redis is waited for."""
-        if self._ledger is not None and any(model.slow for model in self._models.values()):
-            self._collect()
-            self._form(self._ledger)
-            if self._leaving:
-                self._ledger.flush()
-                self._dispatch()
-
     def _sleep_s(self) -> float:
         until = [IDLE_S]
         now = time.monotonic()
         until += [m.due_ms / 1000 - now for m in self._models.values() if m.due_ms is not None]
         if self._drain_by is not None:
             until.append(self._drain_by - now)
+        if self._ended_jobs or any(model.relaxed() for model in self._models.values()):
+            until.append(SETTLE_WITHIN_S)
         return max(0.0, min(until))
 
     def _collect(self) -> None:
-        """Free the lanes that are done."""
+        """Take note of the batches that have ended."""
         while self._finished:
             finished = self._finished.popleft()
             model = self._models[finished.job.items[0].ticket.model]
-            model.freed(finished.lane)
+            model.ended(finished.job, finished.ended - finished.began)
             if finished.fatal is not None:
                 logger.critical("engine of %s: %s", model.name, finished.fatal)
                 self._fatal = True
                 self._hooks.on_fatal(str(finished.fatal))
-                continue
-            self._outcomes += finished.outcomes
+            else:
+                self._ended_jobs.append(finished)
 
-    def _settle_outcomes(self) -> None:
-        outcomes, self._outcomes = self._outcomes, []
-        for outcome in outcomes:
-            item = outcome.item
-            if item.slot.claim.key in self._claims:
-                results = self._models[item.ticket.model].results
-                self._settle(results.computed(outcome), item.ticket.canvas)
+    def _settling_is_due(self) -> bool:
+        """False while what has ended may wait for more: each trip to Redis costs the same."""
+        if not self._ended_jobs or self._settlements or self._ready:
+            return True
+        if time.monotonic() >= self._ended_jobs[0].ended + SETTLE_WITHIN_S:
+            return True
+        return not all(
+            self._models[finished.job.items[0].ticket.model].relaxed()
+            for finished in self._ended_jobs
+        )
+
+    def _settle_ended(self) -> None:
+        ended, self._ended_jobs = self._ended_jobs, []
+        for finished in ended:
+            results = self._models[finished.job.items[0].ticket.model].results
+            for outcome in finished.outcomes:
+                if outcome.item.slot.claim.key in self._claims:
+                    self._settle(results.computed(outcome), outcome.item.ticket.canvas)
+            for late in finished.late:
+                if late.slot.claim.key in self._claims:
+                    self._settle(results.late(late), late.ticket.canvas)
         while self._ready:
             incarnation, settlement = self._ready.popleft()
             if incarnation == self._incarnation:
@@ -301,46 +305,74 @@ class DataPlane:
 
     def _form(self, ledger: Ledger) -> None:
         """Decide what leaves. It is dispatched once Redis was told what starts."""
-        leaving: list[tuple[LaneThread, Job]] = []
+        leaving: list[tuple[ServedModel, Job]] = []
         if self._claiming and not self._fatal:
-            now = time.monotonic() * 1000
             for model in self._models.values():
-                if not model.waiting:
-                    continue
-                for formed in model.form(now):
-                    if isinstance(formed, Failed):
-                        done = model.results.failed(formed.slot, formed.ticket, formed.error)
-                        self._settle(done, formed.ticket.canvas)
-                    elif isinstance(formed, Revoked):
-                        done = model.results.revoked(formed.slot, formed.ticket, formed.reason)
-                        self._settle(done, formed.ticket.canvas)
-                    else:
-                        leaving.append(formed)
-        ledger.mark(_ids(job for _, job in leaving), self._decoded)
-        self._decoded = []
-        self._leaving += leaving
+                if model.overtaken():
+                    self._recall(ledger, model)
+            leaving = self._next_batches()
+        else:
+            for model in self._models.values():
+                self._recall(ledger, model)
+        if leaving or self._decoded:
+            ledger.mark(_ids(item for _, job in leaving for item in job.items), self._decoded)
+            self._decoded = []
+            self._leaving += leaving
+
+    def _next_batches(self) -> list[tuple[ServedModel, Job]]:
+        """What leaves now. A suspect computes while nothing else does, on no lane of any model:
+        should it end this process again, nobody else is blamed.
+        """
+        models = self._models.values()
+        if any(model.suspect() for model in models):
+            if any(model.jobs for model in models):
+                return []
+            suspect = next(model for model in models if model.suspect())
+            return [(suspect, suspect.form_suspect())]
+        if any(job.items[0].alone for model in models for job in model.jobs):
+            return []
+        now = time.monotonic() * 1000
+        return [(model, job) for model in models if model.waiting for job in model.form(now)]
+
+    def _recall(self, ledger: Ledger, model: ServedModel) -> None:
+        """Let what waits for `model`'s lanes in formed batches be formed anew, or handed back."""
+        recalled = model.recall()
+        if recalled:
+            ledger.unmark(_ids(recalled))
 
     def _dispatch(self) -> None:
-        for lane, job in self._leaving:
-            lane.put(job)
+        for model, job in self._leaving:
+            model.put(job)
         self._leaving.clear()
 
-    def _wants(self, ledger: Ledger) -> list[Want]:
+    def _wants(self, ledger: Ledger) -> tuple[list[Want], list[QueueId]]:
+        """What to claim, and the queues for which there is room beyond that."""
         wants: list[Want] = []
+        listen: list[QueueId] = []
+        ending = len(self._settlements) + sum(len(ended.job.items) for ended in self._ended_jobs)
         for model in self._models.values():
             if not model.consuming:
                 continue
             asked = 0
-            for step in self._names.priority_steps:
+            relaxed = model.relaxed()
+            for step, total in model.room().items():
+                if relaxed and step >= model.least_urgent():
+                    break
+                room = total - asked
                 depth = ledger.depths.get((model.name, step), 0)
-                if depth and (count := min(depth, model.room(step) - asked)) > 0:
+                if depth is None:  # as likely as not as many come in as go out
+                    depth = max(HINT, ending)
+                count = min(depth, room)
+                if count > 0:
                     wants.append(Want(model.name, step, count))
                     asked += count
-        return wants
+                if room > count:
+                    listen.append((model.name, step))
+        return wants, listen
 
-    def _exchange(self, ledger: Ledger, wants: list[Want]) -> None:
+    def _exchange(self, ledger: Ledger, wants: list[Want], listen: list[QueueId]) -> None:
         sending = self._next_settlements()
-        exchange = ledger.exchange(sending, wants, self._dispatch)
+        exchange = ledger.exchange(sending, wants, listen, self._dispatch)
         if sending:
             del self._settlements[: len(sending)]
             self.settled += len(sending)
@@ -351,6 +383,8 @@ class DataPlane:
                 if done.after is not None:
                     self._after(done.after)
         self._receive(ledger, exchange.claimed, exchange.suspicious)
+        if exchange.missed:
+            ledger.arm()
 
     @staticmethod
     def _after(callback: Callable[[], None]) -> None:
@@ -389,11 +423,12 @@ class DataPlane:
         self._settlements.clear()
         self._claims.clear()
         self._decoded.clear()
-        for lane, job in self._leaving:
-            self._models[job.items[0].ticket.model].freed(lane)
+        for model, job in self._leaving:
+            model.ended(job)
         self._leaving.clear()
         self._away_in_canvas = 0
         for model in self._models.values():
+            model.recall()
             model.waiting.clear()
         try:
             self._client.delete(self._names.running(self._incarnation))

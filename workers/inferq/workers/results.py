@@ -18,7 +18,7 @@ from inferq.shared.errors import DeadLettered, EngineError, InferqError, Payload
 from inferq.shared.schema import Ticket
 from inferq.workers.batching.padding import Padding
 from inferq.workers.claims import Slot
-from inferq.workers.intake import Quarantined
+from inferq.workers.intake import Failed, Quarantined, Revoked
 from inferq.workers.lanes import Outcome
 from inferq.workers.settle import Settlement
 
@@ -82,10 +82,18 @@ class Results:
         )
         return self._settlement(slot, ticket, meta, running=running)
 
-    def revoked(self, slot: Slot, ticket: Ticket, reason: str) -> Settlement:
+    def revoked(
+        self, slot: Slot, ticket: Ticket, reason: str, *, running: bool = False
+    ) -> Settlement:
         """REVOKED; `reason`: revoked or expired."""
         meta = codec.encode_revoked(ticket.id, reason, _now(), ticket.content_type)
-        return self._settlement(slot, ticket, meta)
+        return self._settlement(slot, ticket, meta, running=running)
+
+    def late(self, found: Failed | Revoked) -> Settlement:
+        """What a lane found to be too late to be computed."""
+        if isinstance(found, Failed):
+            return self.failed(found.slot, found.ticket, found.error, running=True)
+        return self.revoked(found.slot, found.ticket, found.reason, running=True)
 
     def dead(self, slot: Slot, ticket: Ticket, message: bytes, redis_ms: float) -> Settlement:
         """A dead letter: computing it ended its worker too often. Its payload is kept."""

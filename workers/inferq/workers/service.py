@@ -189,6 +189,8 @@ class Service:
             "inferq_state": "loading" if plane is None else "serving",
             "inferq_claimed": plane.claimed if plane else 0,
             "inferq_settled": plane.settled if plane else 0,
-            "inferq_computing": sum(len(j.items) for m in self._models for j in m.jobs()),
-            "inferq_waiting": sum(len(m.waiting) for m in self._models),
+            "inferq_computing": sum(
+                len(job.items) for m in self._models for job, _ in m.computing()
+            ),
+            "inferq_waiting": sum(len(m.reserved()) for m in self._models),
         }

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from inferq.shared.errors import ConfigError
 from inferq.shared.names import Names
 from inferq.shared.schema import ModelAdvert
 from inferq.workers.batching.padding import Padding
 from inferq.workers.batching.policy import Knobs, Leave, Wait, decide
-from inferq.workers.batching.waiting import Waiting, WaitingRequests
+from inferq.workers.batching.waiting import Waiting, WaitingRequests, rows_by_priority
 from inferq.workers.clock import RedisClock
 from inferq.workers.engines import engine_class
 from inferq.workers.engines.base import Engine, EngineOptions
-from inferq.workers.intake import Failed, Intake, Revoked
-from inferq.workers.lanes import Finished, Job, LaneThread
+from inferq.workers.intake import Intake
+from inferq.workers.lanes import Finished, Job, Lanes
 from inferq.workers.repository import ModelSpec
 from inferq.workers.results import Results
 from inferq.workers.tuning import Tuning, measure, sizes
@@ -25,10 +27,15 @@ logger = logging.getLogger(__name__)
 
 #: How much the newest request weighs in the mean rows per request.
 _ROWS_WEIGHT = 0.1
-#: Seconds: lanes whose batches take less are fed between round trips only, which is cheaper.
-SLOW_BATCH_S = 1e-3
 #: Most requests that one claim asks for.
 MAX_CLAIM = 1024
+#: Each lane has one batch formed ahead of it, or as many as it computes in so many seconds, but
+#: never more than so many: where batches are short, most of what a request costs is that it is
+#: claimed and settled by itself.
+AHEAD_S = 0.02
+MAX_AHEAD = 16
+#: How much the newest batch weighs in the mean time of a batch, if it was a short one.
+_BATCH_WEIGHT = 0.1
 
 
 class ServedModel:
@@ -38,10 +45,14 @@ class ServedModel:
         self.spec = spec
         self.name = spec.name
         self.waiting = WaitingRequests()
-        self.lanes: list[LaneThread] = []
-        self._free: list[LaneThread] = []
+        #: Batches that were formed and have not ended, in this order: the lanes compute the first
+        #: of them, the others were formed ahead.
+        self.jobs: list[Job] = []
+        #: Seconds that a batch takes, rather too many than too few; 0: not known.
+        self._batch_s = 0.0
         self._rows_per_request = 1.0
         self._engine: Engine | None = None
+        self._lanes = Lanes(f"inferq-{self.name}")
         #: False while ``control cancel_consumer`` holds: nothing is claimed.
         self.consuming = True
         #: Monotonic ms at which waiting requests may leave; None: when something changes.
@@ -58,6 +69,7 @@ class ServedModel:
         result_expires_s: int,
     ) -> None:
         """Load the engine, warm it up, start the lanes' threads. ConfigError if it cannot be."""
+        self._steps = names.priority_steps
         spec = self.spec
         config = spec.config
         engine = engine_class(config.engine)(
@@ -68,8 +80,6 @@ class ServedModel:
         engine.load()
         self._engine = engine
         tuning = self._tune(engine)
-        #: True if a batch takes so long that a lane must not wait for a round trip to Redis.
-        self.slow = tuning is None or tuning.best * tuning.seconds_per_row > SLOW_BATCH_S
         preferred = config.preferred_batch_sizes
         if not preferred and tuning is not None and spec.batchable:
             preferred = (tuning.best,)
@@ -88,16 +98,13 @@ class ServedModel:
         padding = Padding(spec.signature, config.pad)
         self.intake = Intake(self.advert, names, padding, is_revoked, clock.now)
         self.results = Results(worker, config.engine, spec.version, padding)
-        self.lanes = [
-            LaneThread(f"inferq-{self.name}-{n}", lane, self.knobs, on_finished)
-            for n, lane in enumerate(engine.lanes)
-        ]
-        self._free = list(self.lanes)
-        for lane in self.lanes:
-            lane.start()
+        self._ahead_knobs = replace(
+            self.knobs, preferred_batch_sizes=(self.knobs.target,), max_queue_delay_ms=math.inf
+        )
+        self._lanes.start(engine.lanes, self.knobs, self.intake.too_late, on_finished)
         logger.info(
             "model %s version %d: %s, %d lanes, batches of %d, ready in %.1f s",
-            self.name, spec.version, config.engine, len(self.lanes), self.knobs.target,
+            self.name, spec.version, config.engine, len(self._lanes), self.knobs.target,
             time.monotonic() - began,
         )  # fmt: skip
 
@@ -118,13 +125,21 @@ class ServedModel:
 
     # --- claiming ---------------------------------------------------------------------------
 
-    def room(self, step: int) -> int:
-        """How many more requests of priority `step` to claim: one formed batch per lane may wait.
+    def room(self) -> dict[int, int]:
+        """Priority step → how many more requests of it to claim: what may be formed ahead.
 
         Less urgent ones that wait already do not count: an urgent request is always let in.
         """
-        rows = len(self.lanes) * self.knobs.target - self.waiting.rows_ahead(step)
-        return min(MAX_CLAIM, max(0, -int(-rows // self._rows_per_request)))
+        held = self.waiting.rows.copy()
+        for job in self.jobs[len(self._lanes) :]:
+            for priority, count in job.rows.items():
+                held[priority] = held.get(priority, 0) + count
+        rows = len(self._lanes) * self._depth * self.knobs.target
+        room: dict[int, int] = {}
+        for step in self._steps:
+            rows -= held.get(step, 0)
+            room[step] = min(MAX_CLAIM, max(0, -int(-rows // self._rows_per_request)))
+        return room
 
     def add(self, item: Waiting) -> None:
         self.waiting.add(item)
@@ -132,43 +147,105 @@ class ServedModel:
 
     # --- forming ----------------------------------------------------------------------------
 
-    def form(self, now_ms: float) -> Iterator[tuple[LaneThread, Job] | Failed | Revoked]:
-        """The batches that leave now, each with its lane, and requests that came too late."""
-        while True:
-            decision = decide(self.waiting.items, len(self._free), now_ms, self.knobs)
+    def form(self, now_ms: float) -> Iterator[Job]:
+        """The batches to `put` now: none while the first in line is a suspect."""
+        while (decision := self._decide(now_ms)) is not None:
+            yield self._form(decision)
+
+    def suspect(self) -> bool:
+        """Whether the first in line may have ended a worker: it is to compute all by itself."""
+        return bool(self.waiting) and self.waiting.items[0].alone
+
+    def form_suspect(self) -> Job:
+        """The suspect's own batch."""
+        return self._form(Leave((0,), self.waiting.items[0].rows, 0))
+
+    def _form(self, decision: Leave) -> Job:
+        items = self.waiting.take(decision)
+        job = Job(items, rows_by_priority(items))
+        self.jobs.append(job)
+        return job
+
+    def _decide(self, now_ms: float) -> Leave | None:
+        """The next batch for a free lane or, once all compute, the next full one for whichever
+        lane is free first: requests that still lack company keep the chance to find it.
+        """
+        if self.suspect():
+            return None
+        free = len(self._lanes) - len(self.jobs)
+        if free > 0:
+            decision = decide(self.waiting.items, free, now_ms, self.knobs)
             self.due_ms = decision.until_ms if isinstance(decision, Wait) else None
-            if not isinstance(decision, Leave):
-                return
-            taken = self.waiting.take(decision)
-            items: list[Waiting] = []
-            for item in taken:
-                late = self.intake.too_late(item.slot, item.ticket)
-                if late is None:
-                    items.append(item)
-                else:
-                    yield late
-            if items:
-                rows = sum(item.rows for item in items)
-                yield self._free.pop(), Job(items, rows, self.knobs.bucket(rows), now_ms)
+        else:
+            self.due_ms = None
+            if -free >= len(self._lanes) * self._depth:
+                return None
+            decision = decide(self.waiting.items, 1, now_ms, self._ahead_knobs)
+        return decision if isinstance(decision, Leave) else None
 
-    def freed(self, lane: LaneThread) -> None:
-        """`lane` has finished its batch."""
-        lane.job = None
-        self._free.append(lane)
+    @property
+    def _depth(self) -> int:
+        """Batches that may be formed ahead of each lane."""
+        if not self._batch_s:
+            return 1
+        return max(1, min(MAX_AHEAD, math.ceil(AHEAD_S / self._batch_s)))
 
-    def jobs(self) -> list[Job]:
-        """The batches that are computing. Safe to call from any thread."""
-        return [job for lane in list(self.lanes) if (job := lane.job) is not None]
+    def relaxed(self) -> bool:
+        """Whether so much is formed ahead of the lanes that claiming and settling may wait."""
+        return len(self.jobs) - len(self._lanes) >= self._lanes.ample
+
+    def least_urgent(self) -> int:
+        """The least urgent priority in the batches that were formed."""
+        return max(job.items[-1].ticket.priority for job in self.jobs)
+
+    def put(self, job: Job) -> None:
+        """Have the lanes compute a formed batch."""
+        self._lanes.put(job)
+
+    def recall(self) -> list[Waiting]:
+        """Let requests of batches that no lane has begun wait again; return them."""
+        recalled: list[Waiting] = []
+        for job in self._lanes.take_back():
+            self.jobs.remove(job)
+            recalled += job.items
+        for item in recalled:
+            self.waiting.add(item)
+        return recalled
+
+    def overtaken(self) -> bool:
+        """Whether a request waits that is more urgent than one in a batch formed ahead."""
+        ahead = self.jobs[len(self._lanes) :]
+        if not ahead or not self.waiting:
+            return False
+        urgent = self.waiting.items[0].ticket.priority
+        return any(job.items[-1].ticket.priority > urgent for job in ahead)
+
+    def ended(self, job: Job, took_s: float | None = None) -> None:
+        """A lane has finished `job`; or, without `took_s`, none will ever begin it."""
+        self.jobs.remove(job)
+        if took_s is not None:
+            smoothed = self._batch_s + _BATCH_WEIGHT * (took_s - self._batch_s)
+            self._batch_s = max(took_s, smoothed)
+            lanes, depth = len(self._lanes), self._depth
+            self._lanes.ample = max(lanes, lanes * depth // 4) if depth > 1 else lanes + 1
+
+    def computing(self) -> list[tuple[Job, float]]:
+        """The batches that lanes have begun, and when (monotonic ms). For any thread."""
+        return self._lanes.computing()
+
+    def reserved(self) -> list[Waiting]:
+        """The requests that are claimed and that no lane has begun. For any thread."""
+        begun = [job for job, _ in self.computing()]
+        ahead = [item for job in list(self.jobs) if job not in begun for item in job.items]
+        return [*ahead, *list(self.waiting.items)]
 
     def overdue(self) -> bool:
         """Whether a batch has been computing for longer than max_run_seconds."""
         limit = self.spec.config.max_run_seconds * 1000
         now = time.monotonic() * 1000
-        return any(now - job.formed_ms > limit for job in self.jobs())
+        return any(now - began_ms > limit for _, began_ms in self.computing())
 
     def close(self, timeout: float) -> None:
         """End the lanes and free the engine, unless a lane does not end in time."""
-        deadline = time.monotonic() + timeout
-        ended = [lane.stop(max(0.0, deadline - time.monotonic())) for lane in self.lanes]
-        if self._engine is not None and all(ended):
+        if self._lanes.stop(timeout) and self._engine is not None:
             self._engine.close()

@@ -22,10 +22,10 @@ from inferq.workers.engines.base import Batch, Lane
 PER_SIZE_S: Final = 0.1
 #: Seconds after which no larger size is tried.
 BUDGET_S: Final = 5.0
-#: Seconds that one batch costs beside its run: CPU for claiming and settling it, and the pause of
-#: its lane. Measured on two cores with 150 KB requests; it speaks for a larger batch where the
-#: engine itself hardly does.
-PER_BATCH_S: Final = 0.5e-3
+#: Seconds that one batch costs beside its run: the CPU of handing it to a lane and its outcomes
+#: back. It speaks for a larger batch where the engine itself hardly does. What it costs to claim
+#: and settle is shared by the batches formed ahead.
+PER_BATCH_S: Final = 0.1e-3
 #: A smaller batch is preferred to the fastest one if it reaches this share of it: it waits less.
 GOOD_ENOUGH: Final = 0.985
 #: Two sizes in a row below this share of the fastest end the search for larger ones.

@@ -90,6 +90,8 @@ def decide(
     until = math.inf
     seen: set[Hashable] = set()
     for index, head in enumerate(waiting):
+        if head.alone and index:
+            continue  # its turn is when it is first
         if head.alone or not knobs.batchable:
             return Leave((index,), head.rows, knobs.bucket(head.rows))
         if head.compatible not in seen:

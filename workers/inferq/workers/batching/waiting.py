@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -42,6 +42,8 @@ class WaitingRequests:
 
     def __init__(self) -> None:
         self._items: list[Waiting] = []
+        #: Priority → rows that wait with it.
+        self.rows: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self._items)
@@ -52,14 +54,12 @@ class WaitingRequests:
 
     def add(self, item: Waiting) -> None:
         """Put `item` behind all that are as urgent as it."""
+        priority = item.ticket.priority
+        self.rows[priority] = self.rows.get(priority, 0) + item.rows
         if not self._items or self._items[-1].order < item.order:
             self._items.append(item)
         else:
             insort(self._items, item, key=lambda waiting: waiting.order)
-
-    def rows_ahead(self, priority: int) -> int:
-        """Rows of all that a new request of `priority` would not overtake."""
-        return sum(item.rows for item in self._items if item.ticket.priority <= priority)
 
     def take(self, leave: Leave) -> list[Waiting]:
         """Remove and return the requests of a decided batch."""
@@ -71,7 +71,18 @@ class WaitingRequests:
         else:
             gone = set(leave.take)
             self._items = [item for i, item in enumerate(self._items) if i not in gone]
+        for item in taken:
+            self.rows[item.ticket.priority] -= item.rows
         return taken
 
     def clear(self) -> None:
         self._items.clear()
+        self.rows.clear()
+
+
+def rows_by_priority(items: Iterable[Waiting]) -> dict[int, int]:
+    """Priority → rows of the `items` that have it."""
+    rows: dict[int, int] = {}
+    for item in items:
+        rows[item.ticket.priority] = rows.get(item.ticket.priority, 0) + item.rows
+    return rows
