@@ -24,13 +24,14 @@ from redis.exceptions import RedisError
 
 from inferq.shared.names import Names
 from inferq.shared.resp import BROKEN
+from inferq.workers import supply
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Claim, Claimed, Want
 from inferq.workers.clock import RedisClock
 from inferq.workers.hooks import Hooks
 from inferq.workers.lanes import Finished, Job
 from inferq.workers.lease import Lease
-from inferq.workers.ledger import HINT, LeaseLost, Ledger, QueueId, RedisFull
+from inferq.workers.ledger import LeaseLost, Ledger, QueueId, RedisFull
 from inferq.workers.link import Link, Waker
 from inferq.workers.payloads import PayloadReader
 from inferq.workers.receiving import Receiver
@@ -226,7 +227,7 @@ class DataPlane:
                 raise LeaseLost
             self._collect()
             self._form(ledger)
-            wants, listen = self._wants(ledger) if self._claiming else ([], [])
+            wants, listen = self._wants(ledger)
             if wants or self._settling_is_due():
                 self._settle_ended()
             if self._settlements or wants:
@@ -310,7 +311,7 @@ class DataPlane:
             for model in self._models.values():
                 if model.overtaken():
                     self._recall(ledger, model)
-            leaving = self._next_batches()
+            leaving = supply.next_batches(self._models.values(), time.monotonic() * 1000)
         else:
             for model in self._models.values():
                 self._recall(ledger, model)
@@ -318,21 +319,6 @@ class DataPlane:
             ledger.mark(_ids(item for _, job in leaving for item in job.items), self._decoded)
             self._decoded = []
             self._leaving += leaving
-
-    def _next_batches(self) -> list[tuple[ServedModel, Job]]:
-        """What leaves now. A suspect computes while nothing else does, on no lane of any model:
-        should it end this process again, nobody else is blamed.
-        """
-        models = self._models.values()
-        if any(model.suspect() for model in models):
-            if any(model.jobs for model in models):
-                return []
-            suspect = next(model for model in models if model.suspect())
-            return [(suspect, suspect.form_suspect())]
-        if any(job.items[0].alone for model in models for job in model.jobs):
-            return []
-        now = time.monotonic() * 1000
-        return [(model, job) for model in models if model.waiting for job in model.form(now)]
 
     def _recall(self, ledger: Ledger, model: ServedModel) -> None:
         """Let what waits for `model`'s lanes in formed batches be formed anew, or handed back."""
@@ -346,29 +332,10 @@ class DataPlane:
         self._leaving.clear()
 
     def _wants(self, ledger: Ledger) -> tuple[list[Want], list[QueueId]]:
-        """What to claim, and the queues for which there is room beyond that."""
-        wants: list[Want] = []
-        listen: list[QueueId] = []
+        if not self._claiming:
+            return [], []
         ending = len(self._settlements) + sum(len(ended.job.items) for ended in self._ended_jobs)
-        for model in self._models.values():
-            if not model.consuming:
-                continue
-            asked = 0
-            relaxed = model.relaxed()
-            for step, total in model.room().items():
-                if relaxed and step >= model.least_urgent():
-                    break
-                room = total - asked
-                depth = ledger.depths.get((model.name, step), 0)
-                if depth is None:  # as likely as not as many come in as go out
-                    depth = max(HINT, ending)
-                count = min(depth, room)
-                if count > 0:
-                    wants.append(Want(model.name, step, count))
-                    asked += count
-                if room > count:
-                    listen.append((model.name, step))
-        return wants, listen
+        return supply.wants(self._models.values(), ledger.depths, ending)
 
     def _exchange(self, ledger: Ledger, wants: list[Want], listen: list[QueueId]) -> None:
         sending = self._next_settlements()

@@ -1,0 +1,56 @@
+"""What a worker takes on next, over all its models: which batches start, what is claimed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from inferq.workers.claims import Want
+from inferq.workers.lanes import Job
+from inferq.workers.ledger import HINT, QueueId
+from inferq.workers.serving import ServedModel
+
+
+def next_batches(models: Collection[ServedModel], now_ms: float) -> list[tuple[ServedModel, Job]]:
+    """The batches that leave now. `now_ms`: of the monotonic clock.
+
+    A suspect computes while nothing else does, on no lane of any model: should it end this process
+    once more, nobody else is blamed.
+    """
+    suspect = next((model for model in models if model.suspect()), None)
+    if suspect is not None:
+        busy = any(model.jobs for model in models)
+        return [] if busy else [(suspect, suspect.form_suspect())]
+    if any(job.items[0].alone for model in models for job in model.jobs):
+        return []
+    return [(model, job) for model in models if model.waiting for job in model.form(now_ms)]
+
+
+def wants(
+    models: Collection[ServedModel], depths: Mapping[QueueId, int | None], ending: int
+) -> tuple[list[Want], list[QueueId]]:
+    """What to claim, and the queues to hear of since there is room beyond that.
+
+    `depths`: see Ledger. `ending`: requests that are about to be settled. A model whose lanes are
+    amply supplied asks for, and hears of, more urgent requests only.
+    """
+    wanted: list[Want] = []
+    listen: list[QueueId] = []
+    for model in models:
+        if not model.consuming:
+            continue
+        asked = 0
+        relaxed = model.relaxed()
+        for step, total in model.room().items():
+            if relaxed and step >= model.least_urgent():
+                break
+            room = total - asked
+            depth = depths.get((model.name, step), 0)
+            if depth is None:  # as likely as not as many come in as go out
+                depth = max(HINT, ending)
+            count = min(depth, room)
+            if count > 0:
+                wanted.append(Want(model.name, step, count))
+                asked += count
+            if room > count:
+                listen.append((model.name, step))
+    return wanted, listen
