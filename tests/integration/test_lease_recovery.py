@@ -65,7 +65,7 @@ def test_claims_of_a_killed_worker_come_back_in_order_to_the_right_priority(
     assert keys(redis, "inferq:1:*") <= {NAMES.model("m"), NAMES.serving("m"), attempts}
     counted = {str(name, "utf-8"): int(n) for name, n in redis.hgetall(attempts).items()}  # type: ignore[arg-type]
     computing = [name for name in counted if not name.startswith("#")]
-    assert 1 <= len(computing) <= 4, "only one batch was computing"
+    assert 1 <= len(computing) <= 8, "one batch was computing and one was the lane's next"
     assert set(counted.values()) == {1}
 
 

@@ -1,6 +1,6 @@
 """Warm-up measures every bucket: the batch size that serves most rows a second is aimed at.
 
-Bigger is not always better: on two CPU cores magika is fastest at batch 2, and full batches of 32
+Bigger is not always better: on two CPU cores magika is fastest at batch 1 or 2, full batches of 32
 give 0.69 of that. All lanes run at once while this measures, as they do under load.
 """
 
