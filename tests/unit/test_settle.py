@@ -8,6 +8,8 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
+from helpers.wait import until
+from msgspec.structs import replace
 from redis import Redis
 
 from inferq.shared import codec
@@ -20,7 +22,13 @@ from inferq.workers.claims import Claim, Slot
 from inferq.workers.intake import Quarantined
 from inferq.workers.lanes import Outcome, Run
 from inferq.workers.results import Results
-from inferq.workers.settle import DEAD_LETTERS_KEPT, DEAD_PAYLOAD_S, Settlement, commands
+from inferq.workers.settle import (
+    DEAD_LETTERS_KEPT,
+    DEAD_PAYLOAD_S,
+    LARGE_BYTES,
+    Settlement,
+    commands,
+)
 
 NAMES = Names()
 I = "incarnation"  # noqa: E741 - as in the names of its keys
@@ -244,3 +252,25 @@ def test_what_was_given_up_is_answered_if_the_bytes_name_who_asked(
         meta = codec.decode_meta(done.outcome)
         assert meta["result"]["detail"]["attempts"] == 3
         assert (done.outcome[:1] == b"{") == (kind == codec.JSON)
+
+
+@pytest.mark.parametrize("size", [LARGE_BYTES - 1, LARGE_BYTES])
+def test_who_waits_on_a_results_channel_is_told_of_it(
+    redis: Redis, claim: Claim, size: int
+) -> None:
+    with redis.pubsub(ignore_subscribe_messages=True) as waiting:  # type: ignore[no-untyped-call]
+        waiting.subscribe(NAMES.meta("id1"))
+        until(lambda: redis.pubsub_numsub(NAMES.meta("id1"))[0][1] == 1)
+        done = [replace(settled(claim, place), outcome=bytes([place]) * size) for place in (0, 1)]
+        apply(redis, done)
+        told = until(lambda: waiting.get_message(timeout=1))
+        assert told["data"] == redis.get(NAMES.meta("id1")) == b"\1" * size
+
+
+def test_of_a_large_result_the_one_that_was_first_is_told(redis: Redis, claim: Claim) -> None:
+    redis.set(NAMES.meta("id0"), b"first")
+    with redis.pubsub(ignore_subscribe_messages=True) as waiting:  # type: ignore[no-untyped-call]
+        waiting.subscribe(NAMES.meta("id0"))
+        until(lambda: redis.pubsub_numsub(NAMES.meta("id0"))[0][1] == 1)
+        apply(redis, [replace(settled(claim, 0), outcome=b"x" * LARGE_BYTES)])
+        assert until(lambda: waiting.get_message(timeout=1))["data"] == b"first"

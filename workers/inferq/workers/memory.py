@@ -18,6 +18,13 @@ MMAP_THRESHOLD: Final = 32 * 1024 * 1024
 TRIM_THRESHOLD: Final = 256 * 1024 * 1024
 
 
+#: The same for a child process, for good: glibc reads these when it starts.
+FOR_CHILDREN: Final = {
+    "MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+}
+
+
 def keep_freed_memory() -> bool:
     """Tell glibc; False where there is another C library, which is as well."""
     try:

@@ -13,6 +13,7 @@ from typing import Final
 import msgpack
 import msgspec
 
+from inferq.shared.lua import source
 from inferq.shared.names import Names
 from inferq.shared.resp import Command
 from inferq.workers.claims import Claim, Slot
@@ -21,6 +22,9 @@ from inferq.workers.claims import Claim, Slot
 DEAD_LETTERS_KEPT: Final = 10_000
 #: How long the claim-checked payload of a dead letter is kept, in seconds.
 DEAD_PAYLOAD_S: Final = 7 * 24 * 3600
+
+#: Results of so many bytes are sent once: Redis itself publishes what it has stored.
+LARGE_BYTES: Final = 16 * 1024
 
 
 class Settlement(msgspec.Struct, frozen=True, eq=False):
@@ -63,7 +67,10 @@ def commands(
         if done.outcome and not done.ignore_result and done.request_id is not None:
             key = names.meta(done.request_id)
             out.append(("SET", key, done.outcome, "EX", result_expires_s, "NX"))
-            out.append(("PUBLISH", key, done.outcome))
+            if len(done.outcome) < LARGE_BYTES:
+                out.append(("PUBLISH", key, done.outcome))
+            else:
+                out.append(("EVAL", source("publish"), 1, key))
             if done.reply is not None:
                 replies[done.reply].append(done.request_id)
         if done.dead_letter is not None:

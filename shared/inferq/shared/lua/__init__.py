@@ -1,4 +1,7 @@
-"""The Lua scripts, each with its keys documented where it stands. No payload passes through Lua."""
+"""The Lua scripts, each with its keys documented where it stands.
+
+No payload passes through Lua, but for a large result that somebody waits for on its own channel.
+"""
 
 from __future__ import annotations
 
