@@ -16,7 +16,6 @@ from inferq.workers import supply
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Want
 from inferq.workers.clock import RedisClock
-from inferq.workers.engines.fake import FAULT_HANG
 from inferq.workers.lanes import Job
 from inferq.workers.ledger import HINT
 from inferq.workers.repository import load_model
@@ -29,7 +28,7 @@ KNOBS = f"lanes = {LANES}\nmax_batch_size = {TARGET}\nwarm_up = false"
 
 
 def served(root: Path, name: str) -> ServedModel:
-    fake_model(root, name, knobs=KNOBS, fake="faults = true")
+    fake_model(root, name, knobs=KNOBS, fake="delay_ms = 300.0")
     model = ServedModel(load_model(root, name))
     model.load(
         "worker", NAMES, RedisClock(), is_revoked=lambda _: False,
@@ -43,7 +42,7 @@ def model(tmp_path: Path) -> Iterator[ServedModel]:
     """Its batches are formed but not put, unless a test does so: the lanes stay where they are."""
     model = served(tmp_path, "m")
     yield model
-    model.close(0.1)
+    model.close(10)
 
 
 def add(model: ServedModel, count: int, *, priority: int = 0, suspect: bool = False) -> None:
@@ -178,8 +177,6 @@ def test_a_more_urgent_request_overtakes_batches_that_no_lane_has_begun(
     model: ServedModel,
 ) -> None:
     add(model, LANES * TARGET, priority=9)
-    for item in model.waiting.items:
-        item.inputs["x"][:] = FAULT_HANG
     for _, job in supply.next_batches([model], 1000.0):
         model.put(job)
     until(lambda: len(model.computing()) == LANES)
@@ -212,4 +209,4 @@ def test_a_suspect_computes_while_nothing_else_does_on_no_lane_of_any_model(
     assert form(model, other) == []
     model.ended(model.jobs[0])
     assert form(model, other) == [full(), ("other", [0])]
-    other.close(0.1)
+    other.close(10)

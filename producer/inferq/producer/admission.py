@@ -114,7 +114,8 @@ class Admission:
         if announced is None:
             self._views.pop(model, None)
             raise ModelNotFound(
-                f"model {model!r}: no worker serves it, or announced it in the last day",
+                f"model {model!r}: no worker serves it, or announced it in the last day "
+                "(one that starts does so once it has loaded it)",
                 model=model,
             )
         known = self._views.get(model)

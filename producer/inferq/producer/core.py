@@ -246,7 +246,7 @@ class Core:
 
     def end(self, why: str) -> None:
         """Resolve everything with ClientClosed, and let nothing in any more."""
-        self._ended = ClientClosed(why)
+        self._ended = ClientClosed("the client is closed: nothing was sent")
         for pending in list(self._table.values()):
             self.drop(pending, ClientClosed(f"request {pending.request_id}: {why}"))
 
