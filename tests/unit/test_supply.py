@@ -194,6 +194,19 @@ def test_a_more_urgent_request_overtakes_batches_that_no_lane_has_begun(
     assert form(model) == [("m", [0, *[9] * (TARGET - 1)]), full(9)]
 
 
+def test_nothing_less_urgent_is_formed_ahead_of_requests_that_lack_company(
+    model: ServedModel,
+) -> None:
+    add(model, LANES * TARGET, priority=9)
+    assert form(model) == [full(9)] * LANES
+    add(model, 1, priority=3)
+    add(model, 2 * TARGET, priority=9)
+    model.waiting.items[0].compatible = "odd"
+    assert form(model) == []
+    model.ended(model.jobs[0])
+    assert form(model) == [("m", [3]), full(9), full(9)]
+
+
 def test_a_suspect_computes_while_nothing_else_does_on_no_lane_of_any_model(
     model: ServedModel, tmp_path: Path
 ) -> None:

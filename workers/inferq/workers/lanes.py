@@ -7,6 +7,7 @@ itself. Batches do not depend on each other, so nothing here needs a lock.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -129,7 +130,7 @@ class Lanes:
         self._inbox: SimpleQueue[Job | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
         #: So many batches that wait for the lanes are ample: nothing is in a hurry then.
-        self.ample = 1
+        self.ample = math.inf
         #: What each lane computes, and since when (monotonic ms).
         self._computing: list[tuple[Job, float] | None] = []
 
@@ -148,7 +149,6 @@ class Lanes:
         self._too_late = too_late
         self._on_finished = on_finished
         self._computing = [None] * len(lanes)
-        self.ample = len(lanes) + 1
         self._threads = [
             threading.Thread(target=self._run, args=place, name=f"{self._name}-{n}", daemon=True)
             for n, place in enumerate(enumerate(lanes))

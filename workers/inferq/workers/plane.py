@@ -253,7 +253,9 @@ class DataPlane:
         until += [m.due_ms / 1000 - now for m in self._models.values() if m.due_ms is not None]
         if self._drain_by is not None:
             until.append(self._drain_by - now)
-        if self._ended_jobs or any(model.relaxed() for model in self._models.values()):
+        if self._ended_jobs:
+            until.append(self._ended_jobs[0].ended + SETTLE_WITHIN_S - now)
+        elif any(model.brisk() for model in self._models.values()):
             until.append(SETTLE_WITHIN_S)
         return max(0.0, min(until))
 
@@ -307,6 +309,8 @@ class DataPlane:
     def _form(self, ledger: Ledger) -> None:
         """Decide what leaves. It is dispatched once Redis was told what starts."""
         leaving: list[tuple[ServedModel, Job]] = []
+        for model in self._models.values():
+            model.due_ms = None
         if self._claiming and not self._fatal:
             for model in self._models.values():
                 if model.overtaken():

@@ -180,7 +180,13 @@ class ServedModel:
             self.due_ms = None
             if -free >= len(self._lanes) * self._depth:
                 return None
-            decision = decide(self.waiting.items, 1, now_ms, self._ahead_knobs)
+            items = self.waiting.items
+            decision = decide(items, 1, now_ms, self._ahead_knobs)
+            if (
+                isinstance(decision, Leave)
+                and items[decision.take[0]].ticket.priority > items[0].ticket.priority
+            ):  # or it would be computed before the more urgent ones that lack company
+                return None
         return decision if isinstance(decision, Leave) else None
 
     @property
@@ -193,6 +199,10 @@ class ServedModel:
     def relaxed(self) -> bool:
         """Whether so much is formed ahead of the lanes that claiming and settling may wait."""
         return len(self.jobs) - len(self._lanes) >= self._lanes.ample
+
+    def brisk(self) -> bool:
+        """Whether batches are short and some are formed ahead: ends of batches may go untold."""
+        return self._lanes.ample < math.inf and len(self.jobs) > len(self._lanes)
 
     def least_urgent(self) -> int:
         """The least urgent priority in the batches that were formed."""
@@ -227,7 +237,7 @@ class ServedModel:
             smoothed = self._batch_s + _BATCH_WEIGHT * (took_s - self._batch_s)
             self._batch_s = max(took_s, smoothed)
             lanes, depth = len(self._lanes), self._depth
-            self._lanes.ample = max(lanes, lanes * depth // 4) if depth > 1 else lanes + 1
+            self._lanes.ample = max(lanes, lanes * depth // 4) if depth > 1 else math.inf
 
     def computing(self) -> list[tuple[Job, float]]:
         """The batches that lanes have begun, and when (monotonic ms). For any thread."""
