@@ -118,7 +118,8 @@ def test_requests_that_a_restarted_redis_lost_are_pushed_again_with_their_ids(
                 for n, pending in enumerate(pendings):
                     assert pending.result(20).outputs["x"][0, 0] == n
                 assert large.result(20).outputs["x"].shape == (8, 4)
-    assert [seen.headers.id for seen in responder.seen[:50]] == [p.request_id for p in pendings]
+    seen = [each.headers.id for each in responder.seen if each.headers.id != large.request_id]
+    assert seen[:50] == [pending.request_id for pending in pendings]
 
 
 def test_a_lost_payload_is_stored_again_with_its_request(
