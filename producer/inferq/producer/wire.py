@@ -81,7 +81,10 @@ class Wire:
             raise redis.ConnectionError("the connection is closed")
         pending = getattr(sock, "pending", None)  # TLS: decrypted, not yet read
         if (pending is not None and pending()) or self._poll.poll(max(0.0, seconds) * 1000):
-            self._receive(sock)
+            try:
+                self._receive(sock)
+            except TimeoutError:  # TLS: what came was no data of ours
+                return
             self._drain()
 
     def _drain(self) -> None:

@@ -6,8 +6,9 @@
     admit     what was claimed is decoded and waits
 
 While lanes compute (GIL released), this thread settles the batch before and claims, decodes and
-forms the batch after, which a lane takes by itself. It never waits for a lane and never polls: it
-sleeps until Redis reports a changed queue on this very connection, or a lane sets the waker.
+forms the batch after, which a lane takes by itself. It never waits for a lane: it sleeps until
+Redis reports a changed queue on this very connection, or a lane sets the waker (which lanes with
+short batches and more of them ahead do not: then it looks after SETTLE_WITHIN_S at the latest).
 """
 
 from __future__ import annotations
@@ -100,7 +101,6 @@ class DataPlane:
         self._decoded: list[Claim] = []
         self._incarnation = ""
         self._claiming = True
-        self._terminate = False
         self._drain_by: float | None = None
         self._fenced_out = False
         self._fatal = False
@@ -154,7 +154,6 @@ class DataPlane:
     def terminate(self) -> None:
         """End now: hand back everything, computing or not."""
         self._claiming = False
-        self._terminate = True
         self._drain_by = time.monotonic()
         self._waker.set()
 
@@ -411,6 +410,8 @@ class DataPlane:
 
     def _hand_back(self) -> None:
         """Put everything that is still held back into its queues, and give up the lease."""
+        for model in self._models.values():
+            model.recall()  # or lanes would still begin what others are about to compute
         deadline = max(self._drain_by or 0.0, time.monotonic()) + self._reply_timeout_s
         while True:
             try:
