@@ -55,6 +55,9 @@ class Settings(BaseSettings):
     lease_s: float = Field(default=10.0, ge=0.5)
     #: Seconds that a stopping worker has to finish or return what it claimed.
     grace_s: float = Field(default=30.0, ge=0.0)
+    #: What the incarnations of this worker process begin with; its supervisor recovers what those
+    #: held as soon as the process is dead. Letters and digits.
+    incarnation: Annotated[str, Field(pattern=r"^[A-Za-z0-9]{0,64}$")] = ""
     #: The worker's model repository; None: the worker's command line names it.
     models: Path | None = None
 

@@ -26,9 +26,9 @@ ADVERT_EVERY_S = 60.0
 class Lease:
     """Keeps this process's right to settle alive, and announces the models it serves.
 
-    `adverts` maps models to their encoded announcement. `may_renew` is asked each time: False
-    (a batch exceeded max_run_seconds) lets the lease run out. `on_lost` is called from the
-    renewing thread when the fence is found gone.
+    Its incarnations begin with `prefix`. `adverts` maps models to their encoded announcement.
+    `may_renew` is asked each time: False (a batch exceeded max_run_seconds) lets the lease run out.
+    `on_lost` is called from the renewing thread when the fence is found gone.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class Lease:
         names: Names,
         clock: RedisClock,
         *,
+        prefix: str,
         lease_s: float,
         adverts: Mapping[str, bytes],
         may_renew: Callable[[], bool],
@@ -45,6 +46,7 @@ class Lease:
         self._client = client
         self._names = names
         self._clock = clock
+        self._prefix = prefix
         self._lease_s = lease_s
         self._adverts = adverts
         self._may_renew = may_renew
@@ -65,7 +67,7 @@ class Lease:
 
         What the one before may still have written after it was recovered is recovered once more.
         """
-        incarnation, before = secrets.token_hex(8), self.incarnation
+        incarnation, before = self._prefix + secrets.token_hex(8), self.incarnation
         asked = time.monotonic()
         with self._client.pipeline(transaction=True) as pipe:
             pipe.set(self._names.fence(incarnation), 1)

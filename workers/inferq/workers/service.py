@@ -102,6 +102,7 @@ class Service:
             self._client,
             names,
             self._clock,
+            prefix=settings.incarnation,
             lease_s=settings.lease_s,
             adverts=adverts,
             may_renew=lambda: not plane.overdue(),
