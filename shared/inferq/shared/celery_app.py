@@ -32,6 +32,8 @@ def make_app(settings: Settings) -> Celery:
     app = Celery("inferq", broker=url, backend=url, set_as_current=False)
     app.conf.update(
         accept_content=["json", "msgpack"],
+        # Also where Redis answers with an error, as a full one does: Celery's own side waits then.
+        broker_channel_error_retry=True,
         broker_connection_retry_on_startup=True,
         broker_transport_options=transport,
         result_backend_transport_options=backend,

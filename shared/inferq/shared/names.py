@@ -15,6 +15,7 @@ Keys live under ``<prefix>inferq:1:`` where 1 is the protocol version and ``<pre
     later:<m>:<p>:<random> LIST  its message
     model:<m>             STRING what workers announce of a model (msgpack), expires
     serving:<m>           ZSET   i -> Redis ms at which its lease ends
+    nowhere               never exists (see lua/force.lua)
     reply:<client>        channel on which a client hears the ids of its settled requests
     payload:<id>:<input>  STRING a claim-checked tensor, expires
 """
@@ -110,6 +111,10 @@ class Names:
         if len(parts) != 4 or not is_model_name(parts[2]):
             raise ValueError(f"not a claim key: {key!r}")
         return ClaimName(parts[0], int(parts[1]), parts[2], int(parts[3]))
+
+    @property
+    def nowhere(self) -> str:
+        return f"{self.root}nowhere"
 
     def attempts(self, model: str) -> str:
         return f"{self.root}attempts:{model}"

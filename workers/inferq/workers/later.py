@@ -18,8 +18,10 @@ import redis
 from redis.exceptions import RedisError
 
 from inferq.shared.names import Names
+from inferq.shared.resp import Command
 from inferq.workers.claims import Slot
 from inferq.workers.clock import RedisClock
+from inferq.workers.full import pipelined
 from inferq.workers.settle import Settlement
 
 logger = logging.getLogger(__name__)
@@ -88,14 +90,15 @@ class Later:
             names.later, 0, _MOVES_PER_TRIP, withscores=True
         )  # type: ignore[assignment]
         due = [place.decode() for place, due_ms in found if due_ms <= now_ms]
-        with self._client.pipeline(transaction=True) as pipe:
-            # To the end that is claimed first: they have waited long enough. The first due last.
-            for place in reversed(due):
-                model, step, _ = place.split(":")
-                pipe.lmove(names.kept(place), names.queue(model, int(step)), "LEFT", "RIGHT")
-            if due:
-                pipe.zrem(names.later, *due)
-            pipe.execute()
+        commands: list[Command] = []
+        # To the end that is claimed first: they have waited long enough. The first due last.
+        for place in reversed(due):
+            model, step, _ = place.split(":")
+            queue = names.queue(model, int(step))
+            commands.append(("LMOVE", names.kept(place), queue, "LEFT", "RIGHT"))
+        if due:
+            pipelined(self._client, names, commands)
+            self._client.zrem(names.later, *due)
         if len(due) < len(found):
             return found[len(due)][1]
         return now_ms if len(due) > _MOVES_PER_TRIP else float("inf")

@@ -13,7 +13,9 @@ from redis.exceptions import RedisError
 
 from inferq.shared.lua import source
 from inferq.shared.names import Names
+from inferq.shared.resp import Command
 from inferq.workers.clock import RedisClock
+from inferq.workers.full import pipelined
 
 logger = logging.getLogger(__name__)
 
@@ -63,19 +65,11 @@ class Lease:
         self._thread.start()
 
     def be_born(self) -> None:
-        """A fresh incarnation: its fence and its lease in one MULTI.
-
-        What the one before may still have written after it was recovered is recovered once more.
-        """
+        """A fresh incarnation, with a fence and a lease. Raises redis errors."""
         incarnation, before = self._prefix + secrets.token_hex(8), self.incarnation
         asked = time.monotonic()
-        with self._client.pipeline(transaction=True) as pipe:
-            pipe.set(self._names.fence(incarnation), 1)
-            self._renew(keys=self._keys(incarnation), args=self._args(incarnation), client=pipe)
-            if before:
-                ends = self._clock.now() + self._lease_s * 1000
-                pipe.zadd(self._names.leases, {before: round(ends)}, nx=True)
-            _, stamp = pipe.execute()[1]
+        args = [*self._args(incarnation), 1, before]
+        _, stamp = self._renew(keys=self._keys(incarnation), args=args)
         self._clock.set(float(stamp), asked)
         self.incarnation = incarnation
         self._announce()
@@ -91,10 +85,12 @@ class Lease:
         return [incarnation, int(self._lease_s * 1000)]
 
     def _announce(self) -> None:
-        with self._client.pipeline(transaction=False) as pipe:
-            for model, advert in self._adverts.items():
-                pipe.set(self._names.model(model), advert, ex=ADVERT_TTL_S)
-            pipe.execute()
+        names = self._names
+        adverts: list[Command] = [
+            ("SET", names.model(model), advert, "EX", ADVERT_TTL_S)
+            for model, advert in self._adverts.items()
+        ]
+        pipelined(self._client, names, adverts)
         self._announced = time.monotonic()
 
     def _run(self) -> None:
@@ -122,13 +118,6 @@ class Lease:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout=5)
-
-    def withdraw(self) -> None:
-        """No longer counted among those who serve; the lease itself goes on."""
-        with self._client.pipeline(transaction=False) as pipe:
-            for model in self._adverts:
-                pipe.zrem(self._names.serving(model), self.incarnation)
-            pipe.execute()
 
     def retire(self) -> None:
         """The end of an incarnation that holds nothing: drop its fence and its lease."""

@@ -15,6 +15,7 @@ One that has no room for more does not look, and is not told.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -25,6 +26,7 @@ from inferq.shared.names import Names
 from inferq.shared.resp import Command, Reply, ReplyError
 from inferq.workers import settle
 from inferq.workers.claims import Claim, Claimed, Want
+from inferq.workers.full import forced
 from inferq.workers.link import Link
 from inferq.workers.settle import Settlement
 
@@ -33,6 +35,10 @@ logger = logging.getLogger(__name__)
 #: What to assume of a queue that Redis reports as changed while nothing was in it: enough to be
 #: useful, little enough that LMOVEs of nothing cost nothing.
 HINT: Final = 4
+#: Seconds for which a Redis that was full is taken to be full.
+FULL_S: Final = 1.0
+#: Most members that one SADD or SREM names.
+_MEMBERS: Final = 1_000
 #: A model's name and a priority step.
 QueueId = tuple[str, int]
 
@@ -42,7 +48,7 @@ class LeaseLost(Exception):
 
 
 class RedisFull(Exception):
-    """Redis refused the MULTI for want of memory; nothing of it was applied."""
+    """Redis refused the MULTI for want of memory, forced or not; nothing of it was applied."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,8 @@ class Ledger:
         self._fence = names.fence(incarnation)
         self._claims = names.claims(incarnation)
         self._numbers = numbers
+        #: Until then (monotonic s) everything is forced upon Redis, which is full.
+        self._full_until = 0.0
         #: Requests waiting in each queue; None: unknown, as it was not looked at.
         self.depths: dict[QueueId, int | None] = {}
 
@@ -108,17 +116,16 @@ class Ledger:
         one of resp.BROKEN: then whether it was applied is unknown and the same settlements are sent
         again on the next link.
         """
-        body = settle.commands(settlements, self._names, self._incarnation, self._result_ttl_s)
-        offset = len(body)
         claims = [self._new_claim(want) for want in wants]
+        claiming: list[Command] = []
         for want, claim in zip(wants, claims, strict=True):
             queue = self._names.queue(want.model, want.step)
-            body.append(("HSET", self._claims, claim.key, 0))
-            body += [("LMOVE", queue, claim.key, "RIGHT", "LEFT")] * want.count
+            claiming.append(("HSET", self._claims, claim.key, 0))
+            claiming += [("LMOVE", queue, claim.key, "RIGHT", "LEFT")] * want.count
         models = sorted({want.model for want in wants})
-        body += [("HLEN", self._names.attempts(model)) for model in models]
-        replies = self._round_trip([("MULTI",), *body, ("EXEC",)], listen, sent)
-        done = self._executed(replies[: len(body) + 2])
+        claiming += [("HLEN", self._names.attempts(model)) for model in models]
+        done = self._transact(settlements, claiming, listen, sent)
+        offset = len(done) - len(claiming)
         self.depths.update((place, None) for place in self._queues if place not in listen)
         claimed: list[Claimed] = []
         empty: list[str] = []
@@ -143,8 +150,56 @@ class Ledger:
         )
         if empty:
             self._link.note(("HDEL", self._claims, *empty))
-        self._read_arming(listen, replies[len(body) + 2 :])
         return Exchange(claimed, suspicious, missed)
+
+    def _transact(
+        self,
+        settlements: Sequence[Settlement],
+        claiming: list[Command],
+        listen: Sequence[QueueId],
+        sent: Callable[[], None],
+    ) -> list[Reply]:
+        """The replies to what settles `settlements`, and to `claiming`, from one fenced MULTI."""
+        whom = (settlements, self._names, self._incarnation, self._result_ttl_s)
+        if not self._is_full():
+            body = settle.commands(*whom) + claiming
+            try:
+                return self._multi(body, listen, sent)
+            except RedisFull as problem:
+                self._now_full(str(problem))
+        body = settle.commands(*whom, scripts=False) + claiming
+        (done,) = self._multi([forced(body, self._names)], listen, sent)
+        if isinstance(done, ReplyError):
+            raise RedisFull(f"and takes no script: {done}")
+        _log_errors(done)
+        replies: list[Reply] = done
+        return replies
+
+    def _multi(
+        self, body: list[Command], listen: Sequence[QueueId], sent: Callable[[], None]
+    ) -> list[Reply]:
+        replies = self._round_trip([("MULTI",), *body, ("EXEC",)], listen, sent)
+        self._read_arming(listen, replies[len(body) + 2 :])
+        return self._executed(replies[: len(body) + 2])
+
+    def _is_full(self) -> bool:
+        return time.monotonic() < self._full_until
+
+    def _now_full(self, problem: str) -> None:
+        if time.monotonic() > self._full_until + FULL_S:
+            logger.error("Redis is full: %s; what makes room again is forced upon it", problem)
+        self._full_until = time.monotonic() + FULL_S
+
+    def _note(self, command: Command) -> None:
+        self._link.note(forced([command], self._names) if self._is_full() else command)
+
+    def forgot(self) -> bool:
+        """Whether Redis was too full to take what was noted: `mark` it all again, then."""
+        if self._link.refused is None:
+            return False
+        self._now_full(str(self._link.refused))
+        self._link.refused = None
+        return True
 
     def mark(self, starting: Sequence[str], decoded: Sequence[Claim]) -> None:
         """Note what starts computing ("<m>/<id>") and which claims were decoded.
@@ -154,9 +209,10 @@ class Ledger:
         """
         if decoded:
             fields = [part for claim in decoded for part in (claim.key, 1)]
-            self._link.note(("HSET", self._claims, *fields))
-        if starting:
-            self._link.note(("SADD", self._names.running(self._incarnation), *starting))
+            self._note(("HSET", self._claims, *fields))
+        for at in range(0, len(starting), _MEMBERS):
+            some = starting[at : at + _MEMBERS]
+            self._note(("SADD", self._names.running(self._incarnation), *some))
 
     def unmark(self, recalled: Sequence[str]) -> None:
         """Note what was to start computing ("<m>/<id>") and shall wait again."""
@@ -176,8 +232,8 @@ class Ledger:
         adopted: list[Claimed] = []
         for key, items in zip(strangers, lists, strict=True):
             if isinstance(items, ReplyError) or not any(items):
-                self._link.note(("UNLINK", key))
-                self._link.note(("HDEL", self._claims, key))
+                self._note(("UNLINK", key))
+                self._note(("HDEL", self._claims, key))
                 continue
             name = self._names.parse_claim(key)
             messages: list[bytes | None] = [item or None for item in reversed(items)]
@@ -229,14 +285,13 @@ class Ledger:
         if result is None:
             raise LeaseLost
         if isinstance(result, ReplyError):
-            causes = [str(reply) for reply in replies[:-1] if isinstance(reply, ReplyError)]
-            if any(cause.startswith("OOM") for cause in causes):
+            causes = [
+                str(reply) for reply in (*replies[:-1], result) if isinstance(reply, ReplyError)
+            ]
+            if any("OOM " in cause for cause in causes):
                 raise RedisFull(causes[0])
-            raise RedisError(f"{result}: {'; '.join(causes[:3])}")
-        for reply in result:
-            # All the rest was applied. "no such key": a MULTI sent again, its first answer lost.
-            if isinstance(reply, ReplyError) and not str(reply).startswith("ERR no such key"):
-                logger.error("Redis refused one command of a settle or claim: %s", reply)
+            raise RedisError("; ".join(causes[:3]))
+        _log_errors(result)
         executed: list[Reply] = result
         return executed
 
@@ -247,3 +302,10 @@ class Ledger:
         if replies[1] is None:
             raise LeaseLost
         self.depths.update(zip(listen, replies[2:], strict=True))
+
+
+def _log_errors(replies: Sequence[Reply]) -> None:
+    """All the rest was applied. "no such key": a MULTI sent again, its first answer lost."""
+    for reply in replies:
+        if isinstance(reply, ReplyError) and not str(reply).startswith("ERR no such key"):
+            logger.error("Redis refused one command of a settle or claim: %s", reply)

@@ -6,6 +6,7 @@ them and for the process's own lanes at once.
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import socket
@@ -26,6 +27,8 @@ from inferq.shared.resp import (
     receive,
     send_all,
 )
+
+logger = logging.getLogger(__name__)
 
 _BUFFER_BYTES: Final = 256 * 1024
 
@@ -66,6 +69,8 @@ class Link:
         self._notes: list[Command] = []
         #: Replies that come next and are passed over.
         self._unread = 0
+        #: The last error among them that was for want of memory, until somebody clears it.
+        self.refused: ReplyError | None = None
         #: Keys that Redis has reported as changed since the last `forget_changes`.
         self.changed: set[bytes] = set()
         #: True if Redis reported that any key may have changed (FLUSHALL).
@@ -124,7 +129,7 @@ class Link:
             elif isinstance(reply, hiredis.PushNotification):
                 self._note(reply)
             elif self._unread:
-                self._unread -= 1
+                self._pass_over(reply)
             else:
                 replies.append(reply)
         return replies
@@ -155,7 +160,15 @@ class Link:
             if isinstance(reply, hiredis.PushNotification):
                 self._note(reply)
             else:
-                self._unread -= 1
+                self._pass_over(reply)
+
+    def _pass_over(self, reply: Reply) -> None:
+        self._unread -= 1
+        if isinstance(reply, ReplyError):
+            if "OOM " in str(reply):
+                self.refused = reply
+            else:
+                logger.error("Redis refused what was noted: %s", reply)
 
     def _receive(self) -> None:
         self._reader.feed(self._buffer, 0, receive(self._socket, self._view))

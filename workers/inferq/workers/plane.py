@@ -50,7 +50,8 @@ SETTLE_WITHIN_S = 0.02
 RECONNECT_S = 0.2
 #: Seconds before a MULTI that a full Redis refused is sent again.
 FULL_RETRY_S = 0.25
-#: Bytes of results that one MULTI carries at most; the rest goes into the next.
+#: Results that one MULTI carries at most, and their bytes; the rest goes into the next.
+MAX_SETTLEMENTS = 1_000
 MAX_SETTLE_BYTES = 32 * 1024 * 1024
 
 
@@ -215,15 +216,14 @@ class DataPlane:
 
     def _serve(self, link: Link, ledger: Ledger) -> None:
         ledger.arm()
-        # What a lost incarnation had begun is discarded: it is nothing of this one's.
-        jobs = [job for model in self._models.values() for job in model.jobs]
-        items = [item for job in jobs for item in job.items if item.slot.claim.key in self._claims]
-        ledger.mark(_ids(items), list(self._claims.values()))
+        self._mark_all(ledger)
         self._receive(ledger, ledger.adopt(self._claims), frozenset(self._models))
         looked = time.monotonic()
         while not self._over():
             if self._fenced_out:
                 raise LeaseLost
+            if ledger.forgot():
+                self._mark_all(ledger)
             self._collect()
             self._form(ledger)
             wants, listen = self._wants(ledger)
@@ -245,6 +245,12 @@ class DataPlane:
             if time.monotonic() - looked > IDLE_S:
                 ledger.arm()
                 looked = time.monotonic()
+
+    def _mark_all(self, ledger: Ledger) -> None:
+        # What a lost incarnation had begun is discarded: it is nothing of this one's.
+        jobs = [job for model in self._models.values() for job in model.jobs]
+        items = [item for job in jobs for item in job.items if item.slot.claim.key in self._claims]
+        ledger.mark(_ids(items), list(self._claims.values()))
 
     def _sleep_s(self) -> float:
         until = [IDLE_S]
@@ -381,7 +387,7 @@ class DataPlane:
         size = 0
         for place, done in enumerate(self._settlements):
             size += len(done.outcome)
-            if size > MAX_SETTLE_BYTES and place:
+            if place and (size > MAX_SETTLE_BYTES or place == MAX_SETTLEMENTS):
                 return self._settlements[:place]
         return list(self._settlements)
 

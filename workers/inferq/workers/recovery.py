@@ -15,6 +15,8 @@ from redis.exceptions import RedisError
 
 from inferq.shared.lua import source
 from inferq.shared.names import ClaimName, Names
+from inferq.shared.resp import Command
+from inferq.workers.full import pipelined
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +57,9 @@ def _move(client: redis.Redis, names: Names, claim: ClaimName, key: str) -> int:
     client.lrem(key, 0, b"")  # type: ignore[arg-type]
     queue = names.queue(claim.model, claim.step)
     moved = 0
+    moves: list[Command] = [("LMOVE", key, queue, "LEFT", "RIGHT")] * _MOVES_PER_TRIP
     while True:
-        with client.pipeline(transaction=False) as pipe:
-            for _ in range(_MOVES_PER_TRIP):
-                pipe.lmove(key, queue, "LEFT", "RIGHT")
-            got = sum(item is not None for item in pipe.execute())
+        got = sum(item is not None for item in pipelined(client, names, moves))
         moved += got
         if got < _MOVES_PER_TRIP:
             return moved
@@ -144,7 +144,8 @@ class Recoverer:
                 continue
             attempts = names.attempts(names.parse_claim(key.decode()).model)
             messages: list[bytes] = self._client.lrange(key, 0, -1)  # type: ignore[assignment]
-            for message in messages:
-                if message:
-                    self._client.hsetnx(attempts, suspect(message), "1")
-            self._client.expire(attempts, ATTEMPTS_TTL_S)
+            counted: list[Command] = [
+                ("HSETNX", attempts, suspect(message), 1) for message in messages if message
+            ]
+            expiry: Command = ("EXPIRE", attempts, ATTEMPTS_TTL_S)
+            pipelined(self._client, names, [*counted, expiry])

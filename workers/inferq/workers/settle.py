@@ -53,9 +53,17 @@ class Settlement(msgspec.Struct, frozen=True, eq=False):
 
 
 def commands(
-    settlements: Iterable[Settlement], names: Names, incarnation: str, result_expires_s: int
+    settlements: Iterable[Settlement],
+    names: Names,
+    incarnation: str,
+    result_expires_s: int,
+    *,
+    scripts: bool = True,
 ) -> list[Command]:
-    """The commands that settle `settlements`, to stand inside the MULTI of a fenced round trip."""
+    """The commands that settle `settlements`, to stand inside the MULTI of a fenced round trip.
+
+    `scripts`: False where they run within a script, which may call no other.
+    """
     out: list[Command] = []
     replies: defaultdict[str, list[str]] = defaultdict(list)
     touched: defaultdict[Claim, list[int]] = defaultdict(list)
@@ -67,7 +75,7 @@ def commands(
         if done.outcome and not done.ignore_result and done.request_id is not None:
             key = names.meta(done.request_id)
             out.append(("SET", key, done.outcome, "EX", result_expires_s, "NX"))
-            if len(done.outcome) < LARGE_BYTES:
+            if len(done.outcome) < LARGE_BYTES or not scripts:
                 out.append(("PUBLISH", key, done.outcome))
             else:
                 out.append(("EVAL", source("publish"), 1, key))

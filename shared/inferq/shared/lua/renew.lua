@@ -1,19 +1,28 @@
--- Renew a worker incarnation's lease, if it still has one. Also used at birth, in one MULTI with
--- the SET of its fence, so that a fence never exists without a lease.
+-- Renew a worker incarnation's lease, if it still has one; or, at birth, give it one, and the fence.
+-- Begins with a write that needs no memory, as a full Redis then lets it through (see force.lua).
 --
 -- KEYS[1]    fence:<i>     exists as long as <i> may settle
 -- KEYS[2]    leases        ZSET <i> -> Redis ms at which the lease ends
 -- KEYS[3..]  serving:<m>   ZSET <i> -> the same, per model that <i> serves
 -- ARGV[1]    <i>
 -- ARGV[2]    lease in ms
+-- ARGV[3]    '1' at birth
+-- ARGV[4]    at birth: the incarnation before, or ''; what it may still have written after it was
+--            recovered is recovered once more
 -- Returns {1 or 0 (no fence: the lease is lost), Redis ms as a string}.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + time[2] / 1000
 local stamp = string.format('%.3f', now)
-if redis.call('EXISTS', KEYS[1]) == 0 then
+local ends = string.format('%.0f', now + ARGV[2])
+redis.call('ZREM', KEYS[2], '')
+if ARGV[3] == '1' then
+  redis.call('SET', KEYS[1], 1)
+  if ARGV[4] ~= '' then
+    redis.call('ZADD', KEYS[2], 'NX', ends, ARGV[4])
+  end
+elseif redis.call('EXISTS', KEYS[1]) == 0 then
   return {0, stamp}
 end
-local ends = string.format('%.0f', now + ARGV[2])
 redis.call('ZADD', KEYS[2], ends, ARGV[1])
 for n = 3, #KEYS do
   redis.call('ZREMRANGEBYSCORE', KEYS[n], '-inf', '(' .. stamp)

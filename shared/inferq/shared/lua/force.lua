@@ -1,0 +1,19 @@
+-- Run commands although Redis is at its maxmemory (noeviction): what a worker needs to store
+-- results, to acknowledge and to claim, since that is what makes room again.
+--
+-- Redis refuses commands that may take memory to a script too, unless the script has written
+-- before (scriptVerifyOOM in its script.c): so it begins with the DEL of a key that never exists.
+-- Only ever used while Redis is full: what passes through Lua is copied twice.
+--
+-- KEYS[1]  a key that never exists
+-- ARGV     the commands, one after another: the number of its words, then these
+-- Returns their replies, errors among them.
+redis.call('DEL', KEYS[1])
+local replies = {}
+local at = 1
+while at <= #ARGV do
+  local words = tonumber(ARGV[at])
+  replies[#replies + 1] = redis.pcall(unpack(ARGV, at + 1, at + words))
+  at = at + words + 1
+end
+return replies
