@@ -26,6 +26,8 @@ MAXMEMORY = 64 << 20
 SHORT_LEASE = {"INFERQ_LEASE_S": "1"}
 #: Columns that make a result larger than what is sent once and published by a script.
 WIDE = 8_192
+
+
 @pytest.fixture
 def server(new_redis: Callable[..., EmbeddedRedis]) -> EmbeddedRedis:
     return new_redis(maxmemory=MAXMEMORY)

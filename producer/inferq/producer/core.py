@@ -8,7 +8,6 @@ operation on a dict, and a request that two of them resolve keeps its first outc
 from __future__ import annotations
 
 import os
-import re
 import socket
 import time
 import uuid
@@ -23,7 +22,7 @@ from inferq.producer.outcome import outcome_of
 from inferq.producer.outgoing import Encoder, Inputs, Outgoing, arrays_of
 from inferq.producer.pending import PendingRequest
 from inferq.shared import codec
-from inferq.shared.connect import judge_server
+from inferq.shared.connect import judge_server, parse_info
 from inferq.shared.errors import (
     ClientClosed,
     InferqError,
@@ -208,8 +207,7 @@ class Core:
         for reply in replies:
             if isinstance(reply, ReplyError):
                 raise RedisUnavailable(f"Redis refused to tell what it is: {reply}")
-            text = reply.decode() if isinstance(reply, bytes) else str(reply)
-            sections.append(dict(re.findall(r"^(\w+):(.*?)\r?$", text, re.MULTILINE)))
+            sections.append(parse_info(reply))
         known, self._run_id = self._run_id, judge_server(*sections).run_id
         if known not in ("", self._run_id):
             self._suspects.update(dict.fromkeys(list(self._table)))

@@ -126,6 +126,12 @@ def judge_server(server: Mapping[str, Any], cluster: Mapping[str, Any]) -> Serve
     return Server(version, str(server.get("run_id", "")))
 
 
+def parse_info(reply: bytes | str) -> dict[str, str]:
+    """Redis' answer to INFO."""
+    text = reply.decode() if isinstance(reply, bytes) else reply
+    return dict(re.findall(r"^(\w+):(.*?)\r?$", text, re.MULTILINE))
+
+
 def _options(url: str, retry: object, given: Mapping[str, Any]) -> dict[str, Any]:
     keepalive = {} if _scheme(url)[0] == "unix" else {"socket_keepalive": True}
     return {

@@ -129,6 +129,13 @@ class EmbeddedRedis:
         return self._process.pid
 
     @property
+    def directory(self) -> Path:
+        """Where it keeps its data."""
+        if self._directory is None:
+            raise RuntimeError("the embedded Redis was not started")
+        return Path(self._directory.name)
+
+    @property
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 

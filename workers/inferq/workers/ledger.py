@@ -47,7 +47,7 @@ class LeaseLost(Exception):
     """The fence is gone: another worker has taken over what this incarnation held."""
 
 
-class RedisFull(Exception):
+class RedisFull(RedisError):
     """Redis refused the MULTI for want of memory, forced or not; nothing of it was applied."""
 
 
@@ -151,6 +151,10 @@ class Ledger:
         if empty:
             self._link.note(("HDEL", self._claims, *empty))
         return Exchange(claimed, suspicious, missed)
+
+    def settle_again(self, settlements: Sequence[Settlement]) -> None:
+        """Settle what was settled before, on a Redis that may have forgotten it."""
+        self._transact(settlements, [], list(self._queues), lambda: None)
 
     def _transact(
         self,

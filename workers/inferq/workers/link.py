@@ -16,6 +16,7 @@ from typing import Any, Final
 import hiredis
 import redis
 
+from inferq.shared.connect import parse_info
 from inferq.shared.resp import (
     NOTHING,
     Command,
@@ -73,6 +74,8 @@ class Link:
         self.refused: ReplyError | None = None
         #: Keys that Redis has reported as changed since the last `forget_changes`.
         self.changed: set[bytes] = set()
+        #: Changes with every start of Redis, and with a failover.
+        self.run_id = ""
         #: True if Redis reported that any key may have changed (FLUSHALL).
         self.all_changed = False
 
@@ -83,9 +86,11 @@ class Link:
         self._poll = select.poll()
         self._poll.register(self._sock, select.POLLIN)
         self._poll.register(self._waker.fd, select.POLLIN)
-        (reply,) = self.call([("CLIENT", "TRACKING", "ON", "NOLOOP")])
-        if isinstance(reply, ReplyError):
-            raise redis.ConnectionError(f"CLIENT TRACKING was refused: {reply}")
+        reply, info = self.call([("CLIENT", "TRACKING", "ON", "NOLOOP"), ("INFO", "server")])
+        for each in (reply, info):
+            if isinstance(each, ReplyError):
+                raise redis.ConnectionError(f"Redis refused to set up the data plane: {each}")
+        self.run_id = parse_info(info).get("run_id", "")
 
     def close(self) -> None:
         """Close the socket; never raises."""

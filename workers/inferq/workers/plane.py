@@ -30,6 +30,7 @@ from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Claim, Claimed, Want
 from inferq.workers.clock import RedisClock
 from inferq.workers.hooks import Hooks
+from inferq.workers.kept import Kept
 from inferq.workers.lanes import Finished, Job
 from inferq.workers.lease import Lease
 from inferq.workers.ledger import LeaseLost, Ledger, QueueId, RedisFull
@@ -58,6 +59,16 @@ MAX_SETTLE_BYTES = 32 * 1024 * 1024
 def _ids(items: Iterable[Waiting]) -> list[str]:
     """The members of running:<i> for `items`."""
     return [f"{item.ticket.model}/{item.ticket.id}" for item in items]
+
+
+def _portion(settlements: list[Settlement]) -> list[Settlement]:
+    """The first of `settlements`: as many as one MULTI may carry."""
+    size = 0
+    for place, done in enumerate(settlements):
+        size += len(done.outcome)
+        if place and (size > MAX_SETTLE_BYTES or place == MAX_SETTLEMENTS):
+            return settlements[:place]
+    return list(settlements)
 
 
 class DataPlane:
@@ -95,6 +106,9 @@ class DataPlane:
         self._leaving: list[tuple[ServedModel, Job]] = []
         self._ended_jobs: list[Finished] = []
         self._settlements: list[Settlement] = []
+        self._kept = Kept()
+        #: The Redis that was last talked to.
+        self._run_id = ""
         self._claims: dict[str, Claim] = {}
         self._claim_numbers = count(1)
         self._clock = clock
@@ -185,6 +199,9 @@ class DataPlane:
                         numbers=self._claim_numbers,
                         result_ttl_s=self._result_expires_s,
                     )
+                    ledger.arm()
+                    self._mark_all(ledger)
+                    self._catch_up(link.run_id, ledger)
                     self._serve(link, ledger)
                 except LeaseLost:
                     self._be_reborn()
@@ -214,10 +231,18 @@ class DataPlane:
         pending = self._finished or self._ended_jobs or self._ready or self._settlements
         return not computing and not pending and not self._away_in_canvas
 
-    def _serve(self, link: Link, ledger: Ledger) -> None:
-        ledger.arm()
-        self._mark_all(ledger)
+    def _catch_up(self, run_id: str, ledger: Ledger) -> None:
+        """Learn what became, before this link, of what was sent on the one before it."""
+        if self._run_id not in ("", run_id):
+            kept = self._kept.all()
+            while kept:
+                portion = _portion(kept)
+                ledger.settle_again(portion)
+                kept = kept[len(portion) :]
+        self._run_id = run_id
         self._receive(ledger, ledger.adopt(self._claims), frozenset(self._models))
+
+    def _serve(self, link: Link, ledger: Ledger) -> None:
         looked = time.monotonic()
         while not self._over():
             if self._fenced_out:
@@ -244,6 +269,7 @@ class DataPlane:
             ledger.note_changes()
             if time.monotonic() - looked > IDLE_S:
                 ledger.arm()
+                self._kept.trim()
                 looked = time.monotonic()
 
     def _mark_all(self, ledger: Ledger) -> None:
@@ -347,10 +373,11 @@ class DataPlane:
         return supply.wants(self._models.values(), ledger.depths, ending)
 
     def _exchange(self, ledger: Ledger, wants: list[Want], listen: list[QueueId]) -> None:
-        sending = self._next_settlements()
+        sending = _portion(self._settlements)
         exchange = ledger.exchange(sending, wants, listen, self._dispatch)
         if sending:
             del self._settlements[: len(sending)]
+            self._kept.add(sending)
             self.settled += len(sending)
             self._hooks.on_settled(sum(done.request_id is not None for done in sending))
             for done in sending:
@@ -383,20 +410,13 @@ class DataPlane:
             for settlement, canvas in received.ended:
                 self._settle(settlement, canvas)
 
-    def _next_settlements(self) -> list[Settlement]:
-        size = 0
-        for place, done in enumerate(self._settlements):
-            size += len(done.outcome)
-            if place and (size > MAX_SETTLE_BYTES or place == MAX_SETTLEMENTS):
-                return self._settlements[:place]
-        return list(self._settlements)
-
     # --- the end of an incarnation ----------------------------------------------------------
 
     def _be_reborn(self) -> None:
         """Another worker took over what this incarnation held: drop it all, begin anew."""
         logger.error("the lease of %s is lost; its results are discarded", self._incarnation)
         self._settlements.clear()
+        self._kept.clear()
         self._claims.clear()
         self._decoded.clear()
         for model, job in self._leaving:

@@ -1,0 +1,28 @@
+"""A Redis that goes back in time: its append-only file loses its end while it is down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from inferq.workers.embedded import EmbeddedRedis
+
+#: For EmbeddedRedis: nothing is rewritten, so the file only grows.
+AOF_ARGS = ("--auto-aof-rewrite-percentage", "0")
+
+
+def aof_size(server: EmbeddedRedis) -> int:
+    """Bytes that were appended so far."""
+    return _file(server).stat().st_size
+
+
+def crash_back_to(server: EmbeddedRedis, size: int) -> None:
+    """Kill `server`, and start it again as it was when `aof_size` was `size`."""
+    server.kill()
+    with _file(server).open("r+b") as file:
+        file.truncate(size)
+    server.start()
+
+
+def _file(server: EmbeddedRedis) -> Path:
+    (found,) = (server.directory / "appendonlydir").glob("*.incr.aof")
+    return found

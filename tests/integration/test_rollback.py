@@ -1,0 +1,116 @@
+"""A Redis that comes back as it was some seconds ago (AOF everysec, failover) costs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import redis as redis_py
+from helpers.aof import AOF_ARGS, aof_size, crash_back_to
+from helpers.repository import fake_model, message, numbered
+from helpers.results import meta_of, nothing_is_held, outputs_of
+from helpers.wait import until
+from helpers.worker import Worker
+from redis import Redis
+
+from inferq.producer import Client
+from inferq.shared.names import Names
+from inferq.workers.embedded import EmbeddedRedis
+
+NAMES = Names()
+#: Columns of a request that is claim-checked.
+WIDE = 16_384
+
+
+@pytest.fixture
+def server(new_redis: Callable[..., EmbeddedRedis]) -> EmbeddedRedis:
+    return new_redis(appendonly=True, args=AOF_ARGS)
+
+
+@pytest.fixture
+def redis(server: EmbeddedRedis) -> Iterator[Redis]:
+    with redis_py.Redis.from_url(server.url) as client:
+        yield client
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    root = tmp_path / "models"
+    fake_model(root, "m", knobs="lanes = 1\nmax_batch_size = 4\nwarm_up = false",
+               fake="delay_ms = 10")  # fmt: skip
+    fake_model(root, "slow", knobs="lanes = 1\nmax_batch_size = 1\nwarm_up = false",
+               fake="delay_ms = 300")  # fmt: skip
+    fake_model(root, "wide", knobs="warm_up = false", width=WIDE)
+    return root
+
+
+def test_results_that_redis_forgot_are_stored_again_as_they_were(
+    server: EmbeddedRedis, redis: Redis, models: Path
+) -> None:
+    """Also of a claim that was settled whole: nothing of it runs again."""
+    with Worker(server.url, models, ["m"]) as worker:
+        sent = dict(message("m", numbered(n)) for n in range(10))
+        redis.lpush(NAMES.queue("m"), *sent.values())
+        before = aof_size(server)
+        stored = {request_id: meta_of(redis, request_id) for request_id in sent}
+        until(partial(nothing_is_held, redis))
+        crash_back_to(server, before)
+        assert {request_id: meta_of(redis, request_id) for request_id in sent} == stored
+        until(partial(nothing_is_held, redis), what="nothing is held any more")
+        assert worker.alive
+
+
+def test_a_claim_that_was_half_settled_is_settled_whole(
+    server: EmbeddedRedis, redis: Redis, models: Path
+) -> None:
+    """The worker knows it as half settled, Redis does not: both halves get their results."""
+    with Worker(server.url, models, ["slow"]) as worker:
+        sent = dict(message("slow", numbered(n)) for n in range(4))
+        redis.lpush(NAMES.queue("slow"), *sent.values())
+        until(partial(_claimed, redis, worker), what="all are claimed")
+        before = aof_size(server)
+        first = next(iter(sent))
+        stored = meta_of(redis, first)
+        crash_back_to(server, before)
+        for n, request_id in enumerate(sent):
+            np.testing.assert_array_equal(outputs_of(redis, request_id)["x"], numbered(n))
+        assert meta_of(redis, first) == stored
+        until(partial(nothing_is_held, redis), what="nothing is held any more")
+
+
+def _claimed(redis: Redis, worker: Worker) -> bool:
+    return redis.llen(NAMES.queue("slow")) == 0 and bool(redis.keys(NAMES.claims("*")))
+
+
+def test_a_worker_whose_birth_was_forgotten_is_born_again(
+    server: EmbeddedRedis, redis: Redis, models: Path
+) -> None:
+    redis.set("something", "so that there is a file")
+    before = aof_size(server)
+    with Worker(server.url, models, ["m"]) as worker:
+        crash_back_to(server, before)
+        sent = dict(message("m", numbered(n)) for n in range(10))
+        redis.lpush(NAMES.queue("m"), *sent.values())
+        for n, request_id in enumerate(sent):
+            np.testing.assert_array_equal(outputs_of(redis, request_id)["x"], numbered(n))
+        assert not redis.exists(NAMES.fence(worker.incarnation))
+        until(partial(nothing_is_held, redis), what="nothing is held any more")
+
+
+def test_a_client_pushes_again_what_was_forgotten_with_its_payload(
+    server: EmbeddedRedis, redis: Redis, models: Path
+) -> None:
+    with Worker(server.url, models, ["wide"]) as worker, Client(server.url) as client:
+        client.infer("wide", {"x": numbered(0, WIDE)}, timeout=15)
+        before = aof_size(server)
+        worker.pause()
+        pending = [client.submit("wide", {"x": numbered(n, WIDE)}) for n in range(10)]
+        assert redis.llen(NAMES.queue("wide")) == 10
+        crash_back_to(server, before)
+        worker.resume()
+        for n, each in enumerate(pending):
+            np.testing.assert_array_equal(each.result(30).outputs["x"], numbered(n, WIDE))
+        until(lambda: not redis.keys("inferq:1:payload:*"), what="no payload is left")

@@ -1,0 +1,51 @@
+"""What was settled lately, to be settled again if Redis goes back in time.
+
+With ``appendfsync everysec`` a Redis that crashes comes back as it was a second or two ago, and so
+does a replica that takes over. What it acknowledged since is gone: results, and which requests of
+a claim were settled.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Final
+
+from inferq.workers.settle import Settlement
+
+#: Seconds that settlements are kept: more than such a Redis goes back.
+KEEP_S: Final = 5.0
+#: Bytes of results that are kept at most; beyond that the oldest are dropped.
+KEEP_BYTES: Final = 64 * 1024 * 1024
+
+
+class Kept:
+    """The settlements of the last seconds, oldest first. Not thread-safe."""
+
+    def __init__(self) -> None:
+        #: When (monotonic s), what, and how many bytes that is.
+        self._blocks: deque[tuple[float, Sequence[Settlement], int]] = deque()
+        self._bytes = 0
+
+    def add(self, settlements: Sequence[Settlement]) -> None:
+        """Redis has answered that these are settled."""
+        size = sum([len(done.outcome) for done in settlements])
+        self._blocks.append((time.monotonic(), settlements, size))
+        self._bytes += size
+        self.trim()
+
+    def trim(self) -> None:
+        """Drop what is old enough. Only while Redis answers: its own absence is not counted."""
+        since = time.monotonic() - KEEP_S
+        while self._blocks and (self._bytes > KEEP_BYTES or self._blocks[0][0] < since):
+            self._bytes -= self._blocks.popleft()[2]
+
+    def all(self) -> list[Settlement]:
+        """What is kept."""
+        return [done for _, block, _ in self._blocks for done in block]
+
+    def clear(self) -> None:
+        """Keep nothing of what was."""
+        self._blocks.clear()
+        self._bytes = 0
