@@ -15,6 +15,13 @@ def aof_size(server: EmbeddedRedis) -> int:
     return _file(server).stat().st_size
 
 
+def after_last(server: EmbeddedRedis, command: bytes, end: bytes) -> int:
+    """Where the first `end` after the last `command` ends in the file."""
+    text = _file(server).read_bytes()
+    found = text.index(end, text.rindex(command))
+    return text.index(b"\r\n", found) + 2
+
+
 def crash_back_to(server: EmbeddedRedis, size: int) -> None:
     """Kill `server`, and start it again as it was when `aof_size` was `size`."""
     server.kill()

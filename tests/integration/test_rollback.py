@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import redis as redis_py
-from helpers.aof import AOF_ARGS, aof_size, crash_back_to
+from helpers.aof import AOF_ARGS, after_last, aof_size, crash_back_to
 from helpers.repository import fake_model, message, numbered
-from helpers.results import meta_of, nothing_is_held, outputs_of
+from helpers.results import held_by, meta_of, nothing_is_held, outputs_of
 from helpers.wait import until
 from helpers.worker import Worker
 from redis import Redis
@@ -41,8 +41,8 @@ def models(tmp_path: Path) -> Path:
     root = tmp_path / "models"
     fake_model(root, "m", knobs="lanes = 1\nmax_batch_size = 4\nwarm_up = false",
                fake="delay_ms = 10")  # fmt: skip
-    fake_model(root, "slow", knobs="lanes = 1\nmax_batch_size = 1\nwarm_up = false",
-               fake="delay_ms = 300")  # fmt: skip
+    fake_model(root, "slow", knobs="lanes = 1\nmax_batch_size = 4\nwarm_up = false",
+               fake="delay_ms = 1000")  # fmt: skip
     fake_model(root, "wide", knobs="warm_up = false", width=WIDE)
     return root
 
@@ -68,21 +68,17 @@ def test_a_claim_that_was_half_settled_is_settled_whole(
 ) -> None:
     """The worker knows it as half settled, Redis does not: both halves get their results."""
     with Worker(server.url, models, ["slow"]) as worker:
-        sent = dict(message("slow", numbered(n)) for n in range(4))
-        redis.lpush(NAMES.queue("slow"), *sent.values())
-        until(partial(_claimed, redis, worker), what="all are claimed")
-        before = aof_size(server)
-        first = next(iter(sent))
-        stored = meta_of(redis, first)
-        crash_back_to(server, before)
+        late, raw = message("slow", numbered(0), deadline_ms=1.0)
+        sent = dict(message("slow", numbered(n)) for n in range(3))
+        redis.lpush(NAMES.queue("slow"), raw, *sent.values())
+        stored = meta_of(redis, late)
+        assert stored["result"]["exc_type"] == "DeadlineExceeded"
+        crash_back_to(server, after_last(server, b"LMOVE", b"EXEC"))
+        assert held_by(redis, worker.incarnation) == 4, "as it was right after the claim"
         for n, request_id in enumerate(sent):
             np.testing.assert_array_equal(outputs_of(redis, request_id)["x"], numbered(n))
-        assert meta_of(redis, first) == stored
+        assert meta_of(redis, late) == stored
         until(partial(nothing_is_held, redis), what="nothing is held any more")
-
-
-def _claimed(redis: Redis, worker: Worker) -> bool:
-    return redis.llen(NAMES.queue("slow")) == 0 and bool(redis.keys(NAMES.claims("*")))
 
 
 def test_a_worker_whose_birth_was_forgotten_is_born_again(
