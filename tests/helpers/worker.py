@@ -18,6 +18,7 @@ import redis
 from helpers.wait import until
 from inferq.shared.names import Names, queue_of
 from inferq.workers.children import end_child, start_child
+from inferq.workers.health import SERVING, read_beat
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 40.0
@@ -98,12 +99,6 @@ class Worker:
         """Start the process; do not wait for it to serve."""
         with redis.Redis.from_url(self.redis_url) as client:
             self._before = {i for model in self.serve for i in self._serving(client, model)}
-        queues = ",".join(queue_of(model) for model in self.serve)
-        command = [
-            sys.executable, "-m", "celery", "-A", "inferq.workers.app", "worker",
-            "-P", "solo", "-Q", queues, "-n", f"{self.name}@%h", "--loglevel", "INFO",
-            *self._args,
-        ]  # fmt: skip
         env = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
@@ -114,7 +109,15 @@ class Worker:
         handle, path = tempfile.mkstemp(prefix=f"inferq-worker-{self.name}-", suffix=".log")
         self._log = Path(path)
         with open(handle, "wb") as log:
-            self._process = start_child(command, log, env=env)
+            self._process = start_child(self._command(), log, env=env)
+
+    def _command(self) -> list[str]:
+        queues = ",".join(queue_of(model) for model in self.serve)
+        return [
+            sys.executable, "-m", "celery", "-A", "inferq.workers.app", "worker",
+            "-P", "solo", "-Q", queues, "-n", f"{self.name}@%h", "--loglevel", "INFO",
+            *self._args,
+        ]  # fmt: skip
 
     def wait_ready(self, timeout: float = START_TIMEOUT_S) -> None:
         """Wait until this worker announces every model that it serves.
@@ -173,3 +176,33 @@ class Worker:
     def _serving(self, client: redis.Redis, model: str) -> set[str]:
         members = client.zrange(self._names.serving(model), 0, -1)
         return {str(member, "utf-8") for member in members if isinstance(member, bytes)}
+
+
+class SupervisedWorker(Worker):
+    """``inferq worker``: `pid` is the supervisor's, `child` the worker process itself."""
+
+    def start(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="inferq-heartbeat-")
+        self.heartbeat = Path(self._folder.name) / "beat.json"
+        self._env["INFERQ_HEARTBEAT_FILE"] = str(self.heartbeat)
+        super().start()
+
+    def close(self) -> None:
+        super().close()
+        self._folder.cleanup()
+
+    def child(self) -> int:
+        """The pid of the worker process that serves now, waited for."""
+        return until(self._serving_pid, START_TIMEOUT_S, "a child serves") or 0
+
+    def _serving_pid(self) -> int | None:
+        beat = read_beat(self.heartbeat)
+        serves = beat is not None and beat.state == SERVING and self.alive
+        return beat.pid if beat is not None and serves else None
+
+    def _command(self) -> list[str]:
+        queues = ",".join(queue_of(model) for model in self.serve)
+        return [
+            sys.executable, "-m", "inferq.workers.cli", "worker", "--models", str(self.models),
+            "-Q", queues, "--name", f"{self.name}@%h", *self._args,
+        ]  # fmt: skip

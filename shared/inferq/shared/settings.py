@@ -58,6 +58,8 @@ class Settings(BaseSettings):
     #: What the incarnations of this worker process begin with; its supervisor recovers what those
     #: held as soon as the process is dead. Letters and digits.
     incarnation: Annotated[str, Field(pattern=r"^[A-Za-z0-9]{0,64}$")] = ""
+    #: Where the worker writes every second what it does (see `inferq health`); None: nowhere.
+    heartbeat_file: Path | None = None
     #: The worker's model repository; None: the worker's command line names it.
     models: Path | None = None
 

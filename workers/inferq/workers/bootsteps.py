@@ -59,8 +59,11 @@ class DataPlaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
             raise refuse(str(problem)) from None
 
     def start(self, worker: WorkController) -> None:
-        worker.inferq = self.service = Service(worker, self._settings, self._specs)
-        self.service.start()
+        worker.inferq = Service(worker, self._settings, self._specs)
+        try:
+            worker.inferq.start()
+        except ConfigError as problem:
+            raise refuse(str(problem)) from None
 
     def close(self, worker: WorkController) -> None:
         if worker.inferq is not None:

@@ -13,6 +13,7 @@ from typing import IO, Final
 # where a lock that another thread of the parent held at the fork can hang it.
 _TRAMPOLINE: Final = """\
 import ctypes, os, signal, sys
+signal.pthread_sigmask(signal.SIG_SETMASK, ())
 if sys.platform == "linux":
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -24,22 +25,22 @@ os.execvp(sys.argv[2], sys.argv[2:])
 
 def start_child(
     command: Sequence[str],
-    output: IO[bytes],
+    output: IO[bytes] | None,
     *,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start `command`, with stdout and stderr in `output`; its pid is the Popen's.
+    """Start `command`, with stdout and stderr in `output` (None: where the caller's are).
 
-    On Linux the kernel sends it SIGKILL when the calling *thread* ends, so call this from one
-    that lives as long as the child should. It has a session of its own: Ctrl-C in the terminal
-    does not reach it, the parent decides.
+    Its pid is the Popen's, and no signal is blocked in it. On Linux the kernel sends it SIGKILL
+    when the calling *thread* ends, so call this from one that lives as long as the child should. It
+    has a session of its own: Ctrl-C in the terminal does not reach it, the parent decides.
     """
     return subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", _TRAMPOLINE, str(os.getpid()), *command],
         stdin=subprocess.DEVNULL,
         stdout=output,
-        stderr=subprocess.STDOUT,
+        stderr=None if output is None else subprocess.STDOUT,
         env=None if env is None else dict(env),
         cwd=cwd,
         start_new_session=True,

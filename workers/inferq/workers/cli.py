@@ -7,6 +7,7 @@ from importlib.metadata import version
 import click
 
 from inferq.workers.demo.command import demo
+from inferq.workers.health_command import health
 from inferq.workers.models_command import models
 from inferq.workers.worker_command import worker
 
@@ -22,6 +23,7 @@ def inferq() -> None:
 
 inferq.add_command(worker)
 inferq.add_command(models)
+inferq.add_command(health)
 inferq.add_command(demo)
 
 

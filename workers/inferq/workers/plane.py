@@ -102,6 +102,7 @@ class DataPlane:
         self._waker = Waker()
         self._finished: deque[Finished] = deque()
         self._ready: deque[tuple[str, Settlement]] = deque()
+        self._ledger: Ledger | None = None
         #: Batches that were formed and not given to the lanes yet.
         self._leaving: list[tuple[ServedModel, Job]] = []
         self._ended_jobs: list[Finished] = []
@@ -125,6 +126,9 @@ class DataPlane:
         #: Requests since the start.
         self.claimed = 0
         self.settled = 0
+        self._batches_ended = 0
+        #: When Redis last answered (monotonic s); 0: never yet.
+        self.answered_at = 0.0
 
     # --- called from other threads ----------------------------------------------------------
 
@@ -150,6 +154,19 @@ class DataPlane:
     def look(self) -> None:
         """Look at the queues again: what may be claimed from has changed."""
         self._waker.set()
+
+    @property
+    def steps(self) -> int:
+        """Grows with whatever gets done: see heartbeat."""
+        return self.claimed + self.settled + self._batches_ended
+
+    def backlog(self) -> bool:
+        """Whether requests wait in a queue that this worker consumes, as far as it knows."""
+        ledger = self._ledger
+        if ledger is None or not self._claiming:
+            return False
+        depths = list(ledger.depths.items())
+        return any(depth and self._models[model].consuming for (model, _), depth in depths)
 
     def overdue(self) -> bool:
         """Whether some batch exceeds its model's max_run_seconds."""
@@ -199,6 +216,7 @@ class DataPlane:
                         numbers=self._claim_numbers,
                         result_ttl_s=self._result_expires_s,
                     )
+                    self._ledger = ledger
                     ledger.arm()
                     self._mark_all(ledger)
                     self._catch_up(link.run_id, ledger)
@@ -243,7 +261,7 @@ class DataPlane:
         self._receive(ledger, ledger.adopt(self._claims), frozenset(self._models))
 
     def _serve(self, link: Link, ledger: Ledger) -> None:
-        looked = time.monotonic()
+        self.answered_at = time.monotonic()
         while not self._over():
             if self._fenced_out:
                 raise LeaseLost
@@ -260,17 +278,17 @@ class DataPlane:
                 except RedisFull as problem:
                     logger.error("Redis is full, will try again: %s", problem)
                     link.wait(FULL_RETRY_S)
-                looked = time.monotonic()
+                self.answered_at = time.monotonic()
                 continue
             if self._leaving:
                 ledger.flush()
                 self._dispatch()
             link.wait(self._sleep_s())
             ledger.note_changes()
-            if time.monotonic() - looked > IDLE_S:
+            if time.monotonic() - self.answered_at > IDLE_S:
                 ledger.arm()
                 self._kept.trim()
-                looked = time.monotonic()
+                self.answered_at = time.monotonic()
 
     def _mark_all(self, ledger: Ledger) -> None:
         # What a lost incarnation had begun is discarded: it is nothing of this one's.
@@ -294,6 +312,7 @@ class DataPlane:
         """Take note of the batches that have ended."""
         while self._finished:
             finished = self._finished.popleft()
+            self._batches_ended += 1
             model = self._models[finished.job.items[0].ticket.model]
             model.ended(finished.job, finished.ended - finished.began)
             if finished.fatal is not None:

@@ -21,6 +21,7 @@ from inferq.workers import celery_private
 from inferq.workers.canvas import Canvas
 from inferq.workers.celery_side import CelerySide
 from inferq.workers.clock import RedisClock
+from inferq.workers.heartbeat import Heartbeat
 from inferq.workers.lanes import Finished
 from inferq.workers.later import Later
 from inferq.workers.lease import Lease
@@ -51,14 +52,18 @@ class Service:
         self._side = CelerySide(worker, self._later, settings.global_keyprefix)
         self._models = [ServedModel(spec) for spec in specs]
         self._loader = threading.Thread(target=self._load, name="inferq-load", daemon=True)
+        path = settings.heartbeat_file
+        self._heartbeat = Heartbeat(path, worker.hostname) if path else None
         self._stopping = False
         self.plane: DataPlane | None = None
         #: Our queues as kombu declares them, by name, for ``inspect active_queues``.
         self.queues: dict[str, Any] = {}
 
     def start(self) -> None:
-        """Load the models and begin to serve, both in the background."""
+        """Load the models and begin to serve, both in the background. ConfigError."""
         keep_freed_memory()
+        if self._heartbeat is not None:
+            self._heartbeat.start()
         self._loader.start()
 
     def _load(self) -> None:
@@ -126,6 +131,8 @@ class Service:
         self._recoverer.start()
         self._later.start()
         self.plane = plane
+        if self._heartbeat is not None:
+            self._heartbeat.plane = plane
         plane.start()
         logger.info("serving %s", ", ".join(model.name for model in self._models))
 
@@ -157,6 +164,8 @@ class Service:
 
     def stop_claiming(self) -> None:
         self._stopping = True
+        if self._heartbeat is not None:
+            self._heartbeat.stopping = True
         if self.plane is not None:
             self.plane.stop_claiming()
 
@@ -166,9 +175,12 @@ class Service:
         Waits in short steps, so that a cold shutdown asked for meanwhile takes effect.
         """
         self._stopping = True
-        plane = self.plane
-        if plane is None:
-            return
+        if self.plane is not None:
+            self._drain(self.plane, grace_s)
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+
+    def _drain(self, plane: DataPlane, grace_s: float) -> None:
         plane.drain(grace_s)
         deadline = time.monotonic() + grace_s + 10.0
         terminated = False

@@ -1,8 +1,10 @@
-"""``inferq worker``: the Celery worker command with inferq's defaults filled in."""
+"""``inferq worker``: Celery's worker command with inferq's defaults filled in, and a supervisor."""
 
 from __future__ import annotations
 
+import logging
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -40,12 +42,17 @@ def worker(
     loglevel: str,
     celery_options: tuple[str, ...],
 ) -> None:
-    """Serve models. Runs ``celery -A inferq.workers.app worker -P solo -Q … -n …`` in this process.
+    """Serve models. Keeps ``celery -A inferq.workers.app worker -P solo -Q … -n …`` alive.
 
+    A worker process that dies is replaced, and what it held goes back to its queues at once.
+    SIGTERM and Ctrl-C finish what computes, a second one hands everything back, a third one kills.
     CELERY_OPTIONS go to Celery as they are (-E, --statedb FILE, …).
     """
-    from inferq.shared.settings import Settings  # noqa: PLC0415 (heavy)
+    from inferq.shared.connect import redis_client  # noqa: PLC0415 (heavy)
+    from inferq.shared.settings import Settings  # noqa: PLC0415
+    from inferq.workers.health import default_folder  # noqa: PLC0415
     from inferq.workers.repository import model_names  # noqa: PLC0415
+    from inferq.workers.supervisor import Child, Supervisor  # noqa: PLC0415
 
     try:
         settings = Settings.load(redis_url=redis_url, models=repository)
@@ -54,17 +61,24 @@ def worker(
         raise click.ClickException(problem.message) from problem
     if not served:
         raise click.ClickException(f"no model in {str(repository)!r}; expected <model>/<version>/")
+    node = (name or f"cpu{os.getpid()}@%h").replace("%h", socket.gethostname())
     command = [
         sys.executable, "-m", "celery", "-A", "inferq.workers.app", "worker", "-P", "solo",
-        "-Q", ",".join(served), "-n", name or f"cpu{os.getpid()}@%h", "-l", loglevel,
-        *celery_options,
+        "-Q", ",".join(served), "-n", node, "-l", loglevel, *celery_options,
     ]  # fmt: skip
+    heartbeat = settings.heartbeat_file or default_folder() / f"{node}.json"
     environment = {
         **os.environ,
         "INFERQ_REDIS_URL": settings.redis_url,
         "INFERQ_MODELS": str(repository.absolute()),
+        "INFERQ_HEARTBEAT_FILE": str(heartbeat),
     }
-    os.execve(command[0], command, environment)  # noqa: S606 - no shell is wanted
+    logging.basicConfig(
+        level=logging.INFO, format="[%(asctime)s: %(levelname)s/supervisor] %(message)s"
+    )
+    client = redis_client(settings.redis_url, sentinel_master=settings.sentinel_master)
+    child = Child(node, command, environment, heartbeat)
+    raise SystemExit(Supervisor([child], client, settings.names()).run())
 
 
 def _queues(queues: tuple[str, ...]) -> list[str]:

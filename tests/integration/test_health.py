@@ -1,0 +1,165 @@
+"""`inferq health` fails for a worker that has work and does not get on with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from helpers.repository import fake_model, message, numbered
+from helpers.wait import until
+from helpers.worker import Worker
+from redis import Redis
+
+from inferq.shared.names import Names
+from inferq.workers import health
+from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.engines.fake import FAULT_HANG
+from inferq.workers.health import SERVING, STALE_S, STUCK_S, Beat, problem_of, read_beat, silence_s
+from inferq.workers.heartbeat import Heartbeat
+
+NAMES = Names()
+
+
+def ask(*args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "inferq.workers.cli", "health", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def beat(**given: object) -> Beat:
+    now = time.monotonic()
+    good = Beat(os.getpid(), "node", SERVING, now, now, 0, 0, False, 0.0)
+    return msgspec.structs.replace(good, **given)
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    root = tmp_path / "models"
+    fake_model(root, "m", knobs="lanes = 1\nwarm_up = false\nmax_run_seconds = 1.0",
+               fake="faults = true")  # fmt: skip
+    return root
+
+
+def test_a_worker_is_healthy_until_its_batch_never_ends(
+    redis_url: str, redis: Redis, models: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "beats" / "beat.json"
+    with Worker(redis_url, models, env={"INFERQ_HEARTBEAT_FILE": str(path)}) as worker:
+        until(lambda: ask("--file", str(path)).returncode == 0, what="it is healthy")
+        (told,) = map(json.loads, ask("--file", str(path), "--json").stdout.splitlines())
+        assert (told["healthy"], told["pid"], told["state"]) == (True, worker.pid, "serving")
+        redis.lpush(NAMES.queue("m"), message("m", numbered(FAULT_HANG))[1])
+        until(lambda: ask("--file", str(path)).returncode == 1, what="it is not any more")
+        answer = ask("--file", str(path))
+        assert "a batch computes for longer than max_run_seconds" in answer.stdout
+        worker.kill()
+        assert f"its process {worker.pid} is gone" in ask("--file", str(path)).stdout
+
+
+def test_a_worker_that_stops_leaves_no_heartbeat(
+    redis_url: str, models: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "beat.json"
+    with Worker(redis_url, models, env={"INFERQ_HEARTBEAT_FILE": str(path)}) as worker:
+        until(lambda: read_beat(path), what="a heartbeat")
+        assert worker.stop() == 0
+    assert list(tmp_path.glob("*beat*")) == []
+    assert ask("--file", str(path)).returncode == 1
+
+
+def test_a_heartbeat_that_cannot_be_written_is_refused(
+    redis_url: str, models: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "beat.json"
+    worker = Worker(redis_url, models, env={"INFERQ_HEARTBEAT_FILE": str(path)})
+    try:
+        worker.start()
+        assert worker.process.wait(30) != 0
+        assert f"INFERQ_HEARTBEAT_FILE is {str(path)!r}; expected a file" in worker.log
+    finally:
+        worker.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({}, None),
+        ({"state": "loading"}, "it is loading"),
+        ({"state": "stopping"}, "it is stopping"),
+        ({"written": time.monotonic() - STALE_S - 5}, "no heartbeat for"),
+        ({"overdue": True}, "longer than max_run_seconds"),
+        ({"stuck_s": STUCK_S + 1, "waiting": 3}, "no progress for 31 s"),
+        ({"stuck_s": STUCK_S - 1, "waiting": 3}, None),
+    ],
+    ids=str,
+)
+def test_each_way_not_to_consume_is_named(given: dict[str, object], reason: str | None) -> None:
+    problem = problem_of(beat(**given))
+    assert problem is None if reason is None else reason in str(problem)
+
+
+def test_silence_of_redis_is_the_workers_fault_only_if_redis_answers(
+    new_redis: Callable[..., EmbeddedRedis], tmp_path: Path
+) -> None:
+    server = new_redis()
+    deaf = beat(answered=time.monotonic() - health.SILENT_S - 1, written=time.monotonic() + 60)
+    assert silence_s(deaf) is not None
+    assert silence_s(beat()) is None
+    path = tmp_path / "beat.json"
+    path.write_bytes(msgspec.json.encode(deaf))
+    answer = ask("--file", str(path), "--redis-url", server.url)
+    assert (answer.returncode, "which answers" in answer.stdout) == (1, True)
+    server.kill()
+    answer = ask("--file", str(path), "--redis-url", server.url)
+    assert (answer.returncode, "waits for Redis" in answer.stdout) == (0, True)
+
+
+class StandIn:
+    """A data plane as far as a heartbeat looks at it."""
+
+    def __init__(self) -> None:
+        self.answered_at = 1.0
+        self.models = ()
+        self.steps = 0
+        self.waits = False
+
+    def backlog(self) -> bool:
+        return self.waits
+
+
+def test_work_without_progress_is_counted_from_the_last_progress(tmp_path: Path) -> None:
+    plane = StandIn()
+    heart = Heartbeat(tmp_path / "beat.json", "node")
+    heart.plane = plane
+    assert heart._beat().stuck_s == 0
+    plane.waits = True
+    until(lambda: heart._beat().stuck_s > 0.05, what="work without progress")
+    plane.steps += 1
+    assert heart._beat().stuck_s == 0
+    until(lambda: heart._beat().stuck_s > 0.05, what="stuck again")
+    plane.waits = False
+    assert heart._beat().stuck_s == 0
+
+
+def test_a_stopped_process_has_no_fresh_heartbeat(
+    redis_url: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "STALE_S", 2.0)
+    path = tmp_path / "beat.json"
+    with Worker(redis_url, models, env={"INFERQ_HEARTBEAT_FILE": str(path)}) as worker:
+        until(lambda: read_beat(path), what="a heartbeat")
+        os.kill(worker.pid, signal.SIGSTOP)
+
+        def reason() -> str:
+            found = read_beat(path)
+            return (problem_of(found) or "") if found else ""
+
+        until(lambda: "no heartbeat for" in reason(), what="it is noticed")

@@ -1,0 +1,227 @@
+"""`inferq worker` keeps its worker process alive, and what that held does not wait for a lease."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.repository import fake_model, message, numbered
+from helpers.results import dead_letters, meta_of, nothing_is_held, outputs_of
+from helpers.wait import until
+from helpers.worker import SupervisedWorker, Worker
+from redis import Redis
+
+from inferq.producer import Client, Pending
+from inferq.shared.errors import DeadLettered
+from inferq.shared.names import Names
+from inferq.workers import supervisor
+from inferq.workers.celery_side import EX_FATAL_ENGINE
+from inferq.workers.engines.fake import FAULT_FATAL, FAULT_HANG, FAULT_SEGFAULT
+from inferq.workers.supervisor import Child, Supervisor
+
+NAMES = Names()
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    root = tmp_path / "models"
+    few = "lanes = 1\nmax_batch_size = 8\nwarm_up = false"
+    fake_model(root, "m", knobs=few, fake="faults = true\ndelay_ms = 5")
+    fake_model(root, "slow", knobs=few, fake="delay_ms = 3000")
+    fake_model(root, "hangs", knobs=f"{few}\nmax_run_seconds = 1.0", fake="faults = true")
+    return root
+
+
+def _ended(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_what_a_killed_child_held_is_back_within_a_second_and_a_new_child_serves(
+    redis_url: str, redis: Redis, models: Path
+) -> None:
+    with SupervisedWorker(redis_url, models, ["slow"]) as worker:
+        sent = dict(message("slow", numbered(n)) for n in range(4))
+        redis.lpush(NAMES.queue("slow"), *sent.values())
+        until(lambda: redis.keys(NAMES.running("*")), what="they compute")
+        first = worker.child()
+        until(lambda: " serves, " in worker.log, what="the supervisor knows it")
+        killed = time.monotonic()
+        os.kill(first, signal.SIGKILL)
+        until(partial(nothing_is_held, redis), what="nothing is held")
+        assert time.monotonic() - killed <= 1.0, "the promise"
+        assert redis.llen(NAMES.queue("slow")) == 4
+        for n, request_id in enumerate(sent):
+            np.testing.assert_array_equal(outputs_of(redis, request_id, 30)["x"], numbered(n))
+        assert worker.child() != first
+        assert "ended by SIGKILL" in worker.log
+        until(lambda: worker.log.count(" serves, ") == 2, what="the time to consuming is told")
+        assert worker.stop() == 0
+    assert redis.zcard(NAMES.leases) == 0
+
+
+def test_one_segfault_among_200_requests_is_one_dead_letter_and_199_results(
+    redis_url: str, redis: Redis, models: Path
+) -> None:
+    with SupervisedWorker(redis_url, models, ["m"]), Client(redis_url) as client:
+        pending = [
+            client.submit("m", {"x": numbered(FAULT_SEGFAULT if n == 77 else n)})
+            for n in range(200)
+        ]
+        for n, each in enumerate(pending):
+            if n != 77:
+                np.testing.assert_array_equal(each.result(60).outputs["x"], numbered(n))
+        with pytest.raises(DeadLettered, match="died computing it 3 times"):
+            pending[77].result(60)
+        (letter,) = dead_letters(redis, "m")
+        assert letter["id"] == pending[77].request_id
+
+
+def test_an_engine_beyond_use_is_replaced_by_a_fresh_process(
+    redis_url: str, redis: Redis, models: Path
+) -> None:
+    with SupervisedWorker(redis_url, models, ["m"]) as worker, Client(redis_url) as client:
+        first = worker.child()
+        bad = client.submit("m", {"x": numbered(FAULT_FATAL)})
+        until(partial(_ended, first), 30, "the first child's end")
+        assert client.infer("m", {"x": numbered(7)}, timeout=30).outputs["x"][0, 0] == 7
+        with pytest.raises(DeadLettered):
+            bad.result(60)
+        assert worker.log.count(f"ended with status {EX_FATAL_ENGINE}") == 3
+        assert worker.child() != first
+
+
+def test_a_child_that_never_gets_on_with_its_batch_is_replaced(
+    redis_url: str, models: Path
+) -> None:
+    with SupervisedWorker(redis_url, models, ["hangs"]) as worker, Client(redis_url) as client:
+        bad = client.submit("hangs", {"x": numbered(FAULT_HANG)})
+        good = [client.submit("hangs", {"x": numbered(n)}) for n in range(10)]
+        for n, each in enumerate(good):
+            np.testing.assert_array_equal(each.result(60).outputs["x"], numbered(n))
+        with pytest.raises(DeadLettered):
+            bad.result(60)
+        assert "is killed: a batch computes for longer than max_run_seconds" in worker.log
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_a_first_signal_finishes_what_computes(
+    redis_url: str, redis: Redis, models: Path, stop: signal.Signals
+) -> None:
+    with SupervisedWorker(redis_url, models, ["slow"]) as worker:
+        request_id, raw = message("slow", numbered(1))
+        redis.lpush(NAMES.queue("slow"), raw)
+        until(lambda: redis.keys(NAMES.running("*")), what="it computes")
+        worker.process.send_signal(stop)
+        assert worker.process.wait(30) == 0
+    assert meta_of(redis, request_id, 0.1)["status"] == "SUCCESS"
+
+
+def test_a_second_signal_hands_back_at_once(redis_url: str, redis: Redis, models: Path) -> None:
+    with SupervisedWorker(redis_url, models, ["slow"]) as worker:
+        request_id, raw = message("slow", numbered(1))
+        redis.lpush(NAMES.queue("slow"), raw)
+        until(lambda: redis.keys(NAMES.running("*")), what="it computes")
+        worker.process.send_signal(signal.SIGTERM)
+        until(lambda: "Warm shutdown" in worker.log, what="the first signal is passed on")
+        worker.process.send_signal(signal.SIGTERM)
+        worker.process.wait(30)
+        assert "SIGQUIT to the workers" in worker.log
+    assert not redis.exists(NAMES.meta(request_id))
+    assert redis.lrange(NAMES.queue("slow"), 0, -1) == [raw]
+
+
+def test_a_worker_that_cannot_serve_ends_its_supervisor_with_its_status(
+    redis_url: str, tmp_path: Path
+) -> None:
+    fake_model(tmp_path, "m", fake="delay_ms = -1")
+    worker = Worker(redis_url, tmp_path, ["m"])
+    supervised = SupervisedWorker(redis_url, tmp_path, ["m"])
+    try:
+        for each in (worker, supervised):
+            each.start()
+        assert supervised.process.wait(30) == worker.process.wait(30) != 0
+        assert "fake.delay_ms" in supervised.log
+    finally:
+        worker.close()
+        supervised.close()
+
+
+def test_rolling_restart_under_load_fails_no_request(
+    redis_url: str, redis: Redis, models: Path
+) -> None:
+    pending: list[Pending] = []
+    with Client(redis_url) as client:
+        workers = [SupervisedWorker(redis_url, models, ["m"], name=f"w{n}") for n in range(2)]
+        try:
+            for worker in workers:
+                worker.start()
+                worker.wait_ready()
+            for n, old in enumerate(workers):
+                goal = len(pending) + 500
+                fresh = SupervisedWorker(redis_url, models, ["m"], name=f"fresh{n}")
+                fresh.start()
+                workers[n] = fresh
+                old.process.send_signal(signal.SIGTERM)
+                while len(pending) < goal or old.alive:
+                    pending.append(client.submit("m", {"x": numbered(len(pending))}))
+                    if len(pending) % 50 == 0:
+                        pending[-1].result(60)
+                assert old.process.returncode == 0
+                old.close()
+                fresh.wait_ready()
+            for n, each in enumerate(pending):
+                np.testing.assert_array_equal(each.result(60).outputs["x"], numbered(n))
+        finally:
+            for worker in workers:
+                worker.close()
+    until(partial(nothing_is_held, redis), what="nothing is held")
+
+
+#: A child that says that it serves, and then dies.
+_DIES = """
+import json, os, sys, time
+beat = dict(pid=os.getpid(), node="n", state="serving", written=time.monotonic(), answered=1.0,
+            computing=0, waiting=0, overdue=False, stuck_s=0.0)
+with open(sys.argv[1] + ".new", "w") as file:
+    json.dump(beat, file)
+os.replace(sys.argv[1] + ".new", sys.argv[1])
+with open(sys.argv[2], "a") as file:
+    file.write(f"{time.monotonic()}\\n")
+time.sleep(0.6)  # longer than LOOK_S: the supervisor has seen it serve
+starts = len(open(sys.argv[2]).readlines())
+os._exit(0 if starts >= 5 else 9)
+"""
+
+
+def test_one_that_keeps_dying_is_replaced_more_and_more_slowly(
+    redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "BACK_OFF_S", 0.2)
+    starts = tmp_path / "starts"
+    beat = tmp_path / "beat"
+    command = [sys.executable, "-c", _DIES, str(beat), str(starts)]
+    assert Supervisor([Child("n", command, os.environ, beat)], redis, NAMES).run() == 0
+    at = [float(line) for line in starts.read_text().split()]
+    pauses = [later - earlier for earlier, later in pairwise(at)]
+    assert len(pauses) == 4
+    for pause, least in zip(pauses, [0.0, 0.2, 0.4, 0.8], strict=True):
+        assert pause >= 0.6 + least
+
+
+def test_one_that_never_served_and_ends_with_a_status_is_not_tried_again(
+    redis: Redis, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", "raise SystemExit(78)"]
+    child = Child("n", command, os.environ, tmp_path / "beat")
+    assert Supervisor([child], redis, NAMES).run() == 78

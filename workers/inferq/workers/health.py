@@ -1,0 +1,92 @@
+"""Whether a worker consumes, judged by its heartbeat file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+#: Seconds without a heartbeat after which something is wrong.
+STALE_S: Final = 10.0
+#: Seconds without an answer from Redis.
+SILENT_S: Final = 15.0
+#: Seconds of work without progress while nothing computes.
+STUCK_S: Final = 30.0
+
+
+#: What a worker's state is called.
+LOADING: Final = "loading"
+SERVING: Final = "serving"
+STOPPING: Final = "stopping"
+
+
+class Beat(msgspec.Struct, frozen=True):
+    """One JSON object. Times are s of CLOCK_MONOTONIC, which all processes of a host share."""
+
+    pid: int
+    node: str
+    state: str
+    written: float
+    #: When Redis last answered the data plane; 0: never yet.
+    answered: float
+    #: Requests that compute, and that are claimed and wait.
+    computing: int
+    waiting: int
+    #: A batch computes for longer than its model's max_run_seconds.
+    overdue: bool
+    #: Seconds that there was work, nothing computed and nothing else went on either.
+    stuck_s: float
+
+
+def default_folder() -> Path:
+    """Where `inferq worker` keeps heartbeat files, one per child: this user's own."""
+    return Path(tempfile.gettempdir()) / f"inferq-{os.getuid()}"
+
+
+def read_beat(path: Path) -> Beat | None:
+    """The heartbeat at `path`; None if there is none, or it is no heartbeat."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Beat)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def problem_of(beat: Beat) -> str | None:
+    """Why this worker does not consume; None if it does, as far as it goes by itself."""
+    now = time.monotonic()
+    if not _lives(beat.pid):
+        return f"its process {beat.pid} is gone"
+    if now - beat.written > STALE_S:
+        return f"no heartbeat for {now - beat.written:.0f} s"
+    if beat.state != SERVING:
+        return f"it is {beat.state}"
+    return stuck(beat)
+
+
+def stuck(beat: Beat) -> str | None:
+    """Why it would never get on with its work; None if it does, or has none."""
+    if beat.overdue:
+        return "a batch computes for longer than max_run_seconds"
+    if beat.stuck_s > STUCK_S:
+        return f"it has work and has made no progress for {beat.stuck_s:.0f} s"
+    return None
+
+
+def silence_s(beat: Beat) -> float | None:
+    """Seconds since Redis last answered it, if these are too many."""
+    silent = time.monotonic() - beat.answered
+    return silent if silent > SILENT_S else None
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,72 @@
+"""``inferq health``: do the workers on this host consume? For people and containers' probes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import click
+import msgspec
+from redis.exceptions import RedisError
+
+from inferq.shared.connect import redis_client
+from inferq.shared.errors import ConfigError
+from inferq.shared.settings import Settings
+from inferq.workers.health import Beat, default_folder, problem_of, read_beat, silence_s
+
+
+@click.command()
+@click.option(
+    "--file", "path", envvar="INFERQ_HEARTBEAT_FILE", type=click.Path(path_type=Path),
+    help="A worker's heartbeat file. Also: INFERQ_HEARTBEAT_FILE. "
+    "Default: those of all that `inferq worker` runs here.",
+)  # fmt: skip
+@click.option(
+    "--redis-url", envvar=["INFERQ_REDIS_URL", "CELERY_BROKER_URL"],
+    help="Asked if a worker has not heard from Redis. Also: INFERQ_REDIS_URL, CELERY_BROKER_URL.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a worker.")
+def health(path: Path | None, redis_url: str | None, as_json: bool) -> None:
+    """Exit status 0 if every worker here consumes, else 1, with the reason.
+
+    A worker that waits for a Redis that does not answer here either is healthy: to restart it would
+    be of no use.
+    """
+    paths = [path] if path else sorted(default_folder().glob("*.json"))
+    if not paths:
+        raise click.ClickException(f"no worker's heartbeat in {default_folder()}; expected one")
+    healthy = True
+    for each in paths:
+        beat = read_beat(each)
+        problem, remark = _judge(beat, redis_url)
+        healthy = healthy and problem is None
+        _tell(each, beat, problem, remark, as_json)
+    raise SystemExit(0 if healthy else 1)
+
+
+def _judge(beat: Beat | None, redis_url: str | None) -> tuple[str | None, str]:
+    """What is wrong, and what else there is to say."""
+    if beat is None:
+        return "no heartbeat there", ""
+    problem = problem_of(beat)
+    silent = silence_s(beat)
+    if problem is not None or silent is None:
+        return problem, f"{beat.computing} requests compute, {beat.waiting} wait"
+    try:
+        settings = Settings.load(redis_url=redis_url)
+        with redis_client(settings.redis_url, sentinel_master=settings.sentinel_master) as client:
+            client.ping()
+    except (ConfigError, RedisError) as unreachable:
+        return None, f"waits for Redis, {silent:.0f} s so far: {unreachable}"
+    return f"it has not heard from Redis, which answers, for {silent:.0f} s", ""
+
+
+def _tell(path: Path, beat: Beat | None, problem: str | None, remark: str, as_json: bool) -> None:
+    if as_json:
+        known = msgspec.to_builtins(beat) if beat is not None else {}
+        verdict = {"file": os.fspath(path), "healthy": problem is None, "problem": problem}
+        click.echo(json.dumps({**verdict, **known}))
+        return
+    who = beat.node if beat is not None else os.fspath(path)
+    click.echo(f"{who}: {'ok' if problem is None else problem}{remark and f' ({remark})'}")

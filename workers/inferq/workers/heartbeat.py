@@ -1,0 +1,116 @@
+"""A worker's heartbeat file: what it does and whether it gets on with it, written every second.
+
+`health` says what stands in it, and judges it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final, Protocol
+
+import msgspec
+
+from inferq.shared.errors import ConfigError
+from inferq.workers.health import LOADING, SERVING, STOPPING, Beat
+from inferq.workers.serving import ServedModel
+
+logger = logging.getLogger(__name__)
+
+BEAT_S: Final = 1.0
+#: Until it serves, for which somebody may be waiting.
+LOADING_BEAT_S: Final = 0.1
+
+
+class Watched(Protocol):
+    """What a heartbeat looks at: the data plane."""
+
+    answered_at: float
+
+    @property
+    def models(self) -> Iterable[ServedModel]: ...
+
+    @property
+    def steps(self) -> int:
+        """Grows with whatever gets done."""
+
+    def backlog(self) -> bool:
+        """Whether it knows of requests that it could claim."""
+
+
+class Heartbeat:
+    """Writes the file from a thread of its own. `plane` is set once there is one."""
+
+    def __init__(self, path: Path, node: str) -> None:
+        self._path = path
+        self._node = node
+        self.plane: Watched | None = None
+        self.stopping = False
+        self._serves = False
+        self._steps = 0
+        self._progressed = time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="inferq-heartbeat", daemon=True)
+
+    def start(self) -> None:
+        """Write it, from now on. ConfigError if it cannot be written."""
+        try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._write()
+        except OSError as problem:
+            raise ConfigError(
+                f"INFERQ_HEARTBEAT_FILE is {str(self._path)!r}; expected a file that can be "
+                f"written: {problem}"
+            ) from problem
+        self._thread.start()
+
+    def stop(self) -> None:
+        """The end of the worker: the file goes too."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+        self._path.unlink(missing_ok=True)
+
+    def _run(self) -> None:
+        while not self._ended.wait(BEAT_S if self._serves else LOADING_BEAT_S):
+            try:
+                self._write()
+            except OSError as problem:
+                logger.warning("no heartbeat: %s", problem)
+
+    def _write(self) -> None:
+        content = json.dumps(msgspec.to_builtins(self._beat())).encode()
+        handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            os.replace(name, self._path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+    def _beat(self) -> Beat:
+        now, plane = time.monotonic(), self.plane
+        models = list(plane.models) if plane is not None else []
+        computing = sum(len(job.items) for model in models for job, _ in model.computing())
+        waiting = sum(len(model.reserved()) for model in models)
+        steps = plane.steps if plane is not None else 0
+        work = waiting or (plane is not None and plane.backlog())
+        for_company = any(model.due_ms is not None for model in models)
+        if steps != self._steps or computing or for_company or not work:
+            self._steps, self._progressed = steps, now
+        self._serves = plane is not None and plane.answered_at > 0
+        state = SERVING if self._serves else LOADING
+        return Beat(
+            pid=os.getpid(), node=self._node, state=STOPPING if self.stopping else state,
+            written=now, answered=plane.answered_at if plane is not None else 0.0,
+            computing=computing, waiting=waiting,
+            overdue=any(model.overdue() for model in models),
+            stuck_s=round(now - self._progressed, 3),
+        )  # fmt: skip

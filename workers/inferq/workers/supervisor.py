@@ -1,0 +1,180 @@
+"""Keeps the worker processes of one host alive: one child per device.
+
+A child that dies is started again at once, more slowly if it keeps dying soon after its start, and
+what it held goes back to the queues without waiting for its lease. A child that has work and would
+never get on with it is killed first. Signals are passed on.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import redis
+from redis.exceptions import RedisError
+
+from inferq.shared.names import Names
+from inferq.workers.children import start_child
+from inferq.workers.health import SERVING, read_beat, stuck
+from inferq.workers.recovery import Recoverer
+
+logger = logging.getLogger(__name__)
+
+#: Signals that stop the children, and what each is passed on as the first time.
+STOPS: Final = {
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGINT: signal.SIGTERM,
+    signal.SIGHUP: signal.SIGTERM,
+    signal.SIGQUIT: signal.SIGQUIT,
+}
+#: Seconds between looks at the children's heartbeats.
+LOOK_S: Final = 0.25
+#: Seconds for which a Redis that is away is asked again to put back what a dead child held.
+RECOVER_S: Final = 30.0
+#: A child that served for less than so many seconds died too soon.
+SOON_S: Final = 10.0
+#: Seconds before the second child in a row that died too soon is replaced; doubles from there.
+BACK_OFF_S: Final = 1.0
+MAX_BACK_OFF_S: Final = 30.0
+
+
+@dataclass
+class Child:
+    """One worker process after the other, on one device. Times: monotonic s."""
+
+    node: str
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    heartbeat: Path
+    process: subprocess.Popen[bytes] | None = None
+    #: What the names of its incarnations begin with.
+    prefix: str = ""
+    started: float = 0.0
+    #: When it was first seen to serve; 0: not yet.
+    served: float = 0.0
+    #: Whether any of them has ever served.
+    proven: bool = False
+    #: How many in a row died too soon.
+    failures: int = 0
+    #: When the next one is to be started.
+    due: float = 0.0
+    #: Prefixes of dead ones whose claims are still to be recovered, and when that is given up.
+    dead: dict[str, float] = field(default_factory=dict)
+
+
+class Supervisor:
+    """`run` starts the children and returns the exit status once all have ended."""
+
+    def __init__(self, children: Sequence[Child], client: redis.Redis, names: Names) -> None:
+        self._children = list(children)
+        self._client = client
+        self._names = names
+        # Its thread is never started: the dead are known here.
+        self._recoverer = Recoverer(client, names, lease_s=0.0)
+        self._status = 0
+        self._stops = 0
+
+    def run(self) -> int:
+        """Only in the main thread: signals are waited for here."""
+        waited_for = {*STOPS, signal.SIGCHLD}
+        signal.pthread_sigmask(signal.SIG_BLOCK, waited_for)
+        try:
+            while self._children:
+                self._start_due()
+                came = signal.sigtimedwait(waited_for, LOOK_S)
+                if came is not None and came.si_signo in STOPS:
+                    self._stop(signal.Signals(came.si_signo))
+                for child in list(self._children):
+                    self._look_at(child)
+        finally:
+            for child in self._children:
+                if child.process is not None:
+                    child.process.kill()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, waited_for)
+        return self._status
+
+    def _start_due(self) -> None:
+        now = time.monotonic()
+        for child in self._children:
+            if child.process is None and not self._stops and now >= child.due:
+                child.prefix = secrets.token_hex(4)
+                child.started, child.served = now, 0.0
+                child.process = start_child(
+                    child.command, None,
+                    env={**child.environment, "INFERQ_INCARNATION": child.prefix},
+                )  # fmt: skip
+
+    def _stop(self, came: signal.Signals) -> None:
+        """The first time as Celery takes it; the second time hand back all; then just end."""
+        self._stops += 1
+        passed = (STOPS[came], signal.SIGQUIT, signal.SIGKILL)[min(self._stops, 3) - 1]
+        logger.info("%s: %s to the workers", came.name, passed.name)
+        for child in list(self._children):
+            if child.process is not None:
+                child.process.send_signal(passed)
+
+    def _look_at(self, child: Child) -> None:
+        process = child.process
+        if process is not None:
+            if process.poll() is not None:
+                self._ended(child, process.returncode)
+            else:
+                self._watch(child, process)
+        if child.dead:
+            self._recover(child)
+        if child.process is None and self._stops and child in self._children:
+            self._children.remove(child)
+
+    def _watch(self, child: Child, process: subprocess.Popen[bytes]) -> None:
+        beat = read_beat(child.heartbeat)
+        if beat is None or beat.pid != process.pid:
+            return
+        if not child.served and beat.state == SERVING:
+            child.served, child.proven = time.monotonic(), True
+            logger.info(
+                "%s serves, %.1f s after its start", child.node, child.served - child.started
+            )
+        reason = stuck(beat)
+        if reason is not None:
+            logger.critical("%s is killed: %s", child.node, reason)
+            process.kill()
+
+    def _ended(self, child: Child, status: int) -> None:
+        child.process = None
+        child.heartbeat.unlink(missing_ok=True)
+        child.dead[child.prefix] = time.monotonic() + RECOVER_S
+        how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+        if self._stops or status == 0 or (status > 0 and not child.proven):
+            # As it was told to; or it cannot serve at all, which trying again does not change.
+            logger.log(logging.ERROR if status else logging.INFO, "%s ended %s", child.node, how)
+            self._status = self._status or (status if status >= 0 else 128 - status)
+            self._recover(child)
+            self._children.remove(child)
+            return
+        soon = not child.served or time.monotonic() - child.served < SOON_S
+        child.failures = child.failures + 1 if soon else 0
+        wait = 0.0
+        if child.failures > 1:
+            wait = min(MAX_BACK_OFF_S, BACK_OFF_S * 2 ** (child.failures - 2))
+        child.due = time.monotonic() + wait
+        logger.error("%s ended %s; the next one starts in %g s", child.node, how, wait)
+
+    def _recover(self, child: Child) -> None:
+        """Put back what its dead incarnations held. If Redis is away, the next look tries again."""
+        for prefix, until in list(child.dead.items()):
+            try:
+                found = self._client.zscan_iter(self._names.leases, match=f"{prefix}*")
+                for incarnation in [str(member, "utf-8") for member, _ in found]:
+                    self._recoverer.recover(incarnation, dead=True)
+            except RedisError as problem:
+                if time.monotonic() < until:
+                    return
+                logger.warning("what %s held waits for its lease to end: %s", child.node, problem)
+            del child.dead[prefix]
