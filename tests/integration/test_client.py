@@ -174,8 +174,26 @@ def test_a_full_queue_refuses_with_its_depth_and_an_estimate(
             client.submit("echo", {"x": X[:1]}, priority=priority)
         with pytest.raises(QueueFull, match="expected fewer than 3") as caught:
             client.submit("echo", {"x": X[:1]})
-    assert caught.value.detail == {"depth": 3, "limit": 3, "estimated_wait_s": 0.75}
+    detail = caught.value.detail
+    assert (detail["depth"], detail["limit"], detail["estimated_wait_s"]) == (3, 3, 0.75)
     assert redis.llen(NAMES.queue("echo")) == 1
+
+
+def test_a_queue_of_too_many_bytes_refuses_with_an_estimate_of_them(
+    redis: redis_py.Redis, redis_url: str
+) -> None:
+    announce(redis, advert(max_queue_bytes=1 << 20))
+    large = np.zeros((25_000, 4), np.float32)
+    with Client(redis_url) as client:
+        for _ in range(3):
+            client.submit("echo", {"x": large})
+        with pytest.raises(
+            QueueFull, match=r"fewer than 1048576 bytes \(max_queue_bytes\)"
+        ) as caught:
+            client.submit("echo", {"x": large})
+    assert caught.value.detail["limit_bytes"] == 1 << 20
+    assert 1_200_000 < caught.value.detail["estimated_bytes"] < 1_300_000
+    assert redis.llen(NAMES.queue("echo")) == 3
 
 
 def test_a_callers_wait_ends_and_the_request_goes_on(echo: redis_py.Redis, redis_url: str) -> None:

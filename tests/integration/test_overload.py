@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -16,6 +17,7 @@ from redis import Redis
 
 from inferq.producer import Client
 from inferq.shared.names import Names
+from inferq.workers.embedded import EmbeddedRedis
 
 NAMES = Names()
 LANES, BATCH = 2, 4
@@ -105,3 +107,14 @@ def p99(client: Client) -> float:
         np.testing.assert_array_equal(result.outputs["x"], numbered(n))
         took.append(result.latency_ms)
     return sorted(took)[-2]
+
+
+@pytest.mark.parametrize("policy", ["noeviction", "allkeys-lru", "volatile-ttl"])
+def test_a_worker_warns_of_a_redis_that_evicts(
+    new_redis: Callable[..., EmbeddedRedis], tmp_path: Path, policy: str
+) -> None:
+    fake_model(tmp_path, "m")
+    server = new_redis(args=("--maxmemory-policy", policy))
+    with Worker(server.url, tmp_path, ["m"]) as worker:
+        warned = f"maxmemory-policy is '{policy}'; expected 'noeviction'" in worker.log
+        assert warned == (policy != "noeviction")

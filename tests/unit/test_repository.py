@@ -57,6 +57,7 @@ def test_the_advert_carries_what_a_client_checks(tmp_path: Path) -> None:
         max_batch_size=8,
         batchable=True,
         max_queue_depth=5,
+        max_queue_bytes=4 << 30,
         max_request_bytes=64 << 20,
         default_priority=3,
         default_timeout_ms=250,

@@ -25,7 +25,7 @@ ADVERT_AGE_S: Final = 5.0
 DEPTH_AGE_S: Final = 0.1
 #: Part of an answer's life after which the next push asks anew.
 _EARLY: Final = 0.5
-#: Weight of the newest request in the mean of rows per request.
+#: Weight of the newest request in the means of rows and bytes per request.
 _NEWEST: Final = 0.05
 
 
@@ -41,8 +41,9 @@ class ModelView:
     pushed: int
     #: `time.monotonic` seconds.
     asked_at: float
-    #: Mean rows of this client's requests.
+    #: Means of this client's requests.
     mean_rows: float = 1.0
+    mean_bytes: float = 0.0
     #: The inputs' dtypes, by name.
     dtypes: Mapping[str, np.dtype[Any]] = field(default_factory=dict)
 
@@ -51,7 +52,8 @@ class ModelView:
 
     @property
     def lifetime_s(self) -> float:
-        return DEPTH_AGE_S if self.advert.max_queue_depth else ADVERT_AGE_S
+        bounded = self.advert.max_queue_depth or self.advert.max_queue_bytes
+        return DEPTH_AGE_S if bounded else ADVERT_AGE_S
 
     def live_workers(self, redis_ms: float) -> int:
         """Workers whose lease runs."""
@@ -126,24 +128,41 @@ class Admission:
             pushed=0,
             asked_at=asked_at,
             mean_rows=known.mean_rows if known is not None else 1.0,
+            mean_bytes=known.mean_bytes if known is not None else 0.0,
         )
         self._views[model] = view
         return view
 
     def admit(self, view: ModelView, rows: int, now: float) -> None:
-        """Count one request of `rows` rows in. QueueFull if the queue is at its limit."""
+        """Count one request of `rows` rows in. QueueFull if the queue is at a limit of its."""
         view.mean_rows += _NEWEST * (rows - view.mean_rows)
-        limit = view.advert.max_queue_depth
+        advert = view.advert
         depth = view.depth + view.pushed
-        if limit and depth >= limit:
-            wait = self._estimate(view, depth, now)
-            about = "unknown" if wait is None else f"about {wait:.1f} s"
-            raise QueueFull(
-                f"model {view.advert.name!r} has {depth} requests queued; "
-                f"expected fewer than {limit} (max_queue_depth); estimated wait {about}",
-                depth=depth, limit=limit, estimated_wait_s=wait,
-            )  # fmt: skip
+        if advert.max_queue_depth and depth >= advert.max_queue_depth:
+            expected = f"fewer than {advert.max_queue_depth} (max_queue_depth)"
+            raise self._full(view, depth, f"{depth} requests queued", expected, now)
+        size = int(depth * view.mean_bytes)
+        if advert.max_queue_bytes and size >= advert.max_queue_bytes:
+            expected = f"fewer than {advert.max_queue_bytes} bytes (max_queue_bytes)"
+            found = f"{depth} requests of about {size} bytes queued"
+            raise self._full(view, depth, found, expected, now)
         view.pushed += 1
+
+    def weigh(self, view: ModelView, size: int) -> None:
+        """Note the bytes of a request: from them, and its depth, a queue's size is estimated."""
+        mean = view.mean_bytes
+        view.mean_bytes = mean + _NEWEST * (size - mean) if mean else size
+
+    def _full(
+        self, view: ModelView, depth: int, found: str, expected: str, now: float
+    ) -> QueueFull:
+        wait = self._estimate(view, depth, now)
+        about = "unknown" if wait is None else f"about {wait:.1f} s"
+        return QueueFull(
+            f"model {view.advert.name!r} has {found}; expected {expected}; estimated wait {about}",
+            depth=depth, limit=view.advert.max_queue_depth, estimated_wait_s=wait,
+            estimated_bytes=int(depth * view.mean_bytes), limit_bytes=view.advert.max_queue_bytes,
+        )  # fmt: skip
 
     def _estimate(self, view: ModelView, depth: int, now: float) -> float | None:
         per_row = view.advert.seconds_per_row

@@ -99,6 +99,7 @@ class Core:
         outgoing = encoder.encode(
             arrays, priority, sent_ms, sent_ms + timeout_ms if timeout_ms else None
         )
+        self.admission.weigh(view, outgoing.nbytes)
         pending = make(outgoing, now)
         self._table[pending.request_id] = pending
         return pending

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
@@ -48,6 +48,8 @@ class Server:
 
     version: tuple[int, ...]
     run_id: str
+    #: What Redis evicts once it is full, if it evicts anything: its `maxmemory-policy`.
+    evicts: str | None = None
 
 
 def redact(url: str) -> str:
@@ -98,9 +100,12 @@ def check_server(client: redis.Redis) -> Server:
     RedisUnavailable if it does not answer.
     """
     try:
-        return judge_server(client.info("server"), client.info("cluster"))
+        server = judge_server(client.info("server"), client.info("cluster"))
+        memory = client.info("memory")
     except (redis.ConnectionError, redis.TimeoutError) as problem:
         raise RedisUnavailable(f"Redis does not answer: {problem}") from problem
+    policy = str(memory.get("maxmemory_policy", "noeviction"))
+    return replace(server, evicts=policy if policy != "noeviction" else None)
 
 
 async def async_check_server(client: redis.asyncio.Redis) -> Server:

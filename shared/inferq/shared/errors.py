@@ -6,7 +6,7 @@
     │   ├── InvalidInput        an input's name, dtype, shape or content is wrong
     │   ├── PayloadTooLarge     the request or its result exceeds a size limit
     │   └── PayloadExpired      a claim-checked payload was gone before it was read
-    ├── QueueFull               admission refused: the queue is at max_queue_depth
+    ├── QueueFull               admission refused: max_queue_depth or max_queue_bytes is reached
     ├── DeadlineExceeded        timeout_ms passed before the request was computed
     ├── Cancelled               revoked by the client, or past its `expires`
     ├── EngineError             the engine raised on this request
@@ -74,7 +74,11 @@ class PayloadExpired(RequestError):
 
 
 class QueueFull(InferqError):
-    """Admission refused. ``detail``: ``depth``, ``limit`` (requests), ``estimated_wait_s``."""
+    """Admission refused.
+
+    ``detail``: ``depth`` and ``limit`` (requests), ``estimated_bytes`` and ``limit_bytes``,
+    ``estimated_wait_s``.
+    """
 
     code = "queue_full"
 

@@ -87,6 +87,8 @@ class ModelAdvert(msgspec.Struct, frozen=True, kw_only=True):
     seconds_per_row: float
     #: Symbols of dims that the worker pads.
     padded: tuple[str, ...] = ()
+    #: Bytes; 0 means no limit.
+    max_queue_bytes: int = 0
     #: True if results live for `result_expires_s` seconds after they are stored.
     result_expires_s: int = 600
 

@@ -89,6 +89,9 @@ class ModelConfig(TomlTable):
     buckets: Sizes = ()
     #: Requests that may wait in the queue; 0: no limit.
     max_queue_depth: Annotated[int, Field(strict=True, ge=0, le=1 << 40)] = 100_000
+    #: Bytes that may wait in the queue, as a client estimates them: its depth times the mean size
+    #: of that client's requests; 0: no limit.
+    max_queue_bytes: Annotated[int, Field(strict=True, ge=0, le=1 << 50)] = 4 << 30
     #: Bytes of one request's inputs.
     max_request_bytes: Annotated[int, Field(strict=True, ge=1, le=MAX_REQUEST_BYTES)] = (
         DEFAULT_REQUEST_BYTES

@@ -68,6 +68,7 @@ class ModelSpec:
             max_batch_size=self.max_batch_size,
             batchable=self.batchable,
             max_queue_depth=config.max_queue_depth,
+            max_queue_bytes=config.max_queue_bytes,
             max_request_bytes=config.max_request_bytes,
             default_priority=config.priority,
             default_timeout_ms=config.timeout_ms,

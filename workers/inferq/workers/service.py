@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from celery.worker import WorkController
@@ -68,7 +67,7 @@ class Service:
 
     def _load(self) -> None:
         try:
-            self._when_redis_answers(partial(check_server, self._client))
+            self._when_redis_answers(self._check_server)
             for model in self._models:
                 model.load(
                     self._worker.hostname,
@@ -85,6 +84,15 @@ class Service:
         except Exception:
             logger.critical("the models could not be loaded", exc_info=True)
             self._give_up()
+
+    def _check_server(self) -> None:
+        evicts = check_server(self._client).evicts
+        if evicts is not None:
+            logger.critical(
+                "maxmemory-policy is %r; expected 'noeviction': a Redis that evicts drops "
+                "requests, payloads and results, and this one will once it is full",
+                evicts,
+            )
 
     def _when_redis_answers(self, step: Callable[[], object]) -> None:
         """Take `step`, again and again until Redis can be reached, as Celery's own side does."""
