@@ -182,7 +182,7 @@ def test_a_full_queue_refuses_with_its_depth_and_an_estimate(
 def test_a_queue_of_too_many_bytes_refuses_with_an_estimate_of_them(
     redis: redis_py.Redis, redis_url: str
 ) -> None:
-    announce(redis, advert(max_queue_bytes=1 << 20))
+    announce(redis, advert(max_queue_bytes=1 << 20, max_batch_size=25_000))
     large = np.zeros((25_000, 4), np.float32)
     with Client(redis_url) as client:
         for _ in range(3):
