@@ -3,6 +3,10 @@
 Keys live under ``<prefix>inferq:1:`` where 1 is the protocol version and ``<prefix>`` is kombu's
 ``global_keyprefix``. ``<i>`` is a worker incarnation (random, never reused), ``<m>`` a model.
 
+Queues, results and payloads are the same in every version: what one pushed, another serves. Workers
+announce themselves to clients of the version before too, and recover its workers: so workers may be
+upgraded one by one, and the clients after them.
+
     leases                ZSET   i -> Redis ms at which its lease ends
     fence:<i>             STRING no TTL; exists exactly as long as i may settle
     claims:<i>            HASH   claim key -> 1 once its messages were decoded without dying, else 0
@@ -17,13 +21,13 @@ Keys live under ``<prefix>inferq:1:`` where 1 is the protocol version and ``<pre
     serving:<m>           ZSET   i -> Redis ms at which its lease ends
     nowhere               never exists (see lua/force.lua)
     reply:<client>        channel on which a client hears the ids of its settled requests
-    payload:<id>:<input>  STRING a claim-checked tensor, expires
+    payload:<id>:<input>  STRING a claim-checked tensor, expires; under 1 in every version
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 PROTOCOL: Final = 1
@@ -68,10 +72,16 @@ class Names:
     result_prefix: str = ""
     priority_steps: tuple[int, ...] = PRIORITY_STEPS
     sep: str = PRIORITY_SEP
+    protocol: int = PROTOCOL
 
     @property
     def root(self) -> str:
-        return f"{self.prefix}inferq:{PROTOCOL}:"
+        return f"{self.prefix}inferq:{self.protocol}:"
+
+    def spoken(self) -> tuple[Names, ...]:
+        """These names, and those of the protocol version before, which workers still speak."""
+        before = replace(self, protocol=self.protocol - 1)
+        return (self, before) if before.protocol >= 1 else (self,)
 
     def step(self, priority: int) -> int:
         """kombu's rounding: the largest step that is not above `priority`."""
@@ -140,11 +150,11 @@ class Names:
         return f"{self.root}reply:{client}"
 
     def payload(self, request_id: str, tensor: str) -> str:
-        return f"{self.root}payload:{request_id}:{tensor}"
+        return f"{self.prefix}inferq:1:payload:{request_id}:{tensor}"
 
     def is_payload_of(self, key: str, request_id: str) -> bool:
         """Whether `key` is a payload key of this very request (never read or delete another)."""
-        return key.startswith(f"{self.root}payload:{request_id}:")
+        return key.startswith(self.payload(request_id, ""))
 
 
 @dataclass(frozen=True)

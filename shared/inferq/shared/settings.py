@@ -89,6 +89,7 @@ class Settings(BaseSettings):
             result_prefix=self.result_keyprefix,
             priority_steps=self.priority_steps,
             sep=self.priority_sep,
+            protocol=names.PROTOCOL,
         )
 
 

@@ -78,14 +78,14 @@ class Later:
             now = self._clock.now()
             self._next_ms = now + LOOK_EVERY_S * 1000
             try:
-                self._next_ms = min(self._next_ms, self._put_back(now))
+                for names in self._names.spoken():
+                    self._next_ms = min(self._next_ms, self._put_back(names, now))
             except RedisError as problem:
                 logger.warning("requests that are due now wait for Redis: %s", problem)
             self._wake.wait(max(0.0, self._next_ms - self._clock.now()) / 1000)
 
-    def _put_back(self, now_ms: float) -> float:
+    def _put_back(self, names: Names, now_ms: float) -> float:
         """Put back what is due; return the Redis ms at which there may be more to do."""
-        names = self._names
         found: list[tuple[bytes, float]] = self._client.zrange(
             names.later, 0, _MOVES_PER_TRIP, withscores=True
         )  # type: ignore[assignment]

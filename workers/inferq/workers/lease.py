@@ -78,19 +78,19 @@ class Lease:
         names = self._names
         return [
             names.fence(incarnation), names.leases,
-            *(names.serving(model) for model in self._adverts),
+            *(each.serving(model) for each in names.spoken() for model in self._adverts),
         ]  # fmt: skip
 
     def _args(self, incarnation: str) -> list[str | int]:
         return [incarnation, int(self._lease_s * 1000)]
 
     def _announce(self) -> None:
-        names = self._names
         adverts: list[Command] = [
             ("SET", names.model(model), advert, "EX", ADVERT_TTL_S)
+            for names in self._names.spoken()
             for model, advert in self._adverts.items()
         ]
-        pipelined(self._client, names, adverts)
+        pipelined(self._client, self._names, adverts)
         self._announced = time.monotonic()
 
     def _run(self) -> None:
@@ -125,6 +125,7 @@ class Lease:
         with self._client.pipeline(transaction=True) as pipe:
             pipe.delete(names.fence(i), names.running(i), names.claims(i))
             pipe.zrem(names.leases, i)
-            for model in self._adverts:
-                pipe.zrem(names.serving(model), i)
+            for each in names.spoken():
+                for model in self._adverts:
+                    pipe.zrem(each.serving(model), i)
             pipe.execute()

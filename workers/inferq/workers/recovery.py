@@ -96,53 +96,57 @@ class Recoverer:
                 if up_since is None:
                     self._client.ping()
                     up_since = time.monotonic()
-                expired = self._expired(keys=[self._names.leases], args=[100])
-                if time.monotonic() - up_since >= self._lease_s:
-                    for incarnation in expired:
-                        self._try(incarnation.decode())
+                for names in self._names.spoken():
+                    expired = self._expired(keys=[names.leases], args=[100])
+                    if time.monotonic() - up_since >= self._lease_s:
+                        for incarnation in expired:
+                            self._try(incarnation.decode(), names)
             except RedisError as problem:
                 up_since = None
                 logger.warning("recovery: %s", problem)
 
-    def _try(self, incarnation: str) -> None:
+    def _try(self, incarnation: str, names: Names) -> None:
         try:
-            self.recover(incarnation)
+            self.recover(incarnation, names)
         except (redis.ConnectionError, redis.TimeoutError):
             raise
         except Exception:  # what one left behind must not keep the others from being recovered
             logger.exception("worker incarnation %s cannot be recovered", incarnation)
 
-    def recover(self, incarnation: str, *, dead: bool = False) -> int | None:
+    def recover(
+        self, incarnation: str, names: Names | None = None, *, dead: bool = False
+    ) -> int | None:
         """Take over `incarnation` if its lease has run out (or it is known to be `dead`).
 
+        `names`: those of the protocol that it spoke. Attempts are counted in this worker's own.
         Returns how many requests went back to their queues, or None if it was not ours to do.
         """
-        names = self._names
+        names = names or self._names
+        attempts = self._names.attempts("")
         granted = self._revoke(
             keys=[names.leases, names.fence(incarnation), names.running(incarnation)],
-            args=[incarnation, RECOVERY_LEASE_MS, names.attempts(""), int(dead), ATTEMPTS_TTL_S],
+            args=[incarnation, RECOVERY_LEASE_MS, attempts, int(dead), ATTEMPTS_TTL_S],
         )
         if not granted:
             return None
-        self._accuse(incarnation)
+        self._accuse(incarnation, names)
         moved = give_back(self._client, names, incarnation)
         self._client.zrem(names.leases, incarnation)
         if moved:
             logger.warning("recovered %d requests of worker incarnation %s", moved, incarnation)
         return moved
 
-    def _accuse(self, incarnation: str) -> None:
+    def _accuse(self, incarnation: str, names: Names) -> None:
         """Note what was claimed and not decoded yet when the worker died.
 
         Once, however often: from then on each is decoded by itself, as a member of running:<i>, so
         that only the culprit is counted on (by revoke.lua).
         """
-        names = self._names
         held: dict[bytes, bytes] = self._client.hgetall(names.claims(incarnation))  # type: ignore[assignment]
         for key, decoded in held.items():
             if decoded != b"0":
                 continue
-            attempts = names.attempts(names.parse_claim(key.decode()).model)
+            attempts = self._names.attempts(names.parse_claim(key.decode()).model)
             messages: list[bytes] = self._client.lrange(key, 0, -1)  # type: ignore[assignment]
             counted: list[Command] = [
                 ("HSETNX", attempts, suspect(message), 1) for message in messages if message
