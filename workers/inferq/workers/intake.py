@@ -133,11 +133,11 @@ class Intake:
             if headers.compression:
                 raise InvalidInput(f"compression {headers.compression!r}; expected none")
             if headers.expires is not None:
-                ticket = replace(ticket, expires_ms=_unix_ms("expires", headers.expires))
+                ticket = replace(ticket, expires_ms=unix_ms("expires", headers.expires))
             late = self.too_late(slot, ticket)
             body = codec.decode_body(envelope)
-            given = _given(body)
-            references = _references(given.get("inputs"))
+            given = arguments(body)
+            references = references_in(given.get("inputs"))
             is_own = self._names.is_payload_of
             own = tuple(key for key in references.values() if is_own(key, ticket.id))
             if own or body.has_canvas:
@@ -150,7 +150,7 @@ class Intake:
                 if key not in own:
                     raise InvalidInput(f"input {name!r}: key {key[:200]!r} is not its payload's")
             if headers.eta is not None:
-                due_ms = _unix_ms("eta", headers.eta)
+                due_ms = unix_ms("eta", headers.eta)
                 if due_ms > self._redis_ms():
                     return Early(slot, message, due_ms)
         except InferqError as error:
@@ -244,7 +244,7 @@ class Intake:
         return tuple(arrays[name].shape[1:] for name in self._dtypes)
 
 
-def _given(body: codec.Body) -> Mapping[str, Any]:
+def arguments(body: codec.Body) -> Mapping[str, Any]:
     """The arguments by name; the task's signature is ``infer(inputs, model=None)``."""
     if not body.args:
         return body.kwargs
@@ -253,7 +253,7 @@ def _given(body: codec.Body) -> Mapping[str, Any]:
     return dict(zip(("inputs", "model"), body.args, strict=False)) | body.kwargs
 
 
-def _references(inputs: object) -> dict[str, str]:
+def references_in(inputs: object) -> dict[str, str]:
     """Input name → payload key of the claim-checked tensors, whatever else `inputs` may be."""
     if not isinstance(inputs, dict):
         return {}
@@ -261,7 +261,7 @@ def _references(inputs: object) -> dict[str, str]:
     return {name: key for name, key in found if key is not None}
 
 
-def _unix_ms(header: str, given: str) -> float:
+def unix_ms(header: str, given: str) -> float:
     try:
         moment = datetime.fromisoformat(given)
     except ValueError:

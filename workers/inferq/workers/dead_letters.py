@@ -1,0 +1,193 @@
+"""Dead letters: found, put back into their queue, dropped.
+
+What changes one letter is one MULTI that watches the model's list, so that workers may add letters
+and others may work on the same ones meanwhile: each is replayed or dropped once. Its bytes are what
+a letter is known by. Lists are read in blocks: a letter may be as large as a message.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Final
+
+import msgspec
+import redis
+from redis.client import Pipeline
+
+from inferq.shared import codec
+from inferq.shared.errors import InferqError, PayloadExpired
+from inferq.shared.names import Names, is_model_name
+from inferq.workers.letters import Letter, in_time, payloads_in, priority_in, read_letter
+from inferq.workers.recovery import suspect
+from inferq.workers.settle import DEAD_PAYLOAD_S
+
+#: Most bytes (as far as the letters before tell) and letters that are asked for at once.
+BLOCK_BYTES: Final = 8 * 1024 * 1024
+BLOCK_LETTERS: Final = 64
+#: How often a MULTI is tried while others change the list.
+TRIES: Final = 100
+#: How long a payload outlives its request's deadline at least, in seconds.
+PAYLOAD_MARGIN_S: Final = 24 * 3600
+
+
+class Replayed(msgspec.Struct, frozen=True):
+    """At which priority step a request waits, and which headers it lost: their time has passed."""
+
+    step: int
+    dropped: list[str]
+
+
+class DeadLetters:
+    """All models' dead letters in one Redis. Its methods raise redis' errors."""
+
+    def __init__(self, client: redis.Redis, names: Names) -> None:
+        self._client = client
+        self._names = names
+
+    def now_ms(self) -> float:
+        """The time by Redis' clock."""
+        seconds, micros = self._client.time()
+        return float(seconds) * 1000 + float(micros) / 1000
+
+    def models(self) -> list[str]:
+        """The models that have dead letters."""
+        head = self._names.dead("")
+        pattern = re.sub(r"([\\*?\[\]])", r"\\\1", head) + "*"
+        keys = {key.decode() for key in self._client.scan_iter(match=pattern, count=1000)}
+        return sorted(m for key in keys if is_model_name(m := key.removeprefix(head)))
+
+    def read(self, model: str) -> Iterator[Letter]:
+        """The letters of `model`, newest first: so one that is added meanwhile hides no other."""
+        seen: set[bytes] = set()
+        start, count = 0, 1
+        while block := self._range(model, start, start + count - 1):
+            for raw in block:
+                letter = read_letter(model, raw)
+                if letter.digest not in seen:
+                    seen.add(letter.digest)
+                    yield letter
+            start += len(block)
+            count = _next_count(block)
+
+    def pick(self, model: str, digests: Collection[bytes]) -> Iterator[Letter]:
+        """Those letters of `model`, oldest first; each may be removed before the next is asked for.
+
+        What someone else has removed meanwhile does not come.
+        """
+        wanted = set(digests)
+        missing = -1
+        while wanted and len(wanted) != missing:
+            missing = len(wanted)  # others' removals may have moved some past us: look once more
+            kept, count = 0, 1
+            while wanted and (block := self._range(model, -kept - count, -kept - 1)):
+                picked = 0
+                for raw in reversed(block):
+                    letter = read_letter(model, raw)
+                    if letter.digest in wanted:
+                        wanted.discard(letter.digest)
+                        picked += 1
+                        yield letter
+                kept += len(block) - picked
+                count = _next_count(block)
+
+    def queue(self, letter: Letter) -> str:
+        """The Redis list that its request came from."""
+        return self._names.queue(letter.model, self.step(letter))
+
+    def step(self, letter: Letter) -> int:
+        """The priority step of that list."""
+        return self._names.step(priority_in(letter.message))
+
+    def status(self, letter: Letter) -> str | None:
+        """The status of the result that is stored; None if there is none."""
+        stored = self._client.get(self._names.meta(letter.id)) if letter.id else None
+        if not isinstance(stored, bytes):
+            return None
+        try:
+            return str(codec.decode_meta(stored)["status"])
+        except codec.MalformedMessage:
+            return "unreadable"
+
+    def payloads(self, letter: Letter) -> dict[str, tuple[str, int | None]]:
+        """Input name → key and size in bytes of each claim-checked tensor; None: it is gone."""
+        return {
+            name: (key, int(self._client.strlen(key)) or None)
+            for name, key in payloads_in(letter.message, self._names).items()
+        }
+
+    def replay(self, letter: Letter) -> Replayed:
+        """Put the request back as if it was pushed now, and forget that it ever failed.
+
+        Raises PayloadExpired, or InferqError: it was answered otherwise, or is no letter any more.
+        """
+        if not letter.genuine:
+            raise InferqError(f"{letter.reason}; it can only be dropped")
+        names, queue = self._names, self.queue(letter)
+        payloads = payloads_in(letter.message, names)
+        meta = [names.meta(letter.id)] if letter.id else []
+        now = self.now_ms()
+        again = in_time(letter.message, now)
+        left_s = (again.deadline_ms - now) / 1000 if again.deadline_ms else 0
+        ttl_s = max(DEAD_PAYLOAD_S, PAYLOAD_MARGIN_S + int(left_s))
+
+        def change(pipe: Pipeline) -> None:
+            for name, key in payloads.items():
+                if not pipe.exists(key):
+                    raise PayloadExpired(f"input {name!r}: its payload {key!r} is gone")
+            status = self.status(letter)
+            if status not in {None, "FAILURE"}:
+                raise InferqError(f"its stored result is {status} by now; it can only be dropped")
+            self._begin(pipe, letter)
+            pipe.lpush(queue, again.message)
+            if meta:
+                pipe.delete(*meta)
+            fields = [suspect(letter.message), *([letter.id] if letter.id else [])]
+            pipe.hdel(names.attempts(letter.model), *fields)
+            for key in payloads.values():
+                pipe.expire(key, ttl_s)
+
+        self._change(letter, [*meta, *payloads.values()], change)
+        return Replayed(self.step(letter), again.dropped)
+
+    def drop(self, letter: Letter) -> None:
+        """Delete the letter and its payloads. InferqError: it is no letter any more."""
+        payloads = payloads_in(letter.message, self._names)
+
+        def change(pipe: Pipeline) -> None:
+            self._begin(pipe, letter)
+            if payloads:
+                pipe.unlink(*payloads.values())
+
+        self._change(letter, [], change)
+
+    def _begin(self, pipe: Pipeline, letter: Letter) -> None:
+        """MULTI; from the oldest on, since that is the order in which all are worked on."""
+        pipe.multi()
+        pipe.lrem(self._names.dead(letter.model), -1, letter.raw)  # type: ignore[arg-type]
+
+    def _change(
+        self, letter: Letter, keys: Sequence[str], change: Callable[[Pipeline], None]
+    ) -> None:
+        """`change` looks at `keys`, then begins its MULTI; all of it takes place, or nothing."""
+        dead = self._names.dead(letter.model)
+        with self._client.pipeline(transaction=True) as pipe:
+            for _ in range(TRIES):
+                try:
+                    pipe.watch(dead, *keys)  # type: ignore[no-untyped-call]
+                    if pipe.lpos(dead, letter.raw, rank=-1) is None:  # type: ignore[arg-type]
+                        raise InferqError("no dead letter any more: replayed or dropped meanwhile")
+                    change(pipe)
+                    pipe.execute()
+                except redis.WatchError:
+                    continue
+                return
+        raise InferqError(f"{dead} changed {TRIES} times while this was tried; try again")
+
+    def _range(self, model: str, start: int, end: int) -> list[bytes]:
+        found: list[bytes] = self._client.lrange(self._names.dead(model), start, end)  # type: ignore[assignment]
+        return found
+
+
+def _next_count(block: list[bytes]) -> int:
+    return max(1, min(BLOCK_LETTERS, BLOCK_BYTES // max(1, *map(len, block))))
