@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import redis as redis_py
 
 from inferq.shared import codec
-from inferq.shared.names import queue_of
+from inferq.shared.names import Names, queue_of
 from inferq.shared.schema import Array
 
 FAKE = """\
@@ -36,6 +37,20 @@ def numbered(n: float, width: int = 4) -> Array:
 def message(model: str, x: Array, request_id: str | None = None, **given: Any) -> tuple[str, bytes]:
     """A request's id and its message, as the producer builds it."""
     request_id = request_id or str(uuid.uuid4())
+    return request_id, _encode(request_id, model, codec.encode_tensor(x), given)
+
+
+def claim_checked(
+    redis: redis_py.Redis, model: str, x: Array, **given: Any
+) -> tuple[str, bytes, str]:
+    """A request's id, its message and the key of its payload, which is stored."""
+    request_id = str(uuid.uuid4())
+    key = Names().payload(request_id, "x")
+    redis.set(key, x.tobytes(), ex=3600)
+    return request_id, _encode(request_id, model, codec.encode_reference(x, key), given), key
+
+
+def _encode(request_id: str, model: str, x: dict[str, Any], given: dict[str, Any]) -> bytes:
     options = {"priority": 0, "sent_ms": 0.0, "deadline_ms": None, "shown": "x", **given}
     encoder = codec.RequestEncoder(queue_of(model), "test@loopback", None)
-    return request_id, encoder.encode(request_id, model, {"x": codec.encode_tensor(x)}, **options)
+    return encoder.encode(request_id, model, {"x": x}, **options)

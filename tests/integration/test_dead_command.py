@@ -19,7 +19,7 @@ import msgpack
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from helpers.repository import fake_model, message, numbered
+from helpers.repository import claim_checked, fake_model, message, numbered
 from helpers.results import dead_letters, meta_of, outputs_of
 from helpers.stock import let_go
 from helpers.wait import until
@@ -30,7 +30,7 @@ from inferq.producer import Client
 from inferq.shared import codec
 from inferq.shared.celery_app import make_app
 from inferq.shared.errors import DeadLettered, InferqError
-from inferq.shared.names import Names, queue_of
+from inferq.shared.names import Names
 from inferq.shared.settings import Settings
 from inferq.workers import dead_letters as dead_letters_module
 from inferq.workers.cli import inferq
@@ -73,17 +73,6 @@ def give_up_requests(redis: Redis, count: int) -> None:
     for n in range(count):
         request_id, raw = message("m", numbered(n))
         give_up(redis, raw, request_id)
-
-
-def claim_checked(redis: Redis, n: float, ttl_s: int = 100) -> tuple[str, bytes, str]:
-    """Id, message and payload key of a request whose tensor stands in a key of its own."""
-    request_id, _ = message("m", numbered(n))
-    key = NAMES.payload(request_id, "x")
-    redis.set(key, numbered(n).tobytes(), ex=ttl_s)
-    encoder = codec.RequestEncoder(queue_of("m"), "test@loopback", None)
-    inputs = {"x": codec.encode_reference(numbered(n), key)}
-    options: dict[str, Any] = {"priority": 0, "sent_ms": 0.0, "deadline_ms": None, "shown": "x"}
-    return request_id, encoder.encode(request_id, "m", inputs, **options), key
 
 
 def waiting(redis: Redis, step: int = 0, model: str = "m") -> list[Any]:
@@ -191,7 +180,7 @@ def test_a_replayed_request_is_as_it_was_but_for_what_would_end_it_at_once(
 def test_a_request_whose_payload_is_gone_is_refused_and_the_others_are_not(
     redis: Redis, dead: Dead
 ) -> None:
-    gone, kept, answered = (claim_checked(redis, n) for n in range(3))
+    gone, kept, answered = (claim_checked(redis, "m", numbered(n)) for n in range(3))
     for request_id, raw, _ in (gone, kept, answered):
         give_up(redis, raw, request_id)
     redis.delete(gone[2])
@@ -209,7 +198,7 @@ def test_a_request_whose_payload_is_gone_is_refused_and_the_others_are_not(
 
 
 def test_drop_deletes_letters_and_payloads_and_leaves_the_results(redis: Redis, dead: Dead) -> None:
-    one, two = (claim_checked(redis, n) for n in range(2))
+    one, two = (claim_checked(redis, "m", numbered(n)) for n in range(2))
     for request_id, raw, _ in (one, two):
         give_up(redis, raw, request_id)
     redis.lpush(NAMES.dead("m"), b"no letter")

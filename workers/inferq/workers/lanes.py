@@ -188,10 +188,12 @@ class Lanes:
         while (job := self._inbox.get()) is not None:
             began = time.monotonic()
             self._computing[number] = job, began * 1000
+            # kill point: lane-begun
             finished = self._compute(lane, job)
             finished.began, finished.ended = began, time.monotonic()
             finished.hurry = self._inbox.qsize() < self.ample
             self._computing[number] = None
+            # kill point: lane-ended
             self._on_finished(finished)
             if finished.fatal is not None:
                 return

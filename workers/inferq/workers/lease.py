@@ -71,6 +71,7 @@ class Lease:
         args = [*self._args(incarnation), 1, before]
         _, stamp = self._renew(keys=self._keys(incarnation), args=args)
         self._clock.set(float(stamp), asked)
+        # kill point: born-unannounced
         self.incarnation = incarnation
         self._announce()
 

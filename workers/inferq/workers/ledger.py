@@ -124,6 +124,7 @@ class Ledger:
             claiming += [("LMOVE", queue, claim.key, "RIGHT", "LEFT")] * want.count
         models = sorted({want.model for want in wants})
         claiming += [("HLEN", self._names.attempts(model)) for model in models]
+        # kill point: exchange-unwritten
         done = self._transact(settlements, claiming, listen, sent)
         offset = len(done) - len(claiming)
         self.depths.update((place, None) for place in self._queues if place not in listen)
@@ -150,6 +151,7 @@ class Ledger:
         )
         if empty:
             self._link.note(("HDEL", self._claims, *empty))
+        # kill point: exchange-read
         return Exchange(claimed, suspicious, missed)
 
     def settle_again(self, settlements: Sequence[Settlement]) -> None:
@@ -278,8 +280,10 @@ class Ledger:
         arming: list[Command] = [("WATCH", self._fence), ("GET", self._fence)]
         arming += [("LLEN", self._queues[place]) for place in listen]
         self._link.post([*commands, *arming])
+        # kill point: exchange-written
         sent()
         replies = self._link.read(len(commands))
+        # kill point: exchange-answered
         # From here on the replies tell the depths; a change that is pushed after them is newer.
         self._link.forget_changes()
         return replies + self._link.read(len(arming))

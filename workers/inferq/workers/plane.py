@@ -282,6 +282,7 @@ class DataPlane:
                 continue
             if self._leaving:
                 ledger.flush()
+                # kill point: batch-flushed
                 self._dispatch()
             link.wait(self._sleep_s())
             ledger.note_changes()
@@ -371,6 +372,7 @@ class DataPlane:
                 self._recall(ledger, model)
         if leaving or self._decoded:
             ledger.mark(_ids(item for _, job in leaving for item in job.items), self._decoded)
+            # kill point: batch-noted
             self._decoded = []
             self._leaving += leaving
 
@@ -395,6 +397,7 @@ class DataPlane:
         sending = _portion(self._settlements)
         exchange = ledger.exchange(sending, wants, listen, self._dispatch)
         if sending:
+            # kill point: settle-answered
             del self._settlements[: len(sending)]
             self._kept.add(sending)
             self.settled += len(sending)
@@ -422,6 +425,7 @@ class DataPlane:
             # If this breaks off, the claim stays unknown here and is adopted on the next link.
             received = self._receiver.receive(ledger, batch, batch.claim.model in suspicious)
             self._claims[batch.claim.key] = batch.claim
+            # kill point: claim-decoded
             self._decoded.append(batch.claim)
             self.claimed += len(received.waiting) + len(received.ended)
             for item in received.waiting:
@@ -463,7 +467,9 @@ class DataPlane:
                 self._lease.stop()
                 if not self._fatal:
                     self._client.delete(self._names.running(self._incarnation))
+                # kill point: handback-begun
                 moved = self._recoverer.recover(self._incarnation, dead=True)
+                # kill point: handback-unretired
                 self._lease.retire()
                 logger.info("handed back what was held: %d requests", moved or 0)
                 return

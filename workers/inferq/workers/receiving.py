@@ -74,6 +74,7 @@ class Receiver:
         received = Received([], [])
         if not suspicious:
             found = [self._open(model, slot, message) for slot, message in places]
+            # kill point: claim-opened
             self._admit(ledger, model, found, received)
             return received
         fields = [suspect(message) for _, message in places]
@@ -92,6 +93,7 @@ class Receiver:
                 ledger.flush()
                 found = self._open_counted(ledger, model, [(slot, message)])
                 self._admit(ledger, model, found, received)
+                # kill point: suspect-decoded
                 ledger.forgive(model.name, field)
         return received
 

@@ -49,6 +49,7 @@ def give_back(client: redis.Redis, names: Names, incarnation: str) -> int:
     for claim in claims:
         key = names.claim(claim.incarnation, claim.number, claim.model, claim.step)
         moved += _move(client, names, claim, key)
+        # kill point: giveback-claim-moved
         client.hdel(names.claims(incarnation), key)
     return moved
 
@@ -63,6 +64,7 @@ def _move(client: redis.Redis, names: Names, claim: ClaimName, key: str) -> int:
         moved += got
         if got < _MOVES_PER_TRIP:
             return moved
+        # kill point: giveback-between-moves
 
 
 class Recoverer:
@@ -129,8 +131,11 @@ class Recoverer:
         )
         if not granted:
             return None
+        # kill point: recovery-granted
         self._accuse(incarnation, names)
+        # kill point: recovery-accused
         moved = give_back(self._client, names, incarnation)
+        # kill point: recovery-moved
         self._client.zrem(names.leases, incarnation)
         if moved:
             logger.warning("recovered %d requests of worker incarnation %s", moved, incarnation)
