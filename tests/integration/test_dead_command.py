@@ -253,6 +253,40 @@ def test_a_list_is_columns_and_what_others_wrote_does_not_steer_the_terminal(
     assert second.startswith("two    second ")
 
 
+def _in_terminal(
+    redis_url: str, *args: str, stdin: int | None = None, stdout: int = subprocess.PIPE
+) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    return subprocess.run(
+        [sys.executable, "-m", "inferq.workers.cli", "dead", *args],
+        env={**os.environ, "INFERQ_REDIS_URL": redis_url, "PYTHONPATH": path, "COLUMNS": "160"},
+        stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60,
+    )  # fmt: skip
+
+
+def test_a_terminal_is_shown_a_table(redis_url: str, redis: Redis) -> None:
+    give_up(redis, b"x", "i\x1b[31m[bold]")
+    ours, theirs = pty.openpty()
+    done = _in_terminal(redis_url, "list", stdout=theirs)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal ends
+        while chunk := os.read(ours, 4096):
+            shown += chunk
+    os.close(ours)
+    assert done.returncode == 0, done.stderr
+    assert "│ i\\x1b[31m[bold] │" in shown.decode()
+    assert b"died computing it 3 times" in shown
+
+
+def test_only_keys_of_the_prefix_are_looked_at(redis: Redis) -> None:
+    ours, other = Names(prefix="a[b]*:"), Names(prefix="ab:")
+    redis.lpush(ours.dead("m"), b"x")
+    redis.lpush(other.dead("n"), b"x")
+    assert DeadLetters(redis, ours).models() == ["m"]
+    assert DeadLetters(redis, NAMES).models() == []
+
+
 @pytest.mark.parametrize(("answer", "left"), [("n", 2), ("y", 0)])
 def test_all_are_dropped_only_if_the_terminal_says_so(
     redis_url: str, redis: Redis, answer: str, left: int
@@ -260,11 +294,7 @@ def test_all_are_dropped_only_if_the_terminal_says_so(
     give_up_requests(redis, 2)
     ours, theirs = pty.openpty()
     os.write(ours, f"{answer}\n".encode())
-    done = subprocess.run(
-        [sys.executable, "-m", "inferq.workers.cli", "dead", "drop", "--all", "--model", "m"],
-        env={**os.environ, "INFERQ_REDIS_URL": redis_url, "PYTHONPATH": os.pathsep.join(sys.path)},
-        stdin=theirs, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+    done = _in_terminal(redis_url, "drop", "--all", "--model", "m", stdin=theirs)
     os.close(ours)
     os.close(theirs)
     assert "drop 2 dead letters of m? [y/N]" in done.stdout + done.stderr
