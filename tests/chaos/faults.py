@@ -1,0 +1,121 @@
+"""The threads that do the schedule's faults to Redis and to the network; crew does the workers'."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from dataclasses import dataclass
+
+import redis
+
+from chaos.crew import Hit, Record, Worker, held_by
+from chaos.proxy import Proxy
+from chaos.schedule import Fault, Kind
+from chaos.store import Store
+
+
+@dataclass
+class Beginning:
+    """When the faults' clock began (monotonic seconds): not before everything runs."""
+
+    at: float = math.inf
+
+    def wait(self, at_s: float, over: threading.Event) -> bool:
+        """Wait until a fault is due; False if everything is over before."""
+        while (wait_s := self.at + at_s - time.monotonic()) > 0:
+            if over.wait(min(wait_s, 0.1)):
+                return False
+        return True
+
+
+class OnRedis(threading.Thread):
+    """Starts Redis and does its restarts. Redis ends with the thread that started it."""
+
+    def __init__(self, store: Store, faults: list[Fault], began: Beginning, record: Record) -> None:
+        super().__init__(name="chaos-redis", daemon=True)
+        self._store, self._faults, self._began, self._record = store, faults, began, record
+        self.pending = len(faults)
+        self.started = threading.Event()
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        try:
+            self._store.start()
+            self.started.set()
+            for fault in self._faults:
+                if not self._began.wait(fault.at_s, self.over):
+                    break
+                cut_tail = fault.kind is Kind.TAIL_CUT
+                self._store.restart(fault.length_s, cut_tail=cut_tail, fsync=fault.fsync)
+                self._record.done.append((time.monotonic(), fault))
+                self.pending -= 1
+        except Exception as problem:  # noqa: BLE001  the run must hear of it
+            self._record.troubles.append(f"Redis: {problem!r}")
+        self.over.wait()
+
+
+class OnNetwork(threading.Thread):
+    """Cuts, delays and swallows."""
+
+    def __init__(
+        self,
+        proxy: Proxy,
+        crew: list[Worker],
+        store: Store,
+        faults: list[Fault],
+        began: Beginning,
+        record: Record,
+    ) -> None:
+        super().__init__(name="chaos-network", daemon=True)
+        self._proxy, self._crew, self._store = proxy, crew, store
+        self._faults, self._began, self._record = faults, began, record
+        self._undone = set(range(len(faults)))
+        self.over = threading.Event()
+
+    @property
+    def pending(self) -> int:
+        return len(self._undone)
+
+    def run(self) -> None:
+        for n, fault in enumerate(self._faults):
+            if not self._began.wait(fault.at_s, self.over):
+                return
+            # Those that last may overlap.
+            threading.Thread(target=self._do, args=(n, fault), daemon=True).start()
+
+    def _do(self, n: int, fault: Fault) -> None:
+        try:
+            self._hit(fault)
+            match fault.kind:
+                case Kind.CUT:
+                    self._proxy.cut(fault.targets)
+                case Kind.DELAY:
+                    self._proxy.delay(fault.targets, fault.delay_s)
+                    self.over.wait(fault.length_s)
+                    self._proxy.delay(fault.targets, 0.0)
+                    self._hit(fault)
+                case _:
+                    thaw = self._proxy.swallow(fault.targets)
+                    if not fault.for_good:
+                        self.over.wait(fault.length_s)
+                        thaw()
+        except Exception as problem:  # noqa: BLE001  the run must hear of it
+            self._record.troubles.append(f"{fault.kind}: {problem!r}")
+        self._record.done.append((time.monotonic(), fault))
+        self._undone.discard(n)
+
+    def _hit(self, fault: Fault) -> None:
+        """Note whose recovery it delays: it is timed from here on, if a worker's death is."""
+        at = time.monotonic()
+        for worker in self._crew:
+            if worker.place in fault.targets:
+                try:
+                    with self._store.client() as client:
+                        ids = held_by(client, worker.prefix)
+                except (redis.RedisError, RuntimeError):  # then Redis' return counts for them
+                    continue
+                self._record.hits.append(Hit(at, fault.kind, worker.place, ids))
+        for target in fault.targets:
+            if target.startswith("p"):
+                self._record.deaf.append((at, int(target[1:])))

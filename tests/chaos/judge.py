@@ -1,0 +1,139 @@
+"""What was lost, changed or wrong; how long recoveries took; what is left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import redis
+
+from chaos.content import SUCCESS, Request
+from chaos.crew import POISONED, Record
+from chaos.ledger import Accepted, Ledger
+from chaos.producer import UNREAD, digest_of, outcome_of
+from chaos.schedule import Kind
+from chaos.store import Restart
+from inferq.producer.pending import Result
+from inferq.shared.codec import decode_meta, decode_outputs
+from inferq.shared.errors import from_wire
+from inferq.shared.names import Names
+
+#: Recoveries of these are timed.
+TIMED = frozenset({Kind.SIGKILL.value, Kind.SIGSTOP.value, POISONED})
+_TERMINAL = frozenset({"SUCCESS", "FAILURE", "REVOKED"})
+_AT_ONCE = 500
+
+
+@dataclass(frozen=True)
+class End:
+    """What Redis has stored of a request when everything is over."""
+
+    digest: str
+    #: As Resolved.outcome; empty if nothing terminal is stored.
+    outcome: str
+
+
+@dataclass
+class Verdict:
+    """Ids, each with what is the matter."""
+
+    lost: dict[str, str] = field(default_factory=dict)
+    changed: dict[str, str] = field(default_factory=dict)
+    wrong: dict[str, str] = field(default_factory=dict)
+
+
+def judge(
+    ledger: Ledger,
+    ends: Mapping[str, End],
+    expected: Callable[[Accepted], str],
+    restarts: Sequence[Restart],
+) -> Verdict:
+    """Hold every accepted request against what was expected and what is stored."""
+    verdict = Verdict()
+    for request_id, accepted in ledger.accepted.items():
+        resolved = ledger.resolved.get(request_id)
+        end = ends[request_id]
+        if resolved is None:
+            verdict.lost[request_id] = f"no outcome at its producer; stored: {end.outcome or '-'}"
+            continue
+        wanted = expected(accepted)
+        if resolved.outcome != wanted:
+            verdict.wrong[request_id] = f"{resolved.outcome}; expected {wanted}"
+        if not end.outcome:
+            verdict.changed[request_id] = f"was {resolved.outcome}; nothing is stored now"
+        elif end.outcome != resolved.outcome:
+            verdict.changed[request_id] = f"was {resolved.outcome}, is {end.outcome}"
+        elif resolved.digest not in (end.digest, UNREAD) and not any(
+            restart.rolled_back and restart.killed_at > resolved.at for restart in restarts
+        ):
+            verdict.changed[request_id] = "the stored bytes differ within one history of Redis"
+    return verdict
+
+
+def read_ends(
+    store: redis.Redis, ledger: Ledger, asked: Callable[[Accepted], Request]
+) -> dict[str, End]:
+    """What is stored of every accepted request."""
+    names, ends = Names(), {}
+    ids = list(ledger.accepted)
+    for start in range(0, len(ids), _AT_ONCE):
+        block = ids[start : start + _AT_ONCE]
+        found: Any = store.mget([names.meta(one) for one in block])
+        for request_id, raw in zip(block, found, strict=True):
+            outcome = _outcome(raw, asked(ledger.accepted[request_id])) if raw else ""
+            ends[request_id] = End(digest_of(raw), outcome)
+    return ends
+
+
+def _outcome(raw: bytes, asked: Request) -> str:
+    meta = decode_meta(raw)
+    if meta["status"] not in _TERMINAL:
+        return ""
+    if meta["status"] != SUCCESS:
+        return type(from_wire(meta["status"], meta.get("result"))).__name__
+    return outcome_of(Result(decode_outputs(meta["result"]), None, "", 0.0), asked)
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """One request that was held by a worker when that was hit, until it was resolved."""
+
+    request_id: str
+    seconds: float
+    what: str
+    worker: str
+    hit_at: float
+
+
+def recoveries(ledger: Ledger, record: Record, restarts: Sequence[Restart]) -> list[Recovery]:
+    """Counted from the last fault that hit a request, its producer, or Redis (its return)."""
+    found: dict[str, Recovery] = {}
+    timed: set[str] = set()
+    for hit in sorted(record.hits, key=lambda hit: hit.at):
+        for request_id in hit.ids:
+            resolved = ledger.resolved.get(request_id)
+            if resolved is None or resolved.at <= hit.at:
+                continue
+            if hit.what in TIMED:
+                timed.add(request_id)
+            backs = [restart.back_at for restart in restarts if restart.back_at < resolved.at]
+            producer = ledger.accepted[request_id].producer
+            deaf = [at for at, who in record.deaf if who == producer and at < resolved.at]
+            since = max([hit.at, *backs, *deaf])
+            found[request_id] = Recovery(
+                request_id, resolved.at - since, hit.what, hit.worker, hit.at
+            )
+    return [recovery for recovery in found.values() if recovery.request_id in timed]
+
+
+#: What may stand in Redis when all workers are gone: results, announcements, dead letters.
+_MAY_STAY = ("model:", "serving:", "attempts:", "dead:", "payload:")
+
+
+def leftovers(store: redis.Redis) -> list[str]:
+    """Keys that should be gone once every request is settled and every worker has stopped."""
+    names = Names()
+    stay = tuple(names.root + kept for kept in _MAY_STAY)
+    found = [key.decode() for key in store.scan_iter("inferq*", count=1000)]
+    return sorted(key for key in found if not key.startswith(stay))

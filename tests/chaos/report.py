@@ -1,0 +1,192 @@
+"""How a run is shown: while it goes on, and what came of it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from chaos.crew import POISONED, Record
+from chaos.judge import Recovery, Verdict
+from chaos.ledger import Ledger
+from chaos.schedule import Kind, Quotas
+from chaos.store import Restart
+
+#: Seconds: what a worker's death is promised to cost a request at most.
+BOUND_S = 15.0
+#: Seconds between two lines where there is no terminal.
+LINE_S = 30.0
+_SHOWN = 12
+
+
+class Display:
+    """A progress bar on a terminal; elsewhere a line now and then."""
+
+    def __init__(self, console: Console, requests: int, quotas: Quotas) -> None:
+        self._console = console
+        self._quotas = quotas
+        self._line_at = 0.0
+        self._progress = Progress(
+            TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.description}"), console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._task = self._progress.add_task("", total=requests)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def show(self, ledger: Ledger, record: Record, states: list[str], elapsed_s: float) -> None:
+        """How far the run is."""
+        done = Counter(fault.kind for _, fault in list(record.done))
+        faults = ", ".join(
+            f"{kind.name.lower()} {done[kind]}/{count}"
+            for kind, count in self._quotas.counts.items()
+        )
+        text = f"{states.count('up')} workers up; {len(ledger.unresolved)} in flight; {faults}"
+        self._progress.update(self._task, completed=len(ledger.accepted), description=text)
+        if self._progress.disable and time.monotonic() - self._line_at >= LINE_S:
+            self._line_at = time.monotonic()
+            self._console.print(f"{elapsed_s:5.0f} s: {len(ledger.accepted)} accepted; {text}")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that a run came to."""
+
+    requests: int
+    seed: int
+    quotas: Quotas
+    #: Seconds during which there were faults.
+    faults_s: float
+    record: Record
+    ledger: Ledger
+    restarts: list[Restart]
+    verdict: Verdict
+    recoveries: list[Recovery]
+    #: Requests that workers gave back to their queues for dead ones.
+    recovered: int
+    #: Of each accepted request, how often an engine began it.
+    runs: list[int]
+    #: Keys that should be gone.
+    left: list[str]
+
+    @property
+    def done(self) -> dict[str, int]:
+        """Faults that were done, by kind."""
+        done = Counter(str(fault.kind) for _, fault in self.record.done)
+        poisoned = sum(hit.what == POISONED for hit in self.record.hits)
+        return {**{kind: done[kind] for kind in Kind}, POISONED: poisoned}
+
+    @property
+    def slow(self) -> list[Recovery]:
+        """Recoveries that took too long, slowest first."""
+        late = [one for one in self.recoveries if one.seconds > BOUND_S]
+        return sorted(late, key=lambda one: -one.seconds)
+
+    def failures(self) -> list[str]:
+        """Why the run fails; empty if it does not."""
+        found = [f"{len(ids)} {kind}" for kind, ids in self._judged().items() if ids]
+        found += [
+            f"{kind} was done {self.done[kind]} times; expected {count}"
+            for kind, count in self.quotas.counts.items()
+            if self.done[kind] < count
+        ]
+        if len(self.ledger.accepted) < self.requests:
+            found.append(f"{len(self.ledger.accepted)} accepted; expected {self.requests}")
+        if self.slow:
+            found.append(f"{len(self.slow)} recoveries took more than {BOUND_S:g} s")
+        if self.left:
+            found.append(f"left in Redis: {', '.join(self.left[:_SHOWN])}")
+        return found + self.record.troubles + self.ledger.troubles
+
+    def _judged(self) -> dict[str, dict[str, str]]:
+        verdict = self.verdict
+        return {"lost": verdict.lost, "changed": verdict.changed, "wrong": verdict.wrong}
+
+    def figures(self) -> dict[str, Any]:
+        """Everything measured, in plain types."""
+        times = [one.seconds for one in self.recoveries]
+        return {
+            "requests": self.requests,
+            "seed": self.seed,
+            "faults_s": round(self.faults_s, 1),
+            "faults": self.done,
+            "accepted": len(self.ledger.accepted),
+            "refused_submits": dict(self.ledger.refused),
+            "outcomes": dict(Counter(one.outcome for one in self.ledger.resolved.values())),
+            "redeliveries": self.recovered,
+            "executions": {
+                "mean": round(float(np.mean(self.runs)), 4) if self.runs else 0,
+                "max": max(self.runs, default=0),
+                "histogram": {str(n): count for n, count in sorted(Counter(self.runs).items())},
+            },
+            "recovery_s": {
+                "timed": len(times),
+                "p50": round(float(np.percentile(times, 50)), 2) if times else 0,
+                "p99": round(float(np.percentile(times, 99)), 2) if times else 0,
+                "max": round(max(times, default=0), 2),
+            },
+            "lost": len(self.verdict.lost),
+            "changed": len(self.verdict.changed),
+            "wrong": len(self.verdict.wrong),
+            "left": self.left,
+            "failures": self.failures(),
+        }
+
+    def print(self, console: Console) -> None:
+        """A table, and one line last."""
+        figures = self.figures()
+        table = Table(title=f"{self.requests} requests, seed {self.seed}", show_header=False)
+        for kind, count in figures["faults"].items():
+            table.add_row(kind, str(count))
+        table.add_section()
+        executions, recovery = figures["executions"], figures["recovery_s"]
+        histogram = ", ".join(f"{n}: {count}" for n, count in executions["histogram"].items())
+        rows = {
+            "seconds with faults": figures["faults_s"],
+            "accepted": figures["accepted"],
+            "outcomes": figures["outcomes"],
+            "refused submits": figures["refused_submits"] or 0,
+            "redeliveries": figures["redeliveries"],
+            "executions a request": f"mean {executions['mean']}, max {executions['max']}",
+            "executions: requests": histogram,
+            "recovery, s": f"p50 {recovery['p50']}, p99 {recovery['p99']}, "
+            f"max {recovery['max']} of {recovery['timed']}",
+        }
+        for name, value in rows.items():
+            table.add_row(name, str(value))
+        console.print(table)
+        for kind, ids in self._judged().items():
+            for request_id, matter in list(ids.items())[:_SHOWN]:
+                console.print(f"{kind}: {request_id} {self._of(request_id)}: {matter}")
+        for one in self.slow[:_SHOWN]:
+            console.print(
+                f"recovered after {one.seconds:.1f} s: {one.request_id} "
+                f"{self._of(one.request_id)}, held by {one.worker} ({one.what})"
+            )
+        for matter in self.failures():
+            console.print(f"failed: {matter[:300]}")
+        console.print(
+            f"lost {figures['lost']} changed {figures['changed']} wrong {figures['wrong']} of "
+            f"{figures['accepted']} accepted; recovery max {recovery['max']} s"
+        )
+
+    def _of(self, request_id: str) -> str:
+        accepted = self.ledger.accepted.get(request_id)
+        return f"(p{accepted.producer} number {accepted.number})" if accepted else ""

@@ -1,0 +1,215 @@
+"""`make chaos`: many requests, faults of every kind, and a ledger that must balance.
+
+`python -m chaos.run [--requests 20000] [--seed 1]`. The seed fixes the schedule of faults and what
+is asked. Exit status 0 only if nothing was lost, changed or wrong, every fault of the schedule was
+done, every recovery took at most 15 s, and nothing is left in Redis.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import redis
+from helpers.wait import until
+from rich.console import Console
+
+from chaos.content import MODELS, TOML, Request, request
+from chaos.crew import RESULT_EXPIRES_S, Record, Worker
+from chaos.faults import Beginning, OnNetwork, OnRedis
+from chaos.judge import judge, leftovers, read_ends, recoveries
+from chaos.ledger import Accepted, Books, Ledger, executions
+from chaos.proxy import Proxy
+from chaos.report import Display, Outcome
+from chaos.schedule import PRODUCERS, WORKERS, Kind, Quotas, generate
+from chaos.store import Store
+from inferq.shared.names import Names
+from inferq.workers.children import end_child, start_child
+
+#: Seconds.
+READY_S = 60.0
+SETTLE_S = 60.0
+#: Requests that one producer has unresolved at most.
+WINDOW = 40
+#: How much faster than the schedule the producers go, so that they are done in time.
+HASTE = 1.08
+#: A run that takes so much longer than its schedule is given up.
+PATIENCE = 1.5
+#: Columns in a log file.
+LOG_WIDTH = 110
+
+
+def run(requests: int, seed: int, quotas: Quotas, folder: Path, display: Display) -> Outcome:
+    """One run, its logs in `folder`."""
+    faults = generate(quotas, seed)
+    duration_s = max(quotas.duration_s, faults[-1].at_s if faults else 0.0)
+    _write_models(folder / "models")
+    began, record, ledger = Beginning(), Record(), Ledger()
+    books = Books(folder, ledger)
+    store = Store()
+    on_redis = OnRedis(store, [f for f in faults if not f.targets], began, record)
+    places = [f"w{n}" for n in range(WORKERS)]
+    clients = [*places, *[f"p{n}" for n in range(PRODUCERS)]]
+    with ExitStack() as opened:
+        opened.callback(store.stop)
+        opened.callback(on_redis.over.set)
+        on_redis.start()
+        until(lambda: on_redis.started.is_set() or record.troubles, READY_S, "Redis runs")
+        proxy = opened.enter_context(Proxy(store.server.port, clients))
+        in_crew = (Kind.SIGKILL, Kind.SIGSTOP, Kind.SIGTERM)
+        crew = [
+            Worker(
+                place, proxy.url(place), folder, store,
+                [f for f in faults if f.kind in in_crew and f.targets == (place,)],
+                lambda: began.at, record,
+            )
+            for place in places
+        ]  # fmt: skip
+        for worker in crew:
+            opened.callback(worker.end)
+            worker.start()
+        network = (Kind.CUT, Kind.DELAY, Kind.HOLE)
+        on_network = OnNetwork(
+            proxy, crew, store, [f for f in faults if f.kind in network], began, record
+        )
+        opened.callback(on_network.over.set)
+        on_network.start()
+        until(lambda: all(one.state == "up" for one in crew), READY_S, "all workers serve")
+        pace = HASTE * requests / duration_s / PRODUCERS
+        producers = [
+            opened.enter_context(_Producer(n, proxy.url(f"p{n}"), store, folder, seed, pace))
+            for n in range(PRODUCERS)
+        ]
+        began.at = time.monotonic()
+
+        def asked(accepted: Accepted) -> Request:
+            return request(seed, accepted.producer, accepted.number)
+
+        limit_s = PATIENCE * duration_s + 120.0
+
+        def over() -> bool:
+            books.read()
+            left = sum(worker.pending for worker in crew) + on_redis.pending + on_network.pending
+            display.show(ledger, record, [one.state for one in crew], time.monotonic() - began.at)
+            if record.troubles or ledger.troubles or any(one.ended for one in producers):
+                return True
+            return not left and len(ledger.accepted) >= requests
+
+        while not over() and time.monotonic() < began.at + limit_s:
+            time.sleep(0.2)
+        faults_s = time.monotonic() - began.at
+        (folder / "stop").touch()
+        for producer in producers:
+            producer.wait(SETTLE_S + 30.0)
+        books.read()
+        with store.client() as client:
+            settled = _settles(client, [worker.prefix for worker in crew])
+            for worker in crew:
+                worker.end()
+            ends = read_ends(client, ledger, asked)
+            left = leftovers(client)
+        runs = executions(folder)
+        return Outcome(
+            requests=requests, seed=seed, quotas=quotas, faults_s=faults_s, record=record,
+            ledger=ledger, restarts=store.restarts,
+            verdict=judge(ledger, ends, lambda one: asked(one).expected, store.restarts),
+            recoveries=recoveries(ledger, record, store.restarts),
+            recovered=sum(worker.recovered() for worker in crew),
+            runs=[runs[a.producer, a.number] for a in ledger.accepted.values()],
+            left=left if settled else ["(not settled in time)", *left],
+        )  # fmt: skip
+
+
+class _Producer:
+    def __init__(
+        self, number: int, url: str, store: Store, folder: Path, seed: int, pace: float
+    ) -> None:
+        command = [
+            sys.executable, "-m", "chaos.producer", url, store.server.url, str(folder),
+            "--number", str(number), "--seed", str(seed), "--pace", f"{pace:.3f}",
+            "--window", str(WINDOW), "--settle", str(SETTLE_S),
+        ]  # fmt: skip
+        env = {
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "INFERQ_RESULT_EXPIRES_S": RESULT_EXPIRES_S,
+        }
+        with (folder / f"p{number}.log").open("wb") as log:
+            self._process = start_child(command, log, env=env)
+
+    def __enter__(self) -> _Producer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        end_child(self._process, 5.0)
+
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def wait(self, seconds: float) -> None:
+        self._process.wait(seconds)
+
+
+def _settles(client: redis.Redis, living: list[str]) -> bool:
+    """Wait until the dead are recovered and nothing is held or queued; False if that is late."""
+    names = Names()
+    patterns = (f"{names.root}claim:*", f"{names.root}running:*", "inferq.*")
+
+    def is_settled() -> bool:
+        leases: Any = client.zrange(names.leases, 0, -1)
+        if not all(lease.decode().startswith(tuple(living)) for lease in leases):
+            return False
+        return not any(True for pattern in patterns for _ in client.scan_iter(pattern, count=5000))
+
+    try:
+        until(is_settled, SETTLE_S / 2, "nothing is held or queued")
+    except AssertionError:
+        return False
+    return True
+
+
+def _write_models(root: Path) -> None:
+    for name, (delay_ms, per_row_ms, rows, _) in MODELS.items():
+        (root / name).mkdir(parents=True)
+        text = TOML.format(rows=rows, delay_ms=delay_ms, per_row_ms=per_row_ms)
+        (root / name / "model.toml").write_text(text)
+
+
+def main() -> int:
+    """One run, its figures shown and written to build/chaos.json."""
+    parser = argparse.ArgumentParser(prog="chaos.run", description=__doc__)
+    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--keep", action="store_true", help="keep the logs in any case")
+    parser.add_argument("--out", type=Path, default=Path("build"), help="folder to write into")
+    args = parser.parse_args()
+    if args.requests < 1:
+        parser.error(f"--requests {args.requests}; expected at least 1")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=LOG_WIDTH)
+    folder = Path(tempfile.mkdtemp(prefix="inferq-chaos-"))
+    quotas = Quotas.scaled(args.requests)
+    with Display(console, args.requests, quotas) as display:
+        outcome = run(args.requests, args.seed, quotas, folder, display)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "chaos.json").write_text(json.dumps(outcome.figures(), indent=2) + "\n")
+    if outcome.failures() or args.keep:
+        console.print(f"logs and books: {folder}")
+    else:
+        shutil.rmtree(folder)
+    outcome.print(console)
+    return 1 if outcome.failures() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
