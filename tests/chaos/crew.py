@@ -58,6 +58,8 @@ class Record:
     hits: list[Hit] = field(default_factory=list)
     #: (when, which producer) heard less than it should, for the network's sake.
     deaf: list[tuple[float, int]] = field(default_factory=list)
+    #: (when, which worker) ended, or could not reach Redis for seconds.
+    away: list[tuple[float, str]] = field(default_factory=list)
     done: list[tuple[float, Fault]] = field(default_factory=list)
     #: What must not happen: a worker that does not start, or does not end.
     troubles: list[str] = field(default_factory=list)
@@ -207,6 +209,7 @@ class Worker(threading.Thread):
             except (redis.RedisError, RuntimeError):  # it is down just now
                 time.sleep(POLL_S)
         self._record.hits.append(Hit(at, what, self.place, ids))
+        self._record.away.append((at, self.place))
 
     def _do(self, fault: Fault) -> None:
         match fault.kind:
@@ -249,6 +252,7 @@ class Worker(threading.Thread):
         process = self._process
         if process is None:
             return
+        self._record.away.append((time.monotonic(), self.place))
         process.terminate()
         try:
             process.wait(STOP_S)

@@ -14,6 +14,9 @@ from chaos.proxy import Proxy
 from chaos.schedule import Fault, Kind
 from chaos.store import Store
 
+#: Seconds until who is in a black hole gives up waiting for a reply.
+HOLE_NOTICED_S = 5.0
+
 
 @dataclass
 class Beginning:
@@ -96,6 +99,11 @@ class OnNetwork(threading.Thread):
                     self._proxy.delay(fault.targets, 0.0)
                     self._hit(fault)
                 case _:
+                    self._record.away += [
+                        (time.monotonic() + after_s, target)
+                        for target in fault.targets
+                        for after_s in (0.0, HOLE_NOTICED_S)
+                    ]
                     thaw = self._proxy.swallow(fault.targets)
                     if not fault.for_good:
                         self.over.wait(fault.length_s)

@@ -10,7 +10,7 @@ import redis
 
 from chaos.content import SUCCESS, Request
 from chaos.crew import POISONED, Record
-from chaos.ledger import Accepted, Ledger
+from chaos.ledger import Accepted, Ledger, Resolved
 from chaos.producer import UNREAD, digest_of, outcome_of
 from chaos.schedule import Kind
 from chaos.store import Restart
@@ -21,6 +21,9 @@ from inferq.shared.names import Names
 
 #: Recoveries of these are timed.
 TIMED = frozenset({Kind.SIGKILL.value, Kind.SIGSTOP.value, POISONED})
+#: Seconds that Redis may go back, and that a worker needs to store its newest results again.
+ROLLBACK_S = 2.5
+REAPPLY_S = 3.0
 _TERMINAL = frozenset({"SUCCESS", "FAILURE", "REVOKED"})
 _AT_ONCE = 500
 
@@ -41,6 +44,9 @@ class Verdict:
     lost: dict[str, str] = field(default_factory=dict)
     changed: dict[str, str] = field(default_factory=dict)
     wrong: dict[str, str] = field(default_factory=dict)
+    #: Told to their producer, then rolled back by Redis when the worker that could have stored
+    #: them again was gone as well. That is no promise broken.
+    gone: dict[str, str] = field(default_factory=dict)
 
 
 def judge(
@@ -48,8 +54,12 @@ def judge(
     ends: Mapping[str, End],
     expected: Callable[[Accepted], str],
     restarts: Sequence[Restart],
+    away: Sequence[tuple[float, str]],
 ) -> Verdict:
-    """Hold every accepted request against what was expected and what is stored."""
+    """Hold every accepted request against what was expected and what is stored.
+
+    `away`: see Record.
+    """
     verdict = Verdict()
     for request_id, accepted in ledger.accepted.items():
         resolved = ledger.resolved.get(request_id)
@@ -61,7 +71,9 @@ def judge(
         if resolved.outcome != wanted:
             verdict.wrong[request_id] = f"{resolved.outcome}; expected {wanted}"
         if not end.outcome:
-            verdict.changed[request_id] = f"was {resolved.outcome}; nothing is stored now"
+            lost_twice = _rolled_back_with_its_worker(resolved, restarts, away)
+            matters = verdict.gone if lost_twice else verdict.changed
+            matters[request_id] = f"was {resolved.outcome}; nothing is stored now"
         elif end.outcome != resolved.outcome:
             verdict.changed[request_id] = f"was {resolved.outcome}, is {end.outcome}"
         elif resolved.digest not in (end.digest, UNREAD) and not any(
@@ -69,6 +81,20 @@ def judge(
         ):
             verdict.changed[request_id] = "the stored bytes differ within one history of Redis"
     return verdict
+
+
+def _rolled_back_with_its_worker(
+    resolved: Resolved, restarts: Sequence[Restart], away: Sequence[tuple[float, str]]
+) -> bool:
+    for restart in restarts:
+        if restart.rolled_back and 0 <= restart.killed_at - resolved.at < ROLLBACK_S:
+            return any(
+                resolved.at - 1.0 <= at <= restart.back_at + REAPPLY_S
+                and worker.startswith("w")
+                and resolved.worker in ("", worker)
+                for at, worker in away
+            )
+    return False
 
 
 def read_ends(

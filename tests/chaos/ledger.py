@@ -26,6 +26,8 @@ class Resolved:
     outcome: str
     digest: str
     read_at: float
+    #: The worker that computed it; empty if its result does not say.
+    worker: str
 
 
 @dataclass
@@ -45,7 +47,9 @@ class Ledger:
             case "a":
                 self.accepted[line["id"]] = Accepted(line["at"], line["p"], line["n"])
             case "r":
-                self.resolved[line["id"]] = Resolved(line["at"], line["o"], line["d"], line["read"])
+                self.resolved[line["id"]] = Resolved(
+                    line["at"], line["o"], line["d"], line["read"], line["w"]
+                )
             case "x":
                 self.refused[line["w"]] += 1
             case _:

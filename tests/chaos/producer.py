@@ -111,8 +111,9 @@ class Producer:
         for (pending, asked), digest in zip(done, digests, strict=True):
             outcome = outcome_of(pending.outcome, asked)
             self._write(
-                k="r", id=pending.request_id, at=resolved_at, o=outcome, d=digest, read=read_at
-            )
+                k="r", id=pending.request_id, at=resolved_at, o=outcome, d=digest, read=read_at,
+                w=settled_by(pending.outcome),
+            )  # fmt: skip
             del self._pending[pending.request_id]
         return len(done)
 
@@ -126,6 +127,12 @@ class Producer:
     def _write(self, **line: object) -> None:
         line.setdefault("at", time.monotonic())
         self._book.write(json.dumps(line) + "\n")
+
+
+def settled_by(outcome: object) -> str:
+    """The worker that computed it, as the crew calls it; empty if the result does not say."""
+    receipt = outcome.receipt if isinstance(outcome, Result) else None
+    return "" if receipt is None else receipt.worker.partition("@")[0]
 
 
 def digest_of(raw: bytes | None) -> str:

@@ -145,6 +145,7 @@ class Outcome:
             "lost": len(self.verdict.lost),
             "changed": len(self.verdict.changed),
             "wrong": len(self.verdict.wrong),
+            "gone": len(self.verdict.gone),
             "left": self.left,
             "failures": self.failures(),
         }
@@ -184,7 +185,8 @@ class Outcome:
             console.print(f"failed: {matter[:300]}")
         console.print(
             f"lost {figures['lost']} changed {figures['changed']} wrong {figures['wrong']} of "
-            f"{figures['accepted']} accepted; recovery max {recovery['max']} s"
+            f"{figures['accepted']} accepted; gone with their worker {figures['gone']}; "
+            f"recovery max {recovery['max']} s"
         )
 
     def _of(self, request_id: str) -> str:

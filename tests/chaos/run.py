@@ -116,11 +116,11 @@ def run(requests: int, seed: int, quotas: Quotas, folder: Path, display: Display
                 worker.end()
             ends = read_ends(client, ledger, asked)
             left = leftovers(client)
+        verdict = judge(ledger, ends, lambda one: asked(one).expected, store.restarts, record.away)
         runs = executions(folder)
         return Outcome(
             requests=requests, seed=seed, quotas=quotas, faults_s=faults_s, record=record,
-            ledger=ledger, restarts=store.restarts,
-            verdict=judge(ledger, ends, lambda one: asked(one).expected, store.restarts),
+            ledger=ledger, restarts=store.restarts, verdict=verdict,
             recoveries=recoveries(ledger, record, store.restarts),
             recovered=sum(worker.recovered() for worker in crew),
             runs=[runs[a.producer, a.number] for a in ledger.accepted.values()],
