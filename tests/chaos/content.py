@@ -11,8 +11,9 @@ from inferq.producer.outgoing import INLINE_LIMIT
 from inferq.shared.schema import Array
 from inferq.workers.engines.fake import FAULT_EXIT, FAULT_RAISE
 
-#: Model → ms a batch, ms a row, most rows, and how many of a hundred requests are for it.
-MODELS = {"fast": (1.0, 0.0, 8, 10), "brisk": (10.0, 0.0, 4, 15), "slow": (46.0, 6.0, 2, 75)}
+#: Model → ms a batch, ms a row, most rows, and how many of a hundred requests are for it. One
+#: worker is just about able to serve what a run asks for: else the least urgent would starve.
+MODELS = {"fast": (1.0, 0.0, 8, 10), "brisk": (10.0, 0.0, 4, 15), "slow": (40.0, 4.0, 4, 75)}
 WIDTH = 4
 #: One request in so many makes the engine raise.
 RAISE_EVERY = 500
@@ -23,7 +24,7 @@ EXIT_FIRST = 300
 #: One request in so many is large enough to be claim-checked.
 LARGE_EVERY = 150
 #: kombu's step → how many of a hundred requests have it.
-PRIORITIES = {0: 55, 3: 20, 6: 15, 9: 10}
+PRIORITIES = {0: 60, 3: 20, 6: 12, 9: 8}
 
 SUCCESS = "SUCCESS"
 

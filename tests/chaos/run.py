@@ -38,11 +38,13 @@ from inferq.workers.children import end_child, start_child
 READY_S = 60.0
 SETTLE_S = 60.0
 #: Requests that one producer has unresolved at most.
-WINDOW = 40
+WINDOW = 32
 #: How much faster than the schedule the producers go, so that they are done in time.
 HASTE = 1.08
 #: A run that takes so much longer than its schedule is given up.
 PATIENCE = 1.5
+#: Random bytes at the end of an incarnation's name, in hexadecimal.
+INCARNATION_BYTES = 8
 #: Columns in a log file.
 LOG_WIDTH = 110
 
@@ -118,6 +120,7 @@ def run(requests: int, seed: int, quotas: Quotas, folder: Path, display: Display
             left = leftovers(client)
         verdict = judge(ledger, ends, lambda one: asked(one).expected, store.restarts, record.away)
         runs = executions(folder)
+        (folder / "record.json").write_text(record.dump(began.at, store.restarts))
         return Outcome(
             requests=requests, seed=seed, quotas=quotas, faults_s=faults_s, record=record,
             ledger=ledger, restarts=store.restarts, verdict=verdict,
@@ -166,7 +169,9 @@ def _settles(client: redis.Redis, living: list[str]) -> bool:
 
     def is_settled() -> bool:
         leases: Any = client.zrange(names.leases, 0, -1)
-        if not all(lease.decode().startswith(tuple(living)) for lease in leases):
+        # One that lost its lease has its former incarnation recovered once more.
+        of = sorted(lease.decode()[: -2 * INCARNATION_BYTES] for lease in leases)
+        if of != sorted(living):
             return False
         return not any(True for pattern in patterns for _ in client.scan_iter(pattern, count=5000))
 
