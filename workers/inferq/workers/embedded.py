@@ -186,13 +186,6 @@ class EmbeddedRedis:
         self._port = None
 
     @property
-    def directory(self) -> Path:
-        """Where it keeps its data."""
-        if self._directory is None:
-            raise RuntimeError("the embedded Redis was not started")
-        return Path(self._directory.name)
-
-    @property
     def _log_path(self) -> Path:
         return self.directory / "server.log"
 
