@@ -6,7 +6,6 @@ Redis the moment it was hit: those requests are the ones whose recovery is timed
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -16,15 +15,14 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import redis
 
+from chaos.record import POISONED, Hit, Record
 from chaos.schedule import Fault, Kind
-from chaos.store import Restart, Store
+from chaos.store import Store
 from inferq.shared.codec import MalformedMessage, decode_envelope
 from inferq.shared.names import Names, queue_of
 from inferq.workers.children import start_child
@@ -37,58 +35,7 @@ STOP_S = 50.0
 READ_S = 15.0
 #: Longer than any run, so that what is gone at its end was lost.
 RESULT_EXPIRES_S = "7200"
-#: Counted among the faults: a worker that a request ended.
-POISONED = "ended by a request"
 _RECOVERED = re.compile(r"recovered (\d+) requests")
-
-
-@dataclass(frozen=True)
-class Hit:
-    """A fault that hit requests, at `at` (monotonic seconds)."""
-
-    at: float
-    #: A Kind's value, or POISONED.
-    what: str
-    worker: str
-    ids: frozenset[str]
-
-
-@dataclass
-class Record:
-    """What was done, noted by all threads (each append is atomic)."""
-
-    hits: list[Hit] = field(default_factory=list)
-    #: (when, which producer) heard less than it should, for the network's sake.
-    deaf: list[tuple[float, int]] = field(default_factory=list)
-    #: (when, which worker) ended, or could not reach Redis for seconds.
-    away: list[tuple[float, str]] = field(default_factory=list)
-    done: list[tuple[float, Fault]] = field(default_factory=list)
-    #: What must not happen: a worker that does not start, or does not end.
-    troubles: list[str] = field(default_factory=list)
-
-    def dump(self, began: float, restarts: list[Restart]) -> str:
-        """All of it as JSON, for whoever has to find out what went wrong.
-
-        `began` (monotonic seconds) is the faults' clock; ``wall`` is what it is in the logs.
-        """
-        lines: list[tuple[float, str, object]] = [
-            *[(at, f"done: {fault.kind}", fault.targets) for at, fault in self.done],
-            *[(hit.at, f"hit: {hit.what} {hit.worker}", sorted(hit.ids)) for hit in self.hits],
-            *[(one.killed_at, "Redis killed", one.cut) for one in restarts],
-            *[(one.back_at, "Redis back", None) for one in restarts],
-        ]
-        wall = time.time() - time.monotonic()
-        shown = [
-            {
-                "at_s": round(at - began, 3),
-                "monotonic": round(at, 3),
-                "wall": datetime.fromtimestamp(wall + at).isoformat(),
-                "what": what,
-                "of": of,
-            }
-            for at, what, of in sorted(lines, key=lambda line: line[0])
-        ]
-        return json.dumps(shown, indent=1)
 
 
 def held_by(store: redis.Redis, prefix: str) -> frozenset[str]:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import redis
 
-from chaos.crew import Hit, Record, Worker, held_by
+from chaos.crew import Worker, held_by
 from chaos.proxy import Proxy
+from chaos.record import Hit, Record
 from chaos.schedule import Fault, Kind
 from chaos.store import Store
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import redis
 
 from chaos.content import SUCCESS, Request
-from chaos.crew import POISONED, Record
 from chaos.ledger import Accepted, Ledger, Resolved
 from chaos.producer import UNREAD, digest_of, outcome_of
+from chaos.record import POISONED, Record
 from chaos.schedule import Kind
 from chaos.store import Restart
 from inferq.producer.pending import Result
-from inferq.shared.codec import decode_meta, decode_outputs
+from inferq.shared.codec import MalformedMessage, decode_envelope, decode_meta, decode_outputs
 from inferq.shared.errors import from_wire
 from inferq.shared.names import Names
 
@@ -119,6 +120,19 @@ def _outcome(raw: bytes, asked: Request) -> str:
     if meta["status"] != SUCCESS:
         return type(from_wire(meta["status"], meta.get("result"))).__name__
     return outcome_of(Result(decode_outputs(meta["result"]), None, "", 0.0), asked)
+
+
+def whereabouts(store: redis.Redis, ids: Container[str]) -> dict[str, str]:
+    """The lists in Redis that hold messages of `ids`."""
+    found: dict[str, str] = {}
+    for key in store.scan_iter("inferq*", count=1000, _type="list"):
+        messages: Any = store.lrange(key, 0, -1)
+        for message in messages:
+            with suppress(MalformedMessage):
+                request_id = decode_envelope(message).headers.id
+                if request_id in ids:
+                    found[request_id] = f"{found.get(request_id, '')} {key.decode()}".strip()
+    return found
 
 
 @dataclass(frozen=True)

@@ -70,9 +70,9 @@ class Producer:
             if until is None and stop.exists():
                 self._stop.set()
                 slots.release(THREADS)
-                for thread in threads:
-                    thread.join(settle_s / 2)
                 until = time.monotonic() + settle_s
+                for thread in threads:
+                    thread.join(max(0.0, until - time.monotonic()))
         return len(self._pending)
 
     def _submit(self, every_s: float, slots: threading.Semaphore) -> None:

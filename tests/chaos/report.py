@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from chaos.crew import POISONED, Record
 from chaos.judge import Recovery, Verdict
 from chaos.ledger import Ledger
+from chaos.record import POISONED, Record
 from chaos.schedule import Kind, Quotas
 from chaos.store import Restart
 

@@ -23,11 +23,12 @@ from helpers.wait import until
 from rich.console import Console
 
 from chaos.content import MODELS, TOML, Request, request
-from chaos.crew import RESULT_EXPIRES_S, Record, Worker
+from chaos.crew import RESULT_EXPIRES_S, Worker
 from chaos.faults import Beginning, OnNetwork, OnRedis
-from chaos.judge import judge, leftovers, read_ends, recoveries
+from chaos.judge import judge, leftovers, read_ends, recoveries, whereabouts
 from chaos.ledger import Accepted, Books, Ledger, executions
 from chaos.proxy import Proxy
+from chaos.record import Record
 from chaos.report import Display, Outcome
 from chaos.schedule import PRODUCERS, WORKERS, Kind, Quotas, generate
 from chaos.store import Store
@@ -114,11 +115,14 @@ def run(requests: int, seed: int, quotas: Quotas, folder: Path, display: Display
         books.read()
         with store.client() as client:
             settled = _settles(client, [worker.prefix for worker in crew])
+            found_in = whereabouts(client, ledger.unresolved)
             for worker in crew:
                 worker.end()
             ends = read_ends(client, ledger, asked)
             left = leftovers(client)
         verdict = judge(ledger, ends, lambda one: asked(one).expected, store.restarts, record.away)
+        for request_id in verdict.lost:
+            verdict.lost[request_id] += f"; in Redis: {found_in.get(request_id, 'nowhere')}"
         runs = executions(folder)
         (folder / "record.json").write_text(record.dump(began.at, store.restarts))
         return Outcome(

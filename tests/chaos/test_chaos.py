@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from chaos.content import LARGE_EVERY, SUCCESS, request
-from chaos.crew import Hit, Record
 from chaos.judge import End, Recovery, Verdict, judge, recoveries
 from chaos.ledger import Accepted, Ledger, Resolved
 from chaos.producer import ABSENT, UNREAD
+from chaos.record import Hit, Record
 from chaos.report import BOUND_S, Display, Outcome
 from chaos.run import run
 from chaos.schedule import REDIS_APART_S, Fault, Kind, Quotas, generate
