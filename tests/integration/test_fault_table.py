@@ -136,7 +136,7 @@ def test_a_child_that_dies_in_a_batch_is_told_of_and_its_requests_are_served(
     ("old", "new", "names_reason"),
     [
         (b"application/x-msgpack", b"application/x-python-serialize", "content type"),
-        (b'"body": "', b'"body": "%%%', "body"),
+        (b'"body":"', b'"body":"%%%', "body"),
     ],
     ids=["content disallowed", "decode error"],
 )

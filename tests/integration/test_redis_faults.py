@@ -84,7 +84,8 @@ def test_it_consumes_again_after_20_restarts_of_20(
 ) -> None:
     """Every other time with work in flight. Nothing piles up."""
     with Worker(server.url, models, ["m"]) as worker:
-        open_before = (0, 0)
+        until(lambda: "test@" in worker.log and " ready." in worker.log, what="all of it is up")
+        open_before = held_open(worker.pid)
         for n in range(20):
             sent = push(redis, "m", 30) if n % 2 else {}
             if sent:
@@ -95,9 +96,6 @@ def test_it_consumes_again_after_20_restarts_of_20(
             sent |= push(redis, "m", 1)
             expect(redis, sent)
             assert time.monotonic() - back <= CONSUMES_WITHIN_S, f"restart {n}"
-            if n == 3:
-                until(lambda: worker.log.count("Connected to") >= 5, 30, "Celery's side is back")
-                open_before = held_open(worker.pid)
         assert worker.alive
         until(partial(_no_more_than, worker.pid, open_before), 30, "nothing has piled up")
         assert worker.stop() == 0
@@ -216,5 +214,5 @@ def test_a_wrong_wall_clock_changes_nothing(
         with pytest.raises(DeadlineExceeded):
             late.result(15)
         for each in (worker, other):
-            assert "lease" not in each.log.replace("INFERQ_LEASE_S", "")
+            assert "lease of" not in each.log
             assert "recovered" not in each.log
