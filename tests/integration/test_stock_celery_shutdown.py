@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -121,6 +123,33 @@ def test_sigquit_hands_back_everything_without_waiting(
         assert_nothing_is_held(redis)
     with Worker(redis_url, models(0.0), name="second"):
         assert echoed(sent) == [0, 1, 2]
+
+
+def test_a_soft_shutdown_finishes_what_it_can_in_its_time(
+    redis: redis_py.Redis, redis_url: str, send: Send, models: Models, tmp_path: Path
+) -> None:
+    """SIGQUIT where worker_soft_shutdown_timeout is set: what ends within that is settled."""
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if 'celery' in ' '.join(sys.orig_argv):\n"
+        "    from inferq.workers.app import app\n"
+        "    app.conf.worker_soft_shutdown_timeout = 20.0\n"
+    )
+    path = os.pathsep.join([str(hook), *(each for each in sys.path if each)])
+    with Worker(redis_url, models(1.0), env={"PYTHONPATH": path}) as worker:
+        sent = [send(n) for n in range(4)]
+        until(lambda: "ready." in worker.log, what="Celery is up")
+        until(lambda: computes(redis, worker), what="one computes")
+        worker.process.send_signal(signal.SIGQUIT)
+        worker.process.wait(SHUTDOWN_S)
+        done = sum(result.ready() for result in sent)
+        assert 1 <= done < 4
+        assert redis.llen(NAMES.queue("m")) == 4 - done
+        assert_nothing_is_held(redis)
+    with Worker(redis_url, models(0.0), name="second"):
+        assert echoed(sent) == [0, 1, 2, 3]
 
 
 def test_a_request_with_an_eta_outlives_the_worker_that_took_it(

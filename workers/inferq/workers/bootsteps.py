@@ -75,7 +75,7 @@ class DataPlaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def terminate(self, worker: WorkController) -> None:
         if worker.inferq is not None:
-            worker.inferq.stop(0.0)
+            worker.inferq.stop(worker.app.conf.worker_soft_shutdown_timeout)
 
     def info(self, worker: WorkController) -> dict[str, Any]:
         return worker.inferq.info() if worker.inferq is not None else {}

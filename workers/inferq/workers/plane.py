@@ -178,15 +178,12 @@ class DataPlane:
         self._waker.set()
 
     def drain(self, grace_s: float) -> None:
-        """End within `grace_s` seconds: settle what computes, hand back the rest."""
+        """End within `grace_s` seconds: settle what computes, hand back the rest.
+
+        With 0 everything is handed back at once, computing or not.
+        """
         self._claiming = False
         self._drain_by = time.monotonic() + grace_s
-        self._waker.set()
-
-    def terminate(self) -> None:
-        """End now: hand back everything, computing or not."""
-        self._claiming = False
-        self._drain_by = time.monotonic()
         self._waker.set()
 
     def join(self, timeout: float) -> bool:

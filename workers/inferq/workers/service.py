@@ -195,7 +195,7 @@ class Service:
         while not plane.join(0.1) and time.monotonic() < deadline:
             if celery_private.is_terminating() and not terminated:
                 terminated = True
-                plane.terminate()
+                plane.drain(self._worker.app.conf.worker_soft_shutdown_timeout)
         self._recoverer.stop()
         self._later.stop()
         self._side.canvas.stop()
