@@ -1,6 +1,7 @@
 """A ledger of every request under faults, in the spirit of Jepsen: ``make chaos``.
 
 schedule    what fails when, drawn from a seed
+clock       the schedule's time
 content     what is asked and what the answer must be, drawn from the same seed
 proxy       stands between everybody and Redis: cuts, delays, swallows
 store       the real Redis, killed and started again, with the end of its AOF cut off or not

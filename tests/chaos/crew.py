@@ -13,13 +13,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import redis
 
+from chaos.clock import Clock
 from chaos.record import POISONED, Hit, Record
 from chaos.schedule import Fault, Kind
 from chaos.store import Store
@@ -56,10 +56,7 @@ def held_by(store: redis.Redis, prefix: str) -> frozenset[str]:
 
 
 class Worker(threading.Thread):
-    """One place of the crew. `url` is Redis as it sees it; `faults` are its own, by time.
-
-    `due`: when the faults' clock began, in monotonic seconds.
-    """
+    """One place of the crew. `url` is Redis as it sees it; `faults` are its own, by time."""
 
     def __init__(
         self,
@@ -68,7 +65,7 @@ class Worker(threading.Thread):
         folder: Path,
         store: Store,
         faults: list[Fault],
-        due: Callable[[], float],
+        clock: Clock,
         record: Record,
     ) -> None:
         super().__init__(name=f"chaos-{name}", daemon=True)
@@ -77,7 +74,7 @@ class Worker(threading.Thread):
         self._folder = folder
         self._store = store
         self._faults = list(faults)
-        self._due = due
+        self._clock = clock
         self._record = record
         self._starts = 0
         self._prefix = ""
@@ -117,8 +114,11 @@ class Worker(threading.Thread):
                 if self._poll() is not None:
                     self._died()
                 elif self.state == "starting":
+                    if self._is_due():
+                        self._clock.hold(self.place)
                     self._look_up()
-                elif self._faults and self._due() + self._faults[0].at_s <= time.monotonic():
+                elif self._is_due():
+                    self._clock.release(self.place)
                     fault = self._faults[0]
                     self._do(fault)
                     self._record.done.append((time.monotonic(), fault))
@@ -127,7 +127,11 @@ class Worker(threading.Thread):
         except Exception as problem:  # noqa: BLE001  the run must hear of it
             self._record.troubles.append(f"{self.place}: {problem!r}")
         finally:
+            self._clock.release(self.place)
             self._kill()
+
+    def _is_due(self) -> bool:
+        return bool(self._faults) and self._clock.elapsed() >= self._faults[0].at_s
 
     def _poll(self) -> int | None:
         return self._process.poll() if self._process is not None else None

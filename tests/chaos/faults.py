@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
-from dataclasses import dataclass
 
 import redis
 
+from chaos.clock import Clock
 from chaos.crew import Worker, held_by
 from chaos.proxy import Proxy
 from chaos.record import Hit, Record
@@ -19,26 +18,12 @@ from chaos.store import Store
 HOLE_NOTICED_S = 5.0
 
 
-@dataclass
-class Beginning:
-    """When the faults' clock began (monotonic seconds): not before everything runs."""
-
-    at: float = math.inf
-
-    def wait(self, at_s: float, over: threading.Event) -> bool:
-        """Wait until a fault is due; False if everything is over before."""
-        while (wait_s := self.at + at_s - time.monotonic()) > 0:
-            if over.wait(min(wait_s, 0.1)):
-                return False
-        return True
-
-
 class OnRedis(threading.Thread):
     """Starts Redis and does its restarts. Redis ends with the thread that started it."""
 
-    def __init__(self, store: Store, faults: list[Fault], began: Beginning, record: Record) -> None:
+    def __init__(self, store: Store, faults: list[Fault], clock: Clock, record: Record) -> None:
         super().__init__(name="chaos-redis", daemon=True)
-        self._store, self._faults, self._began, self._record = store, faults, began, record
+        self._store, self._faults, self._clock, self._record = store, faults, clock, record
         self.pending = len(faults)
         self.started = threading.Event()
         self.over = threading.Event()
@@ -48,7 +33,7 @@ class OnRedis(threading.Thread):
             self._store.start()
             self.started.set()
             for fault in self._faults:
-                if not self._began.wait(fault.at_s, self.over):
+                if not self._clock.wait(fault.at_s, self.over):
                     break
                 cut_tail = fault.kind is Kind.TAIL_CUT
                 self._store.restart(fault.length_s, cut_tail=cut_tail, fsync=fault.fsync)
@@ -68,12 +53,12 @@ class OnNetwork(threading.Thread):
         crew: list[Worker],
         store: Store,
         faults: list[Fault],
-        began: Beginning,
+        clock: Clock,
         record: Record,
     ) -> None:
         super().__init__(name="chaos-network", daemon=True)
         self._proxy, self._crew, self._store = proxy, crew, store
-        self._faults, self._began, self._record = faults, began, record
+        self._faults, self._clock, self._record = faults, clock, record
         self._undone = set(range(len(faults)))
         self.over = threading.Event()
 
@@ -83,7 +68,7 @@ class OnNetwork(threading.Thread):
 
     def run(self) -> None:
         for n, fault in enumerate(self._faults):
-            if not self._began.wait(fault.at_s, self.over):
+            if not self._clock.wait(fault.at_s, self.over):
                 return
             # Those that last may overlap.
             threading.Thread(target=self._do, args=(n, fault), daemon=True).start()

@@ -147,7 +147,12 @@ class Recovery:
 
 
 def recoveries(ledger: Ledger, record: Record, restarts: Sequence[Restart]) -> list[Recovery]:
-    """Counted from the last fault that hit a request, its producer, or Redis (its return)."""
+    """Counted from the last fault that hit a request, its producer, or Redis (its return).
+
+    A worker that a request ended was not on the schedule: it may have been whom the schedule had
+    left alone to recover others, so those are counted from its end.
+    """
+    ended = [hit.at for hit in record.hits if hit.what == POISONED]
     found: dict[str, Recovery] = {}
     timed: set[str] = set()
     for hit in sorted(record.hits, key=lambda hit: hit.at):
@@ -160,7 +165,7 @@ def recoveries(ledger: Ledger, record: Record, restarts: Sequence[Restart]) -> l
             backs = [restart.back_at for restart in restarts if restart.back_at < resolved.at]
             producer = ledger.accepted[request_id].producer
             deaf = [at for at, who in record.deaf if who == producer and at < resolved.at]
-            since = max([hit.at, *backs, *deaf])
+            since = max([hit.at, *backs, *deaf, *[at for at in ended if at < resolved.at]])
             found[request_id] = Recovery(
                 request_id, resolved.at - since, hit.what, hit.worker, hit.at
             )

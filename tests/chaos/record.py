@@ -42,7 +42,7 @@ class Record:
     def dump(self, began: float, restarts: list[Restart]) -> str:
         """All of it as JSON, for whoever has to find out what went wrong.
 
-        `began` (monotonic seconds) is the faults' clock; ``wall`` is what it is in the logs.
+        `began`: monotonic seconds; ``wall`` is how the logs of the workers tell the time.
         """
         lines: list[tuple[float, str, object]] = [
             *[(at, f"done: {fault.kind}", fault.targets) for at, fault in self.done],

@@ -122,6 +122,8 @@ class Outcome:
     def figures(self) -> dict[str, Any]:
         """Everything measured, in plain types."""
         times = [one.seconds for one in self.recoveries]
+        ledger = self.ledger
+        waited = [one.at - ledger.accepted[each].at for each, one in ledger.resolved.items()]
         return {
             "requests": self.requests,
             "seed": self.seed,
@@ -136,12 +138,8 @@ class Outcome:
                 "max": max(self.runs, default=0),
                 "histogram": {str(n): count for n, count in sorted(Counter(self.runs).items())},
             },
-            "recovery_s": {
-                "timed": len(times),
-                "p50": round(float(np.percentile(times, 50)), 2) if times else 0,
-                "p99": round(float(np.percentile(times, 99)), 2) if times else 0,
-                "max": round(max(times, default=0), 2),
-            },
+            "recovery_s": {"timed": len(times), **_percentiles(times)},
+            "answered_after_s": _percentiles(waited),
             "lost": len(self.verdict.lost),
             "changed": len(self.verdict.changed),
             "wrong": len(self.verdict.wrong),
@@ -158,6 +156,7 @@ class Outcome:
             table.add_row(kind, str(count))
         table.add_section()
         executions, recovery = figures["executions"], figures["recovery_s"]
+        waited = figures["answered_after_s"]
         histogram = ", ".join(f"{n}: {count}" for n, count in executions["histogram"].items())
         rows = {
             "seconds with faults": figures["faults_s"],
@@ -169,6 +168,7 @@ class Outcome:
             "executions: requests": histogram,
             "recovery, s": f"p50 {recovery['p50']}, p99 {recovery['p99']}, "
             f"max {recovery['max']} of {recovery['timed']}",
+            "answered after, s": f"p50 {waited['p50']}, p99 {waited['p99']}, max {waited['max']}",
         }
         for name, value in rows.items():
             table.add_row(name, str(value))
@@ -192,3 +192,10 @@ class Outcome:
     def _of(self, request_id: str) -> str:
         accepted = self.ledger.accepted.get(request_id)
         return f"(p{accepted.producer} number {accepted.number})" if accepted else ""
+
+
+def _percentiles(seconds: list[float]) -> dict[str, float]:
+    if not seconds:
+        return {"p50": 0.0, "p99": 0.0, "max": 0.0}
+    p50, p99, most = np.percentile(seconds, (50, 99, 100))
+    return {"p50": round(float(p50), 2), "p99": round(float(p99), 2), "max": round(float(most), 2)}

@@ -22,9 +22,10 @@ import redis
 from helpers.wait import until
 from rich.console import Console
 
+from chaos.clock import Clock
 from chaos.content import MODELS, TOML, Request, request
 from chaos.crew import RESULT_EXPIRES_S, Worker
-from chaos.faults import Beginning, OnNetwork, OnRedis
+from chaos.faults import OnNetwork, OnRedis
 from chaos.judge import judge, leftovers, read_ends, recoveries, whereabouts
 from chaos.ledger import Accepted, Books, Ledger, executions
 from chaos.proxy import Proxy
@@ -55,10 +56,10 @@ def run(requests: int, seed: int, quotas: Quotas, folder: Path, display: Display
     faults = generate(quotas, seed)
     duration_s = max(quotas.duration_s, faults[-1].at_s if faults else 0.0)
     _write_models(folder / "models")
-    began, record, ledger = Beginning(), Record(), Ledger()
+    clock, record, ledger = Clock(), Record(), Ledger()
     books = Books(folder, ledger)
     store = Store()
-    on_redis = OnRedis(store, [f for f in faults if not f.targets], began, record)
+    on_redis = OnRedis(store, [f for f in faults if not f.targets], clock, record)
     places = [f"w{n}" for n in range(WORKERS)]
     clients = [*places, *[f"p{n}" for n in range(PRODUCERS)]]
     with ExitStack() as opened:
@@ -72,7 +73,7 @@ def run(requests: int, seed: int, quotas: Quotas, folder: Path, display: Display
             Worker(
                 place, proxy.url(place), folder, store,
                 [f for f in faults if f.kind in in_crew and f.targets == (place,)],
-                lambda: began.at, record,
+                clock, record,
             )
             for place in places
         ]  # fmt: skip
@@ -81,7 +82,7 @@ def run(requests: int, seed: int, quotas: Quotas, folder: Path, display: Display
             worker.start()
         network = (Kind.CUT, Kind.DELAY, Kind.HOLE)
         on_network = OnNetwork(
-            proxy, crew, store, [f for f in faults if f.kind in network], began, record
+            proxy, crew, store, [f for f in faults if f.kind in network], clock, record
         )
         opened.callback(on_network.over.set)
         on_network.start()
@@ -91,7 +92,8 @@ def run(requests: int, seed: int, quotas: Quotas, folder: Path, display: Display
             opened.enter_context(_Producer(n, proxy.url(f"p{n}"), store, folder, seed, pace))
             for n in range(PRODUCERS)
         ]
-        began.at = time.monotonic()
+        clock.start()
+        began = time.monotonic()
 
         def asked(accepted: Accepted) -> Request:
             return request(seed, accepted.producer, accepted.number)
@@ -101,14 +103,14 @@ def run(requests: int, seed: int, quotas: Quotas, folder: Path, display: Display
         def over() -> bool:
             books.read()
             left = sum(worker.pending for worker in crew) + on_redis.pending + on_network.pending
-            display.show(ledger, record, [one.state for one in crew], time.monotonic() - began.at)
+            display.show(ledger, record, [one.state for one in crew], time.monotonic() - began)
             if record.troubles or ledger.troubles or any(one.ended for one in producers):
                 return True
             return not left and len(ledger.accepted) >= requests
 
-        while not over() and time.monotonic() < began.at + limit_s:
+        while not over() and time.monotonic() < began + limit_s:
             time.sleep(0.2)
-        faults_s = time.monotonic() - began.at
+        faults_s = time.monotonic() - began
         (folder / "stop").touch()
         for producer in producers:
             producer.wait(SETTLE_S + 30.0)
@@ -124,7 +126,7 @@ def run(requests: int, seed: int, quotas: Quotas, folder: Path, display: Display
         for request_id in verdict.lost:
             verdict.lost[request_id] += f"; in Redis: {found_in.get(request_id, 'nowhere')}"
         runs = executions(folder)
-        (folder / "record.json").write_text(record.dump(began.at, store.restarts))
+        (folder / "record.json").write_text(record.dump(began, store.restarts))
         return Outcome(
             requests=requests, seed=seed, quotas=quotas, faults_s=faults_s, record=record,
             ledger=ledger, restarts=store.restarts, verdict=verdict,

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import io
 import itertools
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from chaos.clock import Clock
 from chaos.content import LARGE_EVERY, SUCCESS, request
 from chaos.judge import End, Recovery, Verdict, judge, recoveries
 from chaos.ledger import Accepted, Ledger, Resolved
 from chaos.producer import ABSENT, UNREAD
-from chaos.record import Hit, Record
+from chaos.record import POISONED, Hit, Record
 from chaos.report import BOUND_S, Display, Outcome
 from chaos.run import run
 from chaos.schedule import REDIS_APART_S, Fault, Kind, Quotas, generate
@@ -109,6 +112,26 @@ def test_what_is_asked_is_a_function_of_the_seed_and_has_every_kind() -> None:
     assert {one.model for one in asked} == {"fast", "brisk", "slow"}
 
 
+def test_the_schedules_clock_stands_still_while_a_worker_is_not_up() -> None:
+    clock = Clock()
+    assert clock.elapsed() < 0
+    clock.start()
+    clock.hold("w0")
+    clock.hold("w1")
+    held = clock.elapsed()
+    over = threading.Event()
+    assert not over.wait(0.05)
+    clock.release("w1")
+    clock.release("w1")
+    assert clock.elapsed() == held
+    before = time.monotonic()
+    clock.release("w0")
+    assert held <= clock.elapsed() <= held + time.monotonic() - before
+    assert clock.wait(held + 0.06, over)
+    over.set()
+    assert not clock.wait(held + 60.0, over)
+
+
 # --- the judge ------------------------------------------------------------------------------------
 
 
@@ -191,6 +214,8 @@ def test_a_recovery_is_counted_from_the_last_fault_that_hit_it() -> None:
     assert found(kill) == {"a": 15.0, "b": 15.0}, "c was resolved before"
     assert found(kill, Hit(8.0, Kind.SIGKILL, "w1", frozenset("b"))) == {"a": 15.0, "b": 12.0}
     assert found(kill, restarts=(RESTART,)) == {"a": 6.0, "b": 6.0}
+    poison = Hit(7.0, POISONED, "w2", frozenset("z"))
+    assert found(kill, poison) == {"a": 13.0, "b": 13.0}, "it may have been about to recover them"
     assert found(Hit(5.0, Kind.CUT, "w0", frozenset("a"))) == {}, "nobody had to recover it"
 
 
