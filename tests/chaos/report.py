@@ -9,7 +9,8 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -27,7 +28,7 @@ _SHOWN = 12
 
 
 class Display:
-    """A progress bar on a terminal; elsewhere a line now and then."""
+    """A progress bar on a terminal, the faults below it; elsewhere a line now and then."""
 
     def __init__(self, console: Console, requests: int, quotas: Quotas) -> None:
         self._console = console
@@ -35,12 +36,14 @@ class Display:
         self._line_at = 0.0
         self._progress = Progress(
             TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("{task.description}"), console=console, disable=not console.is_terminal,
+            TextColumn("{task.description}"), console=console,
         )  # fmt: skip
         self._task = self._progress.add_task("", total=requests)
+        self._live = Live(console=console, refresh_per_second=4)
 
     def __enter__(self) -> Self:
-        self._progress.start()
+        if self._console.is_terminal:
+            self._live.start()
         return self
 
     def __exit__(
@@ -49,7 +52,7 @@ class Display:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._progress.stop()
+        self._live.stop()
 
     def show(self, ledger: Ledger, record: Record, states: list[str], elapsed_s: float) -> None:
         """How far the run is."""
@@ -58,11 +61,14 @@ class Display:
             f"{kind.name.lower()} {done[kind]}/{count}"
             for kind, count in self._quotas.counts.items()
         )
-        text = f"{states.count('up')} workers up; {len(ledger.unresolved)} in flight; {faults}"
+        text = f"{states.count('up')} workers up, {len(ledger.unresolved)} in flight"
         self._progress.update(self._task, completed=len(ledger.accepted), description=text)
-        if self._progress.disable and time.monotonic() - self._line_at >= LINE_S:
+        if self._console.is_terminal:
+            self._live.update(Group(self._progress, faults))
+        elif time.monotonic() - self._line_at >= LINE_S:
             self._line_at = time.monotonic()
-            self._console.print(f"{elapsed_s:5.0f} s: {len(ledger.accepted)} accepted; {text}")
+            accepted = f"{elapsed_s:5.0f} s: {len(ledger.accepted)} accepted"
+            self._console.print(f"{accepted}, {text}; {faults}")
 
 
 @dataclass(frozen=True)
