@@ -104,7 +104,8 @@ def run(requests: int, seed: int, quotas: Quotas, folder: Path, display: Display
             books.read()
             left = sum(worker.pending for worker in crew) + on_redis.pending + on_network.pending
             display.show(ledger, record, [one.state for one in crew], time.monotonic() - began)
-            if record.troubles or ledger.troubles or any(one.ended for one in producers):
+            record.troubles += [one.trouble for one in producers if one.trouble]
+            if record.troubles or ledger.troubles:
                 return True
             return not left and len(ledger.accepted) >= requests
 
@@ -161,8 +162,10 @@ class _Producer:
         end_child(self._process, 5.0)
 
     @property
-    def ended(self) -> bool:
-        return self._process.poll() is not None
+    def trouble(self) -> str:
+        """What is the matter if it ended before it was told to; else empty."""
+        status = self._process.poll()
+        return "" if status is None else f"a producer ended with status {status} by itself"
 
     def wait(self, seconds: float) -> None:
         self._process.wait(seconds)
