@@ -14,7 +14,9 @@ import shutil
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,15 @@ from chaos.ledger import Accepted, Books, Ledger, executions
 from chaos.proxy import Proxy
 from chaos.record import Record
 from chaos.report import Display, Outcome
-from chaos.schedule import PRODUCERS, WORKERS, Kind, Quotas, generate
+from chaos.schedule import (
+    ON_NETWORK,
+    ON_REDIS,
+    PRODUCERS,
+    WORKERS,
+    Fault,
+    Quotas,
+    generate,
+)
 from chaos.store import Store
 from inferq.shared.names import Names
 from inferq.workers.children import end_child, start_child
@@ -51,15 +61,34 @@ INCARNATION_BYTES = 8
 LOG_WIDTH = 110
 
 
-def run(requests: int, seed: int, quotas: Quotas, folder: Path, display: Display) -> Outcome:
-    """One run, its logs in `folder`."""
-    faults = generate(quotas, seed)
-    duration_s = max(quotas.duration_s, faults[-1].at_s if faults else 0.0)
-    _write_models(folder / "models")
-    clock, record, ledger = Clock(), Record(), Ledger()
-    books = Books(folder, ledger)
-    store = Store()
-    on_redis = OnRedis(store, [f for f in faults if not f.targets], clock, record)
+@dataclass(frozen=True)
+class Scene:
+    """Redis, the proxy before it and the workers, with the threads that do their faults."""
+
+    clock: Clock
+    record: Record
+    store: Store
+    proxy: Proxy
+    crew: list[Worker]
+    on_redis: OnRedis
+    on_network: OnNetwork
+
+    @property
+    def pending(self) -> int:
+        """How many faults are still to come."""
+        in_crew = sum(worker.pending for worker in self.crew)
+        return in_crew + self.on_redis.pending + self.on_network.pending
+
+    @property
+    def states(self) -> list[str]:
+        return [worker.state for worker in self.crew]
+
+
+@contextmanager
+def open_scene(faults: list[Fault], folder: Path) -> Iterator[Scene]:
+    """Everything runs and serves; no fault is done before the clock is started."""
+    clock, record, store = Clock(), Record(), Store()
+    on_redis = OnRedis(store, [f for f in faults if f.kind in ON_REDIS], clock, record)
     places = [f"w{n}" for n in range(WORKERS)]
     clients = [*places, *[f"p{n}" for n in range(PRODUCERS)]]
     with ExitStack() as opened:
@@ -68,74 +97,80 @@ def run(requests: int, seed: int, quotas: Quotas, folder: Path, display: Display
         on_redis.start()
         until(lambda: on_redis.started.is_set() or record.troubles, READY_S, "Redis runs")
         proxy = opened.enter_context(Proxy(store.server.port, clients))
-        in_crew = (Kind.SIGKILL, Kind.SIGSTOP, Kind.SIGTERM)
+        in_crew = [f for f in faults if f.kind not in (*ON_REDIS, *ON_NETWORK)]
         crew = [
             Worker(
                 place, proxy.url(place), folder, store,
-                [f for f in faults if f.kind in in_crew and f.targets == (place,)],
-                clock, record,
+                [f for f in in_crew if f.targets == (place,)], clock, record,
             )
             for place in places
         ]  # fmt: skip
         for worker in crew:
             opened.callback(worker.end)
             worker.start()
-        network = (Kind.CUT, Kind.DELAY, Kind.HOLE)
         on_network = OnNetwork(
-            proxy, crew, store, [f for f in faults if f.kind in network], clock, record
+            proxy, crew, store, [f for f in faults if f.kind in ON_NETWORK], clock, record
         )
         opened.callback(on_network.over.set)
         on_network.start()
         until(lambda: all(one.state == "up" for one in crew), READY_S, "all workers serve")
-        pace = HASTE * requests / duration_s / PRODUCERS
+        yield Scene(clock, record, store, proxy, crew, on_redis, on_network)
+
+
+def run(requests: int, seed: int, quotas: Quotas, folder: Path, display: Display) -> Outcome:
+    """One run, its logs in `folder`."""
+    faults = generate(quotas, seed)
+    duration_s = max(quotas.duration_s, faults[-1].at_s if faults else 0.0)
+    pace = HASTE * requests / duration_s / PRODUCERS
+    _write_models(folder / "models")
+    ledger = Ledger()
+    books = Books(folder, ledger)
+
+    def asked(accepted: Accepted) -> Request:
+        return request(seed, accepted.producer, accepted.number)
+
+    with open_scene(faults, folder) as scene, ExitStack() as opened:
+        store, record = scene.store, scene.record
         producers = [
-            opened.enter_context(_Producer(n, proxy.url(f"p{n}"), store, folder, seed, pace))
+            opened.enter_context(_Producer(n, scene.proxy.url(f"p{n}"), store, folder, seed, pace))
             for n in range(PRODUCERS)
         ]
-        clock.start()
+        scene.clock.start()
         began = time.monotonic()
-
-        def asked(accepted: Accepted) -> Request:
-            return request(seed, accepted.producer, accepted.number)
-
-        limit_s = PATIENCE * duration_s + 120.0
-
-        def over() -> bool:
+        while time.monotonic() < began + PATIENCE * duration_s + 120.0:
+            time.sleep(0.2)
             books.read()
-            left = sum(worker.pending for worker in crew) + on_redis.pending + on_network.pending
-            display.show(ledger, record, [one.state for one in crew], time.monotonic() - began)
+            display.show(ledger, record, scene.states, time.monotonic() - began)
             record.troubles += [one.trouble for one in producers if one.trouble]
             if record.troubles or ledger.troubles:
-                return True
-            return not left and len(ledger.accepted) >= requests
-
-        while not over() and time.monotonic() < began + limit_s:
-            time.sleep(0.2)
+                break
+            if not scene.pending and len(ledger.accepted) >= requests:
+                break
         faults_s = time.monotonic() - began
         (folder / "stop").touch()
         for producer in producers:
             producer.wait(SETTLE_S + 30.0)
         books.read()
         with store.client() as client:
-            settled = _settles(client, [worker.prefix for worker in crew])
+            settled = _settles(client, [worker.prefix for worker in scene.crew])
             found_in = whereabouts(client, ledger.unresolved)
-            for worker in crew:
+            for worker in scene.crew:
                 worker.end()
             ends = read_ends(client, ledger, asked)
             left = leftovers(client)
-        verdict = judge(ledger, ends, lambda one: asked(one).expected, store.restarts, record.away)
-        for request_id in verdict.lost:
-            verdict.lost[request_id] += f"; in Redis: {found_in.get(request_id, 'nowhere')}"
-        runs = executions(folder)
-        (folder / "record.json").write_text(record.dump(began, store.restarts))
-        return Outcome(
-            requests=requests, seed=seed, quotas=quotas, faults_s=faults_s, record=record,
-            ledger=ledger, restarts=store.restarts, verdict=verdict,
-            recoveries=recoveries(ledger, record, store.restarts),
-            recovered=sum(worker.recovered() for worker in crew),
-            runs=[runs[a.producer, a.number] for a in ledger.accepted.values()],
-            left=left if settled else ["(not settled in time)", *left],
-        )  # fmt: skip
+    verdict = judge(ledger, ends, lambda one: asked(one).expected, store.restarts, record.away)
+    for request_id in verdict.lost:
+        verdict.lost[request_id] += f"; in Redis: {found_in.get(request_id, 'nowhere')}"
+    runs = executions(folder)
+    (folder / "record.json").write_text(record.dump(began, store.restarts))
+    return Outcome(
+        requests=requests, seed=seed, quotas=quotas, faults_s=faults_s, record=record,
+        ledger=ledger, restarts=store.restarts, verdict=verdict,
+        recoveries=recoveries(ledger, record, store.restarts),
+        recovered=sum(worker.recovered() for worker in scene.crew),
+        runs=[runs[a.producer, a.number] for a in ledger.accepted.values()],
+        left=left if settled else ["(not settled in time)", *left],
+    )  # fmt: skip
 
 
 class _Producer:
@@ -213,8 +248,12 @@ def main() -> int:
         console = Console(width=LOG_WIDTH)
     folder = Path(tempfile.mkdtemp(prefix="inferq-chaos-"))
     quotas = Quotas.scaled(args.requests)
-    with Display(console, args.requests, quotas) as display:
-        outcome = run(args.requests, args.seed, quotas, folder, display)
+    try:
+        with Display(console, args.requests, quotas) as display:
+            outcome = run(args.requests, args.seed, quotas, folder, display)
+    except BaseException:
+        console.print(f"logs and books: {folder}")
+        raise
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "chaos.json").write_text(json.dumps(outcome.figures(), indent=2) + "\n")
     if outcome.failures() or args.keep:

@@ -85,7 +85,8 @@ FULL = {
     Kind.DELAY: 12,
     Kind.HOLE: 12,
 }
-_ON_REDIS = (Kind.RESTART, Kind.TAIL_CUT)
+ON_REDIS = (Kind.RESTART, Kind.TAIL_CUT)
+ON_NETWORK = (Kind.CUT, Kind.DELAY, Kind.HOLE)
 
 
 def generate(quotas: Quotas, seed: int) -> list[Fault]:
@@ -93,12 +94,12 @@ def generate(quotas: Quotas, seed: int) -> list[Fault]:
     rng = random.Random(f"schedule:{seed}")
     drawn: list[tuple[float, int, Kind]] = []
     for kind, count in quotas.counts.items():
-        if kind not in _ON_REDIS:
+        if kind not in ON_REDIS:
             drawn += [
                 (LEAD_S + (n + rng.random()) * quotas.duration_s / count, rng.getrandbits(40), kind)
                 for n in range(count)
             ]
-    restarts = [kind for kind in _ON_REDIS for _ in range(quotas.counts[kind])]
+    restarts = [kind for kind in ON_REDIS for _ in range(quotas.counts[kind])]
     rng.shuffle(restarts)
     slot = max(quotas.duration_s / max(1, len(restarts)), REDIS_APART_S + 2)
     for n, kind in enumerate(restarts):
@@ -129,10 +130,10 @@ class _Planner:
 
     def plan(self) -> list[Fault]:
         heapq.heapify(self.drawn)
-        cuts_left = [kind for _, _, kind in sorted(self.drawn) if kind in _ON_REDIS]
+        cuts_left = [kind for _, _, kind in sorted(self.drawn) if kind in ON_REDIS]
         while self.drawn:
             at_s, tie, kind = heapq.heappop(self.drawn)
-            if kind in _ON_REDIS:
+            if kind in ON_REDIS:
                 cuts_left.pop(0)
                 self._restart(at_s, kind, cuts_left[0] if cuts_left else None)
             elif kind in (Kind.CUT, Kind.DELAY):

@@ -20,7 +20,7 @@ from chaos.producer import ABSENT, UNREAD
 from chaos.record import POISONED, Hit, Record
 from chaos.report import BOUND_S, Display, Outcome
 from chaos.run import run
-from chaos.schedule import REDIS_APART_S, Fault, Kind, Quotas, generate
+from chaos.schedule import ON_REDIS, REDIS_APART_S, Fault, Kind, Quotas, generate
 from chaos.store import Restart
 from inferq.producer.outgoing import INLINE_LIMIT
 
@@ -37,7 +37,6 @@ SHORT = Quotas(
     },
     90.0,
 )
-ON_REDIS = (Kind.RESTART, Kind.TAIL_CUT)
 
 
 # --- the schedule ---------------------------------------------------------------------------------
