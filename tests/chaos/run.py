@@ -152,7 +152,7 @@ def run(requests: int, seed: int, quotas: Quotas, folder: Path, display: Display
             producer.wait(SETTLE_S + 30.0)
         books.read()
         with store.client() as client:
-            settled = _settles(client, [worker.prefix for worker in scene.crew])
+            settled = _settles(client, scene.crew)
             found_in = whereabouts(client, ledger.unresolved)
             for worker in scene.crew:
                 worker.end()
@@ -206,7 +206,7 @@ class _Producer:
         self._process.wait(seconds)
 
 
-def _settles(client: redis.Redis, living: list[str]) -> bool:
+def _settles(client: redis.Redis, crew: list[Worker]) -> bool:
     """Wait until the dead are recovered and nothing is held or queued; False if that is late."""
     names = Names()
     patterns = (f"{names.root}claim:*", f"{names.root}running:*", "inferq.*")
@@ -215,7 +215,7 @@ def _settles(client: redis.Redis, living: list[str]) -> bool:
         leases: Any = client.zrange(names.leases, 0, -1)
         # One that lost its lease has its former incarnation recovered once more.
         of = sorted(lease.decode()[: -2 * INCARNATION_BYTES] for lease in leases)
-        if of != sorted(living):
+        if of != sorted(worker.prefix for worker in crew):
             return False
         return not any(True for pattern in patterns for _ in client.scan_iter(pattern, count=5000))
 
