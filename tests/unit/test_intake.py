@@ -28,6 +28,7 @@ from inferq.workers.batching.padding import Padding, PadRule
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Claim, Slot
 from inferq.workers.intake import (
+    MAX_FOLLOWING,
     Early,
     Failed,
     Foreign,
@@ -176,6 +177,27 @@ def test_a_bad_tensor_fails_with_what_was_expected(
     problem = failure(reader.admit(opened(reader, message({"x": tensor})), {}))
     assert type(problem) is error
     assert words in str(problem)
+
+
+@pytest.mark.parametrize("slot", ["callbacks", "errbacks", "chain"])
+def test_more_that_follows_than_is_allowed_is_refused_and_not_followed(slot: str) -> None:
+    found = intake().open(SLOT, message(embed={slot: [{}] * MAX_FOLLOWING}))
+    assert isinstance(found, Opened)
+    assert found.ticket.canvas is not None
+    found = intake().open(SLOT, message(embed={slot: [{}] * (MAX_FOLLOWING + 1)}))
+    assert f"1001 {slot}; expected at most {MAX_FOLLOWING}" in str(failure(found))
+    assert isinstance(found, Failed)
+    assert found.ticket.canvas is None
+
+
+def test_a_reply_channel_that_is_no_clients_is_refused_and_not_told() -> None:
+    good = intake().open(SLOT, message(inferq_reply=NAMES.reply("me")))
+    assert isinstance(good, Opened)
+    assert good.ticket.reply == NAMES.reply("me")
+    bad = intake().open(SLOT, message(inferq_reply="unrelated"))
+    assert "inferq_reply 'unrelated'; expected a channel inferq:1:reply:" in str(failure(bad))
+    assert isinstance(bad, Failed)
+    assert bad.ticket.reply is None
 
 
 def test_what_names_no_request_is_quarantined_with_its_bytes() -> None:

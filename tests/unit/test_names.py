@@ -87,6 +87,10 @@ def test_a_payload_belongs_to_the_request_whose_id_it_names_in_full() -> None:
     for other in ("i", "d", "id1", "", "id:x"):
         assert not names.is_payload_of(key, other)
     assert not Names().is_payload_of(key, "id")
+    ids = ("a", "a:b", "a%3Ab", "a%b", "", ":")
+    for request_id in ids:
+        key = names.payload(request_id, "c:0")
+        assert [each for each in ids if names.is_payload_of(key, each)] == [request_id]
 
 
 @given(MODEL)

@@ -231,6 +231,15 @@ def test_bytes_that_name_nobody_are_kept_and_not_answered(claim: Claim) -> None:
     )  # fmt: skip
 
 
+def test_a_dead_letter_holds_no_more_than_redis_takes(
+    claim: Claim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inferq.workers.results.MAX_LETTER_BYTES", 10)
+    done = RESULTS.quarantined(Quarantined(Slot(claim, 0), b"x" * 11, "why"), 7.0)
+    letter = msgpack.unpackb(done.dead_letter or b"")
+    assert (letter["message"], letter["size"]) == (b"x" * 10, 11)
+
+
 @pytest.mark.parametrize(
     ("message", "request_id", "kind"),
     [

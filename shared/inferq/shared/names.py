@@ -21,13 +21,15 @@ upgraded one by one, and the clients after them.
     serving:<m>           ZSET   i -> Redis ms at which its lease ends
     nowhere               never exists (see lua/force.lua)
     reply:<client>        channel on which a client hears the ids of its settled requests
-    payload:<id>:<input>  STRING a claim-checked tensor, expires; under 1 in every version
+    payload:<id>:<input>  STRING a claim-checked tensor, expires; under 1 in every version;
+                                 a colon in the id is written %3A
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Final
 
 PROTOCOL: Final = 1
@@ -150,11 +152,29 @@ class Names:
         return f"{self.root}reply:{client}"
 
     def payload(self, request_id: str, tensor: str) -> str:
-        return f"{self.prefix}inferq:1:payload:{request_id}:{tensor}"
+        return f"{self._payloads(request_id)}{tensor}"
 
     def is_payload_of(self, key: str, request_id: str) -> bool:
         """Whether `key` is a payload key of this very request (never read or delete another)."""
-        return key.startswith(self.payload(request_id, ""))
+        return key.startswith(self._payloads(request_id))
+
+    def _payloads(self, request_id: str) -> str:
+        # Or the payloads of the request "a:b" would pass for some of the request "a".
+        if ":" in request_id or "%" in request_id:
+            request_id = request_id.replace("%", "%25").replace(":", "%3A")
+        return f"{self.prefix}inferq:1:payload:{request_id}:"
+
+    def is_reply(self, channel: str) -> bool:
+        """Whether `channel` is a reply channel, of a client of any version.
+
+        Workers publish on no other that they are told: this Redis might not let them, and a MULTI
+        with such a command in it is refused as a whole, however often it is sent.
+        """
+        return self._replies.match(channel) is not None
+
+    @cached_property
+    def _replies(self) -> re.Pattern[str]:
+        return re.compile(rf"{re.escape(self.prefix)}inferq:\d{{1,6}}:reply:")
 
 
 @dataclass(frozen=True)

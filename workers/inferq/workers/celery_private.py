@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from celery import Celery, states
@@ -18,6 +19,7 @@ from celery.canvas import group, maybe_signature
 from celery.exceptions import TaskRevokedError
 from celery.worker import state as worker_state
 from celery.worker.consumer import Consumer
+from kombu.exceptions import MessageStateError
 
 from inferq.shared.resp import Command
 
@@ -26,6 +28,8 @@ logger = logging.getLogger(__name__)
 #: kombu's bookkeeping of delivered messages (kombu.transport.redis.Channel).
 UNACKED = "unacked"
 UNACKED_INDEX = "unacked_index"
+#: Deepest nesting of a message that is handed to Celery, whose main thread reads it recursively.
+MAX_NESTING = 100
 
 
 def is_revoked(request_id: str) -> bool:
@@ -82,19 +86,45 @@ def is_terminating() -> bool:
 
 def unacked_commands(message: bytes, prefix: str) -> Sequence[Command]:
     """What kombu's QoS.append writes of a delivered message. ValueError: it is none of kombu's."""
-    raw = json.loads(message)
     try:
+        raw = json.loads(message)
         properties = raw["properties"]
         tag, info = properties["delivery_tag"], properties["delivery_info"]
         record = json.dumps([raw, info["exchange"], info["routing_key"]])
+    except RecursionError as problem:
+        raise ValueError("no message of kombu's: it is nested too deeply") from problem
     except (KeyError, TypeError) as problem:
         raise ValueError(f"no message of kombu's: {problem!r} is missing") from problem
     if not isinstance(tag, str):
         raise ValueError("no message of kombu's: its delivery_tag is no string")
+    if _is_nested_deeper(raw, MAX_NESTING):
+        raise ValueError(f"it is nested more than {MAX_NESTING} levels deep")
     return (
         ("ZADD", prefix + UNACKED_INDEX, time.time(), tag),
         ("HSET", prefix + UNACKED, tag, record),
     )
+
+
+def _is_nested_deeper(value: object, levels: int) -> bool:
+    inside = [value]
+    for _ in range(levels):
+        inside = [
+            child
+            for outer in inside
+            if isinstance(outer, dict | list)
+            for child in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not inside:
+            return False
+    return True
+
+
+def _settle_once(settle: Callable[..., None], *args: Any, **options: Any) -> None:
+    """Celery acknowledges twice where a result cannot be stored, which ends a stock worker."""
+    try:
+        settle(*args, **options)
+    except MessageStateError as problem:
+        logger.warning("a task was settled already: %s", problem)
 
 
 def deliver(consumer: Consumer, message: bytes) -> None:
@@ -108,6 +138,8 @@ def deliver(consumer: Consumer, message: bytes) -> None:
         channel = consumer.task_consumer.channel
         try:
             delivered = channel.Message(raw, channel=channel)
+            for name in ("ack_log_error", "reject_log_error"):
+                setattr(delivered, name, partial(_settle_once, getattr(delivered, name)))
             channel.qos.append(delivered, delivered.delivery_tag)
             consumer.task_consumer._receive_callback(delivered)
         except consumer.connection_errors:
@@ -115,7 +147,12 @@ def deliver(consumer: Consumer, message: bytes) -> None:
         except Exception as problem:
             task_id = raw["headers"]["id"]
             logger.exception("task %s cannot be read", task_id)
-            consumer.app.backend.mark_as_failure(task_id, problem)
+            try:
+                consumer.app.backend.mark_as_failure(task_id, problem)
+            except consumer.connection_errors:
+                raise
+            except Exception:
+                logger.exception("task %s cannot be answered", task_id)
             channel.qos.reject(raw["properties"]["delivery_tag"])
 
     consumer.call_soon(receive)

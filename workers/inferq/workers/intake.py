@@ -22,13 +22,16 @@ from inferq.shared.errors import (
     ModelNotFound,
     PayloadExpired,
 )
-from inferq.shared.names import TASK, Names
+from inferq.shared.names import HEADER_REPLY, TASK, Names
 from inferq.shared.schema import Array, InputCheck, ModelAdvert, Ticket, check_names
 from inferq.workers.batching.padding import Padding
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Slot
 
 _ARGUMENTS = frozenset({"inputs", "model"})
+#: Most links, and most steps of a chain, that follow on a request. Where it fails, Celery stores as
+#: many failures one by one, while all other requests' links wait.
+MAX_FOLLOWING = 1_000
 
 
 def _is_str(value: object) -> bool:
@@ -130,6 +133,11 @@ class Intake:
             return Foreign(slot, message)
         ticket = self._ticket(slot, envelope)
         try:
+            if ticket.reply is not None and not self._names.is_reply(ticket.reply):
+                told, ticket = ticket.reply[:100], replace(ticket, reply=None)
+                raise InvalidInput(
+                    f"{HEADER_REPLY} {told!r}; expected a channel {self._names.reply('…')}"
+                )
             if headers.compression:
                 raise InvalidInput(f"compression {headers.compression!r}; expected none")
             if headers.expires is not None:
@@ -140,9 +148,11 @@ class Intake:
             references = references_in(given.get("inputs"))
             is_own = self._names.is_payload_of
             own = tuple(key for key in references.values() if is_own(key, ticket.id))
-            if own or body.has_canvas:
-                canvas = message if body.has_canvas else None
-                ticket = replace(ticket, payload_keys=own, canvas=canvas)
+            if own:
+                ticket = replace(ticket, payload_keys=own)
+            if body.has_canvas:
+                _check_canvas(body.embed)
+                ticket = replace(ticket, canvas=message)
             if late is not None:
                 return replace(late, ticket=ticket)
             inputs = self._inputs(given)
@@ -251,6 +261,13 @@ def arguments(body: codec.Body) -> Mapping[str, Any]:
     if len(body.args) > 2:
         raise InvalidInput(f"{len(body.args)} arguments; expected inputs and model")
     return dict(zip(("inputs", "model"), body.args, strict=False)) | body.kwargs
+
+
+def _check_canvas(embed: Mapping[str, Any]) -> None:
+    for slot in ("callbacks", "errbacks", "chain"):
+        following = embed.get(slot)
+        if isinstance(following, list | dict | str) and len(following) > MAX_FOLLOWING:
+            raise InvalidInput(f"{len(following)} {slot}; expected at most {MAX_FOLLOWING}")
 
 
 def references_in(inputs: object) -> dict[str, str]:

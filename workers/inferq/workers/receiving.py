@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from inferq.shared.errors import InvalidInput
 from inferq.shared.schema import Ticket
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Claimed, Slot
@@ -131,11 +132,24 @@ class Receiver:
         keys = [key for each in opened for key in each.references.values()]
         payloads = self._payloads.fetch(keys, model.advert.max_request_bytes) if keys else {}
         for each in found:
-            item = model.intake.admit(each, payloads) if isinstance(each, Opened) else each
+            item = self._read(model, each, payloads) if isinstance(each, Opened) else each
             if isinstance(item, Waiting):
                 received.waiting.append(item)
             else:
                 received.ended.append(self._end(model, item))
+
+    def _read(
+        self,
+        model: ServedModel,
+        opened: Opened,
+        payloads: Mapping[str, bytes | memoryview | None],
+    ) -> Waiting | Failed:
+        try:
+            return model.intake.admit(opened, payloads)
+        except Exception as problem:
+            logger.exception("the inputs of %s cannot be read", opened.ticket.id)
+            error = InvalidInput(f"reading its inputs raised {problem!r}")
+            return Failed(opened.slot, opened.ticket, error)
 
     def _end(
         self, model: ServedModel, found: Failed | Revoked | Foreign | Early | Quarantined | Dead

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, Final
 
 import msgpack
 from msgspec.structs import replace
@@ -23,6 +23,10 @@ from inferq.workers.lanes import Outcome
 from inferq.workers.settle import Settlement
 
 logger = logging.getLogger(__name__)
+
+#: Most bytes of its message that a dead letter holds; Redis takes no value much larger than the
+#: largest message, and closes the connection on one that is.
+MAX_LETTER_BYTES: Final = 256 * 1024 * 1024
 
 
 def _now() -> str:
@@ -134,7 +138,8 @@ class Results:
         letter: bytes = msgpack.packb(
             {
                 "id": request_id, "reason": reason, "attempts": attempts,
-                "at_ms": redis_ms, "worker": self.worker, "message": message,
+                "at_ms": redis_ms, "worker": self.worker, "size": len(message),
+                "message": message[:MAX_LETTER_BYTES],
             }
         )  # fmt: skip
         return letter

@@ -10,7 +10,7 @@ import binascii
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 import pybase64
@@ -21,23 +21,27 @@ from inferq.shared.schema import Tensors, Ticket, describe
 
 #: Most bytes of one message on the queue; a longer one is quarantined unread.
 MAX_MESSAGE_BYTES: Final = 512 * 1024 * 1024
+#: Most characters of an id, or of a reply channel: they stand in results and in keys.
+MAX_ID_CHARS: Final = 1_000
+
+Id = Annotated[str, msgspec.Meta(max_length=MAX_ID_CHARS)]
 
 
 class Headers(msgspec.Struct):
     """The message headers that the fast path reads; Celery sends more."""
 
-    id: str
+    id: Id
     task: str
     eta: str | None = None
     expires: str | None = None
     retries: int | None = 0
     ignore_result: bool | None = False
-    group: str | None = None
-    root_id: str | None = None
-    parent_id: str | None = None
+    group: Id | None = None
+    root_id: Id | None = None
+    parent_id: Id | None = None
     kwargsrepr: str | None = None
     compression: str | None = None
-    inferq_reply: str | None = None
+    inferq_reply: Id | None = None
     inferq_sent_ms: float | None = None
     inferq_deadline_ms: float | None = None
 
