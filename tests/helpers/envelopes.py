@@ -34,10 +34,11 @@ def envelope(
     kind: str = MSGPACK,
     properties: dict[str, Any] | None = None,
     headers: dict[str, Any] | None = None,
+    request_id: str | None = None,
     **fields: Any,
 ) -> bytes:
     """A message around a body; `headers`, `properties` and `fields` add to or replace its own."""
-    request_id = str(uuid.uuid4())
+    request_id = request_id or str(uuid.uuid4())
     return json.dumps(
         {
             "body": base64.b64encode(packed).decode(),

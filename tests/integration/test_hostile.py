@@ -310,6 +310,14 @@ CANVAS: Mapping[str, Hostile] = {
     "a chord of a group that is none": Hostile(
         SUCCESS, request(1, headers={"group": "none"}, embed={"chord": {"task": "nope"}})
     ),
+    # redis-py refuses to write it, which must not pass for a Redis that is away. What the request
+    # itself came to was stored before.
+    "an index in its group that cannot be written": Hostile(
+        SUCCESS,
+        request(
+            1, headers={"group": "g", "group_index": {"no": 1}}, embed={"chord": {"task": "x"}}
+        ),
+    ),
     "an index in its group that is none": Hostile(
         SUCCESS,
         request(1, headers={"group": "g", "group_index": "x"}, embed={"chord": {"task": "x"}}),

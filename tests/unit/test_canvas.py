@@ -142,6 +142,18 @@ def test_links_that_can_never_be_published_make_the_request_fail(
     assert codec.decode_meta(settled.outcome)["status"] == "SUCCESS"
 
 
+def test_a_chord_that_cannot_be_written_fails_and_keeps_no_others_links_waiting(
+    app: Celery, store: redis_py.Redis, canvas: Canvas, ready: Ready
+) -> None:
+    message = linked(app, store, "plain", chord={"task": "x"}, group_id="g", group_index={"no": 1})
+    for each in (message, linked(app, store, "plain")):
+        canvas.put("i", succeeded(each), each)
+    _, failed = ready.get(timeout=10)
+    assert codec.decode_meta(failed.outcome)["result"]["code"] == EngineError.code
+    _, settled = ready.get(timeout=10)
+    assert codec.decode_meta(settled.outcome)["status"] == "SUCCESS"
+
+
 @pytest.mark.parametrize("ignored", [False, True])
 def test_a_failure_is_stored_before_its_errbacks_are_called_unless_it_is_ignored(
     app: Celery, store: redis_py.Redis, canvas: Canvas, ready: Ready, ignored: bool

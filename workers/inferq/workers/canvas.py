@@ -11,12 +11,13 @@ import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from queue import SimpleQueue
+from typing import Final
 
 import redis
 from celery import Celery
 from kombu.exceptions import OperationalError
 from msgspec.structs import replace
-from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import OutOfMemoryError, ReadOnlyError
 
 from inferq.shared import codec
 from inferq.shared.celery_app import make_app
@@ -31,6 +32,10 @@ logger = logging.getLogger(__name__)
 RETRY_S = 0.5
 
 Ready = Callable[[str, Settlement], None]
+
+#: Redis cannot be reached, or is full. All else stays as it is however often it is tried: what
+#: redis-py cannot write, for one, would keep all other links waiting for ever.
+_PASSING: Final = redis.ConnectionError | redis.TimeoutError | OutOfMemoryError | ReadOnlyError
 
 
 def _apps(settings: Settings) -> dict[str, Celery]:
@@ -49,10 +54,9 @@ def _apps(settings: Settings) -> dict[str, Celery]:
 
 def _passes(problem: Exception) -> bool:
     """Whether trying again may help: Redis is away or full, rather than asked the impossible."""
-    cause = problem.__cause__ if isinstance(problem, OperationalError) else problem
-    if isinstance(cause, ResponseError):
-        return isinstance(cause, OutOfMemoryError | ReadOnlyError)
-    return isinstance(problem, OperationalError | RedisError)
+    if isinstance(problem, OperationalError):
+        return isinstance(problem.__cause__, _PASSING | OSError)
+    return isinstance(problem, _PASSING)
 
 
 class Canvas:

@@ -1,0 +1,329 @@
+"""`make fuzz MESSAGES=100000 SEED=1`: broken messages, good ones among them, to a real worker.
+
+They are pushed raw. What holds, and is checked for every message:
+
+- A good one is answered with the right outputs.
+- One that names an id has a result under that id (the first, if several name it), or is a dead
+  letter with its very bytes, or is kept until its ETA; unless it asks that its result be ignored,
+  or is another task, which is Celery's.
+- All others are dead letters with their very bytes, and nothing else is a dead letter.
+- No worker dies; nothing stays in queues, claims or kombu's unacked; nobody else's keys change;
+  the worker's memory grows by no more than `MAX_GROWTH_MB` after it has warmed up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import msgpack
+import numpy as np
+import redis as redis_py
+from helpers import onnx_models
+from helpers.repository import fake_model
+from helpers.results import nothing_is_held
+from helpers.worker import Worker
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fuzz.mutations import LINKS_QUEUE, NAMES, WIDTHS, Message, Messages
+from inferq.shared import codec
+from inferq.shared.names import TASK
+from inferq.workers.embedded import EmbeddedRedis
+
+MAX_GROWTH_MB: Final = 50.0
+#: Messages after which the worker counts as warm; in a short run a third of all.
+WARM_AFTER: Final = 5_000
+#: Messages pushed at once; all are accounted for before the next are pushed.
+CHUNK: Final = 250
+#: Longest that one chunk may take, in s.
+CHUNK_TIMEOUT_S: Final = 60.0
+#: Results live so long, in s.
+EXPIRES_S: Final = 120
+SECRETS: Final = {"celery-task-meta-other": b"secret", "unrelated": b"secret"}
+_POLL_S: Final = 0.005
+_SHOWN: Final = 5
+
+
+@dataclass
+class Sums:
+    """How the messages ended. `ends` counts them by their kind of end."""
+
+    sent: int = 0
+    good: int = 0
+    deaths: int = 0
+    #: Good ones with other outputs than they should have, or answered otherwise than by success.
+    wrong: int = 0
+    #: Messages that were not accounted for in time.
+    unanswered: int = 0
+    #: What stayed behind, or was changed, that should not have.
+    left: list[str] = field(default_factory=list)
+    rss_growth_mb: float = 0.0
+    seconds: float = 0.0
+    ends: Counter[str] = field(default_factory=Counter)
+    #: Messages that broke a rule, for a look at them.
+    culprits: list[tuple[str, bytes]] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        faults = self.deaths or self.unanswered or self.wrong or self.left
+        return not faults and self.rss_growth_mb <= MAX_GROWTH_MB
+
+    def __str__(self) -> str:
+        return (
+            f"deaths {self.deaths} unanswered {self.unanswered} wrong {self.wrong} "
+            f"left {len(self.left)} rss_growth_mb {self.rss_growth_mb:.1f}"
+        )
+
+
+def read_id(raw: bytes) -> tuple[str | None, bool, bool]:
+    """What a lenient reader makes of a message: its id, whether it is ours, whether it is silent.
+
+    None: it names nobody, and so must be a dead letter.
+    """
+    try:
+        tree = json.loads(raw.decode(errors="replace"), strict=False)
+        headers = tree["headers"]
+        request_id, task = headers["id"], headers["task"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None, True, False
+    if not isinstance(request_id, str) or not request_id or not isinstance(task, str):
+        return None, True, False
+    return request_id, task == TASK, headers.get("ignore_result") is True
+
+
+class Campaign:
+    """One run against one worker."""
+
+    def __init__(self, redis: redis_py.Redis, worker: Worker, seed: int) -> None:
+        self._redis = redis
+        self._worker = worker
+        self._messages = Messages(seed)
+        self.sums = Sums()
+
+    def run(self, count: int, told: Callable[[int], None]) -> None:
+        """Send `count` messages; `told` hears how many were accounted for."""
+        began, warm = time.monotonic(), 0.0
+        pid = self._worker.pid
+        self._redis.mset(SECRETS)
+        sums = self.sums
+        while sums.sent < count and not sums.deaths and not sums.unanswered:
+            chunk = [self._messages.next() for _ in range(min(CHUNK, count - sums.sent))]
+            self._push(chunk)
+            self._account(chunk)
+            self._tidy()
+            sums.sent += len(chunk)
+            told(len(chunk))
+            if not warm and sums.sent >= min(WARM_AFTER, count // 3):
+                warm = rss_mb(pid)
+        sums.seconds = time.monotonic() - began
+        if not sums.deaths:
+            sums.rss_growth_mb = rss_mb(pid) - warm
+            self._look_for_what_is_left()
+
+    def _push(self, chunk: Sequence[Message]) -> None:
+        with self._redis.pipeline(transaction=False) as pipe:
+            for each in chunk:
+                if each.payload is not None:
+                    pipe.set(*each.payload, ex=EXPIRES_S)
+                pipe.lpush(NAMES.queue(each.model, each.step), each.raw)
+            pipe.execute()
+
+    def _account(self, chunk: Sequence[Message]) -> None:
+        """Wait until every message of `chunk` has come to its end, and judge that."""
+        sums = self.sums
+        dead: Counter[bytes] = Counter()
+        kept: Counter[bytes] = Counter()
+        open_ = [(each, *read_id(each.raw)) for each in chunk]
+        deadline = time.monotonic() + CHUNK_TIMEOUT_S
+        while True:
+            quiet = self._quiet()  # asked first: whatever is over by then can be seen below
+            dead.update(self._dead_letters())
+            kept.update(self._kept())
+            with self._redis.pipeline(transaction=False) as pipe:
+                for _, request_id, _, _ in open_:
+                    pipe.get(NAMES.meta(request_id or ""))
+                metas = pipe.execute(raise_on_error=False)
+            still = []
+            for entry, meta in zip(open_, metas, strict=True):
+                end = self._end(entry, meta, dead, kept, quiet)
+                if end is None:
+                    still.append(entry)
+                else:
+                    sums.ends[end] += 1
+            open_ = still
+            if quiet and not open_:
+                break
+            if not self._worker.alive:
+                sums.deaths += 1
+                sums.culprits += [("the worker died", each.raw) for each, *_ in open_]
+                return
+            if time.monotonic() > deadline:
+                sums.unanswered += len(open_)
+                sums.culprits += [("not accounted for", each.raw) for each, *_ in open_]
+                if not open_:
+                    sums.left.append("the worker is not quiet")
+                    sums.unanswered += 1
+                return
+            time.sleep(_POLL_S)
+        if surplus := dead.total():
+            sums.left.append(f"{surplus} dead letters of messages that ended otherwise")
+
+    def _end(
+        self,
+        entry: tuple[Message, str | None, bool, bool],
+        meta: object,
+        dead: Counter[bytes],
+        kept: Counter[bytes],
+        quiet: bool,
+    ) -> str | None:
+        """How a message ended, as far as can be seen by now."""
+        message, request_id, ours, silent = entry
+        if message.good_id is not None:
+            if not isinstance(meta, bytes):
+                return None
+            self.sums.good += 1
+            if not _right(message, meta):
+                self.sums.wrong += 1
+                self.sums.culprits.append((f"wrong: {meta[:300]!r}", message.raw))
+            return "good"
+        if dead[message.raw] > 0:
+            dead[message.raw] -= 1
+            return "dead letter"
+        if request_id is None:
+            return None
+        if kept[message.raw] > 0:
+            kept[message.raw] -= 1
+            return "kept for later"
+        if not ours:
+            return "another task" if quiet else None
+        if silent:
+            return "ignored" if quiet else None
+        # Its dead letter, if it has one besides, is counted before it is let go.
+        return _status(meta) if isinstance(meta, bytes) and quiet else None
+
+    def _quiet(self) -> bool:
+        """Whether nothing is queued, held by the worker, or in Celery's hands."""
+        with self._redis.pipeline(transaction=True) as pipe:
+            for model in WIDTHS:
+                for step in NAMES.priority_steps:
+                    pipe.llen(NAMES.queue(model, step))
+            pipe.exists("unacked", "unacked_index")
+            busy = any(pipe.execute())
+        return not busy and nothing_is_held(self._redis)
+
+    def _dead_letters(self) -> list[bytes]:
+        found: list[bytes] = []
+        for model in WIDTHS:
+            popped: Any = self._redis.rpop(NAMES.dead(model), 10_000)
+            found += [msgpack.unpackb(letter)["message"] for letter in popped or ()]
+        return found
+
+    def _kept(self) -> list[bytes]:
+        found: list[bytes] = []
+        places: Any = self._redis.zrange(NAMES.later, 0, -1)
+        for place in places:
+            key = NAMES.kept(place.decode())
+            messages: Any = self._redis.lrange(key, 0, -1)
+            found += messages
+            with self._redis.pipeline(transaction=True) as pipe:
+                pipe.delete(key)
+                pipe.zrem(NAMES.later, place)
+                pipe.execute()
+        return found
+
+    def _tidy(self) -> None:
+        """Drop what links were published: nobody reads them."""
+        self._redis.unlink(LINKS_QUEUE, "celery")
+
+    def _look_for_what_is_left(self) -> None:
+        left = self.sums.left
+        for pattern in ("inferq:1:claim*", "inferq:1:running:*", "inferq:1:attempts:*"):
+            left += [repr(key) for key in self._redis.scan_iter(pattern)]
+        if not self._quiet():
+            left.append("queues, claims or unacked are not empty")
+        left += [key for key, value in SECRETS.items() if self._redis.get(key) != value]
+
+
+def _right(message: Message, meta: bytes) -> bool:
+    read = codec.decode_meta(meta)
+    if read["status"] != "SUCCESS" or message.expected is None:
+        return False
+    (got,) = codec.decode_outputs(read["result"]).values()
+    return np.array_equal(got, message.expected)
+
+
+def _status(meta: bytes) -> str:
+    read = codec.decode_meta(meta)
+    result = read["result"]
+    failed = isinstance(result, dict) and read["status"] != "SUCCESS"
+    return str(result.get("exc_type")) if failed else str(read["status"])
+
+
+def rss_mb(pid: int) -> float:
+    """The memory that a process has in use, in MB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("VmRSS:"))
+    return int(line.split()[1]) / 1024
+
+
+def campaign(
+    messages: int, seed: int, told: Callable[[int], None] = lambda _: None, kind: str = "valkey"
+) -> Sums:
+    """Send `messages` messages to a worker of its own on a Redis of its own."""
+    with tempfile.TemporaryDirectory(prefix="inferq-fuzz-") as folder:
+        models = Path(folder)
+        fake_model(models, "echo", knobs="warm_up = false", width=WIDTHS["echo"])
+        onnx_models.double(models / "double" / "1" / "model.onnx", ("batch", WIDTHS["double"]))
+        with (
+            EmbeddedRedis(kind) as server,
+            redis_py.Redis.from_url(server.url, socket_timeout=30.0) as client,
+            Worker(
+                server.url, models, env={"INFERQ_RESULT_EXPIRES_S": str(EXPIRES_S)},
+                args=("--loglevel", "CRITICAL"),
+            ) as worker,
+        ):  # fmt: skip
+            running = Campaign(client, worker, seed)
+            running.run(messages, told)
+            if not running.sums.passed:
+                sys.stderr.write(worker.log[-6000:])
+            return running.sums
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="fuzz.run", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--messages", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    console = Console()
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("messages", total=args.messages)
+        sums = campaign(args.messages, args.seed, lambda count: progress.advance(task, count))
+    table = Table("how they ended", "messages")
+    for end, count in sums.ends.most_common():
+        table.add_row(end, str(count))
+    table.add_row("all", str(sums.sent), end_section=True)
+    console.print(table)
+    console.print(f"{sums.seconds:.0f} s, {sums.sent / sums.seconds:.0f} messages a second")
+    for line in sums.left:
+        console.print(f"left: {line}", markup=False)
+    for why, raw in sums.culprits[:_SHOWN]:
+        console.print(f"{why}: {raw[:2000]!r}", markup=False, highlight=False)
+    console.print(str(sums), highlight=False)
+    raise SystemExit(0 if sums.passed else 1)
+
+
+if __name__ == "__main__":
+    main()
