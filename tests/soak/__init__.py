@@ -1,0 +1,1 @@
+"""`make soak`: nothing grows under steady load."""
