@@ -1,0 +1,26 @@
+"""What the docs say of tests is true: each that is named is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_test_that_the_docs_name_exists() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "guarantees.md").read_text()))
+    files = list((ROOT / "tests").rglob("test_*.py"))
+    known = {path.stem for path in files}
+    for path in files:
+        known |= set(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
+    assert len(named) > 40
+    assert named - known == set()
+
+
+def test_each_of_the_ten_promises_names_a_test() -> None:
+    text = (ROOT / "docs" / "guarantees.md").read_text()
+    promised, _, _ = text.partition("## Not promised")
+    promises = re.split(r"^\d+\. \*\*", promised, flags=re.MULTILINE)[1:]
+    assert len(promises) == 10
+    assert all("`test_" in promise for promise in promises)
