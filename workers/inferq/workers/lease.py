@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 #: known for a day, so that requests for it are queued and not refused.
 ADVERT_TTL_S = 24 * 3600
 ADVERT_EVERY_S = 60.0
+#: Seconds after which renewing is tried again if it failed: others wait for one lease only, once
+#: Redis is back, before they take those that are not renewed for dead.
+RETRY_S = 0.5
 
 
 class Lease:
@@ -95,13 +98,16 @@ class Lease:
         self._announced = time.monotonic()
 
     def _run(self) -> None:
-        while not self._stop.wait(self._lease_s / 3):
+        pause = self._lease_s / 3
+        while not self._stop.wait(pause):
+            pause = self._lease_s / 3
             if not self._may_renew():
                 logger.critical("a batch exceeds max_run_seconds: the lease is no longer renewed")
                 continue
             try:
                 self._renew_once()
             except RedisError as problem:
+                pause = min(pause, RETRY_S)
                 logger.warning("the lease could not be renewed: %s", problem)
 
     def _renew_once(self) -> None:

@@ -21,7 +21,7 @@ from inferq.workers.full import pipelined
 logger = logging.getLogger(__name__)
 
 #: How often expired leases are looked for, in seconds.
-SCAN_EVERY_S = 1.0
+SCAN_EVERY_S = 0.5
 #: Time one recovery has before another worker may take it over, in ms.
 RECOVERY_LEASE_MS = 10_000
 #: How long attempts:<m> is kept after the last death, in seconds: what it knows of requests that
