@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import redis as redis_py
 from helpers.repository import fake_model, message, numbered
-from helpers.results import meta_of, nothing_is_held, outputs_of
+from helpers.results import held_by, meta_of, nothing_is_held, outputs_of
 from helpers.wait import until
 from helpers.worker import SupervisedWorker, Worker
 from redis import Redis
@@ -125,7 +125,7 @@ def test_a_child_that_dies_in_a_batch_is_told_of_and_its_requests_are_served(
     """celery-batches: they stay unacknowledged and PENDING, and no line is logged."""
     with SupervisedWorker(redis_url, models, ["slow"]) as worker:
         sent = push(redis, "slow", [1.0, 2.0])
-        until(lambda: redis.keys(NAMES.running("*")), what="they compute")
+        until(lambda: held_by(redis, worker.incarnation) == 2, what="it holds both")
         os.kill(worker.child(), signal.SIGKILL)
         expect(redis, sent, 40)
         assert "ended by SIGKILL" in worker.log
@@ -163,7 +163,7 @@ def test_what_a_killed_worker_held_is_served_within_15_s(
         Worker(redis_url, models, ["m"], name="spare") as spare,
     ):
         sent = push(redis, "slow", [1.0, 2.0])
-        until(lambda: redis.keys(NAMES.running("*")), what="they compute")
+        until(lambda: held_by(redis, first.incarnation) == 2, what="it holds both")
         first.kill()
         killed = time.monotonic()
         until(lambda: redis.llen(NAMES.queue("slow")) == 2, 30, "both are in their queue again")
