@@ -16,8 +16,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import count
 
 import redis
@@ -30,7 +29,6 @@ from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Claim, Claimed, Want
 from inferq.workers.clock import RedisClock
 from inferq.workers.hooks import Hooks
-from inferq.workers.kept import Kept
 from inferq.workers.lanes import Finished, Job
 from inferq.workers.lease import Lease
 from inferq.workers.ledger import LeaseLost, Ledger, QueueId, RedisFull
@@ -40,35 +38,21 @@ from inferq.workers.receiving import Receiver
 from inferq.workers.recovery import Recoverer
 from inferq.workers.serving import ServedModel
 from inferq.workers.settle import Settlement
+from inferq.workers.settling import SETTLE_WITHIN_S, Settling, portion
 
 logger = logging.getLogger(__name__)
 
 #: Longest sleep of an idle data plane, in s: then it looks at the queues, and at its connection.
 IDLE_S = 1.0
-#: Longest time that results wait for those of the lanes' next batches, in s.
-SETTLE_WITHIN_S = 0.02
 #: Seconds before a broken connection is replaced, and again if that fails.
 RECONNECT_S = 0.2
 #: Seconds before a MULTI that a full Redis refused is sent again.
 FULL_RETRY_S = 0.25
-#: Results that one MULTI carries at most, and their bytes; the rest goes into the next.
-MAX_SETTLEMENTS = 1_000
-MAX_SETTLE_BYTES = 32 * 1024 * 1024
 
 
 def _ids(items: Iterable[Waiting]) -> list[str]:
     """The members of running:<i> for `items`."""
     return [f"{item.ticket.model}/{item.ticket.id}" for item in items]
-
-
-def _portion(settlements: list[Settlement]) -> list[Settlement]:
-    """The first of `settlements`: as many as one MULTI may carry."""
-    size = 0
-    for place, done in enumerate(settlements):
-        size += len(done.outcome)
-        if place and (size > MAX_SETTLE_BYTES or place == MAX_SETTLEMENTS):
-            return settlements[:place]
-    return list(settlements)
 
 
 class DataPlane:
@@ -100,14 +84,10 @@ class DataPlane:
         self._result_expires_s = result_expires_s
         self._reply_timeout_s = reply_timeout_s
         self._waker = Waker()
-        self._finished: deque[Finished] = deque()
-        self._ready: deque[tuple[str, Settlement]] = deque()
+        self._settling = Settling(self._models, hooks)
         self._ledger: Ledger | None = None
         #: Batches that were formed and not given to the lanes yet.
         self._leaving: list[tuple[ServedModel, Job]] = []
-        self._ended_jobs: list[Finished] = []
-        self._settlements: list[Settlement] = []
-        self._kept = Kept()
         #: The Redis that was last talked to.
         self._run_id = ""
         self._claims: dict[str, Claim] = {}
@@ -115,18 +95,15 @@ class DataPlane:
         self._clock = clock
         #: Claims decoded since Redis was last told.
         self._decoded: list[Claim] = []
-        self._incarnation = ""
         self._claiming = True
         self._drain_by: float | None = None
         self._fenced_out = False
         self._fatal = False
-        self._away_in_canvas = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="inferq-data-plane", daemon=True)
         #: Requests since the start.
         self.claimed = 0
         self.settled = 0
-        self._batches_ended = 0
         #: When Redis last answered (monotonic s); 0: never yet.
         self.answered_at = 0.0
 
@@ -137,13 +114,13 @@ class DataPlane:
 
     def on_finished(self, finished: Finished) -> None:
         """A lane is done: called from its thread."""
-        self._finished.append(finished)
+        self._settling.on_finished(finished)
         if finished.hurry:
             self._waker.set()
 
     def on_ready(self, incarnation: str, settlement: Settlement) -> None:
         """A request's links, chain or chord are published: it may be settled now."""
-        self._ready.append((incarnation, settlement))
+        self._settling.on_ready(incarnation, settlement)
         self._waker.set()
 
     def on_lease_lost(self) -> None:
@@ -158,7 +135,7 @@ class DataPlane:
     @property
     def steps(self) -> int:
         """Grows with whatever gets done: see heartbeat."""
-        return self.claimed + self.settled + self._batches_ended
+        return self.claimed + self.settled + self._settling.batches_ended
 
     def backlog(self) -> bool:
         """Whether requests wait in a queue that this worker consumes, as far as it knows."""
@@ -199,7 +176,7 @@ class DataPlane:
     def _run(self) -> None:
         try:
             while not self._over():
-                self._incarnation = self._lease.incarnation
+                self._settling.incarnation = self._lease.incarnation
                 link = Link(self._client, self._waker, self._reply_timeout_s)
                 payloads = PayloadReader(self._client, self._reply_timeout_s)
                 self._receiver = Receiver(self._models, self._clock, self._hooks, payloads)
@@ -208,7 +185,7 @@ class DataPlane:
                     ledger = Ledger(
                         link,
                         self._names,
-                        self._incarnation,
+                        self._settling.incarnation,
                         list(self._models),
                         numbers=self._claim_numbers,
                         result_ttl_s=self._result_expires_s,
@@ -243,33 +220,33 @@ class DataPlane:
         if time.monotonic() >= self._drain_by or self._fatal:
             return True
         computing = any(model.jobs for model in self._models.values())
-        pending = self._finished or self._ended_jobs or self._ready or self._settlements
-        return not computing and not pending and not self._away_in_canvas
+        return not computing and self._settling.is_over()
 
     def _catch_up(self, run_id: str, ledger: Ledger) -> None:
         """Learn what became, before this link, of what was sent on the one before it."""
         if self._run_id not in ("", run_id):
-            kept = self._kept.all()
-            while kept:
-                portion = _portion(kept)
-                ledger.settle_again(portion)
-                kept = kept[len(portion) :]
+            for settlements in self._settling.again():
+                ledger.settle_again(settlements)
         self._run_id = run_id
         self._receive(ledger, ledger.adopt(self._claims), frozenset(self._models))
 
     def _serve(self, link: Link, ledger: Ledger) -> None:
+        settling = self._settling
         self.answered_at = time.monotonic()
         while not self._over():
             if self._fenced_out:
                 raise LeaseLost
             if ledger.forgot():
                 self._mark_all(ledger)
-            self._collect()
+            fatal = settling.collect()
+            if fatal is not None:
+                self._fatal = True
+                self._hooks.on_fatal(str(fatal))
             self._form(ledger)
             wants, listen = self._wants(ledger)
-            if wants or self._settling_is_due():
-                self._settle_ended()
-            if self._settlements or wants:
+            if wants or settling.is_due():
+                settling.take(self._claims)
+            if settling.due or wants:
                 try:
                     self._exchange(ledger, wants, listen)
                 except RedisFull as problem:
@@ -285,7 +262,7 @@ class DataPlane:
             ledger.note_changes()
             if time.monotonic() - self.answered_at > IDLE_S:
                 ledger.arm()
-                self._kept.trim()
+                settling.kept.trim()
                 self.answered_at = time.monotonic()
 
     def _mark_all(self, ledger: Ledger) -> None:
@@ -300,59 +277,11 @@ class DataPlane:
         until += [m.due_ms / 1000 - now for m in self._models.values() if m.due_ms is not None]
         if self._drain_by is not None:
             until.append(self._drain_by - now)
-        if self._ended_jobs:
-            until.append(self._ended_jobs[0].ended + SETTLE_WITHIN_S - now)
+        if (due_at := self._settling.due_at()) is not None:
+            until.append(due_at - now)
         elif any(model.brisk() for model in self._models.values()):
             until.append(SETTLE_WITHIN_S)
         return max(0.0, min(until))
-
-    def _collect(self) -> None:
-        """Take note of the batches that have ended."""
-        while self._finished:
-            finished = self._finished.popleft()
-            self._batches_ended += 1
-            model = self._models[finished.job.items[0].ticket.model]
-            model.ended(finished.job, finished.ended - finished.began)
-            if finished.fatal is not None:
-                logger.critical("engine of %s: %s", model.name, finished.fatal)
-                self._fatal = True
-                self._hooks.on_fatal(str(finished.fatal))
-            else:
-                self._ended_jobs.append(finished)
-
-    def _settling_is_due(self) -> bool:
-        """False while what has ended may wait for more: each trip to Redis costs the same."""
-        if not self._ended_jobs or self._settlements or self._ready:
-            return True
-        if time.monotonic() >= self._ended_jobs[0].ended + SETTLE_WITHIN_S:
-            return True
-        return not all(
-            self._models[finished.job.items[0].ticket.model].relaxed()
-            for finished in self._ended_jobs
-        )
-
-    def _settle_ended(self) -> None:
-        ended, self._ended_jobs = self._ended_jobs, []
-        for finished in ended:
-            results = self._models[finished.job.items[0].ticket.model].results
-            for outcome in finished.outcomes:
-                if outcome.item.slot.claim.key in self._claims:
-                    self._settle(results.computed(outcome), outcome.item.ticket.canvas)
-            for late in finished.late:
-                if late.slot.claim.key in self._claims:
-                    self._settle(results.late(late), late.ticket.canvas)
-        while self._ready:
-            incarnation, settlement = self._ready.popleft()
-            if incarnation == self._incarnation:
-                self._away_in_canvas -= 1
-                self._settlements.append(settlement)
-
-    def _settle(self, settlement: Settlement, canvas: bytes | None) -> None:
-        if canvas is None:
-            self._settlements.append(settlement)
-        else:
-            self._away_in_canvas += 1
-            self._hooks.publish_canvas(self._incarnation, settlement, canvas)
 
     def _form(self, ledger: Ledger) -> None:
         """Decide what leaves. It is dispatched once Redis was told what starts."""
@@ -387,33 +316,21 @@ class DataPlane:
     def _wants(self, ledger: Ledger) -> tuple[list[Want], list[QueueId]]:
         if not self._claiming:
             return [], []
-        ending = len(self._settlements) + sum(len(ended.job.items) for ended in self._ended_jobs)
-        return supply.wants(self._models.values(), ledger.depths, ending)
+        return supply.wants(self._models.values(), ledger.depths, self._settling.ending())
 
     def _exchange(self, ledger: Ledger, wants: list[Want], listen: list[QueueId]) -> None:
-        sending = _portion(self._settlements)
+        sending = portion(self._settling.due)
         exchange = ledger.exchange(sending, wants, listen, self._dispatch)
         if sending:
             # kill point: settle-answered
-            del self._settlements[: len(sending)]
-            self._kept.add(sending)
             self.settled += len(sending)
-            self._hooks.on_settled(sum(done.request_id is not None for done in sending))
             for done in sending:
                 if done.slot.claim.complete:
                     self._claims.pop(done.slot.claim.key, None)
-                if done.after is not None:
-                    self._after(done.after)
+            self._settling.settled(sending)
         self._receive(ledger, exchange.claimed, exchange.suspicious)
         if exchange.missed:
             ledger.arm()
-
-    @staticmethod
-    def _after(callback: Callable[[], None]) -> None:
-        try:
-            callback()
-        except Exception:
-            logger.exception("Celery did not take a message; it stays in kombu's unacked")
 
     def _receive(
         self, ledger: Ledger, claimed: Sequence[Claimed], suspicious: frozenset[str]
@@ -428,26 +345,25 @@ class DataPlane:
             for item in received.waiting:
                 self._models[batch.claim.model].add(item)
             for settlement, canvas in received.ended:
-                self._settle(settlement, canvas)
+                self._settling.add(settlement, canvas)
 
     # --- the end of an incarnation ----------------------------------------------------------
 
     def _be_reborn(self) -> None:
         """Another worker took over what this incarnation held: drop it all, begin anew."""
-        logger.error("the lease of %s is lost; its results are discarded", self._incarnation)
-        self._settlements.clear()
-        self._kept.clear()
+        lost = self._lease.incarnation
+        logger.error("the lease of %s is lost; its results are discarded", lost)
+        self._settling.drop()
         self._claims.clear()
         self._decoded.clear()
         for model, job in self._leaving:
             model.ended(job)
         self._leaving.clear()
-        self._away_in_canvas = 0
         for model in self._models.values():
             model.recall()
             model.waiting.clear()
         try:
-            self._client.delete(self._names.running(self._incarnation))
+            self._client.delete(self._names.running(lost))
             self._lease.be_born()
             self._fenced_out = False
         except RedisError as problem:
@@ -458,14 +374,15 @@ class DataPlane:
         """Put everything that is still held back into its queues, and give up the lease."""
         for model in self._models.values():
             model.recall()  # or lanes would still begin what others are about to compute
+        incarnation = self._settling.incarnation
         deadline = max(self._drain_by or 0.0, time.monotonic()) + self._reply_timeout_s
         while True:
             try:
                 self._lease.stop()
                 if not self._fatal:
-                    self._client.delete(self._names.running(self._incarnation))
+                    self._client.delete(self._names.running(incarnation))
                 # kill point: handback-begun
-                moved = self._recoverer.recover(self._incarnation, dead=True)
+                moved = self._recoverer.recover(incarnation, dead=True)
                 # kill point: handback-unretired
                 self._lease.retire()
                 logger.info("handed back what was held: %d requests", moved or 0)

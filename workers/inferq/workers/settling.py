@@ -1,0 +1,156 @@
+"""What has ended and is not settled yet: when it is to be, how much of it at a time.
+
+Batches end on the lanes' threads, links and chords are published on another. What was settled
+lately is kept, for a Redis that goes back in time (see kept.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Container, Iterator, Mapping
+from typing import Final
+
+from inferq.shared.errors import FatalEngineError
+from inferq.workers.hooks import Hooks
+from inferq.workers.kept import Kept
+from inferq.workers.lanes import Finished
+from inferq.workers.serving import ServedModel
+from inferq.workers.settle import Settlement
+
+logger = logging.getLogger(__name__)
+
+#: Longest time that results wait for those of the lanes' next batches, in s.
+SETTLE_WITHIN_S: Final = 0.02
+#: Results that one MULTI carries at most, and their bytes; the rest goes into the next.
+MAX_SETTLEMENTS: Final = 1_000
+MAX_SETTLE_BYTES: Final = 32 * 1024 * 1024
+
+
+def portion(settlements: list[Settlement]) -> list[Settlement]:
+    """The first of `settlements`: as many as one MULTI may carry."""
+    size = 0
+    for place, done in enumerate(settlements):
+        size += len(done.outcome)
+        if place and (size > MAX_SETTLE_BYTES or place == MAX_SETTLEMENTS):
+            return settlements[:place]
+    return list(settlements)
+
+
+class Settling:
+    """Owned by the data plane's thread; `on_finished` and `on_ready` may be called from any."""
+
+    def __init__(self, models: Mapping[str, ServedModel], hooks: Hooks) -> None:
+        self._models = models
+        self._hooks = hooks
+        self._finished: deque[Finished] = deque()
+        self._ready: deque[tuple[str, Settlement]] = deque()
+        #: Batches whose results wait for more.
+        self._ended: list[Finished] = []
+        self._away_in_canvas = 0
+        #: The incarnation whose requests these are.
+        self.incarnation = ""
+        #: What goes into the next MULTIs, in order.
+        self.due: list[Settlement] = []
+        self.kept = Kept()
+        #: Since the start.
+        self.batches_ended = 0
+
+    def on_finished(self, finished: Finished) -> None:
+        """A lane is done with a batch."""
+        self._finished.append(finished)
+
+    def on_ready(self, incarnation: str, settlement: Settlement) -> None:
+        """What belongs to a request besides its result was published."""
+        self._ready.append((incarnation, settlement))
+
+    def collect(self) -> FatalEngineError | None:
+        """Take note of the batches that have ended; the error if an engine is beyond use."""
+        fatal: FatalEngineError | None = None
+        while self._finished:
+            finished = self._finished.popleft()
+            self.batches_ended += 1
+            model = self._model(finished)
+            model.ended(finished.job, finished.ended - finished.began)
+            if finished.fatal is not None:
+                logger.critical("engine of %s: %s", model.name, finished.fatal)
+                fatal = finished.fatal
+            else:
+                self._ended.append(finished)
+        return fatal
+
+    def is_due(self) -> bool:
+        """False while what has ended may wait for more: each trip to Redis costs the same."""
+        if not self._ended or self.due or self._ready:
+            return True
+        if time.monotonic() >= self._ended[0].ended + SETTLE_WITHIN_S:
+            return True
+        return not all(self._model(finished).relaxed() for finished in self._ended)
+
+    def due_at(self) -> float | None:
+        """When (monotonic s) what waits for more will wait no longer; None if nothing waits."""
+        return self._ended[0].ended + SETTLE_WITHIN_S if self._ended else None
+
+    def take(self, claims: Container[str]) -> None:
+        """What has ended is due now, as far as it belongs to one of `claims` (by key)."""
+        ended, self._ended = self._ended, []
+        for finished in ended:
+            results = self._model(finished).results
+            for outcome in finished.outcomes:
+                if outcome.item.slot.claim.key in claims:
+                    self.add(results.computed(outcome), outcome.item.ticket.canvas)
+            for late in finished.late:
+                if late.slot.claim.key in claims:
+                    self.add(results.late(late), late.ticket.canvas)
+        while self._ready:
+            incarnation, settlement = self._ready.popleft()
+            if incarnation == self.incarnation:
+                self._away_in_canvas -= 1
+                self.due.append(settlement)
+
+    def add(self, settlement: Settlement, canvas: bytes | None) -> None:
+        """One more, due at once or, with a `canvas`, once that is published."""
+        if canvas is None:
+            self.due.append(settlement)
+        else:
+            self._away_in_canvas += 1
+            self._hooks.publish_canvas(self.incarnation, settlement, canvas)
+
+    def settled(self, sent: list[Settlement]) -> None:
+        """Redis has answered: the first ones due, `sent`, are settled."""
+        del self.due[: len(sent)]
+        self.kept.add(sent)
+        self._hooks.on_settled(sum(done.request_id is not None for done in sent))
+        for done in sent:
+            if done.after is not None:
+                try:
+                    done.after()
+                except Exception:
+                    logger.exception("Celery did not take a message; it stays in kombu's unacked")
+
+    def again(self) -> Iterator[list[Settlement]]:
+        """What was settled in the last seconds, in portions."""
+        kept = self.kept.all()
+        while kept:
+            some = portion(kept)
+            yield some
+            kept = kept[len(some) :]
+
+    def ending(self) -> int:
+        """How many requests will be settled with the next MULTIs."""
+        return len(self.due) + sum(len(ended.job.items) for ended in self._ended)
+
+    def is_over(self) -> bool:
+        """Whether nothing is to be settled any more, of what has ended so far."""
+        waiting = self._finished or self._ended or self._ready or self.due
+        return not waiting and not self._away_in_canvas
+
+    def drop(self) -> None:
+        """All of it belongs to somebody else now."""
+        self.due.clear()
+        self.kept.clear()
+        self._away_in_canvas = 0
+
+    def _model(self, finished: Finished) -> ServedModel:
+        return self._models[finished.job.items[0].ticket.model]
