@@ -163,7 +163,7 @@ class Worker(threading.Thread):
         with self._log.open("rb") as log:
             log.seek(self._log_at)
             if b"serving " in log.read():
-                self.state = "up"
+                self._up()
 
     def _died(self) -> None:
         """It ended although we did not end it: a request may do that, nothing else may."""
@@ -207,13 +207,17 @@ class Worker(threading.Thread):
                     self._start()
                 else:
                     self._signal(signal.SIGCONT)
-                    self.state = "up"
+                    self._up()
             case Kind.SIGTERM:
                 self._terminate()
                 self._over.wait(fault.length_s)
                 self._start()
             case _:
                 raise ValueError(f"{fault.kind} is nothing that is done to a worker")
+
+    def _up(self) -> None:
+        self.state = "up"
+        self._record.up.append((time.monotonic(), self.place))
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process is not None:

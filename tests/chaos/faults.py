@@ -15,7 +15,7 @@ from chaos.schedule import Fault, Kind
 from chaos.store import Store
 
 #: Seconds until who is in a black hole gives up waiting for a reply.
-HOLE_NOTICED_S = 5.0
+NOTICED_S = 5.0
 
 
 class OnRedis(threading.Thread):
@@ -85,11 +85,12 @@ class OnNetwork(threading.Thread):
                     self._proxy.delay(fault.targets, 0.0)
                     self._hit(fault)
                 case _:
-                    self._record.away += [
-                        (time.monotonic() + after_s, target)
-                        for target in fault.targets
-                        for after_s in (0.0, HOLE_NOTICED_S)
-                    ]
+                    at = time.monotonic()
+                    for target in (worker.place for worker in self._crew):
+                        if target not in fault.targets:
+                            continue
+                        self._record.away += [(at, target), (at + NOTICED_S, target)]
+                        self._record.up.append((at + NOTICED_S + 1.0, target))
                     thaw = self._proxy.swallow(fault.targets)
                     if not fault.for_good:
                         self.over.wait(fault.length_s)

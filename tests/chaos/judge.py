@@ -91,7 +91,6 @@ def _rolled_back_with_its_worker(
         if restart.rolled_back and 0 <= restart.killed_at - resolved.at < ROLLBACK_S:
             return any(
                 resolved.at - 1.0 <= at <= restart.back_at + REAPPLY_S
-                and worker.startswith("w")
                 and resolved.worker in ("", worker)
                 for at, worker in away
             )
@@ -149,10 +148,9 @@ class Recovery:
 def recoveries(ledger: Ledger, record: Record, restarts: Sequence[Restart]) -> list[Recovery]:
     """Counted from the last fault that hit a request, its producer, or Redis (its return).
 
-    A worker that a request ended was not on the schedule: it may have been whom the schedule had
-    left alone to recover others, so those are counted from its end.
+    And not before there was a worker to recover it which then stayed until it was resolved: the
+    schedule leaves one alone, but a worker that a request ends is not on the schedule.
     """
-    ended = [hit.at for hit in record.hits if hit.what == POISONED]
     found: dict[str, Recovery] = {}
     timed: set[str] = set()
     for hit in sorted(record.hits, key=lambda hit: hit.at):
@@ -165,7 +163,8 @@ def recoveries(ledger: Ledger, record: Record, restarts: Sequence[Restart]) -> l
             backs = [restart.back_at for restart in restarts if restart.back_at < resolved.at]
             producer = ledger.accepted[request_id].producer
             deaf = [at for at, who in record.deaf if who == producer and at < resolved.at]
-            since = max([hit.at, *backs, *deaf, *[at for at in ended if at < resolved.at]])
+            served = record.serving_since(resolved.at).values()
+            since = max([hit.at, *backs, *deaf, min(served, default=hit.at)])
             found[request_id] = Recovery(
                 request_id, resolved.at - since, hit.what, hit.worker, hit.at
             )

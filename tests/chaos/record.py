@@ -35,9 +35,17 @@ class Record:
     deaf: list[tuple[float, int]] = field(default_factory=list)
     #: (when, which worker) ended, or could not reach Redis for seconds.
     away: list[tuple[float, str]] = field(default_factory=list)
+    #: (when, which worker) began to serve, or reached Redis again.
+    up: list[tuple[float, str]] = field(default_factory=list)
     done: list[tuple[float, Fault]] = field(default_factory=list)
     #: What must not happen: a worker that does not start, or does not end.
     troubles: list[str] = field(default_factory=list)
+
+    def serving_since(self, at: float) -> dict[str, float]:
+        """The workers that served at that instant, and since when without interruption."""
+        up = {worker: began for began, worker in sorted(self.up) if began <= at}
+        away = {worker: left for left, worker in sorted(self.away) if left <= at}
+        return {worker: began for worker, began in up.items() if began > away.get(worker, 0.0)}
 
     def dump(self, began: float, restarts: list[Restart]) -> str:
         """All of it as JSON, for whoever has to find out what went wrong.

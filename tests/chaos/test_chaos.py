@@ -17,7 +17,7 @@ from chaos.content import LARGE_EVERY, SUCCESS, request
 from chaos.judge import End, Recovery, Verdict, judge, recoveries
 from chaos.ledger import Accepted, Ledger, Resolved
 from chaos.producer import ABSENT, UNREAD
-from chaos.record import POISONED, Hit, Record
+from chaos.record import Hit, Record
 from chaos.report import BOUND_S, Display, Outcome
 from chaos.run import run
 from chaos.schedule import ON_REDIS, REDIS_APART_S, Fault, Kind, Quotas, generate
@@ -193,7 +193,6 @@ def test_what_was_rolled_back_together_with_its_worker_is_told_apart() -> None:
 
     assert gone(11.5, "w1") == {"gone": 1}
     assert gone(11.5, "w2") == {"changed": 1}
-    assert gone(11.5, "p1") == {"changed": 1}
     assert gone(5.0, "w1") == {"changed": 1}
     assert gone(30.0, "w1") == {"changed": 1}
     assert gone(11.5, "w1", RESTART) == {"changed": 1}
@@ -205,16 +204,23 @@ def test_a_recovery_is_counted_from_the_last_fault_that_hit_it() -> None:
         {"a": told(at=20.0), "b": told(at=20.0), "c": told(at=3.0)},
     )
 
-    def found(*hits: Hit, restarts: tuple[Restart, ...] = ()) -> dict[str, float]:
-        record = Record(hits=list(hits))
+    def found(
+        *hits: Hit,
+        restarts: tuple[Restart, ...] = (),
+        up: tuple[tuple[float, str], ...] = ((1.0, "w1"), (1.0, "w2")),
+        away: tuple[tuple[float, str], ...] = (),
+    ) -> dict[str, float]:
+        record = Record(hits=list(hits), up=list(up), away=list(away))
         return {one.request_id: one.seconds for one in recoveries(ledger, record, restarts)}
 
     kill = Hit(5.0, Kind.SIGKILL, "w0", frozenset("abc"))
     assert found(kill) == {"a": 15.0, "b": 15.0}, "c was resolved before"
     assert found(kill, Hit(8.0, Kind.SIGKILL, "w1", frozenset("b"))) == {"a": 15.0, "b": 12.0}
     assert found(kill, restarts=(RESTART,)) == {"a": 6.0, "b": 6.0}
-    poison = Hit(7.0, POISONED, "w2", frozenset("z"))
-    assert found(kill, poison) == {"a": 13.0, "b": 13.0}, "it may have been about to recover them"
+    assert found(kill, away=((7.0, "w1"),)) == {"a": 15.0, "b": 15.0}, "w2 was there"
+    nobody = ((7.0, "w1"), (8.0, "w2"))
+    back = ((1.0, "w1"), (1.0, "w2"), (9.0, "w0"), (11.0, "w1"))
+    assert found(kill, away=nobody, up=back) == {"a": 11.0, "b": 11.0}, "w0 since 9"
     assert found(Hit(5.0, Kind.CUT, "w0", frozenset("a"))) == {}, "nobody had to recover it"
 
 
