@@ -26,6 +26,8 @@ class OnRedis(threading.Thread):
         self._store, self._faults, self._clock, self._record = store, faults, clock, record
         self.pending = len(faults)
         self.started = threading.Event()
+        #: Whether Redis can be had back.
+        self.well = True
         self.over = threading.Event()
 
     def run(self) -> None:
@@ -40,6 +42,7 @@ class OnRedis(threading.Thread):
                 self._record.done.append((time.monotonic(), fault))
                 self.pending -= 1
         except Exception as problem:  # noqa: BLE001  the run must hear of it
+            self.well = False
             self._record.troubles.append(f"Redis: {problem!r}")
         self.over.wait()
 

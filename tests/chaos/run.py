@@ -147,6 +147,8 @@ def run(requests: int, seed: int, quotas: Quotas, folder: Path, display: Display
             if not scene.pending and len(ledger.accepted) >= requests:
                 break
         faults_s = time.monotonic() - began
+        if not scene.on_redis.well:
+            raise RuntimeError(f"the run cannot go on: {'; '.join(record.troubles)}")
         (folder / "stop").touch()
         for producer in producers:
             producer.wait(SETTLE_S + 30.0)

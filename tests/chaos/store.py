@@ -87,7 +87,8 @@ class Store:
         aof = self._aof()
         if aof is None:
             raise RuntimeError("Redis has no AOF")
-        before = [size for at, size in self._sizes if at <= killed_at - TAIL_S]
+        # A copy, for the sampler goes on.
+        before = [size for at, size in list(self._sizes) if at <= killed_at - TAIL_S]
         size = aof.stat().st_size
         kept = before[-1] if before else size
         with aof.open("r+b") as file:
