@@ -14,7 +14,7 @@ from redis import Redis
 
 from inferq.shared.lua import source
 from inferq.shared.names import Names
-from inferq.workers.recovery import Recoverer, suspect
+from inferq.workers.recovery import RECOVERY_LEASE_MS, SCAN_EVERY_S, Recoverer, suspect
 
 NAMES = Names()
 STEPS = (0, 3, 6, 9)
@@ -153,6 +153,28 @@ def test_a_recoverer_that_died_halfway_is_followed_by_another(
     assert items(redis) == [b"b", b"a"]
     assert redis.hget(NAMES.attempts("m"), "one") == b"1", "counted once"
     assert redis.ttl(NAMES.attempts("m")) > 0
+
+
+def test_a_recoverer_that_died_halfway_costs_no_more_than_is_promised(
+    redis_url: str, redis: Redis
+) -> None:
+    hold(redis, "dead", {(1, 0): [b"message"]}, ends_ms=1.0)
+    revoke = redis.register_script(source("revoke"))
+    granted = revoke(
+        keys=[NAMES.leases, NAMES.fence("dead"), NAMES.running("dead")],
+        args=["dead", RECOVERY_LEASE_MS, NAMES.attempts(""), 0, 60],
+    )
+    assert granted == 1
+    lease_s, recovery_s = 10.0, RECOVERY_LEASE_MS / 1000
+    assert lease_s + recovery_s + 2 * SCAN_EVERY_S <= 15.0
+    with Redis.from_url(redis_url) as client:
+        recoverer = Recoverer(client, NAMES, lease_s=0.5)
+        recoverer.start()
+        try:
+            within = recovery_s + 2 * SCAN_EVERY_S + 2.0
+            until(lambda: items(redis) == [b"message"], within, "another has recovered it")
+        finally:
+            recoverer.stop()
 
 
 def test_what_one_left_behind_does_not_keep_the_others_from_being_recovered(

@@ -22,8 +22,9 @@ logger = logging.getLogger(__name__)
 
 #: How often expired leases are looked for, in seconds.
 SCAN_EVERY_S = 0.5
-#: Time one recovery has before another worker may take it over, in ms.
-RECOVERY_LEASE_MS = 10_000
+#: Time one recovery has before another worker takes it over, in ms. Two at once do no harm, and a
+#: recoverer that dies is to cost so little that what it was about is still back within 15 s.
+RECOVERY_LEASE_MS = 3_000
 #: How long attempts:<m> is kept after the last death, in seconds: what it knows of requests that
 #: never come again must not make their model suspicious for ever.
 ATTEMPTS_TTL_S = 24 * 3600
