@@ -78,17 +78,22 @@ def judge(
         elif end.outcome != resolved.outcome:
             verdict.changed[request_id] = f"was {resolved.outcome}, is {end.outcome}"
         elif resolved.digest not in (end.digest, UNREAD) and not any(
-            restart.rolled_back and restart.killed_at > resolved.at for restart in restarts
+            _before(resolved, restart) for restart in restarts
         ):
             verdict.changed[request_id] = "the stored bytes differ within one history of Redis"
     return verdict
+
+
+def _before(resolved: Resolved, restart: Restart) -> bool:
+    """Whether Redis may have gone back behind this result: a last reply outlives its sender."""
+    return restart.rolled_back and resolved.at < restart.back_at
 
 
 def _rolled_back_with_its_worker(
     resolved: Resolved, restarts: Sequence[Restart], away: Sequence[tuple[float, str]]
 ) -> bool:
     for restart in restarts:
-        if restart.rolled_back and 0 <= restart.killed_at - resolved.at < ROLLBACK_S:
+        if _before(resolved, restart) and restart.killed_at - resolved.at < ROLLBACK_S:
             return any(
                 resolved.at - 1.0 <= at <= restart.back_at + REAPPLY_S
                 and resolved.worker in ("", worker)
