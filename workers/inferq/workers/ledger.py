@@ -39,6 +39,7 @@ HINT: Final = 4
 FULL_S: Final = 1.0
 #: Most members that one SADD or SREM names.
 _MEMBERS: Final = 1_000
+_YEAR_S: Final = 365 * 24 * 3600
 #: A model's name and a priority step.
 QueueId = tuple[str, int]
 
@@ -97,8 +98,17 @@ class Ledger:
         #: Requests waiting in each queue; None: unknown, as it was not looked at.
         self.depths: dict[QueueId, int | None] = {}
 
+    def take_over(self) -> None:
+        """Have done with earlier links of this incarnation; the first thing on a new one.
+
+        A network may deliver what one of them sent long after it was given up. It was watching the
+        fence, so touching that makes its EXEC fail; else it would claim what nobody then knows of.
+        """
+        touch: list[Command] = [("EXPIRE", self._fence, _YEAR_S), ("PERSIST", self._fence)]
+        self._link.call(touch)  # these take no memory: they work on a full Redis too
+
     def arm(self) -> None:
-        """Watch the fence and look at all queues; the first thing on a new link, and when idle."""
+        """Watch the fence and look at all queues: first of all, and when idle."""
         listen = list(self._queues)
         self._read_arming(listen, self._round_trip([], listen))
 

@@ -191,6 +191,7 @@ class DataPlane:
                         result_ttl_s=self._result_expires_s,
                     )
                     self._ledger = ledger
+                    ledger.take_over()
                     ledger.arm()
                     self._mark_all(ledger)
                     self._catch_up(link.run_id, ledger)
