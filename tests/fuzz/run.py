@@ -5,7 +5,7 @@ They are pushed raw. What holds, and is checked for every message:
 - A good one is answered with the right outputs.
 - One that names an id has a result under that id (the first, if several name it), or is a dead
   letter with its very bytes, or is kept until its ETA; unless it asks that its result be ignored,
-  or is another task, which is Celery's.
+  or is another task, which is Celery's: it runs, refuses, drops or keeps it until its ETA.
 - All others are dead letters with their very bytes, and nothing else is a dead letter.
 - No worker dies; nothing stays in queues, claims or kombu's unacked; nobody else's keys change;
   the worker's memory grows by no more than `MAX_GROWTH_MB` after it has warmed up.
@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -217,9 +218,17 @@ class Campaign:
             for model in WIDTHS:
                 for step in NAMES.priority_steps:
                     pipe.llen(NAMES.queue(model, step))
-            pipe.exists("unacked", "unacked_index")
             busy = any(pipe.execute())
-        return not busy and nothing_is_held(self._redis)
+        return not busy and not self._celery_is_busy() and nothing_is_held(self._redis)
+
+    def _celery_is_busy(self) -> bool:
+        """Whether Celery holds another task, but for those that it keeps until their ETA."""
+        held: Any = self._redis.hgetall("unacked")
+        for tag, record in held.items():
+            if _is_ahead(json.loads(record)[0]["headers"].get("eta")):
+                self._redis.hdel("unacked", tag)
+                self._redis.zrem("unacked_index", tag)
+        return bool(self._redis.exists("unacked", "unacked_index"))
 
     def _dead_letters(self) -> list[bytes]:
         found: list[bytes] = []
@@ -252,6 +261,14 @@ class Campaign:
         if not self._quiet():
             left.append("queues, claims or unacked are not empty")
         left += [key for key, value in SECRETS.items() if self._redis.get(key) != value]
+
+
+def _is_ahead(eta: object) -> bool:
+    try:
+        due = datetime.fromisoformat(str(eta))
+    except ValueError:
+        return False
+    return (due if due.tzinfo else due.replace(tzinfo=UTC)) > datetime.now(UTC)
 
 
 def _right(message: Message, meta: bytes) -> bool:

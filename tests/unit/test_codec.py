@@ -211,6 +211,32 @@ def test_a_request_comes_back_with_all_that_it_says() -> None:
     assert_same(codec.decode_tensor("x", body.kwargs["inputs"]["x"]), x)
 
 
+MS = st.floats(0, 1e15).map(lambda ms: round(ms, 3))
+
+
+@given(
+    st.uuids().map(str), st.text(max_size=20), st.integers(-9, 99), MS, st.none() | MS,
+    st.dictionaries(st.text(max_size=5), ANY_ARRAY, max_size=3), st.none() | st.text(max_size=50),
+)  # fmt: skip
+def test_any_request_comes_back_exactly(
+    request_id: str, shown: str, priority: int, sent_ms: float, deadline_ms: float | None,
+    inputs: dict[str, Array], reply: str | None,
+) -> None:  # fmt: skip
+    raw = codec.RequestEncoder("inferq.m", "me", reply).encode(
+        request_id, "m", {name: codec.encode_tensor(array) for name, array in inputs.items()},
+        shown=shown, priority=priority, sent_ms=sent_ms, deadline_ms=deadline_ms,
+    )  # fmt: skip
+    envelope = codec.decode_envelope(raw)
+    headers = envelope.headers
+    assert (headers.id, headers.root_id, headers.kwargsrepr) == (request_id, request_id, shown)
+    assert (headers.inferq_reply, envelope.properties.priority) == (reply, priority)
+    assert (headers.inferq_sent_ms, headers.inferq_deadline_ms) == (sent_ms, deadline_ms)
+    got = codec.decode_body(envelope).kwargs["inputs"]
+    assert got.keys() == inputs.keys()
+    for name, array in inputs.items():
+        assert_same(codec.decode_tensor(name, got[name]), array)
+
+
 def test_a_claim_checked_tensor_is_known_by_its_key() -> None:
     x = np.zeros((2, 3), np.float32)
     wire = codec.encode_reference(x, "some:key")

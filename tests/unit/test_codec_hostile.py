@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 
 from inferq.shared import codec
 from inferq.shared.codec import JSON, MSGPACK, MalformedMessage
-from inferq.shared.errors import ConfigError, InvalidInput
+from inferq.shared.errors import BY_CODE, ConfigError, InferqError, InvalidInput, from_wire
+from inferq.shared.schema import (
+    DTYPES,
+    MAX_DIMS,
+    InputCheck,
+    ModelAdvert,
+    Signature,
+    TensorSpec,
+)
 
 HEAD = b'"headers":{"id":"a","task":"inferq.infer"},'
 DEEP = 100_000
@@ -234,3 +242,143 @@ def test_a_message_cut_anywhere_is_refused(cut: int) -> None:
     )  # fmt: skip
     with pytest.raises((MalformedMessage, InvalidInput)):
         codec.decode_body(codec.decode_envelope(whole[: -(cut % len(whole)) or -1]))
+
+
+# --- results and announcements that somebody else wrote ------------------------------------------
+
+TENSOR = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["<f4", "|b1", "O", ">f4", ""]) | WIRE_VALUE,
+        "shape": st.lists(st.integers(-1, 4), max_size=3) | WIRE_VALUE,
+        "data": st.binary(max_size=64) | WIRE_VALUE,
+    }
+)
+META = st.fixed_dictionaries(
+    {"status": st.sampled_from(["SUCCESS", "FAILURE", "REVOKED", "PENDING"]) | WIRE_VALUE},
+    optional={
+        "result": st.dictionaries(st.text(max_size=3), TENSOR, max_size=3) | WIRE_VALUE,
+        "receipt": WIRE_VALUE,
+        "task_id": WIRE_VALUE,
+    },
+)
+
+
+@given(META)
+def test_a_meta_is_read_alike_both_ways_or_refused_by_both(meta: dict[str, Any]) -> None:
+    """The quick way reads what the thorough one does, and leaves all else to it."""
+    data = msgpack.packb(meta)
+    quick = codec.decode_success(data)
+    try:
+        read = codec.decode_meta(data)
+        outputs = codec.decode_outputs(read.get("result"))
+    except (MalformedMessage, InvalidInput):
+        assert quick is None
+        return
+    if quick is not None:
+        assert read["status"] == "SUCCESS"
+        assert quick[0].keys() == outputs.keys()
+        for name, array in outputs.items():
+            np.testing.assert_array_equal(quick[0][name], array)
+
+
+@given(
+    st.text(),
+    WIRE_VALUE
+    | st.dictionaries(
+        st.sampled_from(["exc_type", "exc_message", "code", "detail"]),
+        st.sampled_from(sorted(BY_CODE)) | WIRE_VALUE,
+    ),
+)
+def test_whatever_stands_for_an_error_is_one(status: str, wire: Any) -> None:
+    error = from_wire(status, wire)
+    assert isinstance(error, InferqError)
+    assert isinstance(str(error), str)
+    assert all(isinstance(name, str) for name in error.detail)
+
+
+SPEC = st.builds(
+    TensorSpec,
+    st.sampled_from(["x", "y", ""]),
+    st.sampled_from([*DTYPES, "O", "", "<f4", "str", "M8[s]"]),
+    st.lists(st.integers(-2, 4) | st.sampled_from(["n", "m", ""]) | st.none(), max_size=3).map(
+        tuple
+    ),
+)
+SPECS = st.lists(SPEC, max_size=2).map(tuple)
+ADVERT = st.builds(
+    ModelAdvert,
+    name=st.text(max_size=3), version=st.integers(-1, 2), engine=st.text(max_size=3),
+    signature=st.builds(Signature, SPECS, SPECS), max_batch_size=st.integers(-(2**63), 2**63 - 1),
+    batchable=st.booleans(), max_queue_depth=st.integers(-1, 9),
+    max_request_bytes=st.integers(-1, 99), default_priority=st.integers(-1, 99),
+    default_timeout_ms=st.integers(-1, 99), seconds_per_row=st.floats(),
+)  # fmt: skip
+SMALL_ARRAY = st.builds(
+    np.zeros, st.lists(st.integers(0, 4), max_size=3), st.sampled_from(["float32", "int64", ">f4"])
+)
+
+
+@given(ADVERT, st.dictionaries(st.sampled_from(["x", "y", ""]), SMALL_ARRAY))
+def test_an_announcement_is_refused_or_every_request_can_be_checked_by_it(
+    advert: ModelAdvert, inputs: dict[str, Any]
+) -> None:
+    try:
+        read = codec.decode_advert(codec.encode_advert(advert))
+    except ConfigError:
+        return
+    assert read.signature == advert.signature
+    with suppress(InferqError):
+        assert InputCheck(read)(inputs) >= 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"inputs": ()}, "no inputs"),
+        ({"inputs": (TensorSpec("x", "O", ("n",)),)}, "dtype 'O'"),
+        ({"inputs": (TensorSpec("x", "int8", ("n",) + (1,) * MAX_DIMS),)}, "17 dims"),
+        ({"inputs": (TensorSpec("x", "int8", ()),)}, "batchable"),
+        ({"outputs": (TensorSpec("x", "int8", ("m",)),)}, "batchable"),
+    ],
+)
+def test_an_announcement_that_contradicts_itself_says_how(
+    changed: dict[str, Any], words: str
+) -> None:
+    good = (TensorSpec("x", "float32", ("n", 2)),)
+    advert = ModelAdvert(
+        name="m", version=1, engine="fake", max_batch_size=1, batchable=True, max_queue_depth=0,
+        signature=Signature(**{"inputs": good, "outputs": good, **changed}), max_request_bytes=1,
+        default_priority=0, default_timeout_ms=0, seconds_per_row=0.0,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=words):
+        codec.decode_advert(codec.encode_advert(advert))
+
+
+# --- headers -------------------------------------------------------------------------------------
+
+HEADER = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text())
+
+
+@given(
+    st.dictionaries(st.sampled_from([*codec.Headers.__struct_fields__, "stamps"]), HEADER),
+    st.booleans(),
+)
+def test_any_headers_are_read_with_their_own_values_or_malformed(
+    headers: dict[str, Any], ascii_only: bool
+) -> None:
+    message = {"body": "", "headers": {"id": "a", "task": "t", **headers}, "properties": {}}
+    raw = json.dumps(message, ensure_ascii=ascii_only).encode()
+    try:
+        read = codec.decode_envelope(raw).headers
+    except MalformedMessage:
+        return
+    for name in codec.Headers.__struct_fields__:
+        if name in headers:
+            assert getattr(read, name) == headers[name]
+
+
+@given(st.binary(max_size=300))
+def test_who_asked_is_looked_up_in_any_bytes(raw: bytes) -> None:
+    for data in (raw, b'{"headers": {"id": "' + raw, b'"id":"a' + raw + b'"'):
+        ticket = codec.guess_ticket(data, "m")
+        assert ticket is None or ticket.id.encode() in data

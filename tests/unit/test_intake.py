@@ -394,3 +394,27 @@ def test_no_body_makes_it_raise(args: Any, kwargs: Any, embed: Any) -> None:
         assert isinstance(found, Opened | Failed)
         if isinstance(found, Opened):
             assert isinstance(reader.admit(found, {OWN: b"1234"}), Waiting | Failed)
+
+
+HEADER = (
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats() | st.text()
+    | st.datetimes().map(datetime.isoformat)
+    | st.sampled_from(["inferq.infer", NAMES.reply("a"), "9999-12-31T23:59:59-23:59"])
+)  # fmt: skip
+
+
+@given(
+    st.dictionaries(st.sampled_from(codec.Headers.__struct_fields__), HEADER),
+    st.sampled_from([codec.MSGPACK, codec.JSON, "application/x-yaml"]),
+)
+def test_no_headers_make_it_raise(headers: dict[str, Any], kind: str) -> None:
+    given = {"inputs": {"x": X.tolist()}} if kind == codec.JSON else {"inputs": INPUTS}
+    reader = intake()
+    found = reader.open(SLOT, message(kwargs=given, kind=kind, **headers))
+    if isinstance(found, Opened):
+        assert isinstance(reader.admit(found, {}), Waiting)
+    elif isinstance(found, Failed | Revoked):
+        assert found.ticket.id == headers.get("id", "one")
+        assert found.ticket.reply is None or NAMES.is_reply(found.ticket.reply)
+    else:
+        assert isinstance(found, Quarantined | Foreign | Early)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
+from functools import partial
+
 import pytest
 import redis
+from hypothesis import given
+from hypothesis import strategies as st
 from redis.sentinel import SentinelConnectionPool
 
-from inferq.shared.connect import judge_server, redact, redis_client
+from inferq.shared.connect import async_redis_client, judge_server, redact, redis_client
 from inferq.shared.errors import ConfigError
-from inferq.shared.settings import Settings
+from inferq.shared.settings import ENV_PREFIX, Settings
 
 URL = "redis://127.0.0.1:6379/0"
 
@@ -35,6 +41,10 @@ def test_without_a_url_the_error_says_which_variables_to_set() -> None:
         ("INFERQ_RESULT_EXPIRES_S", "0", "greater than or equal to 1"),
         ("INFERQ_PRIORITY_STEPS", "3,0", "ascending"),
         ("INFERQ_PRIORITY_STEPS", "a", "integer"),
+        ("INFERQ_LEASE_S", "nan", "finite"),
+        ("INFERQ_LEASE_S", "inf", "finite"),
+        ("INFERQ_GRACE_S", "1e300", "less than or equal to"),
+        ("INFERQ_RESULT_EXPIRES_S", "9" * 30, "less than or equal to"),
     ],
 )
 def test_a_bad_value_is_named_with_its_variable_and_what_was_expected(
@@ -109,3 +119,46 @@ def test_a_cluster_and_an_old_redis_are_refused() -> None:
         judge_server({"redis_version": "8.0.0"}, {"cluster_enabled": 1})
     with pytest.raises(ConfigError, match=r"version 6\.0\.20; expected 6\.2"):
         judge_server({"redis_version": "6.0.20"}, {"cluster_enabled": 0})
+
+
+VARIABLES = [f"{ENV_PREFIX}{field.upper()}" for field in Settings.model_fields]
+#: As a shell may hand it over: bytes that are no UTF-8 become half surrogates.
+TEXT = st.binary(max_size=20).map(
+    lambda raw: os.fsdecode(raw.replace(b"\0", b""))
+) | st.sampled_from(
+    ["0", "1", "-1", "nan", "inf", "1e400", "9" * 5000, "0,3", ",", "0," * 1000, "٣", "true", "a:b"]
+)
+
+
+@given(st.dictionaries(st.sampled_from(VARIABLES), TEXT))
+def test_any_environment_is_read_or_refused_by_a_name_that_it_holds(
+    environment: dict[str, str],
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in environment.items():
+            patch.setenv(variable, value)
+        patch.setenv("CELERY_BROKER_URL", URL)
+        try:
+            names = Settings.load().names()
+        except ConfigError as problem:
+            message = problem.message
+        else:
+            for key in (names.leases, names.meta("a"), *map(partial(names.queue, "m"), range(10))):
+                key.encode()
+            return
+    assert any(variable in message for variable in environment)
+    message.encode()
+
+
+@given(
+    st.text(max_size=40)
+    | st.tuples(
+        st.sampled_from(["redis://", "rediss://", "unix://", "sentinel://", "redis+socket://"]),
+        st.text(alphabet="ab:@/;?=&[]%0123456789٣\x00", max_size=30),
+    ).map("".join)
+)
+def test_any_url_makes_a_client_or_is_refused(url: str) -> None:
+    for make in (redis_client, async_redis_client):
+        with suppress(ConfigError):
+            make(url)
+    assert isinstance(redact(url), str)

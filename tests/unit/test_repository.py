@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 from helpers import onnx_models
 from helpers.repository import fake_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from inferq.shared.errors import ConfigError
 from inferq.shared.schema import ModelAdvert
 from inferq.workers.batching.padding import PadRule
 from inferq.workers.demo.models import package_folder
-from inferq.workers.model_config import MAX_TOML_BYTES
+from inferq.workers.model_config import MAX_TOML_BYTES, ModelConfig, read_toml
 from inferq.workers.repository import load_model, load_repository, model_names
 
 
@@ -205,6 +207,9 @@ def test_a_repository_with_bad_models_names_all_of_them(tmp_path: Path) -> None:
         ("[onnxruntime]\nprovider = 'x'", "onnxruntime.provider is 'x'; expected 'auto', 'cpu' or"),
         ("lanes = 1\nlanes = 2", "not TOML: "),
         ("a = \udcff", "not TOML: "),
+        ("lanes = " + "9" * 5000, "not TOML: "),
+        ('labels = "a\\u0000b"', "labels is 'a\\x00b'; expected a UTF-8 file"),
+        (f"labels = '{'x' * 5000}'", "expected a UTF-8 file"),
     ],
 )
 def test_a_bad_knob_is_refused_by_file_key_value_and_expectation(
@@ -295,3 +300,46 @@ def test_a_file_that_anyone_may_write_is_warned_of(
     with caplog.at_level(logging.WARNING):
         load_model(tmp_path, "m")
     assert f"{path} may be written by any user" in caplog.text
+
+
+# --- anything ------------------------------------------------------------------------------------
+
+KEY = st.sampled_from(
+    [*ModelConfig.model_fields, "fake", "onnxruntime", "pad.n", "pad.n.buckets", "pad.n.value",
+     '"\\u0000"', '""', "a.b.c"]
+)  # fmt: skip
+VALUE = st.recursive(
+    st.integers().map(str)
+    | st.floats().map(repr)
+    | st.sampled_from(
+        ["true", "'m'", "''", '"\\u0000"', "0x7fffffffffffffffffff", "1e999", "-0", "0000-00-00",
+         "1979-05-27", "99:99:99", "1979-05-27T00:00:00+23:59", "9" * 400, "9" * 5000, '"""', "["]
+    )
+    | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4).map(lambda items: f"[{','.join(items)}]")
+    | st.tuples(KEY, inner).map(lambda pair: f"{{{pair[0]}={pair[1]}}}"),
+    max_leaves=5,
+)  # fmt: skip
+LINE = st.tuples(KEY, VALUE).map(" = ".join) | KEY.map("[{}]".format) | st.text(max_size=20)
+TOML = st.lists(LINE, max_size=6).map(lambda lines: "\n".join(lines).encode()) | st.binary()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(TOML)
+def test_a_model_toml_of_any_bytes_is_read_or_refused(tmp_path: Path, raw: bytes) -> None:
+    path = tmp_path / "model.toml"
+    path.write_bytes(raw)
+    try:
+        read = read_toml(path)
+    except ConfigError:
+        return
+    assert isinstance(read.config, ModelConfig)
+
+
+@pytest.mark.parametrize(
+    "text", ["a = " + "[" * 100_000, "a" + ".a" * 100_000 + " = 1", "fake = " + "{a=" * 5000]
+)
+def test_tables_nested_without_end_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model.toml").write_text(text)
+    with pytest.raises(ConfigError):
+        read_toml(tmp_path / "model.toml")

@@ -125,6 +125,34 @@ def test_the_quick_check_gives_the_thorough_checks_verdict(
     assert verdict(InputCheck(model), inputs) == verdict(check_inputs, model, inputs)
 
 
+DIM = st.integers(1, 3) | st.sampled_from(["n", "m"]) | st.none()
+SPECS = st.lists(
+    st.builds(
+        spec, st.sampled_from(["x", "a", "b"]), st.sampled_from(["float32", "int64"]), DIM, DIM
+    ),
+    min_size=1, max_size=3, unique_by=lambda each: each.name,
+)  # fmt: skip
+
+
+@given(SPECS, st.dictionaries(st.sampled_from(["x", "a", "b"]), ARRAY, max_size=3))
+def test_inputs_of_any_signature_fit_or_are_refused_and_alike_by_both_checks(
+    inputs: list[TensorSpec], arrays: dict[str, Array]
+) -> None:
+    batchable = Signature(tuple(inputs), tuple(inputs)).batch_symbol is not None
+    model = advert(*inputs, batchable=batchable)
+    found = verdict(check_inputs, model, arrays)
+    assert verdict(InputCheck(model), arrays) == found
+    if isinstance(found, int):
+        sizes: dict[str, int] = {}
+        for each in inputs:
+            array = arrays[each.name]
+            assert array.dtype.newbyteorder("=") == np.dtype(each.dtype)
+            for size, dim in zip(array.shape, each.shape, strict=True):
+                wanted = sizes.setdefault(dim, size) if isinstance(dim, str) else dim
+                assert wanted in (size, None)
+        assert found == (arrays[inputs[0].name].shape[0] if batchable else 1)
+
+
 @pytest.mark.parametrize(
     ("inputs", "outputs", "symbol"),
     [

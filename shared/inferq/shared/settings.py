@@ -23,6 +23,8 @@ URL_VARIABLES: Final = ("INFERQ_REDIS_URL", "CELERY_BROKER_URL")
 #: Values of these fields may hold a password: messages never show them.
 SECRET_FIELDS: Final = frozenset({"redis_url"})
 
+_DAY_S: Final = 24 * 3600
+
 
 def _split(value: object) -> object:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
@@ -40,7 +42,7 @@ class Settings(BaseSettings):
     #: The master's name, for a sentinel:// URL.
     sentinel_master: str = "mymaster"
     #: Seconds that a stored result lives.
-    result_expires_s: int = Field(default=600, ge=1)
+    result_expires_s: int = Field(default=600, ge=1, le=10 * 365 * _DAY_S)
     #: kombu's `global_keyprefix`: stands before every queue's name and every key of ours.
     global_keyprefix: str = ""
     #: Celery's result backend prefix: stands before ``celery-task-meta-``.
@@ -52,9 +54,9 @@ class Settings(BaseSettings):
     #: kombu's `sep` between a queue's name and a priority step.
     priority_sep: str = names.PRIORITY_SEP
     #: Seconds after its last renewal at which a worker's claims are taken from it.
-    lease_s: float = Field(default=10.0, ge=0.5)
+    lease_s: float = Field(default=10.0, ge=0.5, le=_DAY_S, allow_inf_nan=False)
     #: Seconds that a stopping worker has to finish or return what it claimed.
-    grace_s: float = Field(default=30.0, ge=0.0)
+    grace_s: float = Field(default=30.0, ge=0.0, le=_DAY_S, allow_inf_nan=False)
     #: What the incarnations of this worker process begin with; its supervisor recovers what those
     #: held as soon as the process is dead. Letters and digits.
     incarnation: Annotated[str, Field(pattern=r"^[A-Za-z0-9]{0,64}$")] = ""
@@ -62,6 +64,16 @@ class Settings(BaseSettings):
     heartbeat_file: Path | None = None
     #: The worker's model repository; None: the worker's command line names it.
     models: Path | None = None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _text(cls, value: object) -> object:
+        if isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise ValueError("Input should be UTF-8") from None
+        return value
 
     @field_validator("priority_steps")
     @classmethod

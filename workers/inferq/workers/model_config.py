@@ -6,6 +6,7 @@ Every key has a default, so the file may be missing. The table of each engine (`
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ MAX_REQUEST_BYTES: Final = (1 << 32) - 1
 DEFAULT_REQUEST_BYTES: Final = 64 << 20
 DEFAULT_MAX_BATCH_SIZE: Final = 32
 MAX_LABELS: Final = 1_000_000
+#: Reading a dotted key takes time by the square of its parts.
+MAX_KEY_PARTS: Final = 100
+_LONG_KEY: Final = re.compile(rb"""(?<![\w"'-])(?:[\w"'-]++[ \t]*+\.[ \t]*+){%d}""" % MAX_KEY_PARTS)
 _DAY_MS: Final = 86_400_000
 
 
@@ -137,9 +141,12 @@ def read_toml(path: Path) -> ModelToml:
         raise ConfigError(f"cannot be read: {problem.strerror or problem}") from problem
     if len(raw) > MAX_TOML_BYTES:
         raise ConfigError(f"more than {MAX_TOML_BYTES} bytes; expected at most that")
+    if _LONG_KEY.search(raw):
+        raise ConfigError(f"not TOML that is read: a key of {MAX_KEY_PARTS} parts or more")
     try:
         document = tomllib.loads(raw.decode())
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as problem:
+    except (ValueError, RecursionError) as problem:
+        # Beside TOMLDecodeError: no UTF-8, numbers longer than Python reads.
         raise ConfigError(f"not TOML: {problem}") from problem
     knobs: dict[str, Any] = {}
     tables: dict[str, Mapping[str, Any]] = {}

@@ -223,13 +223,13 @@ def _labels(folder: Path, config: ModelConfig) -> tuple[str, ...]:
     if not isinstance(config.labels, str):
         return config.labels
     path = folder / config.labels
-    if not path.resolve().is_relative_to(folder):
-        raise ConfigError(f"labels is {config.labels!r}; expected a file in the model's folder")
     try:
+        if not path.resolve().is_relative_to(folder):
+            raise ConfigError(f"labels is {config.labels!r}; expected a file in the model's folder")
         with path.open("rb") as file:
             raw = file.read(MAX_LABELS_BYTES + 1)
         text = raw.decode()
-    except (OSError, UnicodeDecodeError) as problem:
+    except (OSError, RuntimeError, ValueError) as problem:
         raise ConfigError(
             f"labels is {config.labels!r}; expected a UTF-8 file in the model's folder ({problem})"
         ) from problem

@@ -7,15 +7,34 @@ from collections.abc import Callable
 import msgspec
 
 from inferq.shared.errors import ConfigError
-from inferq.shared.schema import ModelAdvert
+from inferq.shared.schema import DTYPES, MAX_DIMS, ModelAdvert
 
 _advert_decoder = msgspec.msgpack.Decoder(ModelAdvert)
 encode_advert: Callable[[ModelAdvert], bytes] = msgspec.msgpack.Encoder().encode
 
 
 def decode_advert(data: bytes) -> ModelAdvert:
-    """What a worker announced. ConfigError if another version wrote it."""
+    """What a worker announced. ConfigError if another version, or nobody of ours, wrote it."""
     try:
-        return _advert_decoder.decode(data)
-    except msgspec.DecodeError as problem:
+        advert = _advert_decoder.decode(data)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as problem:
         raise ConfigError(f"a model's announcement cannot be read: {problem}") from problem
+    problem_found = _contradiction(advert)
+    if problem_found:
+        raise ConfigError(f"the announcement of model {advert.name[:100]!r} has {problem_found}")
+    return advert
+
+
+def _contradiction(advert: ModelAdvert) -> str | None:
+    """Why requests cannot be checked by `advert`; None: they can."""
+    inputs = advert.signature.inputs
+    if not inputs:
+        return "no inputs"
+    for spec in inputs:
+        if spec.dtype not in DTYPES:
+            return f"input {spec.name[:100]!r} of dtype {spec.dtype[:40]!r}"
+        if len(spec.shape) > MAX_DIMS:
+            return f"input {spec.name[:100]!r} of {len(spec.shape)} dims"
+    if advert.batchable and advert.signature.batch_symbol is None:
+        return "batchable = true, and no symbol that dim 0 of every tensor shares"
+    return None
