@@ -31,7 +31,7 @@ NAMES = Names()
 QUEUE = NAMES.queue("m")
 MAX_REQUEST_BYTES: Final = 256
 LONG = "x" * 1_000_000
-MANY: Final = 100_000
+MANY: Final = 20_000
 X = tensor(numbered(1))
 #: Keys that no request may read, change or delete.
 FOREIGN_KEYS: Final = (
@@ -160,8 +160,11 @@ BOMBS: Mapping[str, Hostile] = {
         "InvalidInput", envelope(b'[[],{"inputs":{"\\ud800":1}},null]', kind=JSON)
     ),
     "too large": Hostile("PayloadTooLarge", asked({"x": tensor(np.zeros((32, 4), np.float32))})),
-    "far too large": Hostile("InvalidInput", asked({"x": {**X, "data": bytes(20 << 20)}})),
-    "zeros": Hostile("InvalidInput", packed(bytes(20 << 20))),
+    "far too large": Hostile("PayloadTooLarge", asked({"x": {**X, "data": bytes(20 << 20)}})),
+    "zeros": Hostile("PayloadTooLarge", packed(bytes(20 << 20))),
+    "20 million maps": Hostile(
+        "PayloadTooLarge", inside(b"\xdd\x01\x31\x2d\x00" + b"\x80" * (20 * 10**6))
+    ),
 }
 
 NO_MESSAGES: Mapping[str, Hostile] = {

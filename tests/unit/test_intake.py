@@ -28,7 +28,9 @@ from inferq.workers.batching.padding import Padding, PadRule
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Claim, Slot
 from inferq.workers.intake import (
+    BODY_BYTES,
     MAX_FOLLOWING,
+    WRITTEN_OUT,
     Early,
     Failed,
     Foreign,
@@ -177,6 +179,19 @@ def test_a_bad_tensor_fails_with_what_was_expected(
     problem = failure(reader.admit(opened(reader, message({"x": tensor})), {}))
     assert type(problem) is error
     assert words in str(problem)
+
+
+def test_a_body_that_no_inputs_could_fill_is_refused_unread() -> None:
+    """A list of empty maps takes 64 times its bytes once it is decoded."""
+    reader = intake(limit=1 << 30)
+    bomb = message([{}] * (BODY_BYTES + 2_000))
+    problem = failure(reader.open(SLOT, bomb))
+    assert type(problem) is PayloadTooLarge
+    rows = np.zeros((8, 4), np.float32)
+    assert f"expected at most {BODY_BYTES + WRITTEN_OUT * rows.nbytes}" in str(problem)
+    longest = ["-1.2345678901234567e-38"] * rows.size
+    written = message({"x": [longest]}, kind=codec.JSON)
+    assert isinstance(intake(limit=1 << 30).open(SLOT, written), Opened)
 
 
 @pytest.mark.parametrize("slot", ["callbacks", "errbacks", "chain"])

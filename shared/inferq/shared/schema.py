@@ -5,6 +5,7 @@ Frozen, and free of I/O; `codec` turns them into bytes and back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
@@ -158,6 +159,20 @@ def nbytes(tensors: Tensors) -> int:
 def describe(array: Array) -> str:
     """``<1x3x224x224 float32>``: short, for Flower, logs and messages."""
     return f"<{'x'.join(map(str, array.shape)) or 'scalar'} {array.dtype.name}>"
+
+
+def most_bytes(advert: ModelAdvert) -> int:
+    """The most bytes that one request's inputs can have, by the signature as far as that says."""
+    total = 0
+    for spec in advert.signature.inputs:
+        dims = list(spec.shape)
+        if advert.batchable:
+            dims[0] = advert.max_batch_size
+        sizes = [dim for dim in dims if isinstance(dim, int)]
+        if len(sizes) < len(dims):
+            return advert.max_request_bytes
+        total += math.prod(sizes) * DTYPES[spec.dtype].itemsize
+    return min(total, advert.max_request_bytes)
 
 
 class InputCheck:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Mapping
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -21,13 +21,25 @@ from inferq.shared.errors import (
     InvalidInput,
     ModelNotFound,
     PayloadExpired,
+    PayloadTooLarge,
 )
 from inferq.shared.names import HEADER_REPLY, TASK, Names
-from inferq.shared.schema import Array, InputCheck, ModelAdvert, Ticket, check_names
+from inferq.shared.schema import (
+    Array,
+    InputCheck,
+    ModelAdvert,
+    Ticket,
+    check_names,
+    most_bytes,
+)
 from inferq.workers.batching.padding import Padding
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Slot
 
+#: A message body may have so many bytes for each of its inputs' (a number written out in JSON, in
+#: base64), and so many besides. What is decoded may take 64 times that: a list of empty maps.
+WRITTEN_OUT: Final = 10
+BODY_BYTES: Final = 4 << 20
 _ARGUMENTS = frozenset({"inputs", "model"})
 #: Most links, and most steps of a chain, that follow on a request. Where it fails, Celery stores as
 #: many failures one by one, while all other requests' links wait.
@@ -112,6 +124,7 @@ class Intake:
         self._is_revoked = is_revoked
         self._redis_ms = redis_ms
         self._check = InputCheck(advert)
+        self._most_body = BODY_BYTES + WRITTEN_OUT * most_bytes(advert)
         self._dtypes = {spec.name: spec.dtype for spec in advert.signature.inputs}
         #: Requests always fit together if no dim but the batch may vary.
         self._varies = any(
@@ -143,6 +156,11 @@ class Intake:
             if headers.expires is not None:
                 ticket = replace(ticket, expires_ms=unix_ms("expires", headers.expires))
             late = self.too_late(slot, ticket)
+            if len(envelope.body) > self._most_body:
+                raise PayloadTooLarge(
+                    f"the message body is {len(envelope.body)} bytes; "
+                    f"expected at most {self._most_body}"
+                )
             body = codec.decode_body(envelope)
             given = arguments(body)
             references = references_in(given.get("inputs"))

@@ -68,15 +68,19 @@ class Lease:
         self._thread.start()
 
     def be_born(self) -> None:
-        """A fresh incarnation, with a fence and a lease. Raises redis errors."""
+        """A fresh incarnation, with a fence and a lease. Raises redis errors.
+
+        What it serves is announced first: whom a client finds serving a model, it can ask about it.
+        """
+        self._announce()
+        # kill point: announced-unborn
         incarnation, before = self._prefix + secrets.token_hex(8), self.incarnation
         asked = time.monotonic()
         args = [*self._args(incarnation), 1, before]
         _, stamp = self._renew(keys=self._keys(incarnation), args=args)
         self._clock.set(float(stamp), asked)
-        # kill point: born-unannounced
+        # kill point: born
         self.incarnation = incarnation
-        self._announce()
 
     def _keys(self, incarnation: str) -> list[str]:
         names = self._names

@@ -263,6 +263,11 @@ class Ledger:
         (counts,) = self._link.call([("HMGET", self._names.attempts(model), *fields)])
         return {name: int(n) for name, n in zip(fields, counts, strict=True) if n is not None}
 
+    def stored(self, ids: Sequence[str]) -> set[str]:
+        """Those of `ids` that have a result."""
+        replies = self._link.call([("EXISTS", self._names.meta(one)) for one in ids])
+        return {one for one, reply in zip(ids, replies, strict=True) if reply == 1}
+
     def forgive(self, model: str, field: str) -> None:
         """Strike `field` from running and from attempts:<m>: it did no harm this time."""
         self._link.note(("SREM", self._names.running(self._incarnation), f"{model}/{field}"))

@@ -36,7 +36,14 @@ class Dead(msgspec.Struct, frozen=True):
     message: bytes
 
 
-Found = Opened | Failed | Revoked | Foreign | Early | Quarantined | Dead
+class Answered(msgspec.Struct, frozen=True):
+    """It has a result already: a copy, which a client pushed again when Redis was restarted."""
+
+    slot: Slot
+    ticket: Ticket
+
+
+Found = Opened | Failed | Revoked | Foreign | Early | Quarantined | Dead | Answered
 
 
 class Received(msgspec.Struct, frozen=True):
@@ -108,15 +115,22 @@ class Receiver:
     def _open_counted(
         self, ledger: Ledger, model: ServedModel, places: Sequence[tuple[Slot, bytes]]
     ) -> list[Found]:
-        """As `_open`; Dead are those that ended too many workers while they were computed."""
+        """As `_open`; Dead are those that ended too many workers while they were computed.
+
+        Of one that ended any, a copy is Answered: with the first, the attempts are forgotten.
+        """
         opened = [self._open(model, slot, message) for slot, message in places]
         ids = [found.ticket.id for found in opened if isinstance(found, Opened | Failed | Revoked)]
         counts = ledger.attempts(model.name, ids) if ids else {}
         if not counts:
             return opened
+        stored = ledger.stored(list(counts))
         counted: list[Found] = []
         for found, (slot, message) in zip(opened, places, strict=True):
             if isinstance(found, Opened | Failed | Revoked):
+                if found.ticket.id in stored:
+                    counted.append(Answered(slot, found.ticket))
+                    continue
                 again = retried(found, counts.get(found.ticket.id, 0))
                 dead = again.ticket.attempts >= model.spec.config.max_attempts
                 alive = not dead or not isinstance(again, Opened)
@@ -152,7 +166,9 @@ class Receiver:
             return Failed(opened.slot, opened.ticket, error)
 
     def _end(
-        self, model: ServedModel, found: Failed | Revoked | Foreign | Early | Quarantined | Dead
+        self,
+        model: ServedModel,
+        found: Failed | Revoked | Foreign | Early | Quarantined | Dead | Answered,
     ) -> tuple[Settlement, bytes | None]:
         results = model.results
         match found:
@@ -165,6 +181,8 @@ class Receiver:
                     "dead letter: %s of %s ended %d workers", ticket.id, model.name, ticket.attempts
                 )
                 return results.dead(slot, ticket, message, self._clock.now()), ticket.canvas
+            case Answered(slot=slot, ticket=ticket):
+                return results.answered(slot, ticket), None
             case Foreign(slot=slot, message=message):
                 try:
                     return self._hooks.hand_over(slot, model.name, message), None

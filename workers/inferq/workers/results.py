@@ -93,6 +93,10 @@ class Results:
         meta = codec.encode_revoked(ticket.id, reason, _now(), ticket.content_type)
         return self._settlement(slot, ticket, meta, running=running)
 
+    def answered(self, slot: Slot, ticket: Ticket) -> Settlement:
+        """Only acknowledged, and its attempts forgotten; a dead letter may need its payload."""
+        return Settlement(slot, ticket.model, ticket.id, b"", attempts=1)
+
     def late(self, found: Failed | Revoked) -> Settlement:
         """What a lane found to be too late to be computed."""
         if isinstance(found, Failed):

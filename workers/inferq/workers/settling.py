@@ -33,9 +33,18 @@ def portion(settlements: list[Settlement]) -> list[Settlement]:
     size = 0
     for place, done in enumerate(settlements):
         size += len(done.outcome)
+        if done.dead_letter is not None or done.before:
+            size += _other_bytes(done)
         if place and (size > MAX_SETTLE_BYTES or place == MAX_SETTLEMENTS):
             return settlements[:place]
     return list(settlements)
+
+
+def _other_bytes(done: Settlement) -> int:
+    """Bytes that settling it sends beside its result; a dead letter goes out twice."""
+    words = [word for command in done.before for word in command]
+    sizes = [len(word) for word in words if isinstance(word, bytes | str)]
+    return sum(sizes) + 2 * len(done.dead_letter or b"")
 
 
 class Settling:
