@@ -87,6 +87,18 @@ def test_one_segfault_among_200_requests_is_one_dead_letter_and_199_results(
         assert letter["id"] == pending[77].request_id
 
 
+def test_a_copy_of_a_poison_ends_with_it(redis_url: str, redis: Redis, models: Path) -> None:
+    """As a client makes one that pushes again what is unresolved, once Redis was restarted."""
+    request_id, raw = message("m", numbered(FAULT_SEGFAULT))
+    with SupervisedWorker(redis_url, models, ["m"]) as worker:
+        redis.lpush(NAMES.queue("m"), raw, raw)
+        assert meta_of(redis, request_id, 60)["result"]["exc_type"] == "DeadLettered"
+        until(lambda: not redis.llen(NAMES.queue("m")), 60, "both are claimed")
+        until(partial(nothing_is_held, redis), 60, "both are settled")
+        assert [letter["id"] for letter in dead_letters(redis, "m")] == [request_id]
+        assert worker.log.count("ended by SIGSEGV") <= 4
+
+
 def test_an_engine_beyond_use_is_replaced_by_a_fresh_process(
     redis_url: str, redis: Redis, models: Path
 ) -> None:
