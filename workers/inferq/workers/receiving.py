@@ -132,9 +132,14 @@ class Receiver:
                     counted.append(Answered(slot, found.ticket))
                     continue
                 again = retried(found, counts.get(found.ticket.id, 0))
-                dead = again.ticket.attempts >= model.spec.config.max_attempts
-                alive = not dead or not isinstance(again, Opened)
-                counted.append(again if alive else Dead(slot, again.ticket, message))
+                if (
+                    isinstance(again, Opened)
+                    and again.ticket.attempts >= model.spec.config.max_attempts
+                ):
+                    stored.add(again.ticket.id)  # as far as copies in this very claim go
+                    counted.append(Dead(slot, again.ticket, message))
+                else:
+                    counted.append(again)
             else:
                 counted.append(found)
         return counted
