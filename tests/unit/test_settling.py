@@ -6,7 +6,7 @@ import pytest
 
 from inferq.workers import settling
 from inferq.workers.claims import Claim, Slot
-from inferq.workers.kept import KEEP_BYTES, Kept
+from inferq.workers.kept import KEEP_BYTES, KEEP_RESULTS, Kept
 from inferq.workers.settle import Settlement
 from inferq.workers.settling import MAX_SETTLEMENTS, portion
 
@@ -40,6 +40,15 @@ def test_a_portion_is_bounded_in_bytes_and_never_empty(
     monkeypatch.setattr(settling, "MAX_SETTLE_BYTES", 10)
     assert len(portion(many)) == 1
     assert portion([]) == []
+
+
+def test_what_is_kept_is_bounded_in_number() -> None:
+    kept = Kept()
+    for n in range(KEEP_RESULTS + 10):
+        kept.add([settlement(n)])
+    found = kept.all()
+    assert len(found) == KEEP_RESULTS
+    assert found[0].request_id == "id10"
 
 
 def test_what_is_kept_is_bounded_in_bytes() -> None:
