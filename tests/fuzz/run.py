@@ -49,7 +49,7 @@ CHUNK: Final = 250
 #: Longest that one chunk may take, in s.
 CHUNK_TIMEOUT_S: Final = 60.0
 #: Results live so long, in s.
-EXPIRES_S: Final = 120
+EXPIRES_S: Final = 600
 SECRETS: Final = {"celery-task-meta-other": b"secret", "unrelated": b"secret"}
 _POLL_S: Final = 0.005
 _SHOWN: Final = 5
@@ -121,7 +121,7 @@ class Campaign:
             chunk = [self._messages.next() for _ in range(min(CHUNK, count - sums.sent))]
             self._push(chunk)
             self._account(chunk)
-            self._tidy()
+            self._tidy(chunk)
             sums.sent += len(chunk)
             told(len(chunk))
             if not warm and sums.sent >= min(WARM_AFTER, count // 3):
@@ -250,9 +250,15 @@ class Campaign:
                 pipe.execute()
         return found
 
-    def _tidy(self) -> None:
-        """Drop what links were published: nobody reads them."""
-        self._redis.unlink(LINKS_QUEUE, "celery")
+    def _tidy(self, chunk: Sequence[Message]) -> None:
+        """Drop what links were published, which nobody reads, and the results of `chunk`.
+
+        A result that was stored long ago might expire just while a later message of the same id,
+        which it answers too, is looked for.
+        """
+        ids = [request_id for each in chunk if (request_id := read_id(each.raw)[0]) is not None]
+        metas = {NAMES.meta(request_id) for request_id in ids}.difference(SECRETS)
+        self._redis.unlink(LINKS_QUEUE, "celery", *metas)
 
     def _look_for_what_is_left(self) -> None:
         left = self.sums.left
