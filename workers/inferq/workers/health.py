@@ -10,6 +10,8 @@ from typing import Final
 
 import msgspec
 
+from inferq.shared.errors import ConfigError
+
 #: Seconds without a heartbeat after which something is wrong.
 STALE_S: Final = 10.0
 #: Seconds without an answer from Redis.
@@ -43,8 +45,13 @@ class Beat(msgspec.Struct, frozen=True):
 
 
 def default_folder() -> Path:
-    """Where `inferq worker` keeps heartbeat files, one per child: this user's own."""
-    return Path(tempfile.gettempdir()) / f"inferq-{os.getuid()}"
+    """Where `inferq worker` keeps heartbeat files, one per child: this user's own. ConfigError."""
+    folder = Path(tempfile.gettempdir()) / f"inferq-{os.getuid()}"
+    if folder.exists() and folder.stat().st_uid != os.getuid():
+        raise ConfigError(
+            f"{folder} belongs to another user; expected you: set INFERQ_HEARTBEAT_FILE"
+        )
+    return folder
 
 
 def read_beat(path: Path) -> Beat | None:

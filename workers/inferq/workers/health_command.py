@@ -33,9 +33,13 @@ def health(path: Path | None, redis_url: str | None, as_json: bool) -> None:
     A worker that waits for a Redis that does not answer here either is healthy: to restart it would
     be of no use.
     """
-    paths = [path] if path else sorted(default_folder().glob("*.json"))
+    try:
+        folder = default_folder()
+    except ConfigError as problem:
+        raise click.ClickException(problem.message) from problem
+    paths = [path] if path else sorted(folder.glob("*.json"))
     if not paths:
-        raise click.ClickException(f"no worker's heartbeat in {default_folder()}; expected one")
+        raise click.ClickException(f"no worker's heartbeat in {folder}; expected one")
     healthy = True
     for each in paths:
         beat = read_beat(each)

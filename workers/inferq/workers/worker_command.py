@@ -57,6 +57,7 @@ def worker(
     try:
         settings = Settings.load(redis_url=redis_url, models=repository)
         served = _queues(queues) or [queue_of(model) for model in model_names(repository)]
+        folder = None if settings.heartbeat_file else default_folder()
     except InferqError as problem:
         raise click.ClickException(problem.message) from problem
     if not served:
@@ -66,7 +67,7 @@ def worker(
         sys.executable, "-m", "celery", "-A", "inferq.workers.app", "worker", "-P", "solo",
         "-Q", ",".join(served), "-n", node, "-l", loglevel, *celery_options,
     ]  # fmt: skip
-    heartbeat = settings.heartbeat_file or default_folder() / f"{node}.json"
+    heartbeat = folder / f"{node}.json" if folder else Path(str(settings.heartbeat_file))
     environment = {
         **os.environ,
         "INFERQ_REDIS_URL": settings.redis_url,
