@@ -35,8 +35,8 @@ def health(path: Path | None, redis_url: str | None, as_json: bool) -> None:
     """
     try:
         folder = default_folder()
-    except ConfigError as problem:
-        raise click.ClickException(problem.message) from problem
+    except ConfigError as error:
+        raise click.ClickException(error.message) from error
     paths = [path] if path else sorted(folder.glob("*.json"))
     if not paths:
         raise click.ClickException(f"no worker's heartbeat in {folder}; expected one")
