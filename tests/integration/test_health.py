@@ -22,7 +22,16 @@ from inferq.shared.names import Names
 from inferq.workers import health
 from inferq.workers.embedded import EmbeddedRedis
 from inferq.workers.engines.fake import FAULT_HANG
-from inferq.workers.health import SERVING, STALE_S, STUCK_S, Beat, problem_of, read_beat, silence_s
+from inferq.workers.health import (
+    SERVING,
+    STALE_S,
+    STUCK_S,
+    Beat,
+    forget_the_dead,
+    problem_of,
+    read_beat,
+    silence_s,
+)
 from inferq.workers.heartbeat import Heartbeat
 
 NAMES = Names()
@@ -117,9 +126,23 @@ def test_silence_of_redis_is_the_workers_fault_only_if_redis_answers(
     path.write_bytes(msgspec.json.encode(deaf))
     answer = ask("--file", str(path), "--redis-url", server.url)
     assert (answer.returncode, "which answers" in answer.stdout) == (1, True)
+    loading = beat(state="loading", answered=0.0, written=time.monotonic() + 60)
+    (tmp_path / "loads").write_bytes(msgspec.json.encode(loading))
+    assert ask("--file", str(tmp_path / "loads"), "--redis-url", server.url).returncode == 1
     server.kill()
-    answer = ask("--file", str(path), "--redis-url", server.url)
-    assert (answer.returncode, "waits for Redis" in answer.stdout) == (0, True)
+    for each in (path, tmp_path / "loads"):
+        answer = ask("--file", str(each), "--redis-url", server.url)
+        assert (answer.returncode, "waits for Redis" in answer.stdout) == (0, True)
+    gone = msgspec.structs.replace(loading, pid=2**22)
+    path.write_bytes(msgspec.json.encode(gone))
+    assert ask("--file", str(path), "--redis-url", server.url).returncode == 1
+
+
+def test_what_was_killed_with_its_supervisor_is_forgotten_by_the_next(tmp_path: Path) -> None:
+    (tmp_path / "gone.json").write_bytes(msgspec.json.encode(beat(pid=2**22)))
+    (tmp_path / "lives.json").write_bytes(msgspec.json.encode(beat()))
+    forget_the_dead(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.json")] == ["lives.json"]
 
 
 class StandIn:

@@ -108,7 +108,7 @@ def show(request_id: str, model: str | None, as_json: bool, redis_url: str | Non
 def replay(
     ids: tuple[str, ...], model: str | None, everything: bool, yes: bool, redis_url: str | None
 ) -> None:
-    """Put the requests of dead letters back into their queues, as new ones."""
+    """Put the requests of dead letters back into their queues, behind what waits there."""
 
     def act(letters: DeadLetters, letter: Letter) -> str:
         done = letters.replay(letter)

@@ -24,6 +24,8 @@ STUCK_S: Final = 30.0
 LOADING: Final = "loading"
 SERVING: Final = "serving"
 STOPPING: Final = "stopping"
+#: The one reason that may be Redis', which a worker waits for before it loads its models.
+LOADS: Final = "it is loading"
 
 
 class Beat(msgspec.Struct, frozen=True):
@@ -54,6 +56,14 @@ def default_folder() -> Path:
     return folder
 
 
+def forget_the_dead(folder: Path) -> None:
+    """Remove the heartbeats in `folder` of workers that were killed along with their supervisor."""
+    for path in folder.glob("*.json"):
+        beat = read_beat(path)
+        if beat is not None and not _lives(beat.pid):
+            path.unlink(missing_ok=True)
+
+
 def read_beat(path: Path) -> Beat | None:
     """The heartbeat at `path`; None if there is none, or it is no heartbeat."""
     try:
@@ -70,7 +80,7 @@ def problem_of(beat: Beat) -> str | None:
     if now - beat.written > STALE_S:
         return f"no heartbeat for {now - beat.written:.0f} s"
     if beat.state != SERVING:
-        return f"it is {beat.state}"
+        return LOADS if beat.state == LOADING else f"it is {beat.state}"
     return stuck(beat)
 
 

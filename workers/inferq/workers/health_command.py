@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 from inferq.shared.connect import redis_client
 from inferq.shared.errors import ConfigError
 from inferq.shared.settings import Settings
-from inferq.workers.health import Beat, default_folder, problem_of, read_beat, silence_s
+from inferq.workers.health import LOADS, Beat, default_folder, problem_of, read_beat, silence_s
 
 
 @click.command()
@@ -54,16 +54,19 @@ def _judge(beat: Beat | None, redis_url: str | None) -> tuple[str | None, str]:
     if beat is None:
         return "no heartbeat there", ""
     problem = problem_of(beat)
-    silent = silence_s(beat)
-    if problem is not None or silent is None:
+    if problem is None and (silent := silence_s(beat)) is not None:
+        problem = f"it has not heard from Redis, which answers, for {silent:.0f} s"
+    elif problem != LOADS:
         return problem, f"{beat.computing} requests compute, {beat.waiting} wait"
     try:
         settings = Settings.load(redis_url=redis_url)
         with redis_client(settings.redis_url, sentinel_master=settings.sentinel_master) as client:
             client.ping()
-    except (ConfigError, RedisError) as unreachable:
-        return None, f"waits for Redis, {silent:.0f} s so far: {unreachable}"
-    return f"it has not heard from Redis, which answers, for {silent:.0f} s", ""
+    except RedisError as unreachable:
+        return None, f"waits for Redis: {unreachable}"
+    except ConfigError as unknown:
+        return problem, unknown.message
+    return problem, ""
 
 
 def _tell(path: Path, beat: Beat | None, problem: str | None, remark: str, as_json: bool) -> None:
@@ -73,4 +76,6 @@ def _tell(path: Path, beat: Beat | None, problem: str | None, remark: str, as_js
         click.echo(json.dumps({**verdict, **known}))
         return
     who = beat.node if beat is not None else os.fspath(path)
+    if beat is not None and problem is not None:
+        remark = os.fspath(path)
     click.echo(f"{who}: {'ok' if problem is None else problem}{remark and f' ({remark})'}")

@@ -14,6 +14,7 @@ short batches and more of them ahead do not: then it looks after SETTLE_WITHIN_S
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -46,6 +47,8 @@ logger = logging.getLogger(__name__)
 IDLE_S = 1.0
 #: Seconds before a broken connection is replaced, and again if that fails.
 RECONNECT_S = 0.2
+#: Seconds after which it is said again that it is broken.
+REMIND_S = 5.0
 #: Seconds before a MULTI that a full Redis refused is sent again.
 FULL_RETRY_S = 0.25
 
@@ -174,6 +177,7 @@ class DataPlane:
     # --- the thread -------------------------------------------------------------------------
 
     def _run(self) -> None:
+        broke_at = -math.inf
         try:
             while not self._over():
                 self._settling.incarnation = self._lease.incarnation
@@ -199,7 +203,9 @@ class DataPlane:
                 except LeaseLost:
                     self._be_reborn()
                 except BROKEN as problem:
-                    logger.warning("the data plane's connection broke: %s", problem)
+                    if time.monotonic() > broke_at + REMIND_S:
+                        broke_at = time.monotonic()
+                        logger.warning("the data plane's connection broke: %s", problem)
                     time.sleep(RECONNECT_S)
                 finally:
                     payloads.close()

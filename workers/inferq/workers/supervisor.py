@@ -131,6 +131,7 @@ class Supervisor:
             self._recover(child)
         if child.process is None and self._stops and child in self._children:
             self._children.remove(child)
+            child.heartbeat.unlink(missing_ok=True)
 
     def _watch(self, child: Child, process: subprocess.Popen[bytes]) -> None:
         beat = read_beat(child.heartbeat)
@@ -148,7 +149,6 @@ class Supervisor:
 
     def _ended(self, child: Child, status: int) -> None:
         child.process = None
-        child.heartbeat.unlink(missing_ok=True)
         child.dead[child.prefix] = time.monotonic() + RECOVER_S
         how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
         if self._stops or status == 0 or (status > 0 and not child.proven):
@@ -157,6 +157,7 @@ class Supervisor:
             self._status = self._status or (status if status >= 0 else 128 - status)
             self._recover(child)
             self._children.remove(child)
+            child.heartbeat.unlink(missing_ok=True)
             return
         soon = not child.served or time.monotonic() - child.served < SOON_S
         child.failures = child.failures + 1 if soon else 0

@@ -50,7 +50,7 @@ def worker(
     """
     from inferq.shared.connect import redis_client  # noqa: PLC0415 (heavy)
     from inferq.shared.settings import Settings  # noqa: PLC0415
-    from inferq.workers.health import default_folder  # noqa: PLC0415
+    from inferq.workers.health import default_folder, forget_the_dead  # noqa: PLC0415
     from inferq.workers.repository import model_names  # noqa: PLC0415
     from inferq.workers.supervisor import Child, Supervisor  # noqa: PLC0415
 
@@ -58,6 +58,8 @@ def worker(
         settings = Settings.load(redis_url=redis_url, models=repository)
         served = _queues(queues) or [queue_of(model) for model in model_names(repository)]
         folder = None if settings.heartbeat_file else default_folder()
+        if folder:
+            forget_the_dead(folder)
     except InferqError as problem:
         raise click.ClickException(problem.message) from problem
     if not served:
