@@ -19,7 +19,6 @@ from inferq.shared import codec
 from inferq.shared.errors import DeadLettered, EngineError
 from inferq.shared.names import Names
 from inferq.shared.schema import Receipt
-from inferq.workers.celery_side import EX_FATAL_ENGINE
 from inferq.workers.engines.fake import (
     FAULT_EXIT,
     FAULT_FATAL,
@@ -27,6 +26,7 @@ from inferq.workers.engines.fake import (
     FAULT_SEGFAULT,
     FAULT_TOO_FEW_ROWS,
 )
+from inferq.workers.health import EX_FATAL_ENGINE
 from inferq.workers.recovery import suspect
 from inferq.workers.settle import DEAD_PAYLOAD_S
 

@@ -149,10 +149,14 @@ class StandIn:
     """A data plane as far as a heartbeat looks at it."""
 
     def __init__(self) -> None:
-        self.answered_at = 1.0
+        self.silent = False
         self.models = ()
         self.steps = 0
         self.waits = False
+
+    @property
+    def answered_at(self) -> float:
+        return 1.0 if self.silent else time.monotonic()
 
     def backlog(self) -> bool:
         return self.waits
@@ -168,6 +172,10 @@ def test_work_without_progress_is_counted_from_the_last_progress(tmp_path: Path)
     plane.steps += 1
     assert heart._beat().stuck_s == 0
     until(lambda: heart._beat().stuck_s > 0.05, what="stuck again")
+    plane.silent = True
+    assert heart._beat().stuck_s == 0, "without Redis nobody gets on"
+    plane.silent = False
+    until(lambda: heart._beat().stuck_s > 0.05, what="stuck once more")
     plane.waits = False
     assert heart._beat().stuck_s == 0
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -94,6 +96,43 @@ def test_a_worker_whose_birth_was_forgotten_is_born_again(
             np.testing.assert_array_equal(outputs_of(redis, request_id)["x"], numbered(n))
         assert not redis.exists(NAMES.fence(worker.incarnation))
         until(partial(nothing_is_held, redis), what="nothing is held any more")
+
+
+def test_results_of_a_worker_whose_birth_was_forgotten_are_stored_again(
+    server: EmbeddedRedis, redis: Redis, models: Path
+) -> None:
+    redis.set("something", "so that there is a file")
+    before = aof_size(server)
+    with Worker(server.url, models, ["m"]):
+        sent = dict(message("m", numbered(n)) for n in range(10))
+        redis.lpush(NAMES.queue("m"), *sent.values())
+        stored = {request_id: meta_of(redis, request_id) for request_id in sent}
+        until(partial(nothing_is_held, redis))
+        crash_back_to(server, before)
+        assert not redis.exists(NAMES.queue("m")), "not even the requests are known"
+        assert {request_id: meta_of(redis, request_id) for request_id in sent} == stored
+        until(partial(nothing_is_held, redis), what="nothing is held any more")
+
+
+def test_a_restart_that_forgets_nothing_repeats_nothing(
+    server: EmbeddedRedis, redis: Redis, models: Path
+) -> None:
+    """A request with an ETA that was settled just before is not put back once more."""
+    redis.config_set("appendfsync", "always")
+    with Worker(server.url, models, ["m"]) as worker:
+        due = datetime.fromtimestamp(time.time() + 1, UTC).isoformat()
+        early, raw = message("m", numbered(1))
+        redis.lpush(NAMES.queue("m"), raw.replace(b'"eta": null', f'"eta": "{due}"'.encode()))
+        until(lambda: redis.zcard(NAMES.later) == 1, what="it is kept until it is due")
+        meta_of(redis, early)
+        server.kill()
+        server.start()
+        request_id, raw = message("m", numbered(2))
+        redis.lpush(NAMES.queue("m"), raw)
+        meta_of(redis, request_id)
+        assert redis.keys(NAMES.later + "*") == []
+        until(partial(nothing_is_held, redis), what="nothing is held any more")
+        assert worker.alive
 
 
 def test_a_client_pushes_again_what_was_forgotten_with_its_payload(

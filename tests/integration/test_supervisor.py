@@ -22,8 +22,8 @@ from inferq.producer import Client, Pending
 from inferq.shared.errors import DeadLettered
 from inferq.shared.names import Names
 from inferq.workers import supervisor
-from inferq.workers.celery_side import EX_FATAL_ENGINE
-from inferq.workers.engines.fake import FAULT_FATAL, FAULT_HANG, FAULT_SEGFAULT
+from inferq.workers.engines.fake import FAULT_EXIT, FAULT_FATAL, FAULT_HANG, FAULT_SEGFAULT
+from inferq.workers.health import EX_FATAL_ENGINE
 from inferq.workers.supervisor import Child, Supervisor
 
 NAMES = Names()
@@ -229,6 +229,40 @@ def test_one_that_keeps_dying_is_replaced_more_and_more_slowly(
     assert len(pauses) == 4
     for pause, least in zip(pauses, [0.0, 0.2, 0.4, 0.8], strict=True):
         assert pause >= 0.6 + least
+
+
+#: A child that says once that it serves, and then nothing; told apart from its successor by pid.
+_FALLS_SILENT = (
+    _DIES.replace("time.sleep(0.6)", "time.sleep(60 if starts == 1 else 0.6)")
+    .replace("starts = len(open(sys.argv[2]).readlines())\n", "")
+    .replace("time.sleep(60", "starts = len(open(sys.argv[2]).readlines())\ntime.sleep(60")
+)
+
+
+def test_one_that_falls_silent_is_replaced(
+    redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its engine may hold the interpreter's lock: no thread of it can say that it is stuck."""
+    monkeypatch.setattr(supervisor, "SILENT_S", 2.0)
+    monkeypatch.setattr(supervisor, "BACK_OFF_S", 0.01)
+    starts, beat = tmp_path / "starts", tmp_path / "beat"
+    command = [sys.executable, "-c", _FALLS_SILENT, str(beat), str(starts)]
+    began = time.monotonic()
+    assert Supervisor([Child("n", command, os.environ, beat)], redis, NAMES).run() == 0
+    assert time.monotonic() - began < 60
+    assert len(starts.read_text().split()) == 5
+
+
+def test_poison_that_is_the_first_thing_served_does_not_end_the_supervisor(
+    redis_url: str, redis: Redis, models: Path
+) -> None:
+    poison, raw = message("m", numbered(FAULT_EXIT))
+    good = dict(message("m", numbered(n)) for n in range(3))
+    redis.lpush(NAMES.queue("m"), raw, *good.values())
+    with SupervisedWorker(redis_url, models, ["m"]):
+        for n, request_id in enumerate(good):
+            np.testing.assert_array_equal(outputs_of(redis, request_id, 60)["x"], numbered(n))
+        assert meta_of(redis, poison, 60)["result"]["exc_type"] == "DeadLettered"
 
 
 def test_one_that_never_served_and_ends_with_a_status_is_not_tried_again(

@@ -25,6 +25,7 @@ from inferq.workers.results import Results
 from inferq.workers.settle import (
     DEAD_LETTERS_KEPT,
     DEAD_PAYLOAD_S,
+    KEYS_AT_ONCE,
     LARGE_BYTES,
     Settlement,
     commands,
@@ -283,3 +284,12 @@ def test_of_a_large_result_the_one_that_was_first_is_told(redis: Redis, claim: C
         until(lambda: redis.pubsub_numsub(NAMES.meta("id0"))[0][1] == 1)
         apply(redis, [replace(settled(claim, 0), outcome=b"x" * LARGE_BYTES)])
         assert until(lambda: waiting.get_message(timeout=1))["data"] == b"first"
+
+
+def test_no_unlink_names_more_keys_than_lua_can_take(redis: Redis, claim: Claim) -> None:
+    keys = tuple(f"payload{n}" for n in range(2 * KEYS_AT_ONCE + 1))
+    redis.mset(dict.fromkeys(keys, "x"))
+    made = commands([settled(claim, 0, payload_keys=keys)], NAMES, I, 60)
+    assert max(len(command) for command in made) == KEYS_AT_ONCE + 1
+    apply(redis, [settled(claim, 0, payload_keys=keys)])
+    assert redis.exists(*keys) == 0

@@ -45,8 +45,8 @@ def test_a_portion_is_bounded_in_bytes_and_never_empty(
 def test_what_is_kept_is_bounded_in_number() -> None:
     kept = Kept()
     for n in range(KEEP_RESULTS + 10):
-        kept.add([settlement(n)])
-    found = kept.all()
+        kept.add([settlement(n)], n)
+    found = kept.after(-1)
     assert len(found) == KEEP_RESULTS
     assert found[0].request_id == "id10"
 
@@ -55,7 +55,14 @@ def test_what_is_kept_is_bounded_in_bytes() -> None:
     kept = Kept()
     half = [settlement(0, KEEP_BYTES // 2)]
     for _ in range(3):
-        kept.add(half)
-    assert len(kept.all()) == 2
-    kept.add([settlement(0, KEEP_BYTES + 1)])
-    assert kept.all() == []
+        kept.add(half, 1)
+    assert len(kept.after(0)) == 2
+    kept.add([settlement(0, KEEP_BYTES + 1)], 1)
+    assert kept.after(0) == []
+
+
+def test_only_what_redis_does_not_know_is_settled_again() -> None:
+    kept = Kept()
+    for n in range(5):
+        kept.add([settlement(n)], n)
+    assert [done.request_id for done in kept.after(2)] == ["id3", "id4"]

@@ -8,7 +8,8 @@ announce themselves to clients of the version before too, and recover its worker
 upgraded one by one, and the clients after them.
 
     leases                ZSET   i -> Redis ms at which its lease ends
-    fence:<i>             STRING no TTL; exists exactly as long as i may settle
+    fence:<i>             STRING no TTL; exists exactly as long as i may settle; holds the number of
+                                 its last MULTI that did
     claims:<i>            HASH   claim key -> 1 once its messages were decoded without dying, else 0
     claim:<i>:<n>:<m>:<p> LIST   messages of one claim, oldest at the right end
     running:<i>           SET    "<m>/<id>" of requests now computing

@@ -10,11 +10,9 @@ from inferq.shared.names import TASK
 from inferq.workers import celery_private
 from inferq.workers.canvas import Canvas
 from inferq.workers.claims import Slot
+from inferq.workers.health import EX_FATAL_ENGINE
 from inferq.workers.later import Later
 from inferq.workers.settle import Settlement
-
-#: Exit status of a worker whose engine is beyond use; its supervisor starts a fresh one.
-EX_FATAL_ENGINE = 70
 
 
 class CelerySide:

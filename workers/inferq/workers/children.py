@@ -13,7 +13,6 @@ from typing import IO, Final
 # where a lock that another thread of the parent held at the fork can hang it.
 _TRAMPOLINE: Final = """\
 import ctypes, os, signal, sys
-signal.pthread_sigmask(signal.SIG_SETMASK, ())
 if sys.platform == "linux":
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -32,9 +31,9 @@ def start_child(
 ) -> subprocess.Popen[bytes]:
     """Start `command`, with stdout and stderr in `output` (None: where the caller's are).
 
-    Its pid is the Popen's, and no signal is blocked in it. On Linux the kernel sends it SIGKILL
-    when the calling *thread* ends, so call this from one that lives as long as the child should. It
-    has a session of its own: Ctrl-C in the terminal does not reach it, the parent decides.
+    Its pid is the Popen's. On Linux the kernel sends it SIGKILL when the calling *thread* ends, so
+    call this from one that lives as long as the child should. It has a session of its own: Ctrl-C
+    in the terminal does not reach it, the parent decides.
     """
     return subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", _TRAMPOLINE, str(os.getpid()), *command],

@@ -12,6 +12,8 @@ import msgspec
 
 from inferq.shared.errors import ConfigError
 
+#: Exit status of a worker whose engine is beyond use; its supervisor starts a fresh one.
+EX_FATAL_ENGINE: Final = 70
 #: Seconds without a heartbeat after which something is wrong.
 STALE_S: Final = 10.0
 #: Seconds without an answer from Redis.

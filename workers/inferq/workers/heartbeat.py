@@ -24,6 +24,8 @@ from inferq.workers.serving import ServedModel
 logger = logging.getLogger(__name__)
 
 BEAT_S: Final = 1.0
+#: Seconds without an answer from Redis, which is asked every second.
+SILENT_S: Final = 3.0
 #: Until it serves, for which somebody may be waiting.
 LOADING_BEAT_S: Final = 0.1
 
@@ -31,7 +33,8 @@ LOADING_BEAT_S: Final = 0.1
 class Watched(Protocol):
     """What a heartbeat looks at: the data plane."""
 
-    answered_at: float
+    @property
+    def answered_at(self) -> float: ...
 
     @property
     def models(self) -> Iterable[ServedModel]: ...
@@ -61,7 +64,6 @@ class Heartbeat:
     def start(self) -> None:
         """Write it, from now on. ConfigError if it cannot be written."""
         try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._write()
         except OSError as problem:
             raise ConfigError(
@@ -85,6 +87,7 @@ class Heartbeat:
                 logger.warning("no heartbeat: %s", problem)
 
     def _write(self) -> None:
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         content = json.dumps(msgspec.to_builtins(self._beat())).encode()
         handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.")
         try:
@@ -103,7 +106,9 @@ class Heartbeat:
         steps = plane.steps if plane is not None else 0
         work = waiting or (plane is not None and plane.backlog())
         for_company = any(model.due_ms is not None for model in models)
-        if steps != self._steps or computing or for_company or not work:
+        # Without Redis there is nothing to get on with: health asks for how long that is so.
+        silent = plane is not None and now - plane.answered_at > SILENT_S
+        if steps != self._steps or computing or for_company or silent or not work:
             self._steps, self._progressed = steps, now
         self._serves = plane is not None and plane.answered_at > 0
         state = SERVING if self._serves else LOADING

@@ -164,6 +164,8 @@ class Intake:
             body = codec.decode_body(envelope)
             given = arguments(body)
             references = references_in(given.get("inputs"))
+            if len(references) > len(self._dtypes):
+                check_names(self._advert, given["inputs"])
             is_own = self._names.is_payload_of
             own = tuple(key for key in references.values() if is_own(key, ticket.id))
             if own:

@@ -26,15 +26,15 @@ class Kept:
     """The settlements of the last seconds, oldest first. Not thread-safe."""
 
     def __init__(self) -> None:
-        #: When (monotonic s), what, and how many bytes these are.
-        self._blocks: deque[tuple[float, Sequence[Settlement], int]] = deque()
+        #: When (monotonic s), what, how many bytes these are, and the number of their MULTI.
+        self._blocks: deque[tuple[float, Sequence[Settlement], int, int]] = deque()
         self._bytes = 0
         self._results = 0
 
-    def add(self, settlements: Sequence[Settlement]) -> None:
-        """Redis has answered that these are settled."""
+    def add(self, settlements: Sequence[Settlement], number: int) -> None:
+        """Redis has answered that these are settled, by the MULTI of this number."""
         size = sum([len(done.outcome) for done in settlements])
-        self._blocks.append((time.monotonic(), settlements, size))
+        self._blocks.append((time.monotonic(), settlements, size, number))
         self._bytes += size
         self._results += len(settlements)
         self.trim()
@@ -45,13 +45,21 @@ class Kept:
         while self._blocks and (
             self._bytes > KEEP_BYTES or self._results > KEEP_RESULTS or self._blocks[0][0] < since
         ):
-            _, block, size = self._blocks.popleft()
+            _, block, size, _ = self._blocks.popleft()
             self._bytes -= size
             self._results -= len(block)
 
-    def all(self) -> list[Settlement]:
-        """What is kept."""
-        return [done for _, block, _ in self._blocks for done in block]
+    def after(self, number: int) -> list[Settlement]:
+        """What is kept of MULTIs later than that of this number."""
+        return [done for _, block, _, at in self._blocks if at > number for done in block]
+
+    def keep_results(self) -> None:
+        """Go on as another incarnation: what was kept of messages besides is in Redis' care."""
+        self._blocks = deque(
+            (at, [done for done in block if not done.before], size, number)
+            for at, block, size, number in self._blocks
+        )
+        self._results = sum(len(block) for _, block, _, _ in self._blocks)
 
     def clear(self) -> None:
         """Keep nothing of what was."""

@@ -1,7 +1,7 @@
 """The claim protocol on one link: exactly one fenced MULTI per round trip, settles before claims.
 
     MULTI
-      <settles>                                              see settle.py
+      <settles>, SET fence:i <their number>                  see settle.py
       per non-empty queue: HSET claims:i k 0, LMOVE q k RIGHT LEFT × n, HLEN attempts:m
     EXEC
     WATCH fence:i   GET fence:i   LLEN q × queues to hear of  arms the next round trip
@@ -67,7 +67,8 @@ class Ledger:
     """One incarnation's claims on one link. Owned by the data plane's thread.
 
     `numbers` outlives the link: a claim's number is never used twice by one incarnation, or a claim
-    whose reply was lost would pass for one that is known.
+    whose reply was lost would pass for one that is known. So does `settles`, which numbers the
+    MULTIs that settle: the last one's number stands in the fence, which tells if Redis went back.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Ledger:
         models: Sequence[str],
         *,
         numbers: Iterator[int],
+        settles: Iterator[int],
         result_ttl_s: int,
     ) -> None:
         self._link = link
@@ -93,6 +95,10 @@ class Ledger:
         self._fence = names.fence(incarnation)
         self._claims = names.claims(incarnation)
         self._numbers = numbers
+        self._settles = settles
+        #: The number of the last MULTI that settled, as sent, and as Redis knew it when last armed.
+        self.settles_sent = 0
+        self.settles_known = 0
         #: Until then (monotonic s) everything is forced upon Redis, which is full.
         self._full_until = 0.0
         #: Requests waiting in each queue; None: unknown, as it was not looked at.
@@ -136,7 +142,7 @@ class Ledger:
         claiming += [("HLEN", self._names.attempts(model)) for model in models]
         # kill point: exchange-unwritten
         done = self._transact(settlements, claiming, listen, sent)
-        offset = len(done) - len(claiming)
+        offset = len(done) - len(claiming)  # what settles comes first
         self.depths.update((place, None) for place in self._queues if place not in listen)
         claimed: list[Claimed] = []
         empty: list[str] = []
@@ -176,6 +182,9 @@ class Ledger:
         sent: Callable[[], None],
     ) -> list[Reply]:
         """The replies to what settles `settlements`, and to `claiming`, from one fenced MULTI."""
+        if settlements:
+            self.settles_sent = next(self._settles)
+            claiming = [("SET", self._fence, self.settles_sent), *claiming]
         whom = (settlements, self._names, self._incarnation, self._result_ttl_s)
         if not self._is_full():
             body = settle.commands(*whom) + claiming
@@ -324,6 +333,7 @@ class Ledger:
                 raise RedisError(f"while arming: {reply}")
         if replies[1] is None:
             raise LeaseLost
+        self.settles_known = int(replies[1])
         self.depths.update(zip(listen, replies[2:], strict=True))
 
 

@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 IDLE_S = 1.0
 #: Seconds before a broken connection is replaced, and again if that fails.
 RECONNECT_S = 0.2
+#: Requests that wait for their links to be published, at which no more are claimed.
+MAX_AWAY_IN_CANVAS = 256
 #: Seconds after which it is said again that it is broken.
 REMIND_S = 5.0
 #: Seconds before a MULTI that a full Redis refused is sent again.
@@ -89,12 +91,13 @@ class DataPlane:
         self._waker = Waker()
         self._settling = Settling(self._models, hooks)
         self._ledger: Ledger | None = None
+        #: The Redis that last knew this incarnation.
+        self._run_id = ""
         #: Batches that were formed and not given to the lanes yet.
         self._leaving: list[tuple[ServedModel, Job]] = []
-        #: The Redis that was last talked to.
-        self._run_id = ""
         self._claims: dict[str, Claim] = {}
         self._claim_numbers = count(1)
+        self._settle_numbers = count(1)
         self._clock = clock
         #: Claims decoded since Redis was last told.
         self._decoded: list[Claim] = []
@@ -192,16 +195,18 @@ class DataPlane:
                         self._settling.incarnation,
                         list(self._models),
                         numbers=self._claim_numbers,
+                        settles=self._settle_numbers,
                         result_ttl_s=self._result_expires_s,
                     )
                     self._ledger = ledger
                     ledger.take_over()
                     ledger.arm()
+                    self._run_id = link.run_id
                     self._mark_all(ledger)
-                    self._catch_up(link.run_id, ledger)
+                    self._catch_up(ledger)
                     self._serve(link, ledger)
                 except LeaseLost:
-                    self._be_reborn()
+                    self._be_reborn(forgotten=link.run_id != self._run_id)
                 except BROKEN as problem:
                     if time.monotonic() > broke_at + REMIND_S:
                         broke_at = time.monotonic()
@@ -229,12 +234,10 @@ class DataPlane:
         computing = any(model.jobs for model in self._models.values())
         return not computing and self._settling.is_over()
 
-    def _catch_up(self, run_id: str, ledger: Ledger) -> None:
+    def _catch_up(self, ledger: Ledger) -> None:
         """Learn what became, before this link, of what was sent on the one before it."""
-        if self._run_id not in ("", run_id):
-            for settlements in self._settling.again():
-                ledger.settle_again(settlements)
-        self._run_id = run_id
+        for settlements in self._settling.again(ledger.settles_known):
+            ledger.settle_again(settlements)
         self._receive(ledger, ledger.adopt(self._claims), frozenset(self._models))
 
     def _serve(self, link: Link, ledger: Ledger) -> None:
@@ -253,6 +256,9 @@ class DataPlane:
             wants, listen = self._wants(ledger)
             if wants or settling.is_due():
                 settling.take(self._claims)
+                if settling.stopped:
+                    ledger.unmark(settling.stopped)
+                    settling.stopped = []
             if settling.due or wants:
                 try:
                     self._exchange(ledger, wants, listen)
@@ -321,7 +327,7 @@ class DataPlane:
         self._leaving.clear()
 
     def _wants(self, ledger: Ledger) -> tuple[list[Want], list[QueueId]]:
-        if not self._claiming:
+        if not self._claiming or self._settling.away_in_canvas >= MAX_AWAY_IN_CANVAS:
             return [], []
         return supply.wants(self._models.values(), ledger.depths, self._settling.ending())
 
@@ -334,7 +340,7 @@ class DataPlane:
             for done in sending:
                 if done.slot.claim.complete:
                     self._claims.pop(done.slot.claim.key, None)
-            self._settling.settled(sending)
+            self._settling.settled(sending, ledger.settles_sent)
         self._receive(ledger, exchange.claimed, exchange.suspicious)
         if exchange.missed:
             ledger.arm()
@@ -356,11 +362,14 @@ class DataPlane:
 
     # --- the end of an incarnation ----------------------------------------------------------
 
-    def _be_reborn(self) -> None:
-        """Another worker took over what this incarnation held: drop it all, begin anew."""
+    def _be_reborn(self, *, forgotten: bool) -> None:
+        """Another worker took over what this incarnation held: drop it all, begin anew.
+
+        `forgotten`: it is another Redis now, which may have gone back behind this one's birth.
+        """
         lost = self._lease.incarnation
         logger.error("the lease of %s is lost; its results are discarded", lost)
-        self._settling.drop()
+        self._settling.drop(forgotten=forgotten)
         self._claims.clear()
         self._decoded.clear()
         for model, job in self._leaving:

@@ -23,6 +23,8 @@ DEAD_LETTERS_KEPT: Final = 10_000
 #: How long the claim-checked payload of a dead letter is kept, in seconds.
 DEAD_PAYLOAD_S: Final = 7 * 24 * 3600
 
+#: Most keys that one UNLINK names: Lua, which is needed on a full Redis, takes a few thousand.
+KEYS_AT_ONCE: Final = 1_000
 #: Results of so many bytes are sent once: Redis itself publishes what it has stored.
 LARGE_BYTES: Final = 16 * 1024
 
@@ -111,6 +113,6 @@ def commands(
         out.append(("SREM", names.running(incarnation), *stopped))
     for model, fields in forgiven.items():
         out.append(("HDEL", names.attempts(model), *fields))
-    if garbage:
-        out.append(("UNLINK", *garbage))
+    for at in range(0, len(garbage), KEYS_AT_ONCE):
+        out.append(("UNLINK", *garbage[at : at + KEYS_AT_ONCE]))
     return out

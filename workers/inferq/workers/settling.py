@@ -57,7 +57,10 @@ class Settling:
         self._ready: deque[tuple[str, Settlement]] = deque()
         #: Batches whose results wait for more.
         self._ended: list[Finished] = []
-        self._away_in_canvas = 0
+        #: Requests that have ended but for their links, chain or chord.
+        self.away_in_canvas = 0
+        #: Of these, what Redis has not been told yet to be computing no longer ("<m>/<id>").
+        self.stopped: list[str] = []
         #: The incarnation whose requests these are.
         self.incarnation = ""
         #: What goes into the next MULTIs, in order.
@@ -115,7 +118,7 @@ class Settling:
         while self._ready:
             incarnation, settlement = self._ready.popleft()
             if incarnation == self.incarnation:
-                self._away_in_canvas -= 1
+                self.away_in_canvas -= 1
                 self.due.append(settlement)
 
     def add(self, settlement: Settlement, canvas: bytes | None) -> None:
@@ -123,13 +126,15 @@ class Settling:
         if canvas is None:
             self.due.append(settlement)
         else:
-            self._away_in_canvas += 1
+            self.away_in_canvas += 1
+            if settlement.running:
+                self.stopped.append(f"{settlement.model}/{settlement.request_id}")
             self._hooks.publish_canvas(self.incarnation, settlement, canvas)
 
-    def settled(self, sent: list[Settlement]) -> None:
-        """Redis has answered: the first ones due, `sent`, are settled."""
+    def settled(self, sent: list[Settlement], number: int) -> None:
+        """Redis has answered: the first ones due, `sent`, are settled, by that MULTI."""
         del self.due[: len(sent)]
-        self.kept.add(sent)
+        self.kept.add(sent, number)
         self._hooks.on_settled(sum(done.request_id is not None for done in sent))
         for done in sent:
             if done.after is not None:
@@ -138,9 +143,9 @@ class Settling:
                 except Exception:
                     logger.exception("Celery did not take a message; it stays in kombu's unacked")
 
-    def again(self) -> Iterator[list[Settlement]]:
-        """What was settled in the last seconds, in portions."""
-        kept = self.kept.all()
+    def again(self, number: int) -> Iterator[list[Settlement]]:
+        """What was settled, as far as it is kept, after the MULTI of this number; in portions."""
+        kept = self.kept.after(number)
         while kept:
             some = portion(kept)
             yield some
@@ -153,13 +158,21 @@ class Settling:
     def is_over(self) -> bool:
         """Whether nothing is to be settled any more, of what has ended so far."""
         waiting = self._finished or self._ended or self._ready or self.due
-        return not waiting and not self._away_in_canvas
+        return not waiting and not self.away_in_canvas
 
-    def drop(self) -> None:
-        """All of it belongs to somebody else now."""
+    def drop(self, *, forgotten: bool) -> None:
+        """All of it belongs to somebody else now.
+
+        `forgotten`: because Redis went back behind this incarnation's birth. Then the results that
+        it had stored are gone, and are kept to be stored again.
+        """
         self.due.clear()
-        self.kept.clear()
-        self._away_in_canvas = 0
+        if forgotten:
+            self.kept.keep_results()
+        else:
+            self.kept.clear()
+        self.stopped.clear()
+        self.away_in_canvas = 0
 
     def _model(self, finished: Finished) -> ServedModel:
         return self._models[finished.job.items[0].ticket.model]

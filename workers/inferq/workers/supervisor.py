@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import logging
 import secrets
+import select
 import signal
+import socket
 import subprocess
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 import redis
-from redis.exceptions import RedisError
 
 from inferq.shared.names import Names
 from inferq.workers.children import start_child
-from inferq.workers.health import SERVING, read_beat, stuck
+from inferq.workers.health import EX_FATAL_ENGINE, LOADING, SERVING, read_beat, stuck
 from inferq.workers.recovery import Recoverer
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ STOPS: Final = {
 }
 #: Seconds between looks at the children's heartbeats.
 LOOK_S: Final = 0.25
+#: Seconds without a heartbeat after which a child that has served is killed.
+SILENT_S: Final = 60.0
 #: Seconds for which a Redis that is away is asked again to put back what a dead child held.
 RECOVER_S: Final = 30.0
 #: A child that served for less than so many seconds died too soon.
@@ -61,12 +65,51 @@ class Child:
     served: float = 0.0
     #: Whether any of them has ever served.
     proven: bool = False
+    #: Its last heartbeat, when that was first seen, and when it was last looked for.
+    beat: float = 0.0
+    beat_at: float = 0.0
+    looked_at: float = 0.0
     #: How many in a row died too soon.
     failures: int = 0
     #: When the next one is to be started.
     due: float = 0.0
     #: Prefixes of dead ones whose claims are still to be recovered, and when that is given up.
     dead: dict[str, float] = field(default_factory=dict)
+
+
+class _Signals:
+    """Handlers of the signals that concern a supervisor, while inside. Main thread only.
+
+    Not by blocking them: other threads (numpy's own) would still take them, and die of it.
+    """
+
+    def __init__(self) -> None:
+        #: Those that ask to stop, in order.
+        self.came: deque[signal.Signals] = deque()
+
+    def __enter__(self) -> Self:
+        self._reader, self._writer = socket.socketpair()
+        for end in (self._reader, self._writer):
+            end.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._before = {each: signal.signal(each, self._note) for each in (*STOPS, signal.SIGCHLD)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._wakeup)
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+        self._reader.close()
+        self._writer.close()
+
+    def _note(self, number: int, _frame: object) -> None:
+        if number in STOPS:
+            self.came.append(signal.Signals(number))
+
+    def wait(self, seconds: float) -> None:
+        """Until one comes, or `seconds` have passed."""
+        if not self.came and select.select([self._reader], [], [], seconds)[0]:
+            self._reader.recv(4096)
 
 
 class Supervisor:
@@ -83,21 +126,19 @@ class Supervisor:
 
     def run(self) -> int:
         """Only in the main thread: signals are waited for here."""
-        waited_for = {*STOPS, signal.SIGCHLD}
-        signal.pthread_sigmask(signal.SIG_BLOCK, waited_for)
-        try:
-            while self._children:
-                self._start_due()
-                came = signal.sigtimedwait(waited_for, LOOK_S)
-                if came is not None and came.si_signo in STOPS:
-                    self._stop(signal.Signals(came.si_signo))
-                for child in list(self._children):
-                    self._look_at(child)
-        finally:
-            for child in self._children:
-                if child.process is not None:
-                    child.process.kill()
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, waited_for)
+        with _Signals() as signals:
+            try:
+                while self._children:
+                    self._start_due()
+                    signals.wait(LOOK_S)
+                    while signals.came:
+                        self._stop(signals.came.popleft())
+                    for child in list(self._children):
+                        self._look_at(child)
+            finally:
+                for child in self._children:
+                    if child.process is not None:
+                        child.process.kill()
         return self._status
 
     def _start_due(self) -> None:
@@ -106,10 +147,13 @@ class Supervisor:
             if child.process is None and not self._stops and now >= child.due:
                 child.prefix = secrets.token_hex(4)
                 child.started, child.served = now, 0.0
-                child.process = start_child(
-                    child.command, None,
-                    env={**child.environment, "INFERQ_INCARNATION": child.prefix},
-                )  # fmt: skip
+                child.beat_at, child.beat = now, 0.0
+                environment = {**child.environment, "INFERQ_INCARNATION": child.prefix}
+                try:
+                    child.process = start_child(child.command, None, env=environment)
+                except OSError as problem:  # no memory, no process slots
+                    logger.error("%s cannot be started: %s", child.node, problem)
+                    child.due = now + BACK_OFF_S
 
     def _stop(self, came: signal.Signals) -> None:
         """The first time as Celery takes it; the second time hand back all; then just end."""
@@ -134,15 +178,20 @@ class Supervisor:
             child.heartbeat.unlink(missing_ok=True)
 
     def _watch(self, child: Child, process: subprocess.Popen[bytes]) -> None:
-        beat = read_beat(child.heartbeat)
+        beat, now = read_beat(child.heartbeat), time.monotonic()
         if beat is None or beat.pid != process.pid:
             return
+        if beat.written != child.beat or now - child.looked_at > SILENT_S / 4:
+            child.beat, child.beat_at = beat.written, now
+        child.looked_at = now
         if not child.served and beat.state == SERVING:
             child.served, child.proven = time.monotonic(), True
             logger.info(
                 "%s serves, %.1f s after its start", child.node, child.served - child.started
             )
         reason = stuck(beat)
+        if beat.state != LOADING and now - child.beat_at > SILENT_S:
+            reason = f"no heartbeat for {now - child.beat_at:.0f} s"
         if reason is not None:
             logger.critical("%s is killed: %s", child.node, reason)
             process.kill()
@@ -150,12 +199,15 @@ class Supervisor:
     def _ended(self, child: Child, status: int) -> None:
         child.process = None
         child.dead[child.prefix] = time.monotonic() + RECOVER_S
+        self._recover(child)
         how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
-        if self._stops or status == 0 or (status > 0 and not child.proven):
+        if self._stops and status == -signal.SIGTERM:  # it was only being imported
+            status = 0
+        hopeless = status > 0 and status != EX_FATAL_ENGINE and not child.proven
+        if self._stops or status == 0 or hopeless:
             # As it was told to; or it cannot serve at all, which trying again does not change.
             logger.log(logging.ERROR if status else logging.INFO, "%s ended %s", child.node, how)
             self._status = self._status or (status if status >= 0 else 128 - status)
-            self._recover(child)
             self._children.remove(child)
             child.heartbeat.unlink(missing_ok=True)
             return
@@ -173,8 +225,9 @@ class Supervisor:
             try:
                 found = self._client.zscan_iter(self._names.leases, match=f"{prefix}*")
                 for incarnation in [str(member, "utf-8") for member, _ in found]:
+                    child.proven = True  # it lived, though it may not have been seen to
                     self._recoverer.recover(incarnation, dead=True)
-            except RedisError as problem:
+            except Exception as problem:  # noqa: BLE001 - or the next child would not be started
                 if time.monotonic() < until:
                     return
                 logger.warning("what %s held waits for its lease to end: %s", child.node, problem)

@@ -13,6 +13,9 @@ import click
 from inferq.shared.errors import InferqError
 from inferq.shared.names import model_of, queue_of
 
+#: Seconds that the supervisor waits for Redis: it has signals to pass on meanwhile.
+REDIS_TIMEOUT_S = 2.0
+
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.option(
@@ -79,7 +82,9 @@ def worker(
     logging.basicConfig(
         level=logging.INFO, format="[%(asctime)s: %(levelname)s/supervisor] %(message)s"
     )
-    client = redis_client(settings.redis_url, sentinel_master=settings.sentinel_master)
+    client = redis_client(
+        settings.redis_url, sentinel_master=settings.sentinel_master, socket_timeout=REDIS_TIMEOUT_S
+    )
     child = Child(node, command, environment, heartbeat)
     raise SystemExit(Supervisor([child], client, settings.names()).run())
 

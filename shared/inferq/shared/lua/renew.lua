@@ -1,7 +1,7 @@
 -- Renew a worker incarnation's lease, if it still has one; or, at birth, give it one, and the fence.
 -- Begins with a write that needs no memory, as a full Redis then lets it through (see force.lua).
 --
--- KEYS[1]    fence:<i>     exists as long as <i> may settle
+-- KEYS[1]    fence:<i>     exists as long as <i> may settle; the number of its last MULTI that did
 -- KEYS[2]    leases        ZSET <i> -> Redis ms at which the lease ends
 -- KEYS[3..]  serving:<m>   ZSET <i> -> the same, per model that <i> serves
 -- ARGV[1]    <i>
@@ -16,7 +16,7 @@ local stamp = string.format('%.3f', now)
 local ends = string.format('%.0f', now + ARGV[2])
 redis.call('ZREM', KEYS[2], '')
 if ARGV[3] == '1' then
-  redis.call('SET', KEYS[1], 1)
+  redis.call('SET', KEYS[1], 0)
   if ARGV[4] ~= '' then
     redis.call('ZADD', KEYS[2], 'NX', ends, ARGV[4])
   end
