@@ -18,7 +18,7 @@ from inferq.workers.settle import Settlement
 KEEP_S: Final = 5.0
 #: Results that are kept at most, and their bytes; beyond that the oldest are dropped. Small results
 #: that stay in memory cost a worker its cache: without the first limit, 12 % of the CPU of a no-op.
-KEEP_RESULTS: Final = 4_000
+KEEP_RESULTS: Final = 2_000
 KEEP_BYTES: Final = 64 * 1024 * 1024
 
 
