@@ -158,12 +158,15 @@ def test_nothing_it_started_outlives_a_sigkill(tmp_path: Path) -> None:
 def test_a_worker_that_dies_is_reported_with_its_log(tmp_path: Path) -> None:
     with running(tmp_path, "--limit", "100000") as demo:
         until(lambda: "ready after" in demo.output, 120, "the worker is ready")
-        for pid in demo.pids("inferq.workers.app"):
+        for pid in demo.pids("inferq.workers.cli worker"):  # and its child with it
             os.kill(pid, signal.SIGKILL)
         assert demo.wait() == 1
     assert "the worker ended" in demo.output
     assert "serving magika" in demo.output
-    assert demo.left_behind() == []
+    heartbeats = (
+        demo.scratch / f"inferq-{os.getuid()}"
+    )  # of the killed: `inferq health` tells of it
+    assert demo.left_behind() == [heartbeats]
 
 
 def test_a_given_redis_is_used_and_none_is_started(

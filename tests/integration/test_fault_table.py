@@ -129,7 +129,7 @@ def test_a_child_that_dies_in_a_batch_is_told_of_and_its_requests_are_served(
         os.kill(worker.child(), signal.SIGKILL)
         expect(redis, sent, 40)
         assert "ended by SIGKILL" in worker.log
-        assert "recovered 2 requests" in worker.log
+        until(lambda: "recovered 2 requests" in worker.log, what="it says so")
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_what_a_killed_worker_held_is_served_within_15_s(
         killed = time.monotonic()
         until(lambda: redis.llen(NAMES.queue("slow")) == 2, 30, "both are in their queue again")
         assert time.monotonic() - killed <= RECOVERED_WITHIN_S
-        assert "recovered 2 requests" in spare.log
+        until(lambda: "recovered 2 requests" in spare.log, what="the spare one says so")
         with Worker(redis_url, models, ["slow"], name="second"):
             expect(redis, sent)
 

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -86,7 +87,11 @@ def worker(
         settings.redis_url, sentinel_master=settings.sentinel_master, socket_timeout=REDIS_TIMEOUT_S
     )
     child = Child(node, command, environment, heartbeat)
-    raise SystemExit(Supervisor([child], client, settings.names()).run())
+    status = Supervisor([child], client, settings.names()).run()
+    if folder:
+        with suppress(OSError):  # others' heartbeats are in it
+            folder.rmdir()
+    raise SystemExit(status)
 
 
 def _queues(queues: tuple[str, ...]) -> list[str]:
