@@ -36,6 +36,8 @@ STOPS: Final = {
     signal.SIGHUP: signal.SIGTERM,
     signal.SIGQUIT: signal.SIGQUIT,
 }
+#: Real-time signals have numbers only.
+_NAMES: Final = {each.value: each.name for each in signal.Signals}
 #: Seconds between looks at the children's heartbeats.
 LOOK_S: Final = 0.25
 #: Seconds without a heartbeat after which a child that has served is killed.
@@ -200,7 +202,7 @@ class Supervisor:
         child.process = None
         child.dead[child.prefix] = time.monotonic() + RECOVER_S
         self._recover(child)
-        how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+        how = f"by {_NAMES.get(-status, -status)}" if status < 0 else f"with status {status}"
         if self._stops and status == -signal.SIGTERM:  # it was only being imported
             status = 0
         hopeless = status > 0 and status != EX_FATAL_ENGINE and not child.proven
