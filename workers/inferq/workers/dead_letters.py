@@ -1,22 +1,22 @@
 """Dead letters: found, put back into their queue, dropped.
 
-What changes one letter is one MULTI that watches the model's list, so that workers may add letters
-and others may work on the same ones meanwhile: each is replayed or dropped once. Its bytes are what
-a letter is known by. Lists are read in blocks: a letter may be as large as a message.
+What changes one letter is one script, so that workers may add letters and others may work on the
+same ones meanwhile: each is replayed or dropped once. Its bytes are what a letter is known by.
+Lists are read in blocks: a letter may be as large as a message.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Final
 
 import msgspec
 import redis
-from redis.client import Pipeline
 
 from inferq.shared import codec
 from inferq.shared.errors import InferqError, PayloadExpired
+from inferq.shared.lua import source
 from inferq.shared.names import Names, is_model_name
 from inferq.workers.letters import Letter, in_time, payloads_in, priority_in, read_letter
 from inferq.workers.recovery import suspect
@@ -25,8 +25,6 @@ from inferq.workers.settle import DEAD_PAYLOAD_S
 #: Most bytes (as far as the letters before tell) and letters that are asked for at once.
 BLOCK_BYTES: Final = 8 * 1024 * 1024
 BLOCK_LETTERS: Final = 64
-#: How often a MULTI is tried while others change the list.
-TRIES: Final = 100
 #: How long a payload outlives its request's deadline at least, in seconds.
 PAYLOAD_MARGIN_S: Final = 24 * 3600
 
@@ -44,6 +42,7 @@ class DeadLetters:
     def __init__(self, client: redis.Redis, names: Names) -> None:
         self._client = client
         self._names = names
+        self._dead = client.register_script(source("dead"))
 
     def now_ms(self) -> float:
         """The time by Redis' clock."""
@@ -101,13 +100,7 @@ class DeadLetters:
 
     def status(self, letter: Letter) -> str | None:
         """The status of the result that is stored; None if there is none."""
-        stored = self._client.get(self._names.meta(letter.id)) if letter.id else None
-        if not isinstance(stored, bytes):
-            return None
-        try:
-            return str(codec.decode_meta(stored)["status"])
-        except codec.MalformedMessage:
-            return "unreadable"
+        return _status(self._stored(letter))
 
     def payloads(self, letter: Letter) -> dict[str, tuple[str, int | None]]:
         """Input name → key and size in bytes of each claim-checked tensor; None: it is gone."""
@@ -123,66 +116,40 @@ class DeadLetters:
         """
         if not letter.genuine:
             raise InferqError(f"{letter.reason}; it can only be dropped")
-        names, queue = self._names, self.queue(letter)
-        payloads = payloads_in(letter.message, names)
-        meta = [names.meta(letter.id)] if letter.id else []
+        stored = self._stored(letter)
+        status = _status(stored)
+        if status not in {None, "FAILURE"}:
+            raise InferqError(f"its stored result is {status} by now; it can only be dropped")
         now = self.now_ms()
         again = in_time(letter.message, now)
         left_s = (again.deadline_ms - now) / 1000 if again.deadline_ms else 0
         ttl_s = max(DEAD_PAYLOAD_S, PAYLOAD_MARGIN_S + int(left_s))
-
-        def change(pipe: Pipeline) -> None:
-            for name, key in payloads.items():
-                if not pipe.exists(key):
-                    raise PayloadExpired(f"input {name!r}: its payload {key!r} is gone")
-            status = self.status(letter)
-            if status not in {None, "FAILURE"}:
-                raise InferqError(f"its stored result is {status} by now; it can only be dropped")
-            self._begin(pipe, letter)
-            pipe.lpush(queue, again.message)
-            if meta:
-                pipe.delete(*meta)
-            fields = [suspect(letter.message), *([letter.id] if letter.id else [])]
-            pipe.hdel(names.attempts(letter.model), *fields)
-            for key in payloads.values():
-                pipe.expire(key, ttl_s)
-
-        self._change(letter, [*meta, *payloads.values()], change)
+        fields = [suspect(letter.message), *([letter.id] if letter.id else [])]
+        self._take_out(letter, ["replay", again.message, stored, ttl_s, *fields])
         return Replayed(self.step(letter), again.dropped)
 
     def drop(self, letter: Letter) -> None:
         """Delete the letter and its payloads. InferqError: it is no letter any more."""
-        payloads = payloads_in(letter.message, self._names)
+        self._take_out(letter, ["drop"])
 
-        def change(pipe: Pipeline) -> None:
-            self._begin(pipe, letter)
-            if payloads:
-                pipe.unlink(*payloads.values())
+    def _take_out(self, letter: Letter, how: Sequence[bytes | str | int]) -> None:
+        """Run dead.lua; `how` is what that takes after the letter."""
+        names = self._names
+        payloads = payloads_in(letter.message, names)
+        meta = names.meta(letter.id) if letter.id else names.nowhere
+        keys = [names.dead(letter.model), self.queue(letter), names.attempts(letter.model), meta]
+        ended = self._dead(keys=[*keys, *payloads.values()], args=[letter.raw, *how])
+        if ended == b"gone":
+            raise InferqError("no dead letter any more: replayed or dropped meanwhile")
+        if ended == b"changed":
+            raise InferqError("its stored result changed meanwhile; look at it once more")
+        for name, key in payloads.items():
+            if key.encode() == ended:
+                raise PayloadExpired(f"input {name!r}: its payload {key!r} is gone")
 
-        self._change(letter, [], change)
-
-    def _begin(self, pipe: Pipeline, letter: Letter) -> None:
-        """MULTI; from the oldest on, since that is the order in which all are worked on."""
-        pipe.multi()
-        pipe.lrem(self._names.dead(letter.model), -1, letter.raw)  # type: ignore[arg-type]
-
-    def _change(
-        self, letter: Letter, keys: Sequence[str], change: Callable[[Pipeline], None]
-    ) -> None:
-        """`change` looks at `keys`, then begins its MULTI; all of it takes place, or nothing."""
-        dead = self._names.dead(letter.model)
-        with self._client.pipeline(transaction=True) as pipe:
-            for _ in range(TRIES):
-                try:
-                    pipe.watch(dead, *keys)  # type: ignore[no-untyped-call]
-                    if pipe.lpos(dead, letter.raw, rank=-1) is None:  # type: ignore[arg-type]
-                        raise InferqError("no dead letter any more: replayed or dropped meanwhile")
-                    change(pipe)
-                    pipe.execute()
-                except redis.WatchError:
-                    continue
-                return
-        raise InferqError(f"{dead} changed {TRIES} times while this was tried; try again")
+    def _stored(self, letter: Letter) -> bytes:
+        stored = self._client.get(self._names.meta(letter.id)) if letter.id else None
+        return stored if isinstance(stored, bytes) else b""
 
     def _range(self, model: str, start: int, end: int) -> list[bytes]:
         found: list[bytes] = self._client.lrange(self._names.dead(model), start, end)  # type: ignore[assignment]
@@ -191,3 +158,12 @@ class DeadLetters:
 
 def _next_count(block: list[bytes]) -> int:
     return max(1, min(BLOCK_LETTERS, BLOCK_BYTES // max(1, *map(len, block))))
+
+
+def _status(stored: bytes) -> str | None:
+    if not stored:
+        return None
+    try:
+        return str(codec.decode_meta(stored)["status"])
+    except codec.MalformedMessage:
+        return "unreadable"

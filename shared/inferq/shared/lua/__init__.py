@@ -1,6 +1,7 @@
 """The Lua scripts, each with its keys documented where it stands.
 
-No payload passes through Lua, but for a large result that somebody waits for on its own channel.
+No payload passes through Lua, but for a large result that somebody waits for on its own channel and
+what an operator replays.
 """
 
 from __future__ import annotations
