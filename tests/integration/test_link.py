@@ -11,6 +11,7 @@ import pytest
 import redis as redis_py
 from helpers.wait import until
 
+from inferq.shared.resp import pack
 from inferq.workers.link import Link, Waker
 
 QUEUE = b"inferq.x"
@@ -58,7 +59,7 @@ def test_a_change_that_came_in_one_packet_behind_a_reply_wakes_it(
 ) -> None:
     """It lies unparsed in the reader, so nothing is left on the socket to wake for."""
     link.call([("CLIENT", "SETNAME", "link")])
-    link.post([("LLEN", QUEUE)])
+    link.post(pack([("LLEN", QUEUE)]))
     until(lambda: named(redis, "link")["cmd"] == "llen", what="LLEN was run")
     redis.lpush(QUEUE, "request")
     # The reply and the push are both on the socket: one recv takes both.
@@ -71,7 +72,7 @@ def test_replies_to_what_was_noted_never_pass_for_those_of_a_round_trip(link: Li
     link.note(("ECHO", "noted"))
     link.flush()
     link.note(("ECHO", "noted too"))
-    link.post([("ECHO", "a"), ("ECHO", "b")])
+    link.post(pack([("ECHO", "a"), ("ECHO", "b")]))
     assert [link.read(1), link.read(1)] == [[b"a"], [b"b"]]
     link.note(("ECHO", "and this"))
     assert link.call([("ECHO", "c")]) == [b"c"]

@@ -30,7 +30,7 @@ LARGE = bytes(range(256)) * 1000
 def test_large_arguments_are_packed_as_hiredis_packs_them_but_not_copied(
     commands: list[Command],
 ) -> None:
-    pieces = pack(commands)
+    pieces = pack(commands).pieces
     assert b"".join(pieces) == b"".join(hiredis.pack_command(one) for one in commands)
     assert sum(piece is LARGE for piece in pieces) == sum(one.count(LARGE) for one in commands)
 

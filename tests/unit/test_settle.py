@@ -15,6 +15,7 @@ from redis import Redis
 from inferq.shared import codec
 from inferq.shared.errors import EngineError
 from inferq.shared.names import Names
+from inferq.shared.resp import pack, unpack
 from inferq.shared.schema import Signature, TensorSpec, Ticket
 from inferq.workers.batching.padding import Padding, PadRule
 from inferq.workers.batching.waiting import Waiting
@@ -29,6 +30,7 @@ from inferq.workers.settle import (
     LARGE_BYTES,
     Settlement,
     commands,
+    without_scripts,
 )
 
 NAMES = Names()
@@ -284,6 +286,19 @@ def test_of_a_large_result_the_one_that_was_first_is_told(redis: Redis, claim: C
         until(lambda: redis.pubsub_numsub(NAMES.meta("id0"))[0][1] == 1)
         apply(redis, [replace(settled(claim, 0), outcome=b"x" * LARGE_BYTES)])
         assert until(lambda: waiting.get_message(timeout=1))["data"] == b"first"
+
+
+def test_in_a_script_a_large_result_is_published_by_its_bytes(redis: Redis, claim: Claim) -> None:
+    done = [replace(settled(claim, n), outcome=b"%d" % n * LARGE_BYTES) for n in (0, 1)]
+    packed = pack(commands(done, NAMES, I, 60))
+    with redis.pubsub(ignore_subscribe_messages=True) as waiting:  # type: ignore[no-untyped-call]
+        waiting.subscribe(NAMES.meta("id0"), NAMES.meta("id1"))
+        until(lambda: redis.pubsub_numsub(NAMES.meta("id1"))[0][1] == 1)
+        for command in without_scripts(unpack(packed)):
+            assert command[0] != b"EVAL"
+            redis.execute_command(*command)  # type: ignore[no-untyped-call]
+        told = [until(lambda: waiting.get_message(timeout=1))["data"] for _ in done]
+    assert told == [one.outcome for one in done]
 
 
 def test_no_unlink_names_more_keys_than_lua_can_take(redis: Redis, claim: Claim) -> None:

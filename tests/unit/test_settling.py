@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from inferq.shared.resp import Command, pack, unpack
 from inferq.workers import settling
 from inferq.workers.claims import Claim, Slot
-from inferq.workers.kept import KEEP_BYTES, KEEP_RESULTS, Kept
+from inferq.workers.kept import KEEP_BYTES, KEEP_REQUESTS, Kept
 from inferq.workers.settle import Settlement
 from inferq.workers.settling import MAX_SETTLEMENTS, portion
 
@@ -42,27 +43,49 @@ def test_a_portion_is_bounded_in_bytes_and_never_empty(
     assert portion([]) == []
 
 
-def test_what_is_kept_is_bounded_in_number() -> None:
+def stored(size: int = 1) -> Command:
+    return ("SET", "key", b"x" * size)
+
+
+def test_what_is_kept_is_bounded_in_requests() -> None:
     kept = Kept()
-    for n in range(KEEP_RESULTS + 10):
-        kept.add([settlement(n)], n)
+    for n in range(KEEP_REQUESTS // 2 + 10):
+        kept.add(pack([("SET", "key", n)]), 2, n)
     found = kept.after(-1)
-    assert len(found) == KEEP_RESULTS
-    assert found[0].request_id == "id10"
+    assert len(found) == KEEP_REQUESTS // 2
+    assert unpack(found[0]) == [(b"SET", b"key", b"10")]
 
 
 def test_what_is_kept_is_bounded_in_bytes() -> None:
     kept = Kept()
-    half = [settlement(0, KEEP_BYTES // 2)]
     for _ in range(3):
-        kept.add(half, 1)
+        kept.add(pack([stored(KEEP_BYTES // 2 - 100)]), 1, 1)
     assert len(kept.after(0)) == 2
-    kept.add([settlement(0, KEEP_BYTES + 1)], 1)
+    kept.add(pack([stored(KEEP_BYTES + 1)]), 1, 1)
     assert kept.after(0) == []
 
 
 def test_only_what_redis_does_not_know_is_settled_again() -> None:
     kept = Kept()
     for n in range(5):
-        kept.add([settlement(n)], n)
-    assert [done.request_id for done in kept.after(2)] == ["id3", "id4"]
+        kept.add(pack([("SET", "key", n)]), 1, n)
+    assert [unpack(one)[0][2] for one in kept.after(2)] == [b"3", b"4"]
+
+
+def test_another_incarnation_keeps_what_was_stored_and_nothing_of_claims() -> None:
+    kept = Kept()
+    letter = (("LREM", "dead", 1, b"letter"), ("LPUSH", "dead", b"letter"))
+    stores = (stored(20_000), ("EVAL", "script", 1, "key"), ("PUBLISH", "reply", b"ids"), *letter)
+    handed_on = (("ZADD", "later", 7.5, "place"), ("DEL", "place"), ("RPUSH", "place", b"message"))
+    acknowledges = (("LSET", "claim", -1, b""), ("UNLINK", "claim"), ("HDEL", "claims", "claim"))
+    kept.add(pack([*handed_on, *stores, *acknowledges]), 2, 1)
+    before = kept.after(0)[0].size
+    kept.keep_results()
+    (left,) = kept.after(0)
+    assert unpack(left) == unpack(pack(stores))
+    assert left.size < before
+    for n in range(2, KEEP_REQUESTS):
+        kept.add(pack([stored()]), 1, n)
+    assert len(kept.after(0)) == KEEP_REQUESTS - 1
+    kept.add(pack([stored()]), 1, KEEP_REQUESTS)
+    assert len(kept.after(0)) == KEEP_REQUESTS - 1, "it counts for as many requests as before"

@@ -67,7 +67,7 @@ class AsyncWire:
     def send(self, commands: Sequence[Command]) -> None:
         """Write `commands`, which have no replies."""
         self.check()
-        self._writer.writelines(pack(commands))
+        self._writer.writelines(pack(commands).pieces)
 
     def check(self) -> None:
         """Raise what broke the connection, if it is broken."""

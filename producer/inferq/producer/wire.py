@@ -55,7 +55,7 @@ class Wire:
         sock = self._sock
         if sock is None:
             raise redis.ConnectionError("the connection is closed")
-        send_all(sock, pack(commands))
+        send_all(sock, pack(commands).pieces)
         return sock
 
     def call(self, commands: Sequence[Command]) -> list[Reply]:

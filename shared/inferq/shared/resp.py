@@ -16,6 +16,7 @@ from itertools import islice
 from typing import Any, Final
 
 import hiredis
+import msgspec
 import redis
 
 Command = tuple[bytes | str | int | float, ...]
@@ -26,10 +27,24 @@ BROKEN: Final = (OSError, redis.RedisError)
 NOTHING: Final = object()
 #: Longer arguments of a command are written from where they stand.
 _COPY_BYTES: Final = 16 * 1024
+#: Pieces of so many bytes together are joined before they are written.
+_JOIN_BYTES: Final = 64 * 1024
 #: Only for a socket without a timeout of Python's: there the kernel does the waiting.
 _ALL: Final = socket.MSG_WAITALL
 #: Pieces that one `sendmsg` takes (IOV_MAX).
 _PIECES: Final = 1024
+
+
+class Packed(msgspec.Struct, frozen=True, gc=False):
+    """Commands as they are written: their bytes, in few pieces, and how many commands these are."""
+
+    pieces: list[bytes]
+    count: int
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return sum(map(len, self.pieces))
 
 
 class ReplyError(Exception):
@@ -43,7 +58,7 @@ def new_reader() -> Any:
     )
 
 
-def pack(commands: Sequence[Command]) -> list[bytes]:
+def pack(commands: Sequence[Command]) -> Packed:
     """`commands` as bytes, in few pieces; large arguments are pieces of their own, not copied."""
     out: list[bytes] = []
     small: list[bytes] = []
@@ -60,8 +75,17 @@ def pack(commands: Sequence[Command]) -> list[bytes]:
                 small = []
             else:
                 small.append(piece)
-    out.append(b"".join(small))
-    return out
+    if small:
+        out.append(b"".join(small))
+    return Packed(out, len(commands))
+
+
+def unpack(packed: Packed) -> list[Command]:
+    """The commands that `packed` was made of, each word as bytes."""
+    reader = hiredis.Reader()
+    for piece in packed.pieces:
+        reader.feed(piece)
+    return [tuple(reader.gets()) for _ in range(packed.count)]
 
 
 def _pack_large(command: Command) -> Iterator[bytes]:
@@ -74,10 +98,13 @@ def _pack_large(command: Command) -> Iterator[bytes]:
 
 
 def send_all(sock: socket.socket, pieces: Sequence[bytes]) -> None:
-    """`sock.sendall` for many pieces, without joining them."""
-    if len(pieces) == 1 or isinstance(sock, ssl.SSLSocket):
+    """`sock.sendall` for many pieces, without joining large ones."""
+    if isinstance(sock, ssl.SSLSocket):
         for piece in pieces:
             sock.sendall(piece)
+        return
+    if len(pieces) == 1 or sum(map(len, pieces)) <= _JOIN_BYTES:
+        sock.sendall(b"".join(pieces))
         return
     left = deque(memoryview(piece) for piece in pieces if piece)
     while left:

@@ -23,7 +23,7 @@ from typing import Final
 from redis.exceptions import RedisError
 
 from inferq.shared.names import Names
-from inferq.shared.resp import Command, Reply, ReplyError
+from inferq.shared.resp import Command, Packed, Reply, ReplyError, pack, unpack
 from inferq.workers import settle
 from inferq.workers.claims import Claim, Claimed, Want
 from inferq.workers.full import forced
@@ -40,6 +40,8 @@ FULL_S: Final = 1.0
 #: Most members that one SADD or SREM names.
 _MEMBERS: Final = 1_000
 _YEAR_S: Final = 365 * 24 * 3600
+_MULTI: Final = pack([("MULTI",)])
+_NOTHING: Final = pack([])
 #: A model's name and a priority step.
 QueueId = tuple[str, int]
 
@@ -61,6 +63,8 @@ class Exchange:
     suspicious: frozenset[str]
     #: A queue held less than was wanted, and was not looked at.
     missed: bool
+    #: What settled.
+    settling: Packed
 
 
 class Ledger:
@@ -116,7 +120,8 @@ class Ledger:
     def arm(self) -> None:
         """Watch the fence and look at all queues: first of all, and when idle."""
         listen = list(self._queues)
-        self._read_arming(listen, self._round_trip([], listen))
+        _, arming = self._round_trip([], [], listen)
+        self._read_arming(listen, arming)
 
     def exchange(
         self,
@@ -141,7 +146,10 @@ class Ledger:
         models = sorted({want.model for want in wants})
         claiming += [("HLEN", self._names.attempts(model)) for model in models]
         # kill point: exchange-unwritten
-        done = self._transact(settlements, claiming, listen, sent)
+        settling = pack(
+            settle.commands(settlements, self._names, self._incarnation, self._result_ttl_s)
+        )
+        done = self._transact(settling, claiming, listen, sent)
         offset = len(done) - len(claiming)  # what settles comes first
         self.depths.update((place, None) for place in self._queues if place not in listen)
         claimed: list[Claimed] = []
@@ -168,32 +176,30 @@ class Ledger:
         if empty:
             self._link.note(("HDEL", self._claims, *empty))
         # kill point: exchange-read
-        return Exchange(claimed, suspicious, missed)
+        return Exchange(claimed, suspicious, missed, settling)
 
-    def settle_again(self, settlements: Sequence[Settlement]) -> None:
-        """Settle what was settled before, on a Redis that may have forgotten it."""
-        self._transact(settlements, [], list(self._queues), lambda: None)
+    def settle_again(self, settling: Packed) -> None:
+        """Settle what was settled before, on a Redis that has forgotten it."""
+        self._transact(settling, [], list(self._queues), lambda: None)
 
     def _transact(
         self,
-        settlements: Sequence[Settlement],
+        settling: Packed,
         claiming: list[Command],
         listen: Sequence[QueueId],
         sent: Callable[[], None],
     ) -> list[Reply]:
-        """The replies to what settles `settlements`, and to `claiming`, from one fenced MULTI."""
-        if settlements:
+        """The replies to `settling` and to `claiming`, from one fenced MULTI."""
+        if settling.count:
             self.settles_sent = next(self._settles)
             claiming = [("SET", self._fence, self.settles_sent), *claiming]
-        whom = (settlements, self._names, self._incarnation, self._result_ttl_s)
         if not self._is_full():
-            body = settle.commands(*whom) + claiming
             try:
-                return self._multi(body, listen, sent)
+                return self._multi(settling, claiming, listen, sent)
             except RedisFull as problem:
                 self._now_full(str(problem))
-        body = settle.commands(*whom, scripts=False) + claiming
-        (done,) = self._multi([forced(body, self._names)], listen, sent)
+        body = settle.without_scripts(unpack(settling)) + claiming
+        (done,) = self._multi(_NOTHING, [forced(body, self._names)], listen, sent)
         if isinstance(done, ReplyError):
             raise RedisFull(f"and takes no script: {done}")
         _log_errors(done)
@@ -201,11 +207,15 @@ class Ledger:
         return replies
 
     def _multi(
-        self, body: list[Command], listen: Sequence[QueueId], sent: Callable[[], None]
+        self,
+        settling: Packed,
+        claiming: list[Command],
+        listen: Sequence[QueueId],
+        sent: Callable[[], None],
     ) -> list[Reply]:
-        replies = self._round_trip([("MULTI",), *body, ("EXEC",)], listen, sent)
-        self._read_arming(listen, replies[len(body) + 2 :])
-        return self._executed(replies[: len(body) + 2])
+        replies, arming = self._round_trip([_MULTI, settling], [*claiming, ("EXEC",)], listen, sent)
+        self._read_arming(listen, arming)
+        return self._executed(replies)
 
     def _is_full(self) -> bool:
         return time.monotonic() < self._full_until
@@ -297,20 +307,22 @@ class Ledger:
 
     def _round_trip(
         self,
+        ahead: list[Packed],
         commands: list[Command],
         listen: Sequence[QueueId],
         sent: Callable[[], None] = lambda: None,
-    ) -> list[Reply]:
+    ) -> tuple[list[Reply], list[Reply]]:
+        """The replies to what is `ahead` and to `commands`, and to what arms the next."""
         arming: list[Command] = [("WATCH", self._fence), ("GET", self._fence)]
         arming += [("LLEN", self._queues[place]) for place in listen]
-        self._link.post([*commands, *arming])
+        self._link.post(*ahead, pack([*commands, *arming]))
         # kill point: exchange-written
         sent()
-        replies = self._link.read(len(commands))
+        replies = self._link.read(sum(part.count for part in ahead) + len(commands))
         # kill point: exchange-answered
         # From here on the replies tell the depths; a change that is pushed after them is newer.
         self._link.forget_changes()
-        return replies + self._link.read(len(arming))
+        return replies, self._link.read(len(arming))
 
     def _executed(self, replies: list[Reply]) -> list[Reply]:
         result = replies[-1]

@@ -20,6 +20,7 @@ from inferq.shared.connect import parse_info
 from inferq.shared.resp import (
     NOTHING,
     Command,
+    Packed,
     Reply,
     ReplyError,
     new_reader,
@@ -105,18 +106,18 @@ class Link:
     def flush(self) -> None:
         """Write what was noted, without waiting."""
         if self._notes:
-            self.post([])
+            self.post()
 
     def call(self, commands: Sequence[Command]) -> list[Reply]:
         """Write `commands` at once and return their replies, ReplyErrors among them."""
-        self.post(commands)
+        self.post(pack(commands))
         return self.read(len(commands))
 
-    def post(self, commands: Sequence[Command]) -> None:
-        """Write what was noted, and `commands`, whose replies are to be `read`."""
-        notes, self._notes = self._notes, []
-        send_all(self._socket, pack([*notes, *commands]))
-        self._unread += len(notes)
+    def post(self, *parts: Packed) -> None:
+        """Write what was noted, then `parts`, whose replies are to be `read`."""
+        notes, self._notes = pack(self._notes), []
+        send_all(self._socket, [piece for part in (notes, *parts) for piece in part.pieces])
+        self._unread += notes.count
 
     @property
     def _socket(self) -> socket.socket:

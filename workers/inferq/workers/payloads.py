@@ -58,7 +58,7 @@ class PayloadReader:
     def _fetch(
         self, sock: socket.socket, keys: Sequence[str], limit: int
     ) -> dict[str, bytes | memoryview | None]:
-        send_all(sock, pack([("MGET", *keys)]))
+        send_all(sock, pack([("MGET", *keys)]).pieces)
         head = self._line(sock)
         if head != b"*%d" % len(keys):
             raise redis.ResponseError(f"MGET of {len(keys)} payloads answered {head[:200]!r}")

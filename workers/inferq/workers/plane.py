@@ -236,8 +236,8 @@ class DataPlane:
 
     def _catch_up(self, ledger: Ledger) -> None:
         """Learn what became, before this link, of what was sent on the one before it."""
-        for settlements in self._settling.again(ledger.settles_known):
-            ledger.settle_again(settlements)
+        for settling in self._settling.kept.after(ledger.settles_known):
+            ledger.settle_again(settling)
         self._receive(ledger, ledger.adopt(self._claims), frozenset(self._models))
 
     def _serve(self, link: Link, ledger: Ledger) -> None:
@@ -340,7 +340,7 @@ class DataPlane:
             for done in sending:
                 if done.slot.claim.complete:
                     self._claims.pop(done.slot.claim.key, None)
-            self._settling.settled(sending, ledger.settles_sent)
+            self._settling.settled(sending, exchange.settling, ledger.settles_sent)
         self._receive(ledger, exchange.claimed, exchange.suspicious)
         if exchange.missed:
             ledger.arm()

@@ -25,6 +25,8 @@ DEAD_PAYLOAD_S: Final = 7 * 24 * 3600
 
 #: Most keys that one UNLINK names: Lua, which is needed on a full Redis, takes a few thousand.
 KEYS_AT_ONCE: Final = 1_000
+#: The commands that do nothing else: no claim is touched by them, nor what is handed to Celery.
+_STORING: Final = {b"SET", b"PUBLISH", b"EVAL", b"LREM", b"LPUSH", b"LTRIM", b"EXPIRE"}
 #: Results of so many bytes are sent once: Redis itself publishes what it has stored.
 LARGE_BYTES: Final = 16 * 1024
 
@@ -59,13 +61,8 @@ def commands(
     names: Names,
     incarnation: str,
     result_expires_s: int,
-    *,
-    scripts: bool = True,
 ) -> list[Command]:
-    """The commands that settle `settlements`, to stand inside the MULTI of a fenced round trip.
-
-    `scripts`: False where they run within a script, which may call no other.
-    """
+    """The commands that settle `settlements`, to stand inside the MULTI of a fenced round trip."""
     out: list[Command] = []
     replies: defaultdict[str, list[str]] = defaultdict(list)
     touched: defaultdict[Claim, list[int]] = defaultdict(list)
@@ -77,7 +74,7 @@ def commands(
         if done.outcome and not done.ignore_result and done.request_id is not None:
             key = names.meta(done.request_id)
             out.append(("SET", key, done.outcome, "EX", result_expires_s, "NX"))
-            if len(done.outcome) < LARGE_BYTES or not scripts:
+            if len(done.outcome) < LARGE_BYTES:
                 out.append(("PUBLISH", key, done.outcome))
             else:
                 out.append(("EVAL", source("publish"), 1, key))
@@ -116,3 +113,20 @@ def commands(
     for at in range(0, len(garbage), KEYS_AT_ONCE):
         out.append(("UNLINK", *garbage[at : at + KEYS_AT_ONCE]))
     return out
+
+
+def without_scripts(commands: Iterable[Command]) -> list[Command]:
+    """What `commands` made (each word as bytes), to run in a script: that may call no other."""
+    out: list[Command] = []
+    for command in commands:
+        if command[0] == b"EVAL":  # stands behind the SET of the result that it is to publish
+            _, key, outcome, *_ = out[-1]
+            out.append((b"PUBLISH", key, outcome))
+        else:
+            out.append(command)
+    return out
+
+
+def storing(commands: Iterable[Command]) -> list[Command]:
+    """Of what `commands` made (each word as bytes): results, who is told of them, dead letters."""
+    return [command for command in commands if command[0] in _STORING]

@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Mapping
 from typing import Final
 
 from inferq.shared.errors import FatalEngineError
+from inferq.shared.resp import Packed
 from inferq.workers.hooks import Hooks
 from inferq.workers.kept import Kept
 from inferq.workers.lanes import Finished
@@ -131,10 +132,10 @@ class Settling:
                 self.stopped.append(f"{settlement.model}/{settlement.request_id}")
             self._hooks.publish_canvas(self.incarnation, settlement, canvas)
 
-    def settled(self, sent: list[Settlement], number: int) -> None:
+    def settled(self, sent: list[Settlement], settling: Packed, number: int) -> None:
         """Redis has answered: the first ones due, `sent`, are settled, by that MULTI."""
         del self.due[: len(sent)]
-        self.kept.add(sent, number)
+        self.kept.add(settling, len(sent), number)
         self._hooks.on_settled(sum(done.request_id is not None for done in sent))
         for done in sent:
             if done.after is not None:
@@ -142,14 +143,6 @@ class Settling:
                     done.after()
                 except Exception:
                     logger.exception("Celery did not take a message; it stays in kombu's unacked")
-
-    def again(self, number: int) -> Iterator[list[Settlement]]:
-        """What was settled, as far as it is kept, after the MULTI of this number; in portions."""
-        kept = self.kept.after(number)
-        while kept:
-            some = portion(kept)
-            yield some
-            kept = kept[len(some) :]
 
     def ending(self) -> int:
         """How many requests will be settled with the next MULTIs."""
