@@ -119,7 +119,7 @@ def test_silence_of_redis_is_the_workers_fault_only_if_redis_answers(
     new_redis: Callable[..., EmbeddedRedis], tmp_path: Path
 ) -> None:
     server = new_redis()
-    deaf = beat(answered=time.monotonic() - health.SILENT_S - 1, written=time.monotonic() + 60)
+    deaf = beat(answered=time.monotonic() - health.UNHEARD_S - 1, written=time.monotonic() + 60)
     assert silence_s(deaf) is not None
     assert silence_s(beat()) is None
     path = tmp_path / "beat.json"

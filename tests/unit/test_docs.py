@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from inferq.workers.model_config import ModelConfig
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -24,3 +26,9 @@ def test_each_of_the_ten_promises_names_a_test() -> None:
     promises = re.split(r"^\d+\. \*\*", promised, flags=re.MULTILINE)[1:]
     assert len(promises) == 10
     assert all("`test_" in promise for promise in promises)
+
+
+def test_every_knob_is_in_the_docs_and_no_other() -> None:
+    text = (ROOT / "docs" / "models.md").read_text()
+    rows = re.findall(r"^\| `\[?(\w+)", text, re.MULTILINE)
+    assert set(rows) - {"onnxruntime"} == set(ModelConfig.model_fields)

@@ -17,7 +17,7 @@ EX_FATAL_ENGINE: Final = 70
 #: Seconds without a heartbeat after which something is wrong.
 STALE_S: Final = 10.0
 #: Seconds without an answer from Redis.
-SILENT_S: Final = 15.0
+UNHEARD_S: Final = 15.0
 #: Seconds of work without progress while nothing computes.
 STUCK_S: Final = 30.0
 
@@ -98,7 +98,7 @@ def stuck(beat: Beat) -> str | None:
 def silence_s(beat: Beat) -> float | None:
     """Seconds since Redis last answered it, if these are too many."""
     silent = time.monotonic() - beat.answered
-    return silent if silent > SILENT_S else None
+    return silent if silent > UNHEARD_S else None
 
 
 def _lives(pid: int) -> bool:

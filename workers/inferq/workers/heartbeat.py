@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 BEAT_S: Final = 1.0
 #: Seconds without an answer from Redis, which is asked every second.
-SILENT_S: Final = 3.0
+UNANSWERED_S: Final = 3.0
 #: Until it serves, for which somebody may be waiting.
 LOADING_BEAT_S: Final = 0.1
 
@@ -107,7 +107,7 @@ class Heartbeat:
         work = waiting or (plane is not None and plane.backlog())
         for_company = any(model.due_ms is not None for model in models)
         # Without Redis there is nothing to get on with: health asks for how long that is so.
-        silent = plane is not None and now - plane.answered_at > SILENT_S
+        silent = plane is not None and now - plane.answered_at > UNANSWERED_S
         if steps != self._steps or computing or for_company or silent or not work:
             self._steps, self._progressed = steps, now
         self._serves = plane is not None and plane.answered_at > 0

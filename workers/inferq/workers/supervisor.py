@@ -77,6 +77,8 @@ class Child:
     due: float = 0.0
     #: Prefixes of dead ones whose claims are still to be recovered, and when that is given up.
     dead: dict[str, float] = field(default_factory=dict)
+    #: Whether the last try to recover them failed.
+    failed_recovery: bool = False
 
 
 class _Signals:
@@ -230,7 +232,11 @@ class Supervisor:
                     child.proven = True  # it lived, though it may not have been seen to
                     self._recoverer.recover(incarnation, dead=True)
             except Exception as problem:  # noqa: BLE001 - or the next child would not be started
+                if not child.failed_recovery:
+                    child.failed_recovery = True
+                    logger.warning("what %s held is not put back yet: %s", child.node, problem)
                 if time.monotonic() < until:
                     return
                 logger.warning("what %s held waits for its lease to end: %s", child.node, problem)
+            child.failed_recovery = False
             del child.dead[prefix]
