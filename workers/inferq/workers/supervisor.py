@@ -133,7 +133,8 @@ class Supervisor:
         with _Signals() as signals:
             try:
                 while self._children:
-                    self._start_due()
+                    if not signals.came:  # as one may have while a dead one's claims were put back
+                        self._start_due()
                     signals.wait(LOOK_S)
                     while signals.came:
                         self._stop(signals.came.popleft())
@@ -170,13 +171,13 @@ class Supervisor:
 
     def _look_at(self, child: Child) -> None:
         process = child.process
-        if process is not None:
-            if process.poll() is not None:
-                self._ended(child, process.returncode)
-            else:
+        if process is not None and process.poll() is not None:
+            self._ended(child, process.returncode)
+        else:
+            if process is not None:
                 self._watch(child, process)
-        if child.dead:
-            self._recover(child)
+            if child.dead:
+                self._recover(child)
         if child.process is None and self._stops and child in self._children:
             self._children.remove(child)
             child.heartbeat.unlink(missing_ok=True)
