@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,16 @@ def message(model: str, x: Array, request_id: str | None = None, **given: Any) -
     """A request's id and its message, as the producer builds it."""
     request_id = request_id or str(uuid.uuid4())
     return request_id, _encode(request_id, model, codec.encode_tensor(x), given)
+
+
+def push(redis: redis_py.Redis, model: str, values: Iterable[float]) -> dict[str, float]:
+    """Queue a request for each of `values`; their ids and what they hold."""
+    sent: dict[str, float] = {}
+    for value in values:
+        request_id, raw = message(model, numbered(value))
+        sent[request_id] = value
+        redis.lpush(Names().queue(model), raw)
+    return sent
 
 
 def claim_checked(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import msgpack
+import numpy as np
 import redis as redis_py
 
+from helpers.repository import numbered
 from helpers.wait import until
 from inferq.shared import codec
 from inferq.shared.names import Names
@@ -41,6 +43,12 @@ def outputs_of(redis: redis_py.Redis, request_id: str, timeout: float = 15.0) ->
     meta = meta_of(redis, request_id, timeout)
     assert meta["status"] == "SUCCESS", meta
     return codec.decode_outputs(meta["result"])
+
+
+def expect(redis: redis_py.Redis, sent: dict[str, float], timeout: float = 15.0) -> None:
+    """Each of the requests `sent` (see repository.push) is answered with what it holds."""
+    for request_id, value in sent.items():
+        np.testing.assert_array_equal(outputs_of(redis, request_id, timeout)["x"], numbered(value))
 
 
 def dead_letters(redis: redis_py.Redis, model: str) -> list[dict[str, Any]]:

@@ -9,11 +9,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import redis as redis_py
-from helpers.repository import fake_model, message, numbered
-from helpers.results import held_by, meta_of, nothing_is_held, outputs_of
+from helpers.repository import fake_model, message, numbered, push
+from helpers.results import expect, held_by, meta_of, nothing_is_held, outputs_of
 from helpers.wait import until
 from helpers.worker import SupervisedWorker, Worker
 from redis import Redis
@@ -35,20 +34,6 @@ def models(tmp_path: Path) -> Path:
     fake_model(root, "m", knobs=KNOBS, fake="faults = true\ndelay_ms = 30")
     fake_model(root, "slow", knobs=KNOBS, fake="delay_ms = 3000")
     return root
-
-
-def push(redis: Redis, model: str, values: list[float]) -> dict[str, float]:
-    sent: dict[str, float] = {}
-    for value in values:
-        request_id, raw = message(model, numbered(value))
-        sent[request_id] = value
-        redis.lpush(NAMES.queue(model), raw)
-    return sent
-
-
-def expect(redis: Redis, sent: dict[str, float], timeout: float = 15.0) -> None:
-    for request_id, value in sent.items():
-        np.testing.assert_array_equal(outputs_of(redis, request_id, timeout)["x"], numbered(value))
 
 
 def test_a_request_pushed_to_a_stopped_worker_that_is_then_killed_is_not_lost(
@@ -99,7 +84,7 @@ def test_redis_killed_with_work_in_flight_ends_no_worker(
     server = new_redis(appendonly=True, args=("--appendfsync", "always"))
     with redis_py.Redis.from_url(server.url) as redis, Worker(server.url, models, ["m"]) as worker:
         for _ in range(3):
-            sent = push(redis, "m", [float(n) for n in range(40)])
+            sent = push(redis, "m", range(40))
             until(lambda: redis.keys(NAMES.running("*")), what="some compute")
             server.kill()
             server.start()
@@ -113,7 +98,7 @@ def test_a_batch_that_raises_leaves_nobody_pending(
     """celery-batches: all are acknowledged and stay PENDING for ever."""
     with Worker(redis_url, models, ["m"]):
         bad = push(redis, "m", [float(FAULT_RAISE)])
-        sent = push(redis, "m", [float(n) for n in range(7)])
+        sent = push(redis, "m", range(7))
         expect(redis, sent)
         (request_id,) = bad
         assert meta_of(redis, request_id)["result"]["exc_type"] == "EngineError"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -23,20 +22,10 @@ from inferq.workers.engines.fake import FAULT_EXIT
 
 NAMES = Names()
 MAXMEMORY = 64 << 20
+SERVER = {"maxmemory": MAXMEMORY}
 SHORT_LEASE = {"INFERQ_LEASE_S": "1"}
 #: Columns that make a result larger than what is sent once and published by a script.
 WIDE = 8_192
-
-
-@pytest.fixture
-def server(new_redis: Callable[..., EmbeddedRedis]) -> EmbeddedRedis:
-    return new_redis(maxmemory=MAXMEMORY)
-
-
-@pytest.fixture
-def redis(server: EmbeddedRedis) -> Iterator[Redis]:
-    with redis_py.Redis.from_url(server.url) as client:
-        yield client
 
 
 @pytest.fixture

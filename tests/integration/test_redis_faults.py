@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import helpers.wrong_clock
 import numpy as np
 import pytest
-import redis as redis_py
 from chaos.proxy import Proxy
-from helpers.repository import fake_model, message, numbered
-from helpers.results import meta_of, nothing_is_held, outputs_of
+from helpers.process import held_open
+from helpers.repository import fake_model, numbered, push
+from helpers.results import expect, meta_of, nothing_is_held
 from helpers.wait import until
 from helpers.worker import Worker
 from redis import Redis
@@ -27,21 +26,11 @@ from inferq.workers.embedded import EmbeddedRedis
 from inferq.workers.health import read_beat
 
 NAMES = Names()
+SERVER = {"appendonly": True, "args": ("--appendfsync", "always")}
 #: The promises.
 CONSUMES_WITHIN_S = 5.0
 NOTICED_WITHIN_S = 15.0
 KNOBS = "lanes = 1\nmax_batch_size = 4\nwarm_up = false"
-
-
-@pytest.fixture
-def server(new_redis: Callable[..., EmbeddedRedis]) -> EmbeddedRedis:
-    return new_redis(appendonly=True, args=("--appendfsync", "always"))
-
-
-@pytest.fixture
-def redis(server: EmbeddedRedis) -> Iterator[Redis]:
-    with redis_py.Redis.from_url(server.url) as client:
-        yield client
 
 
 @pytest.fixture
@@ -52,33 +41,6 @@ def models(tmp_path: Path) -> Path:
     return root
 
 
-def push(redis: Redis, model: str, count: int) -> dict[str, int]:
-    """Ids and what they hold."""
-    sent: dict[str, int] = {}
-    for n in range(count):
-        request_id, raw = message(model, numbered(n))
-        sent[request_id] = n
-        redis.lpush(NAMES.queue(model), raw)
-    return sent
-
-
-def expect(redis: Redis, sent: dict[str, int], timeout: float = 15.0) -> None:
-    for request_id, n in sent.items():
-        np.testing.assert_array_equal(outputs_of(redis, request_id, timeout)["x"], numbered(n))
-
-
-def held_open(pid: int) -> tuple[int, int]:
-    """Threads and sockets of a process."""
-    folder = Path(f"/proc/{pid}")
-    sockets = 0
-    for fd in (folder / "fd").iterdir():
-        try:
-            sockets += os.readlink(fd).startswith("socket:")
-        except OSError:  # closed meanwhile
-            continue
-    return len(list((folder / "task").iterdir())), sockets
-
-
 def test_it_consumes_again_after_20_restarts_of_20(
     server: EmbeddedRedis, redis: Redis, models: Path
 ) -> None:
@@ -87,13 +49,13 @@ def test_it_consumes_again_after_20_restarts_of_20(
         until(lambda: "test@" in worker.log and " ready." in worker.log, what="all of it is up")
         open_before = held_open(worker.pid)
         for n in range(20):
-            sent = push(redis, "m", 30) if n % 2 else {}
+            sent = push(redis, "m", range(30)) if n % 2 else {}
             if sent:
                 until(lambda: redis.keys(NAMES.running("*")), what="some compute")
             server.kill()
             server.start()
             back = time.monotonic()
-            sent |= push(redis, "m", 1)
+            sent |= push(redis, "m", range(1))
             expect(redis, sent)
             assert time.monotonic() - back <= CONSUMES_WITHIN_S, f"restart {n}"
         assert worker.alive
@@ -112,7 +74,7 @@ def test_results_that_were_ready_during_an_outage_are_settled_after_it(
     """Once, by the incarnation that computed them."""
     path = tmp_path / "beat.json"
     with Worker(server.url, models, ["slow"], env={"INFERQ_HEARTBEAT_FILE": str(path)}) as worker:
-        sent = push(redis, "slow", 3)
+        sent = push(redis, "slow", range(3))
         until(lambda: redis.keys(NAMES.running("*")), what="they compute")
         server.kill()
 
@@ -139,7 +101,7 @@ def test_an_outage_longer_than_the_lease_costs_nobody_a_claim(
         Worker(server.url, models, ["slow"], name="a", env=env) as a,
         Worker(server.url, models, ["slow"], name="b", env=env) as b,
     ):
-        sent = push(redis, "slow", 24)
+        sent = push(redis, "slow", range(24))
         until(lambda: len(redis.keys(NAMES.running("*"))) == 2, what="both compute")
         ends = [redis.zscore(NAMES.leases, each.incarnation) or 0.0 for each in (a, b)]
         server.kill()
@@ -163,12 +125,12 @@ def test_a_half_open_connection_is_noticed(
         Proxy(server.port, ["worker"]) as proxy,
         Worker(proxy.url("worker"), models, ["m"]) as worker,
     ):
-        sent = push(redis, "m", 40 if busy else 0)
+        sent = push(redis, "m", range(40 if busy else 0))
         if busy:
             until(lambda: redis.keys(NAMES.running("*")), what="some compute")
         proxy.swallow(["worker"])
         since = time.monotonic()
-        sent |= push(redis, "m", 1)
+        sent |= push(redis, "m", range(1))
         expect(redis, sent, 30)
         assert time.monotonic() - since <= NOTICED_WITHIN_S
         until(partial(nothing_is_held, redis), what="nothing is held any more")

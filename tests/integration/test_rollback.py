@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import redis as redis_py
 from helpers.aof import AOF_ARGS, after_last, aof_size, crash_back_to
 from helpers.repository import fake_model, message, numbered
 from helpers.results import held_by, meta_of, nothing_is_held, outputs_of
@@ -23,19 +21,9 @@ from inferq.shared.names import Names
 from inferq.workers.embedded import EmbeddedRedis
 
 NAMES = Names()
+SERVER = {"appendonly": True, "args": AOF_ARGS}
 #: Columns of a request that is claim-checked.
 WIDE = 16_384
-
-
-@pytest.fixture
-def server(new_redis: Callable[..., EmbeddedRedis]) -> EmbeddedRedis:
-    return new_redis(appendonly=True, args=AOF_ARGS)
-
-
-@pytest.fixture
-def redis(server: EmbeddedRedis) -> Iterator[Redis]:
-    with redis_py.Redis.from_url(server.url) as client:
-        yield client
 
 
 @pytest.fixture

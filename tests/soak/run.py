@@ -24,6 +24,7 @@ from statistics import median
 
 import numpy as np
 import redis
+from helpers.process import held_open
 from helpers.repository import fake_model, numbered
 from helpers.worker import Worker
 from rich.console import Console
@@ -90,17 +91,11 @@ def _check(pending: Pending, n: float, width: int, failures: multiprocessing.Que
 
 
 def _process(name: str, pid: int) -> dict[str, float]:
-    folder = Path(f"/proc/{pid}")
-    pages = int((folder / "statm").read_text().split()[1])
-    sockets = 0
-    for fd in (folder / "fd").iterdir():
-        try:
-            sockets += os.readlink(fd).startswith("socket:")
-        except OSError:  # closed meanwhile
-            continue
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    threads, sockets = held_open(pid)
     return {
         f"{name} MB": pages * os.sysconf("SC_PAGE_SIZE") / 1e6,
-        f"{name} threads": len(list((folder / "task").iterdir())),
+        f"{name} threads": threads,
         f"{name} sockets": sockets,
     }
 

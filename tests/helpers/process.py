@@ -1,0 +1,18 @@
+"""What a running process holds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def held_open(pid: int) -> tuple[int, int]:
+    """Threads and sockets of a process."""
+    folder = Path(f"/proc/{pid}")
+    sockets = 0
+    for fd in (folder / "fd").iterdir():
+        try:
+            sockets += os.readlink(fd).startswith("socket:")
+        except OSError:  # closed meanwhile
+            continue
+    return len(list((folder / "task").iterdir())), sockets
