@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.repository import fake_model, message, numbered
-from helpers.results import dead_letters, meta_of, nothing_is_held, outputs_of
+from helpers.repository import fake_model, message, numbered, push
+from helpers.results import dead_letters, expect, meta_of, nothing_is_held, outputs_of
 from helpers.wait import until
 from helpers.worker import SupervisedWorker, Worker
 from redis import Redis
@@ -27,6 +27,8 @@ from inferq.workers.health import EX_FATAL_ENGINE
 from inferq.workers.supervisor import Child, Supervisor
 
 NAMES = Names()
+#: While Redis is silent: the supervisor waits for it twice, 2 s each.
+STOPS_WITHIN_S = 8.0
 
 
 @pytest.fixture
@@ -151,6 +153,46 @@ def test_a_second_signal_hands_back_at_once(redis_url: str, redis: Redis, models
         assert "SIGQUIT to the workers" in worker.log
     assert not redis.exists(NAMES.meta(request_id))
     assert redis.lrange(NAMES.queue("slow"), 0, -1) == [raw]
+
+
+@pytest.mark.parametrize("answers", [True, False], ids=["Redis answers late", "Redis is silent"])
+def test_a_signal_while_a_dead_childs_requests_are_put_back_stops_it_and_loses_none(
+    redis_url: str, redis: Redis, models: Path, answers: bool
+) -> None:
+    with SupervisedWorker(redis_url, models, ["slow"], env={"INFERQ_LEASE_S": "1"}) as worker:
+        sent = push(redis, "slow", range(2))
+        until(lambda: redis.keys(NAMES.running("*")), what="they compute")
+        until(lambda: " serves, " in worker.log, what="the supervisor knows its child")
+        child = worker.child()
+        worker.pause()
+        os.kill(child, signal.SIGKILL)
+        before = {client["id"] for client in redis.client_list()}
+        redis.client_pause(60_000, all=False)
+        try:
+            worker.resume()
+            until(partial(_waits_with_a_script, redis, before), what="it puts them back")
+            worker.process.send_signal(signal.SIGTERM)
+            if answers:
+                redis.client_unpause()
+            assert worker.process.wait(STOPS_WITHIN_S) == 0
+        finally:
+            redis.client_unpause()
+        assert _ended(child)
+        assert "SIGTERM to the workers" in worker.log
+        assert "ended by SIGTERM" not in worker.log, "no other child was started"
+    if answers:
+        assert nothing_is_held(redis)
+        assert redis.zcard(NAMES.leases) == 0
+        assert redis.llen(NAMES.queue("slow")) == 2
+    with Worker(redis_url, models, ["slow"], name="next", env={"INFERQ_LEASE_S": "1"}):
+        expect(redis, sent, 30)
+        until(partial(nothing_is_held, redis), what="nothing is held")
+
+
+def _waits_with_a_script(redis: Redis, before: set[str]) -> bool:
+    """Whether a client that came after those `before` waits for the reply to a script."""
+    newcomers = [client for client in redis.client_list() if client["id"] not in before]
+    return any("b" in each["flags"] and each["cmd"] == "evalsha" for each in newcomers)
 
 
 def test_a_worker_that_cannot_serve_ends_its_supervisor_with_its_status(
