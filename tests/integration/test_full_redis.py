@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import uuid
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import redis as redis_py
+from helpers.envelopes import body, envelope, request, tensor
+from helpers.hostile import links
 from helpers.repository import fake_model, message, numbered
 from helpers.results import held_by, meta_of, nothing_is_held, outputs_of
 from helpers.wait import until
@@ -17,8 +20,11 @@ from redis import Redis
 from inferq.producer import Client
 from inferq.shared.errors import RedisUnavailable
 from inferq.shared.names import Names
+from inferq.shared.schema import MAX_TENSORS
 from inferq.workers.embedded import EmbeddedRedis
 from inferq.workers.engines.fake import FAULT_EXIT
+from inferq.workers.health import read_beat
+from inferq.workers.plane import MAX_AWAY_IN_CANVAS
 
 NAMES = Names()
 MAXMEMORY = 64 << 20
@@ -26,6 +32,13 @@ SERVER = {"maxmemory": MAXMEMORY}
 SHORT_LEASE = {"INFERQ_LEASE_S": "1"}
 #: Columns that make a result larger than what is sent once and published by a script.
 WIDE = 8_192
+#: Of a model with as many inputs as one may have, and how many of its requests make a batch.
+INPUTS = [f"x{n}" for n in range(MAX_TENSORS)]
+MANY = 128
+#: Words that a command in a script may have at most.
+LUA_STACK = 8_000
+#: Most requests that a worker with one lane of 8 has claimed and not computed, with some to spare.
+CLAIMED_AHEAD = 64
 
 
 @pytest.fixture
@@ -34,6 +47,16 @@ def models(tmp_path: Path) -> Path:
     fake_model(root, "m", knobs="lanes = 1\nmax_batch_size = 4\nwarm_up = false",
                fake="faults = true\ndelay_ms = 20")  # fmt: skip
     fake_model(root, "wide", knobs="lanes = 1\nmax_batch_size = 4\nwarm_up = false", width=WIDE)
+    fake_model(root, "linked", knobs="lanes = 1\nmax_batch_size = 8\nwarm_up = false",
+               fake="delay_ms = 10")  # fmt: skip
+    (root / "many").mkdir()
+    tensors = [f'{{ name = "{name}", dtype = "float32", shape = ["batch", 4] }}' for name in INPUTS]
+    (root / "many" / "model.toml").write_text(
+        'engine = "fake"\nlanes = 1\nwarm_up = false\n'
+        # All that the test sends is one batch: it waits until that is complete.
+        f"max_batch_size = {MANY}\nmax_queue_delay_ms = 60_000\n"
+        f"[fake]\ninputs = [{', '.join(tensors)}]\n"
+    )
     return root
 
 
@@ -128,3 +151,76 @@ def test_a_push_that_a_full_redis_refuses_is_an_error_and_what_was_accepted_come
         redis.config_set("maxmemory", 0)
         assert client.infer("m", {"x": numbered(5)}, timeout=10).outputs["x"][0, 0] == 5
         until(lambda: held_by(redis, worker.incarnation) == 0)
+
+
+def test_thousands_of_payloads_are_deleted_by_one_settle_while_redis_is_full(
+    server: EmbeddedRedis, redis: Redis, models: Path
+) -> None:
+    """More of them than a script could name in one command."""
+    sent = dict(_claim_checked(redis, n) for n in range(MANY))
+    assert len(redis.keys(NAMES.payload("*", "*"))) == MANY * len(INPUTS) > LUA_STACK
+    with Worker(server.url, models, ["many"]) as worker:
+        worker.pause()
+        redis.lpush(NAMES.queue("many"), *sent.values())
+        fill(redis)
+        worker.resume()
+        for n, request_id in enumerate(sent):
+            outputs = outputs_of(redis, request_id, 30)
+            for place, name in enumerate(INPUTS):
+                np.testing.assert_array_equal(outputs[name], numbered(n + place / 100))
+        until(lambda: nothing_is_held(redis), what="nothing is held any more")
+        assert redis.get(NAMES.fence(worker.incarnation)) == b"1", "one MULTI has settled all"
+        assert redis.keys(NAMES.payload("*", "*")) == []
+        assert "Redis is full" in worker.log
+        assert "refused one command" not in worker.log
+        assert worker.alive
+
+
+def _claim_checked(redis: Redis, n: int) -> tuple[str, bytes]:
+    """A request of the model many, all inputs of which are claim-checked: its id and message."""
+    request_id = str(uuid.uuid4())
+    inputs, payloads = {}, {}
+    for place, name in enumerate(INPUTS):
+        x, key = numbered(n + place / 100), NAMES.payload(request_id, name)
+        payloads[key] = x.tobytes()
+        inputs[name] = tensor(x, data=..., key=key)
+    redis.mset(payloads)
+    return request_id, envelope(body({"inputs": inputs}), request_id=request_id)
+
+
+def test_claims_stop_while_many_requests_wait_for_their_links(
+    server: EmbeddedRedis, redis: Redis, models: Path, tmp_path: Path
+) -> None:
+    """A full Redis takes results, which make room again, but no links. None of both is lost."""
+    path = tmp_path / "beat.json"
+    count = 3 * MAX_AWAY_IN_CANVAS
+    ids = [str(uuid.uuid4()) for _ in range(count)]
+    link = {"callbacks": links(1)}
+    queue, answered = NAMES.queue("linked"), "nobody"
+    with Worker(server.url, models, ["linked"], env={"INFERQ_HEARTBEAT_FILE": str(path)}) as worker:
+        worker.pause()
+        messages = [request(n, embed=link, request_id=each) for n, each in enumerate(ids)]
+        redis.lpush(queue, *messages)
+        fill(redis)
+        worker.resume()
+        until(lambda: held_by(redis, worker.incarnation) >= MAX_AWAY_IN_CANVAS, what="many wait")
+        left: dict[float, int] = {}
+
+        def nothing_moves() -> bool:
+            """Whether three heartbeats in a row found the queue as long as it is."""
+            if (beat := read_beat(path)) is not None:
+                left.setdefault(beat.written, int(redis.llen(queue)))
+            last = list(left.values())[-3:]
+            return len(last) == 3 and len(set(last)) == 1
+
+        until(nothing_moves, what="no more are claimed")
+        held = held_by(redis, worker.incarnation)
+        assert MAX_AWAY_IN_CANVAS <= held <= MAX_AWAY_IN_CANVAS + CLAIMED_AHEAD
+        assert redis.llen(queue) == count - held
+        assert redis.llen(answered) == 0
+        redis.config_set("maxmemory", 0)
+        for n, request_id in enumerate(ids):
+            np.testing.assert_array_equal(outputs_of(redis, request_id, 30)["x"], numbered(n))
+        until(lambda: nothing_is_held(redis), what="nothing is held any more")
+        assert redis.llen(answered) == count
+        assert worker.alive
