@@ -218,6 +218,9 @@ def test_claims_stop_while_many_requests_wait_for_their_links(
         assert MAX_AWAY_IN_CANVAS <= held <= MAX_AWAY_IN_CANVAS + CLAIMED_AHEAD
         assert redis.llen(queue) == count - held
         assert redis.llen(answered) == 0
+        beat = read_beat(path)
+        assert beat is not None
+        assert beat.stuck_s == 0, "a supervisor would kill it"
         redis.config_set("maxmemory", 0)
         for n, request_id in enumerate(ids):
             np.testing.assert_array_equal(outputs_of(redis, request_id, 30)["x"], numbered(n))

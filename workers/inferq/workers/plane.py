@@ -144,9 +144,12 @@ class DataPlane:
         return self.claimed + self.settled + self._settling.batches_ended
 
     def backlog(self) -> bool:
-        """Whether requests wait in a queue that this worker consumes, as far as it knows."""
+        """Whether requests wait in a queue that this worker consumes, as far as it knows.
+
+        Not while links wait for a Redis that is full or away: a restart would be of no use.
+        """
         ledger = self._ledger
-        if ledger is None or not self._claiming:
+        if ledger is None or not self._claiming or self._holds_back():
             return False
         depths = list(ledger.depths.items())
         return any(depth and self._models[model].consuming for (model, _), depth in depths)
@@ -327,9 +330,12 @@ class DataPlane:
         self._leaving.clear()
 
     def _wants(self, ledger: Ledger) -> tuple[list[Want], list[QueueId]]:
-        if not self._claiming or self._settling.away_in_canvas >= MAX_AWAY_IN_CANVAS:
+        if not self._claiming or self._holds_back():
             return [], []
         return supply.wants(self._models.values(), ledger.depths, self._settling.ending())
+
+    def _holds_back(self) -> bool:
+        return self._settling.away_in_canvas >= MAX_AWAY_IN_CANVAS
 
     def _exchange(self, ledger: Ledger, wants: list[Want], listen: list[QueueId]) -> None:
         sending = portion(self._settling.due)
