@@ -13,14 +13,14 @@ from inferq.shared.errors import DeadlineExceeded, EngineError, FatalEngineError
 from inferq.shared.schema import Array, Ticket
 from inferq.workers.batching.policy import Knobs
 from inferq.workers.batching.waiting import Waiting
-from inferq.workers.engines.base import Batch, gather
+from inferq.workers.engines.base import Batch, Lane, gather
 from inferq.workers.intake import Failed, Revoked
 from inferq.workers.lanes import Finished, Job, Lanes, Outcome, execute
 
 KNOBS = Knobs(max_batch_size=16)
 
 
-class Echo:
+class Echo(Lane):
     """Gives back its inputs; `judge` may raise, seeing them joined. Counts its runs."""
 
     def __init__(self, judge: Callable[[Array], None] = lambda x: None) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from inferq.shared.schema import Array, Signature, TensorSpec
 from inferq.workers.batching.padding import PadRule
-from inferq.workers.engines.base import Batch
+from inferq.workers.engines.base import Batch, Lane
 from inferq.workers.tuning import Tuning, measure, sample, sizes
 
 PLAIN = Signature(
@@ -75,7 +75,7 @@ def test_without_a_known_size_there_is_no_sample_and_no_tuning(dim: str | None) 
     assert measure([Timed(lambda rows: 0.0)], signature, [1, 2], {}) is None
 
 
-class Timed:
+class Timed(Lane):
     """A lane whose runs take what `seconds` says of a batch's size."""
 
     def __init__(self, seconds: Callable[[int], float]) -> None:

@@ -94,6 +94,14 @@ class ModelAdvert(msgspec.Struct, frozen=True, kw_only=True):
     result_expires_s: int = 600
 
 
+class GpuTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """Where one run's time went on the card, in ms, by its own clock."""
+
+    h2d_ms: float
+    compute_ms: float
+    d2h_ms: float
+
+
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     """Where one request's time went, and who served it. Times in ms; None: not known.
 
@@ -118,6 +126,10 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     version: int
     attempt: int
     """1, or 1 + how often a worker died computing this request."""
+    gpu_h2d_ms: float | None = None
+    """Of `compute_ms`, by the card's own clock: copying the batch to the card."""
+    gpu_compute_ms: float | None = None
+    gpu_d2h_ms: float | None = None
 
 
 class Ticket(msgspec.Struct, frozen=True):

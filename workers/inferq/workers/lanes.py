@@ -16,7 +16,7 @@ from queue import Empty, SimpleQueue
 import msgspec
 
 from inferq.shared.errors import EngineError, FatalEngineError, InferqError
-from inferq.shared.schema import Tensors, Ticket
+from inferq.shared.schema import GpuTimes, Tensors, Ticket
 from inferq.workers.batching.policy import Knobs
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Slot
@@ -42,6 +42,7 @@ class Run(msgspec.Struct, frozen=True):
     rows: int
     padding: int
     requests: int
+    gpu: GpuTimes | None = None
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -91,7 +92,7 @@ def execute(lane: Lane, items: Sequence[Waiting], knobs: Knobs) -> list[Outcome]
             for part in (items[:half], items[half:])
             for outcome in execute(lane, part, knobs)
         ]
-    run = Run(started, time.monotonic() * 1000, rows, bucket - rows, len(items))
+    run = Run(started, time.monotonic() * 1000, rows, bucket - rows, len(items), lane.gpu_times)
     if len(items) == 1:
         return [Outcome(items[0], outputs, run)]
     outcomes: list[Outcome] = []

@@ -171,6 +171,16 @@ class Results:
         queued = (
             None if ticket.sent_ms is None else max(0.0, round(item.claimed_ms - ticket.sent_ms, 3))
         )
+        gpu = run.gpu
+        on_gpu = (
+            {}
+            if gpu is None
+            else {
+                "gpu_h2d_ms": round(gpu.h2d_ms, 3),
+                "gpu_compute_ms": round(gpu.compute_ms, 3),
+                "gpu_d2h_ms": round(gpu.d2h_ms, 3),
+            }
+        )
         return {
             "queue_ms": queued,
             "form_ms": round(run.started_ms - item.arrived_ms, 3),
@@ -184,4 +194,5 @@ class Results:
             "model": ticket.model,
             "version": self.version,
             "attempt": ticket.attempts + 1,
+            **on_gpu,
         }

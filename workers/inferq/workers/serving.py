@@ -79,6 +79,7 @@ class ServedModel:
         began = time.monotonic()
         engine.load()
         self._engine = engine
+        self._buckets = engine.buckets
         tuning = self._tune(engine)
         preferred = config.preferred_batch_sizes
         if not preferred and tuning is not None and spec.batchable:
@@ -87,7 +88,7 @@ class ServedModel:
             max_batch_size=spec.max_batch_size,
             preferred_batch_sizes=preferred,
             max_queue_delay_ms=config.max_queue_delay_ms,
-            buckets=config.buckets,
+            buckets=self._buckets,
             batchable=spec.batchable,
             spread=engine.parallel_lanes,
         )
@@ -114,7 +115,7 @@ class ServedModel:
             return None
         tried = [1]
         if self.spec.batchable:
-            tried = sizes(self.spec.max_batch_size, config.buckets)
+            tried = sizes(self.spec.max_batch_size, self._buckets)
         try:
             return measure(engine.lanes, self.spec.signature, tried, dict(config.pad))
         except Exception as problem:

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from inferq.shared.schema import Array, Signature, Tensors
+from inferq.shared.errors import EngineError
+from inferq.shared.schema import Array, GpuTimes, Signature, Tensors
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,15 @@ class Batch:
     batchable: bool = True
 
 
+class OutOfDeviceMemory(EngineError):
+    """The device's memory does not suffice for this batch."""
+
+
 class Lane(Protocol):
     """Where one batch at a time runs."""
+
+    #: Of its last run; None where there is no card to tell.
+    gpu_times: GpuTimes | None = None
 
     def run(self, batch: Batch) -> Mapping[str, Array]:
         """Output name → array with `batch.rows` rows (padding cut off).
@@ -83,6 +91,11 @@ class Engine(ABC):
     @abstractmethod
     def load(self) -> None:
         """Load the model and open the lanes. ConfigError if it cannot be."""
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Batch sizes at which it runs, ascending; empty: any."""
+        return self.options.buckets
 
     @property
     @abstractmethod

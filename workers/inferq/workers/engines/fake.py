@@ -25,7 +25,14 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BeforeValidator, Field
 
 from inferq.shared.errors import ConfigError, EngineError, FatalEngineError
-from inferq.shared.schema import DTYPES, MAX_DIMS, MAX_TENSORS, Array, Signature, TensorSpec
+from inferq.shared.schema import (
+    DTYPES,
+    MAX_DIMS,
+    MAX_TENSORS,
+    Array,
+    Signature,
+    TensorSpec,
+)
 from inferq.workers.engines.base import Batch, Engine, EngineOptions, Lane, gather
 from inferq.workers.validation import Flag, Milliseconds, Text, TomlTable, validate
 
@@ -116,7 +123,7 @@ class FakeEngine(Engine):
         self._lanes = []
 
 
-class FakeLane:
+class FakeLane(Lane):
     """Sleeps, then echoes."""
 
     def __init__(self, table: _Table) -> None:

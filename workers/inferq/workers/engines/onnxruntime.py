@@ -125,7 +125,7 @@ class OnnxRuntimeEngine(Engine):
         self._lanes = []
 
 
-class OnnxRuntimeLane:
+class OnnxRuntimeLane(Lane):
     """A caller of the shared session."""
 
     def __init__(self, session: ort.InferenceSession) -> None:

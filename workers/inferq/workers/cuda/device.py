@@ -1,0 +1,110 @@
+"""The one GPU of this process: its primary context, and what an error of it means.
+
+TensorRT, torch and PyCUDA share the primary context. Each thread makes it current around what it
+does, and no longer: PyCUDA aborts a process whose thread ends with a context still pushed.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Final
+
+from pycuda import driver
+
+from inferq.shared.errors import ConfigError, EngineError, FatalEngineError
+from inferq.workers.engines.base import OutOfDeviceMemory
+
+logger = logging.getLogger(__name__)
+
+
+class Device:
+    """The device that is visible as number 0. `with device:` makes its context current, nested too.
+
+    ConfigError: there is no usable device.
+    """
+
+    def __init__(self) -> None:
+        try:
+            driver.init()
+            self._device = driver.Device(0)
+            self._context = self._device.retain_primary_context()
+        except driver.Error as problem:
+            raise ConfigError(
+                f"no CUDA device could be used ({problem}); expected a GPU and its driver "
+                "(`inferq worker --cpu` serves on the CPU)"
+            ) from problem
+        major, minor = self._device.compute_capability()
+        self.name: Final[str] = self._device.name()
+        #: As "9.0".
+        self.capability: Final = f"{major}.{minor}"
+
+    def __enter__(self) -> None:
+        self._context.push()
+
+    def __exit__(self, *_: object) -> None:
+        driver.Context.pop()
+
+    def memory(self) -> tuple[int, int]:
+        """Free bytes, and all."""
+        with self:
+            free, total = driver.mem_get_info()
+        return free, total
+
+    def judge(self, problem: Exception) -> EngineError | FatalEngineError:
+        """What `problem`, raised by CUDA or by what runs on it, means for the batch, and beyond.
+
+        A sticky error (an illegal address, an assert, ECC) is answered to every call from then on,
+        until the process ends: so the context is asked.
+        """
+        try:
+            with self:
+                driver.Context.synchronize()  # what was submitted before it failed ends, too
+        except driver.Error as sticky:
+            return FatalEngineError(f"CUDA is beyond use: {sticky}")
+        if isinstance(problem, driver.MemoryError | OutOfDeviceMemory):
+            return OutOfDeviceMemory(f"the GPU's memory is full: {problem}")
+        return EngineError(f"on the GPU: {problem}")
+
+    def release(self) -> None:
+        """Let go of the context. All that was made in it is gone by then."""
+        self._context.detach()
+
+
+class _Shared:
+    """One `Device` for all models of the process, as long as one of them is loaded."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._device: Device | None = None
+        self._users = 0
+
+    def acquire(self) -> Device:
+        with self._lock:
+            if self._device is None:
+                self._device = Device()
+                logger.info(
+                    "GPU: %s, compute capability %s", self._device.name, self._device.capability
+                )
+            self._users += 1
+            return self._device
+
+    def release(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0 and self._device is not None:
+                self._device.release()
+                self._device = None
+
+
+_shared = _Shared()
+
+
+def acquire() -> Device:
+    """The process's device; to be followed by one `release`. ConfigError: it cannot be used."""
+    return _shared.acquire()
+
+
+def release() -> None:
+    """Undo one `acquire`."""
+    _shared.release()

@@ -1,0 +1,248 @@
+"""A lane on a GPU: one stream, one executor, and buffers of fixed addresses.
+
+    gather   requests' rows → pinned memory         this thread
+    h2d      pinned → device        event           the stream, from here on
+    compute  the executor, as a CUDA graph if it can be one        event
+    d2h      device → pinned        event
+    wait     for the last event, GIL released        this thread
+
+While one lane's stream copies, another's computes: two lanes hide the copies. Each lane's thread
+does both, submits and waits, so nothing is handed over between threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Final, Protocol
+
+import numpy as np
+from pycuda import driver
+
+from inferq.shared.schema import Array, GpuTimes, Tensors
+from inferq.workers.cuda.buffers import Buffer
+from inferq.workers.cuda.device import Device
+from inferq.workers.cuda.graphs import CaptureFailed, Graph
+from inferq.workers.engines.base import Batch, OutOfDeviceMemory
+
+logger = logging.getLogger(__name__)
+
+#: Sets of shapes whose views and graphs are kept. Buckets are few; dims that are not padded may
+#: take any size.
+KEPT_SHAPES: Final = 64
+_NON_BLOCKING: Final = 1
+
+Shape = tuple[int, ...]
+
+
+class Executor(Protocol):
+    """What computes on the device's memory; each belongs to one lane. Errors are any Exception."""
+
+    def set_shapes(self, shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
+        """The next runs' inputs have these shapes; return the outputs'."""
+        ...
+
+    def set_address(self, name: str, address: int) -> None:
+        """Where this input or output stands, from now on."""
+        ...
+
+    def enqueue(self, stream: int) -> None:
+        """Put one run on the stream of this handle."""
+        ...
+
+    def close(self) -> None:
+        """Free it; nothing of it is running."""
+        ...
+
+
+class RowLimit:
+    """How many rows fit the GPU's memory, as far as it was found out. Shared by a model's lanes."""
+
+    def __init__(self) -> None:
+        self.rows = math.inf
+
+
+class _Bound:
+    """One set of shapes: where its tensors stand in the pinned memory, and its graph."""
+
+    def __init__(self, shapes: Mapping[str, Shape]) -> None:
+        self.shapes = dict(shapes)
+        self.inputs: dict[str, Array] = {}
+        self.outputs: dict[str, Array] = {}
+        self.graph: Graph | None = None
+
+
+class CudaLane:
+    """Made, run and closed by any thread, one at a time.
+
+    `inputs`, `outputs`: name → dtype. `largest`: the inputs' largest shapes, for which memory is
+    taken here. PyCUDA's MemoryError: there is not enough. `graphs`: whether runs are captured.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        executor: Executor,
+        inputs: Mapping[str, str],
+        outputs: Mapping[str, str],
+        largest: Mapping[str, Shape],
+        limit: RowLimit,
+        *,
+        bucket: Callable[[int], int],
+        graphs: bool,
+    ) -> None:
+        self._device = device
+        self._executor = executor
+        self._limit = limit
+        self._bucket = bucket
+        self._graphs = graphs
+        self._bound: OrderedDict[tuple[Shape, ...], _Bound] = OrderedDict()
+        self._current: _Bound | None = None
+        self.gpu_times: GpuTimes | None = None
+        with device:
+            self._stream = driver.Stream(_NON_BLOCKING)
+            flags = driver.event_flags.BLOCKING_SYNC  # a lane that waits leaves its core to others
+            self._events = [driver.Event(flags) for _ in range(4)]
+            shapes = {**largest, **executor.set_shapes(largest)}
+            self._buffers = {
+                name: Buffer(dtype, shapes[name]) for name, dtype in {**inputs, **outputs}.items()
+            }
+            self._inputs, self._outputs = list(inputs), list(outputs)
+            for name, buffer in self._buffers.items():
+                executor.set_address(name, buffer.address)
+
+    def run(self, batch: Batch) -> Mapping[str, Array]:
+        """As in `Lane`. Where memory is short the batch is split, and those after it."""
+        if batch.batchable and batch.rows > self._limit.rows:
+            return self._run_split(batch)
+        try:
+            return self._run(batch)
+        except OutOfDeviceMemory:
+            if not batch.batchable or batch.rows == 1 or batch.rows > self._limit.rows:
+                raise
+            self._limit.rows = min(self._limit.rows, (batch.rows + 1) // 2)
+            logger.warning("out of GPU memory at %d rows: runs are of at most %d now",
+                           batch.rows, self._limit.rows)  # fmt: skip
+            return self._run_split(batch)
+
+    def _run_split(self, batch: Batch) -> Mapping[str, Array]:
+        names = list(batch.parts[0])
+        rows = {name: np.concatenate([part[name] for part in batch.parts]) for name in names}
+        most = int(self._limit.rows)
+        pieces = []
+        for begin in range(0, batch.rows, most):
+            part: Tensors = {name: array[begin : begin + most] for name, array in rows.items()}
+            count = min(most, batch.rows - begin)
+            bucket = max(count, min(self._bucket(count), most))
+            pieces.append(self._run(Batch([part], count, bucket)))
+        return {name: np.concatenate([piece[name] for piece in pieces]) for name in self._outputs}
+
+    def _run(self, batch: Batch) -> Mapping[str, Array]:
+        first = batch.parts[0]
+        shapes = {name: first[name].shape for name in self._inputs}
+        if batch.batchable:
+            shapes = {name: (batch.bucket, *shape[1:]) for name, shape in shapes.items()}
+        with self._device:
+            try:
+                bound = self._bind(shapes)
+                _gather(batch, bound.inputs)
+                self._submit(bound)
+                self._events[-1].synchronize()
+                if bound.graph is None and self._graphs:
+                    self._capture(bound)
+            except Exception as problem:
+                raise self._device.judge(problem) from problem
+            h2d, began, ended, done = self._events
+            self.gpu_times = GpuTimes(
+                h2d_ms=began.time_since(h2d),
+                compute_ms=ended.time_since(began),
+                d2h_ms=done.time_since(ended),
+            )
+        rows = slice(batch.rows) if batch.batchable else ...
+        return {name: array[rows].copy() for name, array in bound.outputs.items()}
+
+    def _bind(self, shapes: Mapping[str, Shape]) -> _Bound:
+        key = tuple(shapes.values())
+        bound = self._bound.get(key)
+        if bound is None:
+            bound = self._new(key, shapes)
+        elif bound is not self._current:
+            self._bound.move_to_end(key)
+            if bound.graph is None:  # a graph has its shapes in it
+                self._current = None  # if this fails, the executor's shapes are not known
+                self._executor.set_shapes(bound.shapes)
+        self._current = bound
+        return bound
+
+    def _new(self, key: tuple[Shape, ...], shapes: Mapping[str, Shape]) -> _Bound:
+        self._current = None
+        bound = _Bound(shapes)
+        outputs = self._executor.set_shapes(shapes)
+        for name in self._inputs:
+            bound.inputs[name] = self._buffers[name].view(shapes[name])
+        for name in self._outputs:
+            bound.outputs[name] = self._buffers[name].view(outputs[name])
+        self._bound[key] = bound
+        if len(self._bound) > KEPT_SHAPES:
+            _, oldest = self._bound.popitem(last=False)
+            if oldest.graph is not None:
+                oldest.graph.close()
+        return bound
+
+    def _submit(self, bound: _Bound) -> None:
+        h2d, began, ended, done = self._events
+        h2d.record(self._stream)
+        for name, array in bound.inputs.items():
+            driver.memcpy_htod_async(self._buffers[name].address, array, self._stream)
+        began.record(self._stream)
+        if bound.graph is not None:
+            bound.graph.launch()
+        else:
+            self._executor.enqueue(self._stream.handle)
+        ended.record(self._stream)
+        for name, array in bound.outputs.items():
+            driver.memcpy_dtoh_async(array, self._buffers[name].address, self._stream)
+        done.record(self._stream)
+
+    def _capture(self, bound: _Bound) -> None:
+        """Once it has run: what is prepared by a first run cannot be captured."""
+        stream = self._stream.handle
+        try:
+            bound.graph = Graph(stream, lambda: self._executor.enqueue(stream))
+        except CaptureFailed as problem:
+            self._graphs = False
+            logger.info("runs without CUDA graphs: %s", problem)
+
+    def close(self) -> None:
+        """Free all of it. Nothing is running. Whatever CUDA answers, it is not raised."""
+        with self._device:
+            try:
+                self._stream.synchronize()
+                for bound in self._bound.values():
+                    if bound.graph is not None:
+                        bound.graph.close()
+                self._executor.close()
+            except Exception as problem:  # noqa: BLE001 - the process is about to end then
+                logger.warning("a lane was not closed cleanly: %s", problem)
+            self._bound.clear()
+            self._current = None
+            self._buffers.clear()
+            del self._events, self._stream
+
+
+def _gather(batch: Batch, into: Mapping[str, Array]) -> None:
+    """Each request's rows to their place in the batch; padding repeats the last row."""
+    if not batch.batchable:
+        for name, array in batch.parts[0].items():
+            into[name][...] = array
+        return
+    for name, rows in into.items():
+        at = 0
+        for part in batch.parts:
+            array = part[name]
+            rows[at : at + len(array)] = array
+            at += len(array)
+        if at < batch.bucket:
+            rows[at:] = rows[at - 1]
