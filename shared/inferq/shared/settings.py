@@ -64,6 +64,8 @@ class Settings(BaseSettings):
     heartbeat_file: Path | None = None
     #: The worker's model repository; None: the worker's command line names it.
     models: Path | None = None
+    #: Where TensorRT's plans are kept; None: ~/.cache/inferq/plans.
+    plans: Path | None = None
 
     @field_validator("*", mode="before")
     @classmethod

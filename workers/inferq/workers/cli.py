@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 import click
 
+from inferq.workers.build_command import build
 from inferq.workers.dead_command import dead
 from inferq.workers.demo.command import demo
 from inferq.workers.health_command import health
@@ -24,6 +25,7 @@ def inferq() -> None:
 
 inferq.add_command(worker)
 inferq.add_command(models)
+inferq.add_command(build)
 inferq.add_command(health)
 inferq.add_command(dead)
 inferq.add_command(demo)

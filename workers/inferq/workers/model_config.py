@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -61,7 +61,16 @@ def _names(labels: object) -> object:
     return labels
 
 
+def _from_least_to_most(sizes: tuple[int, int, int]) -> tuple[int, int, int]:
+    if list(sizes) != sorted(sizes):
+        raise ValueError("the smallest, the usual and the largest size, in this order")
+    return sizes
+
+
+#: Of a dim other than the batch.
+DimSize = Annotated[int, Field(strict=True, ge=1, le=1 << 24)]
 Sizes = Annotated[tuple[Rows, ...], Field(max_length=MAX_SIZES), AfterValidator(_ascending)]
+ProfileSizes = Annotated[tuple[DimSize, DimSize, DimSize], AfterValidator(_from_least_to_most)]
 Labels = Annotated[tuple[str, ...] | str, BeforeValidator(_names)]
 
 
@@ -70,7 +79,7 @@ class PadTable(PadRule):
     """``[pad.<symbol>]``: the sizes to which that dim is padded, and what stands in the padding."""
 
     buckets: Annotated[
-        tuple[Annotated[int, Field(strict=True, ge=1, le=1 << 24)], ...],
+        tuple[DimSize, ...],
         Field(min_length=1, max_length=MAX_SIZES),
         AfterValidator(_ascending),
     ]
@@ -113,6 +122,9 @@ class ModelConfig(TomlTable):
     #: What the outputs' classes are called: a list, or a file in the model's folder, one a line.
     labels: Labels = ()
     pad: dict[str, PadTable] = Field(default_factory=dict, max_length=64)
+    #: Symbol → its smallest, usual and largest size: what TensorRT builds for. Where it is silent
+    #: the batch knobs and `pad` say it (`trt.profiles`).
+    profile: dict[str, ProfileSizes] = Field(default_factory=dict, max_length=64)
 
     @property
     def default_max_batch_size(self) -> int:
@@ -189,4 +201,15 @@ def check_pad(pad: Mapping[str, PadRule], signature: Signature) -> None:
             raise ConfigError(
                 f"pad.{symbol} names no dim that can be padded; expected a symbol of an input "
                 f"other than its first dim ({expected})"
+            )
+
+
+def check_profile(profile: Collection[str], signature: Signature) -> None:
+    """ConfigError unless each symbol of ``[profile]`` is a dim of an input."""
+    known = {dim for spec in signature.inputs for dim in spec.shape if isinstance(dim, str)}
+    for symbol in profile:
+        if symbol not in known:
+            expected = ", ".join(sorted(known)) or "none: all dims of this model are fixed"
+            raise ConfigError(
+                f"profile.{symbol} names no dim; expected a symbol of an input ({expected})"
             )

@@ -20,7 +20,7 @@ from inferq.shared.errors import ConfigError
 from inferq.shared.names import is_model_name
 from inferq.shared.schema import ModelAdvert, Signature
 from inferq.workers.engines import ENGINES, engine_class, registered
-from inferq.workers.model_config import ModelConfig, ModelToml, check_pad, read_toml
+from inferq.workers.model_config import ModelConfig, ModelToml, check_pad, check_profile, read_toml
 from inferq.workers.signatures import why_not_batchable
 
 logger = logging.getLogger(__name__)
@@ -131,6 +131,7 @@ def load_model(root: Path, name: str) -> ModelSpec:
     config = toml.config.model_copy(update={"engine": engine})
     with _naming(toml_path):
         check_pad(config.pad, signature)
+        check_profile(config.profile, signature)
         return ModelSpec(
             name=name,
             version=versions[-1],

@@ -1,0 +1,226 @@
+"""``inferq build``: an ONNX model of the repository as a TensorRT plan, kept for the workers."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from inferq.shared.errors import InferqError
+
+if TYPE_CHECKING:
+    from inferq.workers.trt.builder import Order
+    from inferq.workers.trt.plans import Plan, PlanFolder
+
+UNVERIFIED = "unverified: no GPU here; the first worker that loads it verifies it"
+#: Phases within phases that are shown.
+MAX_DEPTH = 2
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--models", "repository", envvar="INFERQ_MODELS", required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="The model repository. Also: INFERQ_MODELS.",
+)  # fmt: skip
+@click.option(
+    "--precision", default=None, type=click.Choice(["fp32", "fp16"]),
+    help="fp32 takes the file's own types. Default: [tensorrt] in model.toml, or else fp32.",
+)  # fmt: skip
+@click.option(
+    "--batch", default=None, metavar="MIN,OPT,MAX",
+    help="Smallest, usual and largest batch, as 1,8,64. Default: [profile] in model.toml, or else "
+    "1, the preferred size and max_batch_size.",
+)  # fmt: skip
+@click.option(
+    "--flavour", "flavour_name", default=None,
+    type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),
+    help="Default: [tensorrt] in model.toml, or else the one that is installed.",
+)  # fmt: skip
+@click.option(
+    "--plans", envvar="INFERQ_PLANS", type=click.Path(file_okay=False, path_type=Path),
+    help="Where plans are kept. Default: ~/.cache/inferq/plans. Also: INFERQ_PLANS.",
+)  # fmt: skip
+@click.option(
+    "--verify", "samples", default=None, type=click.Path(dir_okay=False, path_type=Path),
+    help="An .npz file with one request's inputs, on which the plan is verified, too.",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="Build even if there is such a plan already.")
+def build(
+    model: str,
+    repository: Path,
+    precision: str | None,
+    batch: str | None,
+    flavour_name: str | None,
+    plans: Path | None,
+    samples: Path | None,
+    force: bool,
+) -> None:
+    """Build MODEL for TensorRT, and keep the plan where workers find it.
+
+    A plan that was built before from the same file, for the same TensorRT, GPU, shapes and
+    precision is taken from the cache. Where there is a GPU it is compared with ONNX Runtime on
+    zeros, random and given inputs; one that differs too much fails.
+    """
+    from inferq.workers.repository import load_model  # noqa: PLC0415 (heavy)
+    from inferq.workers.trt.builder import Order, ensure_plan  # noqa: PLC0415
+    from inferq.workers.trt.device import compute_capability  # noqa: PLC0415
+    from inferq.workers.trt.flavours import BuildStopped, find_flavour  # noqa: PLC0415
+    from inferq.workers.trt.plans import PlanFolder  # noqa: PLC0415
+    from inferq.workers.trt.profiles import parse_batch  # noqa: PLC0415
+
+    try:
+        spec = load_model(repository, model)
+        table = spec.engine_table if spec.config.engine == "tensorrt" else {}
+        order = Order(
+            spec=spec,
+            flavour=find_flavour(flavour_name or table.get("flavour", "auto")),
+            precision=precision or table.get("precision", "fp32"),
+            batch=None if batch is None else parse_batch(batch),
+            capability=compute_capability(),
+        )
+        folder = PlanFolder(plans)
+        with _shown() as progress:
+            plan = ensure_plan(order, folder, progress=progress, force=force)
+        plan = _verified(order, folder, plan, samples)
+    except BuildStopped:
+        raise click.Abort from None
+    except InferqError as problem:
+        raise click.ClickException(problem.message) from problem
+    _print(order, plan)
+
+
+def _verified(order: Order, folder: PlanFolder, plan: Plan, given: Path | None) -> Plan:
+    """`plan`, compared with ONNX Runtime if that can be done here and was not before."""
+    from inferq.workers.trt.verify import load_samples, make_samples, verify  # noqa: PLC0415
+
+    samples = load_samples(given, order.spec) if given is not None else []
+    if order.capability is None or (plan.record.verified and not samples):
+        return plan
+    from inferq.workers.trt.once import loaded  # noqa: PLC0415
+
+    with loaded(order.flavour, plan.load()) as run:
+        everything = [*make_samples(order.spec, order.ranges), *samples]
+        error = verify(run, order.spec, everything, precision=order.precision)
+    return folder.verified(plan, error)
+
+
+def _print(order: Order, plan: Plan) -> None:
+    from inferq.workers.trt.profiles import as_toml, symbol_sizes  # noqa: PLC0415
+
+    record = plan.record
+    known = UNVERIFIED if not record.verified else f"verified: differs by {record.max_error:.2g}"
+    origin = "from the cache, built" if plan.from_cache else "built"
+    click.echo(
+        f"{plan.path}: {record.bytes / 1e6:.1f} MB, {origin} in {record.seconds:.1f} s by "
+        f"{order.flavour.name} {order.flavour.version} as {record.key.precision}; {known}"
+    )
+    if order.batch is not None and _differs(order):
+        sizes = as_toml(symbol_sizes(order.spec, order.batch))
+        click.echo(f"workers take this plan if model.toml says:\n{sizes}")
+
+
+def _differs(order: Order) -> bool:
+    """Whether workers, who know no --batch, would look for another plan."""
+    from inferq.workers.trt.profiles import symbol_sizes  # noqa: PLC0415
+
+    try:
+        return symbol_sizes(order.spec) != symbol_sizes(order.spec, order.batch)
+    except InferqError:
+        return True
+
+
+class _Steps:
+    """Follows the nested phases of a build, and stops it on Ctrl-C."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._depths: dict[str, int] = {}
+
+    def start(self, phase: str, parent: str | None, steps: int) -> None:
+        self._depths[phase] = depth = self._depths.get(parent or "", -1) + 1
+        if depth < MAX_DEPTH:
+            self.began(phase, depth, steps)
+
+    def step(self, phase: str, done: int) -> None:
+        if self._depths.get(phase, MAX_DEPTH) < MAX_DEPTH:
+            self.went_on(phase, done)
+
+    def finish(self, phase: str) -> None:
+        if self._depths.pop(phase, MAX_DEPTH) < MAX_DEPTH:
+            self.ended(phase)
+
+    def began(self, phase: str, depth: int, steps: int) -> None: ...
+
+    def went_on(self, phase: str, done: int) -> None: ...
+
+    def ended(self, phase: str) -> None: ...
+
+
+class _Lines(_Steps):
+    """One line for each phase, where nobody looks on."""
+
+    def began(self, phase: str, depth: int, steps: int) -> None:
+        click.echo(f"{'  ' * depth}{phase}", err=True)
+
+
+class _Bars(_Steps):
+    """A bar for each phase that is under way."""
+
+    def __init__(self, bars: Any) -> None:
+        super().__init__()
+        self._bars = bars
+        self._tasks: dict[str, Any] = {}
+
+    def began(self, phase: str, depth: int, steps: int) -> None:
+        self._tasks[phase] = self._bars.add_task("  " * depth + phase, total=steps)
+
+    def went_on(self, phase: str, done: int) -> None:
+        self._bars.update(self._tasks[phase], completed=done)
+
+    def ended(self, phase: str) -> None:
+        self._bars.remove_task(self._tasks.pop(phase))
+
+
+@contextmanager
+def _shown() -> Iterator[_Steps]:
+    """Progress on the terminal, or in lines without one; Ctrl-C stops the build meanwhile."""
+    from rich.console import Console  # noqa: PLC0415 (heavy)
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        steps: _Steps = _Lines()
+        with _stopping(steps):
+            yield steps
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        steps = _Bars(bars)
+        with _stopping(steps):
+            yield steps
+
+
+@contextmanager
+def _stopping(steps: _Steps) -> Iterator[None]:
+    """Ctrl-C is noted: an exception within TensorRT's callbacks would be lost."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        if steps.stopped:
+            raise KeyboardInterrupt
+        steps.stopped = True
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

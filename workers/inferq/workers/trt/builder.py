@@ -1,0 +1,164 @@
+"""Turns a model of the repository into a plan, or finds the plan that was built before."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Final
+
+from inferq.shared.errors import ConfigError
+from inferq.shared.schema import TensorSpec
+from inferq.workers.repository import ModelSpec
+from inferq.workers.trt.flavours import ANY_GPU, Flavour, InputRange, Network, Progress
+from inferq.workers.trt.plans import Plan, PlanFolder, PlanKey, model_digest, new_record
+from inferq.workers.trt.precision import check_precision, prepare
+from inferq.workers.trt.profiles import Sizes, input_ranges, open_ranges, symbol_sizes
+
+logger = logging.getLogger(__name__)
+
+FILE: Final = "model.onnx"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be built. `capability` is that of the GPU at hand, as "9.0"; None: there is none.
+
+    `batch`: the smallest, usual and largest batch in place of model.toml's. `workspace_bytes`: the
+    most device memory that a kernel may take for itself while it runs; None: all there is.
+    """
+
+    spec: ModelSpec
+    flavour: Flavour
+    precision: str = "fp32"
+    batch: Sizes | None = None
+    capability: str | None = None
+    workspace_bytes: int | None = None
+
+    @property
+    def ranges(self) -> tuple[InputRange, ...]:
+        """The shapes of all inputs. ConfigError: nothing says how large they may be."""
+        return input_ranges(self.spec, symbol_sizes(self.spec, self.batch))
+
+
+def ensure_plan(
+    order: Order,
+    folder: PlanFolder,
+    *,
+    progress: Progress | None = None,
+    force: bool = False,
+) -> Plan:
+    """The plan of `order`: from `folder`, or else built and stored there.
+
+    A plan that is bound to no GPU serves every one. `force` builds in any case. ConfigError: the
+    plan in the folder is altered, or the model cannot be built; BuildStopped.
+    """
+    key = plan_key(order)
+    folder.open()
+    spec = order.spec
+    with folder.lock(spec.name, spec.version, key):
+        if not force:
+            for each in _acceptable(order, key):
+                plan = folder.find(spec.name, spec.version, each)
+                if plan is not None:
+                    return plan
+        return _build(order, key, folder, progress)
+
+
+def plan_key(order: Order) -> PlanKey:
+    """What the plan of `order` depends on. ConfigError: it cannot be built here at all."""
+    check_precision(order.precision)
+    flavour, path = order.flavour, order.spec.path
+    if path is None or path.name != FILE:
+        raise ConfigError(
+            f"model {order.spec.name!r} is served from {path and path.name}; expected {FILE}: "
+            "TensorRT builds ONNX files"
+        )
+    if order.capability is None and not flavour.builds_anywhere:
+        raise ConfigError(
+            f"flavour is {flavour.name!r}, which builds only where there is a GPU, and none was "
+            "found; expected --flavour tensorrt-rtx"
+        )
+    return PlanKey(
+        model=model_digest(path),
+        flavour=flavour.name,
+        flavour_version=flavour.version,
+        capability=order.capability or ANY_GPU,
+        precision=order.precision,
+        ranges=order.ranges,
+    )
+
+
+def _acceptable(order: Order, key: PlanKey) -> list[PlanKey]:
+    """The keys of the plans that serve as well, the best first."""
+    if not order.flavour.builds_anywhere or key.capability == ANY_GPU:
+        return [key]
+    return [
+        key,
+        PlanKey(key.model, key.flavour, key.flavour_version, ANY_GPU, key.precision, key.ranges),
+    ]
+
+
+def _build(order: Order, key: PlanKey, folder: PlanFolder, progress: Progress | None) -> Plan:
+    began = time.monotonic()
+    spec, flavour = order.spec, order.flavour
+    assert spec.path is not None
+    model = prepare(spec.path, order.precision)
+    network = flavour.parse(spec.path, model)
+    _check_tensors(spec, network)
+    _check_shapes(spec, flavour, network, key.ranges)
+    open_ones = open_ranges(spec, key.ranges)
+    cache_name = f"timing.{flavour.name}.{flavour.version}.{key.capability}"
+    plan, measured = flavour.build(
+        network,
+        [open_ones] if open_ones else [],
+        capability=key.capability,
+        workspace_bytes=order.workspace_bytes,
+        timing_cache=folder.read_cache(cache_name) if flavour.has_timing_cache else None,
+        progress=progress,
+    )
+    if measured is not None:
+        folder.write_cache(cache_name, measured)
+    record = new_record(key, spec.name, spec.version, time.monotonic() - began)
+    return folder.store(record, plan)
+
+
+def _check_tensors(spec: ModelSpec, network: Network) -> None:
+    """ConfigError unless TensorRT sees the inputs and outputs that the signature has."""
+    for kind, ours, theirs in (
+        ("input", spec.signature.inputs, network.inputs),
+        ("output", spec.signature.outputs, network.outputs),
+    ):
+        found = {tensor.name: tensor for tensor in theirs}
+        if found.keys() != {tensor.name for tensor in ours}:
+            raise ConfigError(
+                f"{spec.path}: TensorRT sees the {kind}s {', '.join(sorted(found))}; "
+                f"expected {', '.join(sorted(tensor.name for tensor in ours))}"
+            )
+        for tensor in ours:
+            _check_tensor(spec, kind, tensor, found[tensor.name])
+
+
+def _check_tensor(spec: ModelSpec, kind: str, ours: TensorSpec, theirs: TensorSpec) -> None:
+    if theirs.dtype != ours.dtype:
+        raise ConfigError(
+            f"{spec.path}: {kind} {ours.name!r} is {ours.dtype}, of which TensorRT makes "
+            f"{theirs.dtype}; expected an {kind} that it takes as it is"
+        )
+
+
+def _check_shapes(
+    spec: ModelSpec, flavour: Flavour, network: Network, ranges: tuple[InputRange, ...]
+) -> None:
+    if network.shape_inputs:
+        raise ConfigError(
+            f"{spec.path}: the values of input {network.shape_inputs[0]!r} are used as a shape; "
+            "expected shapes that follow from the inputs' shapes"
+        )
+    found = flavour.data_dependent(network, {span.name: span.opt for span in ranges})
+    if found:
+        raise ConfigError(
+            f"{spec.path}: the shape of output {found[0]!r} depends on the inputs' values, so that "
+            "no buffer can be laid out for it; expected shapes that follow from the inputs' shapes "
+            '(ONNX Runtime serves such models: engine = "onnxruntime")'
+        )
