@@ -47,6 +47,13 @@ def _bytes(rows: int, seed: int) -> Tensors:
     return {"bytes": rng.integers(0, 257, (rows, 2048), dtype=np.int32)}
 
 
+def _double_program(folder: Path) -> Path:
+    pytest.importorskip("torch", reason='PyTorch is not installed: pip install "inferq[torch]"')
+    from helpers import torch_models  # noqa: PLC0415 - it needs PyTorch
+
+    return torch_models.double(folder / "model.pt2")
+
+
 def _from_wheel(package: str, file: str) -> Callable[[Path], Path]:
     def place(folder: Path) -> Path:
         return Path(shutil.copy(package_folder(package) / file, folder / "model.onnx"))
@@ -62,6 +69,7 @@ CASES = {
         _floats("x", 3),
         {},
     ),
+    "torch": Case("torch", _double_program, _floats("x", 3), {}),
     "magika": Case(
         "onnxruntime", _from_wheel("magika", "models/standard_v3_3/model.onnx"), _bytes, {}
     ),

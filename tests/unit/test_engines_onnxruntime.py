@@ -15,9 +15,10 @@ from helpers.onnx_models import FLOAT, node
 
 from inferq.shared.errors import ConfigError, EngineError
 from inferq.shared.schema import Signature
-from inferq.workers.engines import onnxruntime
+from inferq.workers.engines import cores, onnxruntime
 from inferq.workers.engines.base import Batch, EngineOptions
-from inferq.workers.engines.onnxruntime import OnnxRuntimeEngine, usable_cores
+from inferq.workers.engines.cores import usable_cores
+from inferq.workers.engines.onnxruntime import OnnxRuntimeEngine
 from inferq.workers.signatures import why_not_batchable
 
 
@@ -241,13 +242,13 @@ def test_a_cpu_gets_a_lane_for_each_core_it_may_use(file: Path) -> None:
     assert engine.parallel_lanes
 
 
-@pytest.mark.parametrize(("quota", "cores"), [("50000 100000", 1), ("max 100000", None)])
+@pytest.mark.parametrize(("quota", "expected"), [("50000 100000", 1), ("max 100000", None)])
 def test_a_containers_quota_bounds_the_cores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, cores: int | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, expected: int | None
 ) -> None:
     (tmp_path / "cpu.max").write_text(f"{quota}\n")
-    monkeypatch.setattr(onnxruntime, "_CPU_MAX", tmp_path / "cpu.max")
-    assert usable_cores() == (cores or len(os.sched_getaffinity(0)))
+    monkeypatch.setattr(cores, "_CPU_MAX", tmp_path / "cpu.max")
+    assert usable_cores() == (expected or len(os.sched_getaffinity(0)))
 
 
 @pytest.mark.skipif(

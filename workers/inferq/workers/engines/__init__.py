@@ -31,6 +31,9 @@ ENGINES: Final[Mapping[str, Registered]] = {
     "onnxruntime": Registered(
         "inferq.workers.engines.onnxruntime:OnnxRuntimeEngine", files=("model.onnx",)
     ),
+    "torch": Registered(
+        "inferq.workers.engines.torch:TorchEngine", files=("model.pt2",), extra="torch"
+    ),
     "fake": Registered("inferq.workers.engines.fake:FakeEngine"),
 }
 

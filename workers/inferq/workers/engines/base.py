@@ -13,12 +13,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 
 from inferq.shared.errors import EngineError
 from inferq.shared.schema import Array, GpuTimes, Signature, Tensors
+
+#: Libraries' messages can hold whole shapes and stack traces.
+MAX_REASON_CHARS: Final = 500
 
 
 @dataclass(frozen=True)
@@ -130,3 +133,38 @@ def gather(batch: Batch) -> dict[str, Array]:
             pieces.append(np.broadcast_to(last, (padding, *array.shape[1:])))
         joined[name] = np.concatenate(pieces)
     return joined
+
+
+def check_inputs(inputs: Tensors, dtypes: Mapping[str, np.dtype[Any]]) -> None:
+    """EngineError unless `inputs` are those of `dtypes` (name → dtype), no more and no fewer.
+
+    For engines whose library would take others without a word.
+    """
+    if inputs.keys() != dtypes.keys():
+        raise EngineError(f"inputs are {sorted(inputs)}; expected {sorted(dtypes)}")
+    for name, array in inputs.items():
+        if array.dtype != dtypes[name]:
+            raise EngineError(f"input {name!r} is {array.dtype.name}; expected {dtypes[name].name}")
+
+
+def without_padding(batch: Batch, outputs: Mapping[str, Array]) -> Mapping[str, Array]:
+    """`outputs` of a run of `gather(batch)`, cut to the batch's rows where it was padded.
+
+    EngineError for an output of another number of rows than was run.
+    """
+    if not batch.batchable or batch.bucket == batch.rows:
+        return outputs
+    for name, array in outputs.items():
+        # Counted before the padding is cut, or rows that are missing would go unseen.
+        got = array.shape[0] if array.ndim else "no"
+        if got != batch.bucket:
+            raise EngineError(
+                f"output {name!r} has {got} rows; expected {batch.bucket}, as the inputs"
+            )
+    return {name: array[: batch.rows] for name, array in outputs.items()}
+
+
+def reason(problem: Exception) -> str:
+    """What a library says of `problem`, on one line of at most `MAX_REASON_CHARS` (and "…")."""
+    text = " ".join(str(problem).split()) or type(problem).__name__
+    return text if len(text) <= MAX_REASON_CHARS else text[:MAX_REASON_CHARS] + "…"

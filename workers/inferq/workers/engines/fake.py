@@ -24,16 +24,9 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Field
 
-from inferq.shared.errors import ConfigError, EngineError, FatalEngineError
-from inferq.shared.schema import (
-    DTYPES,
-    MAX_DIMS,
-    MAX_TENSORS,
-    Array,
-    Signature,
-    TensorSpec,
-)
-from inferq.workers.engines.base import Batch, Engine, EngineOptions, Lane, gather
+from inferq.shared.errors import ConfigError, FatalEngineError
+from inferq.shared.schema import DTYPES, MAX_DIMS, MAX_TENSORS, Array, Signature, TensorSpec
+from inferq.workers.engines.base import Batch, Engine, EngineOptions, Lane, check_inputs, gather
 from inferq.workers.validation import Flag, Milliseconds, Text, TomlTable, validate
 
 #: With ``faults = true``, what the first element of a request's first input makes of its batch.
@@ -134,7 +127,7 @@ class FakeLane(Lane):
     def run(self, batch: Batch) -> Mapping[str, Array]:
         table = self._table
         arrays = gather(batch)
-        self._check(arrays)
+        check_inputs(arrays, self._dtypes)
         delay_ms = table.delay_ms + table.delay_ms_per_row * batch.bucket
         if delay_ms:
             time.sleep(delay_ms / 1000)
@@ -146,15 +139,6 @@ class FakeLane(Lane):
         if batch.batchable and rows != batch.bucket:
             return {name: array[:rows] for name, array in arrays.items()}
         return arrays
-
-    def _check(self, arrays: Mapping[str, Array]) -> None:
-        if arrays.keys() != self._dtypes.keys():
-            raise EngineError(f"inputs are {sorted(arrays)}; expected {sorted(self._dtypes)}")
-        for name, array in arrays.items():
-            if array.dtype != self._dtypes[name]:
-                raise EngineError(
-                    f"input {name!r} is {array.dtype.name}; expected {self._dtypes[name].name}"
-                )
 
     def _fault(self, part: Mapping[str, Array]) -> int | None:
         array = part[self._first]

@@ -10,7 +10,6 @@ measured to be the best of the combinations. `InferenceSession.run` releases the
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,7 +30,16 @@ from inferq.shared.schema import (
     Tensors,
     TensorSpec,
 )
-from inferq.workers.engines.base import Batch, Engine, EngineOptions, Lane, gather
+from inferq.workers.engines.base import (
+    Batch,
+    Engine,
+    EngineOptions,
+    Lane,
+    gather,
+    reason,
+    without_padding,
+)
+from inferq.workers.engines.cores import usable_cores
 from inferq.workers.signatures import with_batch_dim
 from inferq.workers.validation import TomlTable, validate
 
@@ -41,11 +49,8 @@ logger = logging.getLogger(__name__)
 MAX_ONNX_BYTES: Final = (1 << 31) - 1
 #: One batch's copies hide behind the other's compute.
 CUDA_LANES: Final = 2
-#: ONNX Runtime's messages can hold whole shapes and stack traces.
-MAX_REASON_CHARS: Final = 500
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-_CPU_MAX: Final = Path("/sys/fs/cgroup/cpu.max")
 #: Log errors only; warnings about every unused initialiser are of no use to who serves the model.
 _LOG_ERRORS: Final = 3
 #: ONNX Runtime's names of element types, where they are not NumPy's.
@@ -56,18 +61,6 @@ class _Table(TomlTable):
     """``[onnxruntime]``."""
 
     provider: Literal["auto", "cpu", "cuda"] = "auto"
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: its affinity, and its container's quota rounded up."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = _CPU_MAX.read_text().split()
-        if quota != "max":
-            cores = min(cores, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):
-        pass  # No cgroup v2: no quota that could be known.
-    return max(1, cores)
 
 
 class OnnxRuntimeEngine(Engine):
@@ -137,19 +130,8 @@ class OnnxRuntimeLane(Lane):
         try:
             arrays: list[Array] = self._session.run(self._names, inputs)
         except Exception as problem:
-            raise EngineError(f"onnxruntime: {_reason(problem)}") from problem
-        outputs = dict(zip(self._names, arrays, strict=True))
-        padding = batch.bucket - batch.rows
-        if not (batch.batchable and padding):
-            return outputs
-        for name, array in outputs.items():
-            # Counted before the padding is cut, or rows that are missing would go unseen.
-            got = array.shape[0] if array.ndim else "no"
-            if got != batch.bucket:
-                raise EngineError(
-                    f"output {name!r} has {got} rows; expected {batch.bucket}, as the inputs"
-                )
-        return {name: array[: batch.rows] for name, array in outputs.items()}
+            raise EngineError(f"onnxruntime: {reason(problem)}") from problem
+        return without_padding(batch, dict(zip(self._names, arrays, strict=True)))
 
 
 def _session_options() -> ort.SessionOptions:
@@ -178,7 +160,7 @@ def _open(
         return ort.InferenceSession(str(path), options, providers=providers)
     except Exception as problem:
         raise ConfigError(
-            f"{path} cannot be loaded by ONNX Runtime: {_reason(problem)}"
+            f"{path} cannot be loaded by ONNX Runtime: {reason(problem)}"
         ) from problem
 
 
@@ -214,8 +196,3 @@ def _spec(what: str, node: Any) -> TensorSpec:
     # A size that the file leaves open is None, or an empty or negative one from older exporters.
     dims = (None if dim == "" or (isinstance(dim, int) and dim < 1) else dim for dim in node.shape)
     return TensorSpec(node.name, dtype, tuple(dims))
-
-
-def _reason(problem: Exception) -> str:
-    text = " ".join(str(problem).split())
-    return text if len(text) <= MAX_REASON_CHARS else text[:MAX_REASON_CHARS] + "…"

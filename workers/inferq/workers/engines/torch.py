@@ -1,0 +1,187 @@
+"""Runs programs that torch.export wrote (``model.pt2``) on PyTorch: on the CPU.
+
+    engine = "torch"
+    [torch]
+    device = "auto"                  # "cpu", "cuda"; auto: the CPU
+
+One program is shared by all lanes, one lane a usable core, one thread a lane. PyTorch's operators
+release the GIL and what calls them does not (measured: 2 µs an operator and 50 µs a run): lanes
+multiply the throughput of models whose operators take longer than that, not of tiny ones.
+
+A model is as good as code, and comes from the repository only. Reading a .pt2 executes what its
+graph says: sizes are evaluated as Python expressions, and operators are looked up by name. What
+would execute more than that is refused before the file is loaded, since no model that
+``torch.export.save`` writes of plain tensors needs it: pickled weights and objects, compiled
+libraries, the older format. Examples of inputs are read by PyTorch's restricted unpickler alone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import torch
+
+from inferq.shared.errors import ConfigError, EngineError
+from inferq.shared.schema import DTYPES, Array, Signature, Tensors
+from inferq.workers.engines.base import (
+    Batch,
+    Engine,
+    EngineOptions,
+    Lane,
+    check_inputs,
+    gather,
+    reason,
+    without_padding,
+)
+from inferq.workers.engines.cores import usable_cores
+from inferq.workers.engines.pt2 import check_archive
+from inferq.workers.engines.torch_program import Layout, read_layout
+from inferq.workers.signatures import with_batch_dim
+from inferq.workers.validation import TomlTable, validate
+
+# Inputs may be views of a message, which nobody may write to; a program that would is given copies.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+
+Device = Literal["cpu", "cuda"]
+#: What every machine has.
+CPU: Final[Device] = "cpu"
+
+
+class _Table(TomlTable):
+    """``[torch]``."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class TorchEngine(Engine):
+    """One exported program, shared by its lanes."""
+
+    name = "torch"
+
+    def __init__(self, path: Path | None, options: EngineOptions) -> None:
+        super().__init__(path, options)
+        self._table = validate(_Table, options.table, "torch.")
+        self._lanes: list[TorchLane] = []
+
+    @classmethod
+    def read_signature(cls, path: Path | None, table: Mapping[str, Any]) -> Signature:
+        """Read from the file; what is batch, from runs on the CPU."""
+        validate(_Table, table, "torch.")
+        program = _open(path)
+        layout = read_layout(program)
+        lane = TorchLane(program.module(), layout)
+        return with_batch_dim(layout.signature, lane.call)
+
+    def load(self) -> None:
+        _device(self._table)
+        program = _open(self.path)
+        layout = read_layout(program)
+        self._check_rows(layout)
+        # A lane is a thread already.
+        torch.set_num_threads(1)
+        module = program.module()
+        self.parallel_lanes = True
+        self._lanes = [
+            TorchLane(module, layout) for _ in range(self.options.lanes or usable_cores())
+        ]
+
+    @property
+    def lanes(self) -> Sequence[Lane]:
+        return self._lanes
+
+    def close(self) -> None:
+        self._lanes = []
+
+    def _check_rows(self, layout: Layout) -> None:
+        if layout.rows is None:
+            return
+        least, most = layout.rows
+        sizes = self.options.buckets or (1,)
+        if most is not None and self.options.max_batch_size > most:
+            raise ConfigError(
+                f"max_batch_size is {self.options.max_batch_size}; expected at most {most}, "
+                "the largest batch that the program was exported for"
+            )
+        if sizes[0] < least:
+            raise ConfigError(
+                f"buckets is {list(self.options.buckets)}; expected the first to be at least "
+                f"{least}, the smallest batch that the program was exported for"
+            )
+
+
+class TorchLane:
+    """A caller of the shared program."""
+
+    def __init__(self, module: Any, layout: Layout) -> None:
+        self._module = module
+        self._layout = layout
+        self._names = [spec.name for spec in layout.signature.outputs]
+        self._dtypes = {spec.name: DTYPES[spec.dtype] for spec in layout.signature.inputs}
+
+    def run(self, batch: Batch) -> Mapping[str, Array]:
+        inputs = gather(batch)
+        check_inputs(inputs, self._dtypes)
+        try:
+            outputs = self.call(inputs)
+        except Exception as problem:
+            raise EngineError(f"torch: {reason(problem)}") from problem
+        return without_padding(batch, outputs)
+
+    def call(self, inputs: Tensors) -> Mapping[str, Array]:
+        """One run of the program on `inputs` as they are; raises what PyTorch raises."""
+        layout = self._layout
+        leaves = [
+            torch.from_numpy(_plain(inputs[leaf.name], leaf.is_written))
+            if leaf.is_tensor
+            else leaf.constant
+            for leaf in layout.leaves
+        ]
+        args, kwargs = layout.in_spec.unflatten(leaves)
+        with torch.inference_mode():
+            answered = layout.flat(self._module(*args, **kwargs))
+            arrays = [tensor.resolve_conj().resolve_neg().numpy() for tensor in answered]
+        return dict(zip(self._names, arrays, strict=True))
+
+
+def _plain(array: Array, copied: bool) -> Array:
+    """`array` as PyTorch takes it, and a copy if it will be written to."""
+    if copied:
+        return array.copy()
+    # PyTorch knows no negative strides; other than native byte orders never reach an engine.
+    return np.ascontiguousarray(array) if array.ndim else array
+
+
+def _device(table: _Table) -> Device:
+    """Where to run. ConfigError if that cannot be."""
+    if table.device == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("torch.device is 'cuda', but no CUDA device could be used")
+        raise ConfigError(
+            "torch.device is 'cuda', on which this version does not run; expected 'auto' or 'cpu'"
+        )
+    return CPU
+
+
+def _open(path: Path | None) -> torch.export.ExportedProgram:
+    if path is None:
+        raise ConfigError("engine 'torch' has no model file; expected model.pt2")
+    check_archive(path, _is_plain_data)
+    try:
+        return torch.export.load(path)
+    except Exception as problem:
+        raise ConfigError(
+            f"{path} cannot be loaded by PyTorch {torch.__version__}: {reason(problem)}"
+        ) from problem
+
+
+def _is_plain_data(file: Any) -> bool:
+    """Whether PyTorch's restricted unpickler, which makes tensors only, reads `file`."""
+    try:
+        torch.load(file, weights_only=True)
+    except Exception:  # noqa: BLE001 - whatever it says, the file would be unpickled without limits
+        return False
+    return True
