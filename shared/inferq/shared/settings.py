@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -62,6 +62,10 @@ class Settings(BaseSettings):
     incarnation: Annotated[str, Field(pattern=r"^[A-Za-z0-9]{0,64}$")] = ""
     #: Where the worker writes every second what it does (see `inferq health`); None: nowhere.
     heartbeat_file: Path | None = None
+    #: Where a worker's models run. auto: as their model.toml says; cpu: all of them on the CPU.
+    device: Literal["auto", "cpu"] = "auto"
+    #: The GPU that the worker is pinned to, by its number in PCI order; None: it is to none.
+    gpu: int | None = Field(default=None, ge=0)
     #: The worker's model repository; None: the worker's command line names it.
     models: Path | None = None
     #: Where TensorRT's plans are kept; None: ~/.cache/inferq/plans.

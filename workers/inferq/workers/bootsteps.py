@@ -14,6 +14,7 @@ from inferq.shared.errors import ConfigError
 from inferq.shared.names import model_of
 from inferq.shared.settings import Settings
 from inferq.workers import celery_private
+from inferq.workers.cuda.pinning import pin
 from inferq.workers.repository import ModelSpec, load_model
 from inferq.workers.service import Service
 
@@ -39,9 +40,16 @@ class DataPlaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self._settings: Settings = worker.app.conf.inferq_settings
         solo = celery_private.is_solo(worker.pool_cls)
         if not solo or celery_private.asks_for_prefork(sys.argv):
-            raise refuse("pool refused: a worker that holds an engine runs with -P solo only")
+            raise refuse(
+                "pool refused: a worker that holds an engine runs with -P solo only, since threads "
+                "and CUDA contexts do not survive prefork's fork"
+            )
         if options.get("autoscale"):
             raise refuse("--autoscale refused: scale by starting more workers")
+        try:
+            pin(self._settings)  # before the engines are imported
+        except ConfigError as problem:
+            raise refuse(problem.message) from None
         self._specs = self._read_specs(worker)
 
     def _read_specs(self, worker: WorkController) -> list[ModelSpec]:
@@ -54,7 +62,8 @@ class DataPlaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
         if self._settings.models is None:
             raise refuse("no model repository: set INFERQ_MODELS or use inferq worker --models DIR")
         try:
-            return [load_model(self._settings.models, model) for model in models]
+            on_cpu = self._settings.device == "cpu"
+            return [load_model(self._settings.models, model, on_cpu=on_cpu) for model in models]
         except ConfigError as problem:
             raise refuse(str(problem)) from None
 

@@ -20,6 +20,7 @@ from inferq.shared.errors import ConfigError
 from inferq.shared.names import is_model_name
 from inferq.shared.schema import ModelAdvert, Signature
 from inferq.workers.engines import ENGINES, engine_class, registered
+from inferq.workers.engines.on_cpu import cpu_engine
 from inferq.workers.model_config import ModelConfig, ModelToml, check_pad, check_profile, read_toml
 from inferq.workers.signatures import why_not_batchable
 
@@ -102,8 +103,11 @@ def load_repository(root: Path) -> dict[str, ModelSpec]:
     return found
 
 
-def load_model(root: Path, name: str) -> ModelSpec:
-    """The model `name` in the repository `root`. ConfigError naming file, value, expectation."""
+def load_model(root: Path, name: str, *, on_cpu: bool = False) -> ModelSpec:
+    """The model `name` in the repository `root`. ConfigError naming file, value, expectation.
+
+    `on_cpu`: as a machine without a GPU serves it, whatever its model.toml says of one.
+    """
     if not is_model_name(name):
         raise ConfigError(
             f"model name is {name!r}; expected letters, digits, _ . - (at most 100, "
@@ -122,10 +126,15 @@ def load_model(root: Path, name: str) -> ModelSpec:
     versions = _versions(folder)
     version_folder = root / name / str(versions[-1])
     engine = toml.config.engine or _engine_for(version_folder)
+    table = toml.tables.get(engine, {})
+    if on_cpu:
+        named = engine
+        engine, table = cpu_engine(named, toml.tables)
+        instead = f", in place of {named}" if engine != named else ""
+        logger.info("model %r is served on the CPU by %s%s", name, engine, instead)
     with _naming(toml_path):
         entry, cls = registered(engine), engine_class(engine)
     path = _model_file(root, version_folder, entry.files) if entry.files else None
-    table = toml.tables.get(engine, {})
     with _naming(toml_path if path is None else path):
         signature = cls.read_signature(path, table)
     config = toml.config.model_copy(update={"engine": engine})

@@ -20,6 +20,7 @@ from inferq.workers import celery_private
 from inferq.workers.canvas import Canvas
 from inferq.workers.celery_side import CelerySide
 from inferq.workers.clock import RedisClock
+from inferq.workers.cuda.telemetry import GpuTelemetry
 from inferq.workers.heartbeat import Heartbeat
 from inferq.workers.lanes import Finished
 from inferq.workers.later import Later
@@ -53,6 +54,7 @@ class Service:
         self._loader = threading.Thread(target=self._load, name="inferq-load", daemon=True)
         path = settings.heartbeat_file
         self._heartbeat = Heartbeat(path, worker.hostname) if path else None
+        self._gpu: GpuTelemetry | None = None
         self._stopping = False
         self.plane: DataPlane | None = None
         #: Our queues as kombu declares them, by name, for ``inspect active_queues``.
@@ -61,6 +63,8 @@ class Service:
     def start(self) -> None:
         """Load the models and begin to serve, both in the background. ConfigError."""
         keep_freed_memory()
+        if self._settings.gpu is not None:
+            self._gpu = GpuTelemetry(self._settings.gpu)
         if self._heartbeat is not None:
             self._heartbeat.start()
         self._loader.start()
@@ -187,6 +191,8 @@ class Service:
             self._drain(self.plane, grace_s)
         if self._heartbeat is not None:
             self._heartbeat.stop()
+        if self._gpu is not None:
+            self._gpu.close()
 
     def _drain(self, plane: DataPlane, grace_s: float) -> None:
         plane.drain(grace_s)
@@ -214,4 +220,5 @@ class Service:
                 len(job.items) for m in self._models for job, _ in m.computing()
             ),
             "inferq_waiting": sum(len(m.reserved()) for m in self._models),
+            **(self._gpu.info() if self._gpu is not None else {}),
         }

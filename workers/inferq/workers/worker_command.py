@@ -6,13 +6,18 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from inferq.shared.errors import InferqError
+from inferq.shared.errors import ConfigError, InferqError
 from inferq.shared.names import model_of, queue_of
+
+if TYPE_CHECKING:
+    from inferq.workers.devices import Device
 
 #: Seconds that the supervisor waits for Redis: it has signals to pass on meanwhile.
 REDIS_TIMEOUT_S = 2.0
@@ -20,9 +25,9 @@ REDIS_TIMEOUT_S = 2.0
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.option(
-    "--models", "repository", envvar="INFERQ_MODELS", required=True,
+    "--models", "repository", envvar="INFERQ_MODELS",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="The model repository. Also: INFERQ_MODELS.",
+    help="The model repository (required). Also: INFERQ_MODELS.",
 )  # fmt: skip
 @click.option(
     "-Q", "--queue", "queues", multiple=True,
@@ -30,7 +35,17 @@ REDIS_TIMEOUT_S = 2.0
 )  # fmt: skip
 @click.option(
     "-n", "--name", default=None,
-    help="Celery node name; %h is the host. Default: cpu<pid>@%h, so that replicas differ.",
+    help="Celery node name; %h is the host, %i the GPU's number. "
+    "Default: gpu%i@%h, or cpu<pid>@%h, so that replicas differ.",
+)  # fmt: skip
+@click.option(
+    "--gpu", metavar="N[,N…]|all",
+    help="Serve on these GPUs, one worker process each. Also, for one: INFERQ_GPU.",
+)  # fmt: skip
+@click.option(
+    "--cpu", is_flag=True,
+    help="Serve every model on the CPU, those of engine tensorrt on ONNX Runtime. "
+    "Also: INFERQ_DEVICE=cpu.",
 )  # fmt: skip
 @click.option(
     "--redis-url", envvar=["INFERQ_REDIS_URL", "CELERY_BROKER_URL"],
@@ -39,14 +54,18 @@ REDIS_TIMEOUT_S = 2.0
 @click.option("-l", "--loglevel", default="INFO", show_default=True)
 @click.argument("celery_options", nargs=-1, type=click.UNPROCESSED)
 def worker(
-    repository: Path,
+    repository: Path | None,
     queues: tuple[str, ...],
     name: str | None,
+    gpu: str | None,
+    cpu: bool,
     redis_url: str | None,
     loglevel: str,
     celery_options: tuple[str, ...],
 ) -> None:
     """Serve models. Keeps ``celery -A inferq.workers.app worker -P solo -Q … -n …`` alive.
+
+    One such process serves, or one for each GPU of ``--gpu``, which sees no other.
 
     A worker process that dies is replaced, and what it held goes back to its queues at once.
     SIGTERM and Ctrl-C finish what computes, a second one hands everything back, a third one kills.
@@ -54,12 +73,22 @@ def worker(
     """
     from inferq.shared.connect import redis_client  # noqa: PLC0415 (heavy)
     from inferq.shared.settings import Settings  # noqa: PLC0415
+    from inferq.workers.devices import chosen_devices  # noqa: PLC0415
     from inferq.workers.health import default_folder, forget_the_dead  # noqa: PLC0415
     from inferq.workers.repository import model_names  # noqa: PLC0415
     from inferq.workers.supervisor import Child, Supervisor  # noqa: PLC0415
 
     try:
+        devices = chosen_devices(gpu, cpu)
+        if repository is None:
+            raise click.MissingParameter(param_hint="'--models'", param_type="option")
         settings = Settings.load(redis_url=redis_url, models=repository)
+        if settings.heartbeat_file and len(devices) > 1:
+            raise ConfigError(
+                f"INFERQ_HEARTBEAT_FILE is {str(settings.heartbeat_file)!r}; expected it unset, "
+                f"since each of {len(devices)} workers has a file of its own"
+            )
+        nodes = _nodes(name, devices)
         served = _queues(queues) or [queue_of(model) for model in model_names(repository)]
         folder = None if settings.heartbeat_file else default_folder()
         if folder:
@@ -68,30 +97,45 @@ def worker(
         raise click.ClickException(problem.message) from problem
     if not served:
         raise click.ClickException(f"no model in {str(repository)!r}; expected <model>/<version>/")
-    node = (name or f"cpu{os.getpid()}@%h").replace("%h", socket.gethostname())
-    command = [
-        sys.executable, "-m", "celery", "-A", "inferq.workers.app", "worker", "-P", "solo",
-        "-Q", ",".join(served), "-n", node, "-l", loglevel, *celery_options,
-    ]  # fmt: skip
-    heartbeat = folder / f"{node}.json" if folder else Path(str(settings.heartbeat_file))
-    environment = {
-        **os.environ,
-        "INFERQ_REDIS_URL": settings.redis_url,
-        "INFERQ_MODELS": str(repository.absolute()),
-        "INFERQ_HEARTBEAT_FILE": str(heartbeat),
-    }
+    children = []
+    for node, device in zip(nodes, devices, strict=True):
+        command = [
+            sys.executable, "-m", "celery", "-A", "inferq.workers.app", "worker", "-P", "solo",
+            "-Q", ",".join(served), "-n", node, "-l", loglevel, *celery_options,
+        ]  # fmt: skip
+        heartbeat = folder / f"{node}.json" if folder else Path(str(settings.heartbeat_file))
+        environment = {
+            **device.environment_from(os.environ),
+            "INFERQ_REDIS_URL": settings.redis_url,
+            "INFERQ_MODELS": str(repository.absolute()),
+            "INFERQ_HEARTBEAT_FILE": str(heartbeat),
+        }
+        children.append(Child(node, command, environment, heartbeat))
     logging.basicConfig(
         level=logging.INFO, format="[%(asctime)s: %(levelname)s/supervisor] %(message)s"
     )
     client = redis_client(
         settings.redis_url, sentinel_master=settings.sentinel_master, socket_timeout=REDIS_TIMEOUT_S
     )
-    child = Child(node, command, environment, heartbeat)
-    status = Supervisor([child], client, settings.names()).run()
+    status = Supervisor(children, client, settings.names()).run()
     if folder:
         with suppress(OSError):  # others' heartbeats are in it
             folder.rmdir()
     raise SystemExit(status)
+
+
+def _nodes(name: str | None, devices: Sequence[Device]) -> list[str]:
+    """The node name of each device. ConfigError if they would not differ."""
+    if name and len(devices) > 1 and "%i" not in name:
+        raise ConfigError(
+            f"-n is {name!r}; expected %i in it, the GPU's number, since {len(devices)} GPUs are "
+            "served by a worker process each"
+        )
+    nodes = []
+    for device in devices:
+        node = (name or f"{device.label}@%h").replace("%h", socket.gethostname())
+        nodes.append(node if device.gpu is None else node.replace("%i", str(device.gpu)))
+    return nodes
 
 
 def _queues(queues: tuple[str, ...]) -> list[str]:

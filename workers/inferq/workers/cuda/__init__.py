@@ -1,1 +1,4 @@
-"""What touches CUDA. Imported only in a process that was pinned to one GPU beforehand."""
+"""What touches NVIDIA's libraries, imported only in a process that was pinned to its GPU.
+
+But for `gpus`, `pinning` and `telemetry`: these ask the driver (NVML) and make no CUDA context.
+"""

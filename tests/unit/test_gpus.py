@@ -1,0 +1,176 @@
+"""The GPUs of a host as its driver tells them. NVML is a fake here, since there is no card."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.gpus import NO_CARD, fake_nvml
+
+from inferq.shared.errors import ConfigError
+from inferq.workers.cuda import gpus
+from inferq.workers.cuda.gpus import Gpu, gpu_at, parse_cores, select, visible_as
+
+INSTEAD = "`inferq worker --cpu` serves on the CPU"
+
+
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return fake_nvml(monkeypatch)
+
+
+@pytest.fixture
+def near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the kernel tells the cores near GPU 0."""
+    monkeypatch.setattr(gpus, "PCI_DEVICES", tmp_path)
+    folder = tmp_path / "0000:3b:00.0"
+    folder.mkdir()
+    return folder / "local_cpulist"
+
+
+def test_a_gpu_is_told_with_the_cores_near_it(nvml: Any, near: Path) -> None:
+    near.write_text("0-3,8\n")
+    assert gpu_at(0) == Gpu(
+        index=0,
+        uuid="GPU-00000000-0000-0000-0000-000000000000",
+        name="No Card 0",
+        pci_bus_id="0000:3b:00.0",
+        memory_bytes=80 << 30,
+        compute_capability=(9, 0),
+        cores=frozenset({0, 1, 2, 3, 8}),
+    )
+    assert nvml.OPEN == 0, "what was initialised is shut down"
+
+
+@pytest.mark.parametrize("text", [None, "", "\n", "many"])
+def test_where_the_kernel_does_not_tell_no_cores_are_near(
+    nvml: Any, near: Path, text: str | None
+) -> None:
+    if text is not None:
+        near.write_text(text)
+    assert gpu_at(0).cores == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"), [("5\n", {5}), ("0-1,4-5", {0, 1, 4, 5}), ("0-0", {0}), ("", set())]
+)
+def test_the_kernels_list_of_cores(text: str, cores: set[int]) -> None:
+    assert parse_cores(text) == cores
+
+
+@pytest.mark.parametrize(
+    ("given", "indices"), [("0", [0]), ("1, 0", [1, 0]), ("all", [0, 1]), ("1", [1])]
+)
+def test_what_the_option_selects(nvml: Any, given: str, indices: list[int]) -> None:
+    assert [gpu.index for gpu in select(given)] == indices
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("2", f"gpu is 2; expected 0 to 1 on this host, or {INSTEAD}"),
+        ("0,0", "gpu is '0,0'; expected each GPU once: one worker process serves it"),
+        ("-1", "gpu is '-1'; expected a GPU's number, several with commas (0,1), or all"),
+        ("first", "gpu is 'first'; expected a GPU's number, several with commas (0,1), or all"),
+        ("", "gpu is ''; expected a GPU's number, several with commas (0,1), or all"),
+        ("²", "gpu is '²'; expected a GPU's number, several with commas (0,1), or all"),
+    ],
+)
+def test_what_it_cannot_select(nvml: Any, given: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        select(given)
+    assert caught.value.message == expected
+
+
+def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with pytest.raises(ConfigError) as caught:
+        gpu_at(0)
+    assert caught.value.message == (
+        "no GPU can be used: the package nvidia-ml-py is not installed; expected: "
+        f'pip install "inferq[tensorrt]", or {INSTEAD}'
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("NVMLError_LibraryNotFound", "no NVIDIA driver is found (libnvidia-ml.so.1); install it"),
+        ("NVMLError_DriverNotLoaded", "the NVIDIA driver is not loaded; load it"),
+        ("NVMLError", "the NVIDIA driver does not answer (why); see what nvidia-smi says"),
+    ],
+)
+def test_without_a_driver_one_line_says_so_and_what_to_do(
+    nvml: Any, monkeypatch: pytest.MonkeyPatch, error: str, said: str
+) -> None:
+    monkeypatch.setattr(nvml, "BROKEN", getattr(nvml, error)("why"))
+    with pytest.raises(ConfigError) as caught:
+        select("all")
+    message = caught.value.message
+    assert message.startswith(f"no GPU can be used: {said}")
+    assert message.endswith(f", or {INSTEAD}")
+    assert "\n" not in message
+
+
+def test_a_driver_without_a_card(nvml: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvml, "CARDS", [])
+    for ask in (lambda: gpu_at(0), lambda: select("all")):
+        with pytest.raises(ConfigError, match="the NVIDIA driver finds none") as caught:
+            ask()
+        assert caught.value.message.endswith(INSTEAD)
+
+
+def test_a_card_that_does_not_answer_is_named_and_the_others_serve(nvml: Any) -> None:
+    nvml.CARDS[1].silent.add("nvmlDeviceGetHandleByIndex")
+    assert select("0")[0].index == 0
+    with pytest.raises(ConfigError, match=r"^GPU 1 does not answer \(Not Supported\);"):
+        select("all")
+    assert nvml.OPEN == 0
+
+
+def test_all_are_those_that_cuda_may_see(nvml: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for visible, left in (("1", [1]), ("GPU-00000000,1", [0, 1]), ("GPU-00000001", [1])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert [gpu.index for gpu in select("all")] == left
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES is '', which leaves no GPU"):
+        select("all")
+
+
+def test_a_gpu_that_cuda_may_not_see_is_refused(nvml: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with pytest.raises(ConfigError, match="is '1', which leaves out GPU 0; expected it unset or "):
+        select("0")
+
+
+def test_a_mig_device_that_is_named_already_is_left_alone(
+    nvml: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = gpu_at(0)
+    assert visible_as(gpu) == gpu.uuid
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-7")
+    assert visible_as(gpu) == "MIG-7"
+
+
+def test_the_fake_answers_what_the_real_one_would(
+    nvml: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its names are nvidia-ml-py's, and its numbers too."""
+    spec = importlib.machinery.PathFinder.find_spec(
+        "pynvml", [entry for entry in sys.path if entry != str(NO_CARD)]
+    )
+    if spec is None or spec.loader is None:
+        pytest.skip("nvidia-ml-py is not installed")
+    real = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "pynvml", real)  # it looks for itself there
+    spec.loader.exec_module(real)
+    for name in [name for name in dir(nvml) if name.startswith(("nvml", "NVML"))]:
+        found = getattr(real, name)
+        if isinstance(found, int):
+            assert getattr(nvml, name) == found, name
+        else:
+            assert callable(found), name

@@ -1,0 +1,201 @@
+"""The GPUs of this host, asked of the driver through NVML, which makes no CUDA context."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from inferq.shared.errors import ConfigError
+
+#: How each message about a GPU that cannot be had ends.
+INSTEAD: Final = "`inferq worker --cpu` serves on the CPU"
+#: Where the kernel tells which cores are near a device.
+PCI_DEVICES: Final = Path("/sys/bus/pci/devices")
+#: CUDA's own variable: the devices that a process may see.
+VISIBLE: Final = "CUDA_VISIBLE_DEVICES"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One physical GPU; `index` counts in PCI order, as nvidia-smi does."""
+
+    index: int
+    uuid: str
+    name: str
+    #: As the kernel writes it: ``0000:3b:00.0``.
+    pci_bus_id: str
+    memory_bytes: int
+    compute_capability: tuple[int, int]
+    #: Cores of the NUMA node that it is attached to; empty: not known.
+    cores: frozenset[int]
+
+
+def gpu_at(index: int) -> Gpu:
+    """The GPU `index`. ConfigError: no driver, no such GPU."""
+    with _nvml() as nvml:
+        return _read(nvml, index, _count(nvml))
+
+
+def select(given: str) -> list[Gpu]:
+    """The GPUs that ``--gpu`` names: a number, several with commas, or all. ConfigError.
+
+    ``all`` are those that CUDA_VISIBLE_DEVICES leaves, if it is set; a number that it leaves out is
+    refused.
+    """
+    indices = None if given.strip() == "all" else _numbers(given)
+    with _nvml() as nvml:
+        count = _count(nvml)
+        found = [_read(nvml, i, count) for i in (range(count) if indices is None else indices)]
+    if indices is not None:
+        for gpu in found:
+            visible_as(gpu)
+        return found
+    left = [gpu for gpu in found if _is_visible(gpu)]
+    if not left:
+        raise ConfigError(
+            f"{VISIBLE} is {os.environ[VISIBLE]!r}, which leaves no GPU of this host; "
+            f"expected it unset, or {INSTEAD}"
+        )
+    return left
+
+
+def visible_as(gpu: Gpu) -> str:
+    """What CUDA_VISIBLE_DEVICES must be in a process that is pinned to `gpu`: its UUID.
+
+    A MIG device that is already named there stays. ConfigError if what is there leaves `gpu` out.
+    """
+    if not _is_visible(gpu):
+        raise ConfigError(
+            f"{VISIBLE} is {os.environ[VISIBLE]!r}, which leaves out GPU {gpu.index}; "
+            f"expected it unset or {gpu.uuid}, or {INSTEAD}"
+        )
+    given = os.environ.get(VISIBLE, "").strip()
+    return given if given.startswith("MIG-") else gpu.uuid
+
+
+def open_nvml() -> Any:
+    """NVML's module, initialised; its `nvmlShutdown` ends that. ConfigError: what is missing."""
+    try:
+        import pynvml  # noqa: PLC0415 - only where a GPU is asked for
+    except ImportError:
+        raise ConfigError(
+            "no GPU can be used: the package nvidia-ml-py is not installed; expected: "
+            f'pip install "inferq[tensorrt]", or {INSTEAD}'
+        ) from None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as problem:
+        raise ConfigError(
+            f"no GPU can be used: {_missing(pynvml, problem)}, or {INSTEAD}"
+        ) from None
+    return pynvml
+
+
+@contextmanager
+def _nvml() -> Iterator[Any]:
+    nvml = open_nvml()
+    try:
+        yield nvml
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _missing(nvml: Any, problem: Exception) -> str:
+    if isinstance(problem, nvml.NVMLError_LibraryNotFound):
+        return (
+            "no NVIDIA driver is found (libnvidia-ml.so.1); install it "
+            "(or start the container with its GPUs: --gpus all)"
+        )
+    if isinstance(problem, nvml.NVMLError_DriverNotLoaded):
+        return "the NVIDIA driver is not loaded; load it (modprobe nvidia)"
+    return f"the NVIDIA driver does not answer ({problem}); see what nvidia-smi says"
+
+
+def _numbers(given: str) -> list[int]:
+    parts = [part.strip() for part in given.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise ConfigError(
+            f"gpu is {given!r}; expected a GPU's number, several with commas (0,1), or all"
+        )
+    numbers = [int(part) for part in parts]
+    if len(set(numbers)) < len(numbers):
+        raise ConfigError(f"gpu is {given!r}; expected each GPU once: one worker process serves it")
+    return numbers
+
+
+def _count(nvml: Any) -> int:
+    count = int(nvml.nvmlDeviceGetCount())
+    if not count:
+        raise ConfigError(
+            "no GPU can be used: the NVIDIA driver finds none; see what nvidia-smi says, "
+            f"or {INSTEAD}"
+        )
+    return count
+
+
+def _read(nvml: Any, index: int, count: int) -> Gpu:
+    if index >= count:
+        known = "0" if count == 1 else f"0 to {count - 1}"
+        raise ConfigError(f"gpu is {index}; expected {known} on this host, or {INSTEAD}")
+    try:
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        bus_id = _kernels_bus_id(nvml.nvmlDeviceGetPciInfo(handle).busId)
+        major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+        return Gpu(
+            index=index,
+            uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
+            name=_text(nvml.nvmlDeviceGetName(handle)),
+            pci_bus_id=bus_id,
+            memory_bytes=int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
+            compute_capability=(int(major), int(minor)),
+            cores=_near_cores(bus_id),
+        )
+    except nvml.NVMLError as problem:
+        raise ConfigError(
+            f"GPU {index} does not answer ({problem}); see what nvidia-smi says, or {INSTEAD}"
+        ) from None
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _kernels_bus_id(bus_id: str | bytes) -> str:
+    """NVML writes the domain with 8 digits, and all of it in capitals."""
+    domain, _, rest = _text(bus_id).lower().partition(":")
+    return f"{int(domain, 16):04x}:{rest}"
+
+
+def _near_cores(bus_id: str) -> frozenset[int]:
+    try:
+        return parse_cores((PCI_DEVICES / bus_id / "local_cpulist").read_text())
+    except (OSError, ValueError):
+        return frozenset()
+
+
+def parse_cores(text: str) -> frozenset[int]:
+    """The kernel's list of cores: ``0-3,8,10-11``. ValueError if it is none."""
+    cores: set[int] = set()
+    for part in text.strip().split(","):
+        if part:
+            first, _, last = part.partition("-")
+            cores.update(range(int(first), int(last or first) + 1))
+    return frozenset(cores)
+
+
+def _is_visible(gpu: Gpu) -> bool:
+    """Numbers count in PCI order, UUIDs may be cut short, and a MIG device may be of any GPU."""
+    given = os.environ.get(VISIBLE)
+    if given is None:
+        return True
+    entries = [entry.strip() for entry in given.split(",")]
+    return any(
+        entry == str(gpu.index)
+        or entry.startswith("MIG-")
+        or (entry.startswith("GPU-") and gpu.uuid.startswith(entry))
+        for entry in entries
+    )
