@@ -72,7 +72,7 @@ def test_what_the_option_selects(nvml: Any, given: str, indices: list[int]) -> N
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ("2", f"gpu is 2; expected 0 to 1 on this host, or {INSTEAD}"),
+        ("2", f"gpu is 2; expected 0 to 1 on this host; {INSTEAD}"),
         ("0,0", "gpu is '0,0'; expected each GPU once: one worker process serves it"),
         ("-1", "gpu is '-1'; expected a GPU's number, several with commas (0,1), or all"),
         ("first", "gpu is 'first'; expected a GPU's number, several with commas (0,1), or all"),
@@ -92,7 +92,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
         gpu_at(0)
     assert caught.value.message == (
         "no GPU can be used: the package nvidia-ml-py is not installed; expected: "
-        f'pip install "inferq[tensorrt]", or {INSTEAD}'
+        f'pip install "inferq[tensorrt]"; {INSTEAD}'
     )
 
 
@@ -112,7 +112,7 @@ def test_without_a_driver_one_line_says_so_and_what_to_do(
         select("all")
     message = caught.value.message
     assert message.startswith(f"no GPU can be used: {said}")
-    assert message.endswith(f", or {INSTEAD}")
+    assert message.endswith(f"; {INSTEAD}")
     assert "\n" not in message
 
 

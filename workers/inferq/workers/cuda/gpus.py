@@ -58,7 +58,7 @@ def select(given: str) -> list[Gpu]:
     if not left:
         raise ConfigError(
             f"{VISIBLE} is {os.environ[VISIBLE]!r}, which leaves no GPU of this host; "
-            f"expected it unset, or {INSTEAD}"
+            f"expected it unset; {INSTEAD}"
         )
     return left
 
@@ -71,7 +71,7 @@ def visible_as(gpu: Gpu) -> str:
     if not _is_visible(gpu):
         raise ConfigError(
             f"{VISIBLE} is {os.environ[VISIBLE]!r}, which leaves out GPU {gpu.index}; "
-            f"expected it unset or {gpu.uuid}, or {INSTEAD}"
+            f"expected it unset or {gpu.uuid}; {INSTEAD}"
         )
     given = os.environ.get(VISIBLE, "").strip()
     return given if given.startswith("MIG-") else gpu.uuid
@@ -84,14 +84,12 @@ def open_nvml() -> Any:
     except ImportError:
         raise ConfigError(
             "no GPU can be used: the package nvidia-ml-py is not installed; expected: "
-            f'pip install "inferq[tensorrt]", or {INSTEAD}'
+            f'pip install "inferq[tensorrt]"; {INSTEAD}'
         ) from None
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as problem:
-        raise ConfigError(
-            f"no GPU can be used: {_missing(pynvml, problem)}, or {INSTEAD}"
-        ) from None
+        raise ConfigError(f"no GPU can be used: {_missing(pynvml, problem)}; {INSTEAD}") from None
     return pynvml
 
 
@@ -131,8 +129,7 @@ def _count(nvml: Any) -> int:
     count = int(nvml.nvmlDeviceGetCount())
     if not count:
         raise ConfigError(
-            "no GPU can be used: the NVIDIA driver finds none; see what nvidia-smi says, "
-            f"or {INSTEAD}"
+            f"no GPU can be used: the NVIDIA driver finds none; see what nvidia-smi says; {INSTEAD}"
         )
     return count
 
@@ -140,7 +137,7 @@ def _count(nvml: Any) -> int:
 def _read(nvml: Any, index: int, count: int) -> Gpu:
     if index >= count:
         known = "0" if count == 1 else f"0 to {count - 1}"
-        raise ConfigError(f"gpu is {index}; expected {known} on this host, or {INSTEAD}")
+        raise ConfigError(f"gpu is {index}; expected {known} on this host; {INSTEAD}")
     try:
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
         bus_id = _kernels_bus_id(nvml.nvmlDeviceGetPciInfo(handle).busId)
@@ -156,7 +153,7 @@ def _read(nvml: Any, index: int, count: int) -> Gpu:
         )
     except nvml.NVMLError as problem:
         raise ConfigError(
-            f"GPU {index} does not answer ({problem}); see what nvidia-smi says, or {INSTEAD}"
+            f"GPU {index} does not answer ({problem}); see what nvidia-smi says; {INSTEAD}"
         ) from None
 
 

@@ -1,0 +1,181 @@
+"""`inferq worker` starts one child a device, each with what pins it, or says in a line why not.
+
+NVML is a fake where a test has GPUs, since there is no card.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from helpers.gpus import fake_nvml
+from helpers.repository import fake_model
+
+from inferq.workers.cli import inferq
+from inferq.workers.supervisor import Child
+
+HOST = socket.gethostname()
+UUIDS = [f"GPU-0000000{n}-0000-0000-0000-000000000000" for n in range(2)]
+
+
+class _Commanded:
+    """`inferq worker` up to the start of its children."""
+
+    def __init__(self, models: Path) -> None:
+        self.models = models
+        self.children: list[Child] = []
+
+    def run(self) -> int:
+        return 0
+
+    def __call__(self, *options: str) -> list[Child]:
+        """The children that it would start."""
+        output = self.fails(*options, status=0)
+        assert output == ""
+        return self.children
+
+    def fails(self, *options: str, status: int = 1) -> str:
+        self.children = []
+        command = ["worker", "--models", str(self.models), "--redis-url", "redis://nowhere"]
+        done = CliRunner().invoke(inferq, [*command, *options])
+        assert done.exit_code == status, done.output
+        return done.output
+
+
+@pytest.fixture
+def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Commanded:
+    fake_model(tmp_path / "models", "m")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    commanded = _Commanded(tmp_path / "models")
+
+    def supervisor(children: Sequence[Child], *_: object) -> _Commanded:
+        commanded.children = list(children)
+        return commanded
+
+    monkeypatch.setattr("inferq.workers.supervisor.Supervisor", supervisor)
+    return commanded
+
+
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return fake_nvml(monkeypatch)
+
+
+def _chosen(child: Child) -> dict[str, str]:
+    names = ("CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES", "INFERQ_GPU", "INFERQ_DEVICE")
+    return {name: child.environment[name] for name in names if name in child.environment}
+
+
+def _gpu(index: int) -> dict[str, str]:
+    return {
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "CUDA_VISIBLE_DEVICES": UUIDS[index],
+        "INFERQ_GPU": str(index),
+    }
+
+
+def test_all_gpus_are_a_child_each(worker: _Commanded, nvml: Any) -> None:
+    children = worker("--gpu", "all")
+    assert [child.node for child in children] == [f"gpu0@{HOST}", f"gpu1@{HOST}"]
+    assert [_chosen(child) for child in children] == [_gpu(0), _gpu(1)]
+    for child in children:
+        assert child.node in child.command
+        assert child.heartbeat.name == f"{child.node}.json"
+        assert child.environment["INFERQ_HEARTBEAT_FILE"] == str(child.heartbeat)
+
+
+@pytest.mark.parametrize(("given", "indices"), [("1", [1]), ("1,0", [1, 0])])
+def test_gpus_by_number(worker: _Commanded, nvml: Any, given: str, indices: list[int]) -> None:
+    assert [_chosen(child) for child in worker("--gpu", given)] == [_gpu(i) for i in indices]
+
+
+def test_names_of_the_users_own(worker: _Commanded, nvml: Any) -> None:
+    children = worker("--gpu", "all", "-n", "video%i@%h")
+    assert [child.node for child in children] == [f"video0@{HOST}", f"video1@{HOST}"]
+    assert worker("--gpu", "1", "-n", "video@x")[0].node == "video@x"
+    assert worker.fails("--gpu", "all", "-n", "video@%h") == (
+        "Error: -n is 'video@%h'; expected %i in it, the GPU's number, "
+        "since 2 GPUs are served by a worker process each\n"
+    )
+
+
+def test_several_children_share_no_heartbeat(
+    worker: _Commanded, nvml: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INFERQ_HEARTBEAT_FILE", str(tmp_path / "beat"))
+    assert worker("--gpu", "0")[0].heartbeat == tmp_path / "beat"
+    assert worker.fails("--gpu", "all") == (
+        f"Error: INFERQ_HEARTBEAT_FILE is '{tmp_path}/beat'; expected it unset, "
+        "since each of 2 workers has a file of its own\n"
+    )
+
+
+def test_without_a_choice_one_child_runs_as_its_models_say(worker: _Commanded) -> None:
+    (child,) = worker()
+    assert child.node == f"cpu{os.getpid()}@{HOST}"
+    assert _chosen(child).keys() <= {"CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES"}
+
+
+def test_the_cpu_is_one_child(worker: _Commanded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (child,) = worker("--cpu")
+    assert _chosen(child) == {"INFERQ_DEVICE": "cpu"}
+    assert child.node == f"cpu{os.getpid()}@{HOST}"
+
+
+def test_the_environment_chooses_too_and_the_command_line_wins(
+    worker: _Commanded, nvml: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INFERQ_GPU", "1")
+    (child,) = worker()
+    assert (child.node, _chosen(child)) == (f"gpu1@{HOST}", _gpu(1))
+    assert _chosen(worker("--gpu", "0")[0]) == _gpu(0)
+    assert _chosen(worker("--cpu")[0]) == {"INFERQ_DEVICE": "cpu"}
+    monkeypatch.setenv("INFERQ_DEVICE", "cpu")
+    assert worker.fails() == (
+        "Error: INFERQ_DEVICE is 'cpu' and INFERQ_GPU is '1'; expected one of them\n"
+    )
+    assert _chosen(worker("--gpu", "0")[0]) == _gpu(0)
+    monkeypatch.delenv("INFERQ_GPU")
+    assert _chosen(worker()[0]) == {"INFERQ_DEVICE": "cpu"}
+
+
+def test_both_are_refused(worker: _Commanded, nvml: Any) -> None:
+    said = "Error: --cpu and --gpu are both given; expected one of them\n"
+    assert worker.fails("--cpu", "--gpu", "0") == said
+
+
+def test_a_gpu_that_is_not_there(worker: _Commanded, nvml: Any) -> None:
+    assert worker.fails("--gpu", "0,2") == (
+        "Error: gpu is 2; expected 0 to 1 on this host; `inferq worker --cpu` serves on the CPU\n"
+    )
+
+
+def test_the_repository_is_still_required(tmp_path: Path) -> None:
+    done = CliRunner().invoke(inferq, ["worker", "--redis-url", "redis://nowhere"])
+    assert done.exit_code == 2
+    assert "Missing option '--models'" in done.output
+
+
+@pytest.mark.skipif(Path("/proc/driver/nvidia").exists(), reason="there is an NVIDIA driver here")
+@pytest.mark.parametrize("options", [[], ["--models", "."]])
+def test_without_a_driver_it_is_one_line(options: list[str], tmp_path: Path) -> None:
+    """Nothing is a fake here."""
+    command = [sys.executable, "-m", "inferq.workers.cli", "worker", "--gpu", "0", *options]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("Error: no GPU can be used: ")
+    assert done.stderr.endswith("; `inferq worker --cpu` serves on the CPU\n")
+    assert done.stderr.count("\n") == 1
