@@ -74,7 +74,9 @@ class ServedModel:
         config = spec.config
         engine = engine_class(config.engine)(
             spec.path,
-            EngineOptions(config.lanes, spec.max_batch_size, config.buckets, spec.engine_table),
+            EngineOptions(
+                config.lanes, spec.max_batch_size, config.buckets, spec.engine_table, spec
+            ),
         )
         began = time.monotonic()
         engine.load()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
 import numpy as np
@@ -78,7 +78,8 @@ class CudaLane:
     """Made, run and closed by any thread, one at a time.
 
     `inputs`, `outputs`: name → dtype. `largest`: the inputs' largest shapes, for which memory is
-    taken here. PyCUDA's MemoryError: there is not enough. `graphs`: whether runs are captured.
+    taken here. PyCUDA's MemoryError: there is not enough. `buckets`: the usual batch sizes,
+    ascending. `graphs`: whether runs are captured.
     """
 
     def __init__(
@@ -90,13 +91,13 @@ class CudaLane:
         largest: Mapping[str, Shape],
         limit: RowLimit,
         *,
-        bucket: Callable[[int], int],
+        buckets: Sequence[int],
         graphs: bool,
     ) -> None:
         self._device = device
         self._executor = executor
         self._limit = limit
-        self._bucket = bucket
+        self._buckets = buckets
         self._graphs = graphs
         self._bound: OrderedDict[tuple[Shape, ...], _Bound] = OrderedDict()
         self._current: _Bound | None = None
@@ -135,7 +136,7 @@ class CudaLane:
         for begin in range(0, batch.rows, most):
             part: Tensors = {name: array[begin : begin + most] for name, array in rows.items()}
             count = min(most, batch.rows - begin)
-            bucket = max(count, min(self._bucket(count), most))
+            bucket = next((size for size in self._buckets if count <= size <= most), count)
             pieces.append(self._run(Batch([part], count, bucket)))
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in self._outputs}
 

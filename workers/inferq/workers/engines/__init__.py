@@ -34,6 +34,10 @@ ENGINES: Final[Mapping[str, Registered]] = {
     "torch": Registered(
         "inferq.workers.engines.torch:TorchEngine", files=("model.pt2",), extra="torch"
     ),
+    # Only where model.toml asks for it: ONNX Runtime runs the same file anywhere.
+    "tensorrt": Registered(
+        "inferq.workers.engines.tensorrt:TensorRTEngine", files=("model.onnx",), extra="tensorrt"
+    ),
     "fake": Registered("inferq.workers.engines.fake:FakeEngine"),
 }
 

@@ -13,12 +13,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
 from inferq.shared.errors import EngineError
 from inferq.shared.schema import Array, GpuTimes, Signature, Tensors
+
+if TYPE_CHECKING:
+    from inferq.workers.repository import ModelSpec
 
 #: Libraries' messages can hold whole shapes and stack traces.
 MAX_REASON_CHARS: Final = 500
@@ -71,6 +74,8 @@ class EngineOptions:
     buckets: tuple[int, ...]
     #: The engine's own table of model.toml, validated by the engine itself.
     table: Mapping[str, Any]
+    #: The whole model, for an engine that builds something of it first.
+    spec: ModelSpec | None = None
 
 
 class Engine(ABC):

@@ -7,6 +7,7 @@
 
 The plan comes from the plan cache, or is built when the model is loaded (`inferq build` does that
 beforehand). A plan that was built without a GPU is compared with ONNX Runtime before it serves.
+Nothing of CUDA is imported before `load`: a signature can be read anywhere.
 """
 
 from __future__ import annotations
@@ -14,23 +15,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from inferq.shared.errors import ConfigError, EngineError
-from inferq.shared.schema import Signature
-from inferq.workers.cuda import device
-from inferq.workers.cuda.buffers import nbytes
-from inferq.workers.cuda.lane import CudaLane, RowLimit, Shape
-from inferq.workers.engines.base import Engine, EngineOptions, Lane
-from inferq.workers.trt.flavours import Context, Loaded, find_flavour
+from inferq.shared.errors import ConfigError
+from inferq.shared.schema import Array, Signature, Tensors
+from inferq.workers.engines.base import Batch, Engine, EngineOptions, Lane
 from inferq.workers.tuning import sizes
 from inferq.workers.validation import Flag, TomlTable, validate
+
+if TYPE_CHECKING:
+    from inferq.workers.cuda.device import Device
+    from inferq.workers.cuda.lane import CudaLane
+    from inferq.workers.repository import ModelSpec
+    from inferq.workers.trt.flavours import Flavour, Loaded
+    from inferq.workers.trt.plans import Plan, PlanFolder
 
 logger = logging.getLogger(__name__)
 
 #: One lane's copies hide behind the other's compute.
 LANES: Final = 2
-_MB: Final = 1e6
 
 
 class _Table(TomlTable):
@@ -49,7 +52,7 @@ class TensorRTEngine(Engine):
     def __init__(self, path: Path | None, options: EngineOptions) -> None:
         super().__init__(path, options)
         self._table = validate(_Table, options.table, "tensorrt.")
-        self._device: device.Device | None = None
+        self._device: Device | None = None
         self._loaded: Loaded | None = None
         self._lanes: list[CudaLane] = []
 
@@ -67,13 +70,35 @@ class TensorRTEngine(Engine):
         return self.options.buckets or tuple(sizes(self.options.max_batch_size, ()))
 
     def load(self) -> None:
-        flavour = find_flavour(self._table.flavour)
+        spec = self.options.spec
+        if spec is None:
+            raise ConfigError("engine 'tensorrt' was given no model of a repository")
+        try:
+            from inferq.workers.cuda import device  # noqa: PLC0415
+            from inferq.workers.trt.flavours import find_flavour  # noqa: PLC0415
+            from inferq.workers.trt.lanes import open_lanes  # noqa: PLC0415
+            from inferq.workers.trt.plans import PlanFolder  # noqa: PLC0415
+        except ImportError as problem:
+            raise ConfigError(
+                f"engine 'tensorrt' needs a GPU, its driver and PyCUDA ({problem}); expected: "
+                "pip install 'inferq[tensorrt]' (`inferq worker --cpu` serves on the CPU)"
+            ) from problem
+        flavour, folder = find_flavour(self._table.flavour), PlanFolder()
         self._device = device.acquire()
         try:
-            plan = self._plan(flavour)
+            plan = self._plan(spec, flavour, self._device, folder)
             with self._device:
-                self._loaded = flavour.deserialize(plan)
-                self._open_lanes(self._device, self._loaded)
+                self._loaded = flavour.deserialize(plan.load())
+                open_lanes(
+                    self._device, self._loaded, self._lanes,
+                    count=self.options.lanes or LANES,
+                    buckets=self.buckets,
+                    # With both, TensorRT would capture what is being captured.
+                    own_graphs=self._table.cuda_graphs and flavour.has_own_graphs,
+                    cuda_graphs=self._table.cuda_graphs and not flavour.has_own_graphs,
+                )  # fmt: skip
+            if not plan.record.verified:
+                self._verify(spec, plan, folder)
         except BaseException:
             self.close()
             raise
@@ -87,90 +112,37 @@ class TensorRTEngine(Engine):
             lane.close()
         self._lanes = []
         if self._device is not None:
+            from inferq.workers.cuda import device  # noqa: PLC0415
+
             with self._device:
                 self._loaded = None
             self._device = None
             device.release()
 
-    def _open_lanes(self, gpu: device.Device, loaded: Loaded) -> None:
-        inputs = {tensor.name: tensor.dtype.name for tensor in loaded.tensors if tensor.is_input}
-        outputs = {t.name: t.dtype.name for t in loaded.tensors if not t.is_input}
-        largest = {name: loaded.range(name).max for name in inputs}
-        count, limit = self.options.lanes or LANES, RowLimit()
-        executors: list[_Executor] = []
-        for number in range(count):
-            self._check_memory(gpu, count, number, loaded.context_bytes)
-            graphs = self._table.cuda_graphs
-            executors.append(_Executor(loaded.context(graphs=graphs), list(outputs)))
-            if not number:
-                shapes = {**largest, **executors[0].set_shapes(largest)}
-                buffers = sum(nbytes(t.dtype.name, shapes[t.name]) for t in loaded.tensors)
-                each = buffers + loaded.context_bytes
-                logger.info(
-                    "%d lanes of %.0f MB each: %.0f MB of buffers, %.0f MB of TensorRT's; %.0f MB "
-                    "of the GPU are free", count, each / _MB, buffers / _MB,
-                    loaded.context_bytes / _MB, gpu.memory()[0] / _MB,
-                )  # fmt: skip
-                self._check_memory(gpu, count, 0, each, taken=loaded.context_bytes)
-        for executor in executors:
-            self._lanes.append(
-                CudaLane(
-                    gpu, executor, inputs, outputs, largest, limit,
-                    bucket=self._bucket,
-                    graphs=graphs and not loaded.captures_graphs,
-                )
+    def _plan(self, spec: ModelSpec, flavour: Flavour, gpu: Device, folder: PlanFolder) -> Plan:
+        from inferq.workers.trt.builder import Order, ensure_plan  # noqa: PLC0415
+
+        order = Order(spec, flavour, self._table.precision, capability=gpu.capability)
+        with gpu:  # a build measures kernels on it
+            plan = ensure_plan(order, folder)
+        if not plan.from_cache:
+            logger.info(
+                "%s: built %s in %.1f s (`inferq build` does so beforehand)",
+                spec.name, plan.path, plan.record.seconds,
             )  # fmt: skip
+        return plan
 
-    def _bucket(self, rows: int) -> int:
-        return next((size for size in self.buckets if size >= rows), rows)
+    def _verify(self, spec: ModelSpec, plan: Plan, folder: PlanFolder) -> None:
+        """Compare it with ONNX Runtime on its first lane, and note that. ConfigError."""
+        from inferq.workers.trt.verify import make_samples, verify  # noqa: PLC0415
 
-    def _check_memory(
-        self, gpu: device.Device, lanes: int, opened: int, each: int, taken: int = 0
-    ) -> None:
-        """ConfigError unless the lanes that are still to be opened, of `each` bytes, fit."""
-        free, total = gpu.memory()
-        wanted = (lanes - opened) * each - taken
-        if wanted <= free:
-            return
-        fit = opened + (free + taken) // each
-        rows = self.options.max_batch_size * (free + taken) // ((lanes - opened) * each)
-        advice = [f"lanes = {fit}"] if fit else []
-        advice += [f"max_batch_size = {rows}"] if rows else []
-        raise ConfigError(
-            f"{lanes} lanes take {each / _MB:.0f} MB each and {free / _MB:.0f} of {total / _MB:.0f}"
-            f" MB of the GPU are free; {' or '.join(advice) or 'nothing less'} would fit"
-        )
+        lane = self._lanes[0]
 
+        def run(inputs: Tensors) -> Mapping[str, Array]:
+            rows = len(next(iter(inputs.values()))) if spec.batchable else 1
+            return lane.run(Batch([inputs], rows, rows, spec.batchable))
 
-class _Executor:
-    """One execution context."""
-
-    def __init__(self, context: Context, outputs: Sequence[str]) -> None:
-        self._context: Context | None = context
-        self._outputs = outputs
-
-    def set_shapes(self, shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
-        context = self._open
-        for name, shape in shapes.items():
-            context.set_shape(name, shape)
-        context.infer_shapes()
-        found = {name: context.shape(name) for name in self._outputs}
-        for name, shape in found.items():
-            if any(dim < 0 for dim in shape):
-                raise EngineError(f"the shape of output {name!r} depends on the data")
-        return found
-
-    def set_address(self, name: str, address: int) -> None:
-        self._open.set_address(name, address)
-
-    def enqueue(self, stream: int) -> None:
-        self._open.execute(stream)
-
-    def close(self) -> None:
-        self._context = None
-
-    @property
-    def _open(self) -> Context:
-        if self._context is None:
-            raise EngineError("the lane is closed")
-        return self._context
+        samples = make_samples(spec, plan.record.key.ranges)
+        error = verify(run, spec, samples, precision=self._table.precision)
+        folder.verified(plan, error)
+        logger.info("%s: differs from ONNX Runtime by %.2g at most", spec.name, error)

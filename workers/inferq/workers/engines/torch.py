@@ -113,7 +113,7 @@ class TorchEngine(Engine):
             )
 
 
-class TorchLane:
+class TorchLane(Lane):
     """A caller of the shared program."""
 
     def __init__(self, module: Any, layout: Layout) -> None:
