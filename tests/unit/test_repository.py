@@ -166,7 +166,7 @@ def test_a_repository_with_bad_models_names_all_of_them(tmp_path: Path) -> None:
         load_repository(tmp_path)
     assert caught.value.message.splitlines() == [
         f"{tmp_path}/bad/model.toml: lanes is -1; expected at least 0",
-        f"no model in {tmp_path}/empty/1; expected model.onnx there",
+        f"no model in {tmp_path}/empty/1; expected model.onnx or model.pt2 there",
     ]
 
 
@@ -175,7 +175,10 @@ def test_a_repository_with_bad_models_names_all_of_them(tmp_path: Path) -> None:
     [
         ("max_batchsize = 4", "max_batchsize is not a known key; did you mean 'max_batch_size'?"),
         ("zzz = 4", "zzz is not a known key; expected one of buckets, engine, fake, "),
-        ("engine = 'tensorflow'", "engine is 'tensorflow'; expected one of onnxruntime, fake"),
+        (
+            "engine = 'tensorflow'",
+            "engine is 'tensorflow'; expected one of onnxruntime, torch, tensorrt, fake",
+        ),
         ("lanes = '2'", "lanes is '2'; expected an integer"),
         ("lanes = true", "lanes is True; expected an integer"),
         ("max_batch_size = 65537", "max_batch_size is 65537; expected at most 65536"),
@@ -255,7 +258,9 @@ def test_a_huge_model_toml_is_refused(tmp_path: Path) -> None:
 def test_a_served_version_without_its_file_is_refused(tmp_path: Path) -> None:
     _onnx(tmp_path)
     (tmp_path / "m" / "2").mkdir()
-    assert _refusal(tmp_path) == f"no model in {tmp_path}/m/2; expected model.onnx there"
+    assert (
+        _refusal(tmp_path) == f"no model in {tmp_path}/m/2; expected model.onnx or model.pt2 there"
+    )
 
 
 @pytest.mark.parametrize("name", ["..", "", "a/b", ".hidden", "-m", "x" * 101, "ä"])
