@@ -162,7 +162,7 @@ def timed(lanes):
         control.launch(stream.handle)
         cuda.memcpy_dtoh_async(back, memory, stream)
     return max(ms(begin, event(stream)) for stream, *_ in lanes)
-lanes = [lane() for _ in range(3)]
+lanes = [lane() for _ in range(2)]
 print(timed(lanes[:1]), timed(lanes))
 """,
         ns_per_byte=500,
@@ -170,7 +170,8 @@ print(timed(lanes[:1]), timed(lanes))
     )
     alone, together = map(float, said.split())
     assert alone >= 24 * 20
-    assert 24 * 10 <= together < alone * 0.75
+    # One kernel after the other, and the first copy in and the last one out.
+    assert 24 * 10 + 10 <= together < (24 * 10 + 10) * 1.15
 
 
 def test_pageable_memory_is_copied_while_the_caller_waits(run: Run) -> None:

@@ -81,7 +81,7 @@ def main() -> int:
 
 
 def _pip(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pip", arguments[0], "--quiet", "-c", str(CONSTRAINTS)]
+    command = [sys.executable, "-m", "pip", arguments[0], "-qq", "-c", str(CONSTRAINTS)]
     subprocess.run([*command, *arguments[1:]], check=True)
 
 
