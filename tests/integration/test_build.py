@@ -1,0 +1,268 @@
+"""``inferq build`` makes plans of real models, shows how far it is, and takes no altered plan."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from helpers import onnx_models
+from helpers.trt import order, rtx
+
+from inferq.shared.errors import ConfigError
+from inferq.workers import build_command
+from inferq.workers.build_command import build
+from inferq.workers.demo.models import MAGIKA, ORIENTATION, prepare
+from inferq.workers.trt.builder import ensure_plan
+from inferq.workers.trt.plans import PlanFolder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's models."""
+    rtx()
+    root = tmp_path_factory.mktemp("models")
+    try:
+        prepare(root)
+    except ConfigError as problem:
+        pytest.skip(problem.message)
+    return root
+
+
+@pytest.fixture
+def plans(tmp_path: Path) -> Path:
+    return tmp_path / "plans"
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests are of a machine without one, wherever they run."""
+    monkeypatch.setattr("inferq.workers.trt.device.compute_capability", lambda: None)
+
+
+def _build(models: Path, plans: Path, model: str, *options: str) -> Result:
+    arguments = [model, "--models", str(models), "--plans", str(plans)]
+    return CliRunner().invoke(build, [*arguments, "--flavour", "tensorrt-rtx", *options])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("model", [MAGIKA, ORIENTATION])
+def test_real_models_are_built_and_then_taken_from_the_cache(
+    models: Path, plans: Path, model: str, precision: str
+) -> None:
+    built = _build(models, plans, model, "--precision", precision)
+    assert built.exit_code == 0, built.output
+    assert "Building engine" in built.stderr
+    (line,) = built.stdout.splitlines()
+    path, size, seconds = re.match(
+        r"(\S+\.plan): (\S+) MB, built in (\S+) s by tensorrt-rtx \S+ as fp", line
+    ).groups()  # type: ignore[union-attr]
+    assert float(size) == pytest.approx(Path(path).stat().st_size / 1e6, abs=0.06)
+    assert float(seconds) < 60
+    assert line.endswith("unverified: no GPU here; the first worker that loads it verifies it")
+    again = _build(models, plans, model, "--precision", precision)
+    assert again.exit_code == 0
+    assert "from the cache" in again.stdout
+    assert "Building engine" not in again.stderr
+
+
+def test_fp16_makes_a_smaller_plan(models: Path, plans: Path) -> None:
+    folder = PlanFolder(plans)
+    fp32, fp16 = (
+        ensure_plan(order(models, MAGIKA, precision=precision), folder)
+        for precision in ("fp32", "fp16")
+    )
+    assert fp16.record.bytes < 0.8 * fp32.record.bytes
+
+
+def test_an_altered_byte_is_refused_until_it_is_built_anew(models: Path, plans: Path) -> None:
+    _build(models, plans, MAGIKA)
+    (path,) = plans.glob("*.plan")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    refused = _build(models, plans, MAGIKA)
+    assert refused.exit_code == 1
+    assert f"{path} is not what was stored" in refused.stderr
+    assert f"delete {path}" in refused.stderr
+    assert _build(models, plans, MAGIKA, "--force").exit_code == 0
+    assert "from the cache" in _build(models, plans, MAGIKA).stdout
+
+
+def test_a_batch_of_its_own_says_what_workers_have_to_be_told(models: Path, plans: Path) -> None:
+    built = _build(models, plans, ORIENTATION, "--batch", "1,4,8")
+    assert built.stdout.splitlines()[1:] == [
+        "workers take this plan if model.toml says:", "[profile]", "N = [1, 4, 8]",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--batch", "8,1"], "--batch is '8,1'; expected three ascending sizes"),
+        (["--precision", "int8"], "Invalid value for '--precision'"),
+        (["--verify", "/no/such/file"], "/no/such/file cannot be read as .npz"),
+    ],
+)
+def test_wrong_options_are_named(
+    models: Path, plans: Path, options: list[str], problem: str
+) -> None:
+    refused = _build(models, plans, MAGIKA, *options)
+    assert refused.exit_code != 0
+    assert problem in refused.stderr
+
+
+def test_a_plan_that_differs_fails_where_there_is_a_gpu(
+    models: Path, plans: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU is a double that answers zeros; the plan is left, and is not called verified."""
+    _build(models, plans, MAGIKA)
+    monkeypatch.setattr("inferq.workers.trt.device.compute_capability", lambda: "9.0")
+    refused = _verified_by(models, plans, monkeypatch, 0.0)
+    assert refused.exit_code == 1
+    assert "differs from ONNX Runtime by" in refused.stderr
+    verified = _verified_by(models, plans, monkeypatch, 1.0)
+    assert verified.exit_code == 0, verified.output
+    assert "verified: differs by 0" in verified.stdout
+    assert "verified: differs by 0" in _build(models, plans, MAGIKA).stdout
+
+
+def _verified_by(
+    models: Path, plans: Path, monkeypatch: pytest.MonkeyPatch, factor: float
+) -> Result:
+    from contextlib import contextmanager  # noqa: PLC0415
+
+    import onnxruntime as ort  # noqa: PLC0415
+
+    session = ort.InferenceSession(
+        str(models / MAGIKA / "1" / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
+
+    @contextmanager
+    def loaded(flavour: object, plan: bytes):  # type: ignore[no-untyped-def]
+        name = session.get_outputs()[0].name
+        yield lambda inputs: {name: session.run(None, inputs)[0] * np.float32(factor)}
+
+    monkeypatch.setattr("inferq.workers.trt.once.loaded", loaded)
+    return _build(models, plans, MAGIKA)
+
+
+def test_a_network_trained_on_digits_is_built_from_torchs_export(
+    tmp_path: Path, plans: Path
+) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
+    rtx()
+    torch.manual_seed(0)
+    digits = datasets.load_digits()
+    x = torch.tensor(digits.images / 16, dtype=torch.float32)[:, None]
+    y = torch.tensor(digits.target)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 16, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
+        torch.nn.Conv2d(16, 32, 3, padding=1), torch.nn.ReLU(), torch.nn.Flatten(),
+        torch.nn.Linear(512, 10),
+    )  # fmt: skip
+    optimiser = torch.optim.Adam(net.parameters(), 3e-3)
+    for _ in range(8):
+        for rows in torch.randperm(1500).split(64):
+            optimiser.zero_grad()
+            torch.nn.functional.cross_entropy(net(x[rows]), y[rows]).backward()
+            optimiser.step()
+    assert (net(x[1500:]).argmax(1) == y[1500:]).float().mean() > 0.85
+    path = tmp_path / "models" / "digits" / "1" / "model.onnx"
+    path.parent.mkdir(parents=True)
+    with pytest.warns(DeprecationWarning, match="legacy"):
+        torch.onnx.export(
+            net, (x[:2],), str(path), dynamo=False, input_names=["x"], output_names=["y"],
+            dynamic_axes={"x": {0: "batch"}, "y": {0: "batch"}},
+        )  # fmt: skip
+    for precision in ("fp32", "fp16"):
+        built = _build(tmp_path / "models", plans, "digits", "--precision", precision)
+        assert built.exit_code == 0, built.output
+    digits_order = order(tmp_path / "models", "digits", batch=(1, 8, 64))
+    assert str(digits_order.spec.signature) == (
+        "(x: float32[batch, 1, 8, 8]) -> (y: float32[batch, 10])"
+    )
+    assert ensure_plan(digits_order, PlanFolder(plans)).record.key.ranges[0].max == (64, 1, 8, 8)
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path, plans: Path) -> None:
+    rtx()
+    path = tmp_path / "models" / "junk" / "1" / "model.onnx"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"junk" * 100)
+    refused = _build(tmp_path / "models", plans, "junk")
+    assert refused.exit_code == 1
+    assert "junk/1/model.onnx" in refused.stderr
+
+
+def test_ctrl_c_stops_the_build(tmp_path: Path, plans: Path) -> None:
+    """On a model large enough that the build is still under way."""
+    rtx()
+    names = [f"t{n}" for n in range(1501)]
+    nodes = [
+        onnx_models.node(("Sin", "Tanh", "Exp")[n % 3], [names[n]], [names[n + 1]])
+        for n in range(1500)
+    ]
+    shape = ("batch", 64)
+    onnx_models.write(
+        tmp_path / "models" / "deep" / "1" / "model.onnx",
+        nodes,
+        {names[0]: (onnx_models.FLOAT, shape)},
+        {names[-1]: (onnx_models.FLOAT, shape)},
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-m", "inferq.workers.cli", "build", "deep",
+         "--models", str(tmp_path / "models"), "--plans", str(plans), "--flavour", "tensorrt-rtx"],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(os.environ),
+    )  # fmt: skip
+    assert child.stderr is not None
+    seen = ""
+    while "Building engine" not in seen:
+        line = child.stderr.readline()
+        assert line, seen
+        seen += line
+    time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 1, (out, err)
+    assert "Aborted!" in err
+    assert not list(plans.glob("*.plan"))
+
+
+def test_a_second_ctrl_c_is_not_swallowed() -> None:
+    steps = build_command._Steps()
+    before = signal.getsignal(signal.SIGINT)
+    with build_command._stopping(steps):
+        signal.raise_signal(signal.SIGINT)
+        assert steps.stopped
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_progress_bars_follow_the_phases() -> None:
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import Progress  # noqa: PLC0415
+
+    bars = Progress(console=Console(file=open(os.devnull, "w"), force_terminal=True))  # noqa: SIM115
+    shown = build_command._Bars(bars)
+    shown.start("whole", None, 3)
+    shown.start("part", "whole", 5)
+    shown.start("detail", "part", 100)
+    shown.step("part", 2)
+    shown.step("detail", 50)
+    assert [(task.description, task.completed) for task in bars.tasks] == [
+        ("whole", 0), ("  part", 2),
+    ]  # fmt: skip
+    shown.finish("detail")
+    shown.finish("part")
+    shown.finish("whole")
+    assert bars.tasks == []

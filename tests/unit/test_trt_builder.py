@@ -1,0 +1,213 @@
+"""Plans are built from models once, and again when anything has changed that they depend on."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import onnx
+import pytest
+from helpers import onnx_models
+from helpers.repository import fake_model
+from helpers.trt import order
+from onnx import TensorProto, helper
+
+from inferq.shared.errors import ConfigError
+from inferq.workers.trt.builder import Order, ensure_plan, plan_key
+from inferq.workers.trt.flavours import Flavour
+from inferq.workers.trt.plans import PlanFolder
+
+FLOAT = onnx_models.FLOAT
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    onnx_models.double(tmp_path / "models" / "double" / "1" / "model.onnx")
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> PlanFolder:
+    return PlanFolder(tmp_path / "plans")
+
+
+def test_a_plan_is_built_once(models: Path, folder: PlanFolder) -> None:
+    first = ensure_plan(order(models, "double"), folder)
+    again = ensure_plan(order(models, "double"), folder)
+    assert (first.from_cache, again.from_cache) == (False, True)
+    assert again.record == first.record
+    assert again.load() == first.load()
+    record = first.record
+    assert (record.model_name, record.model_version, record.verified) == ("double", 1, False)
+    assert (record.key.capability, record.key.precision) == ("any", "fp32")
+
+
+def test_of_two_that_want_the_same_plan_one_builds_it(models: Path, folder: PlanFolder) -> None:
+    wanted = order(models, "double")
+    with ThreadPoolExecutor(4) as pool:
+        plans = list(pool.map(lambda _: ensure_plan(wanted, folder), range(4)))
+    assert sorted(plan.from_cache for plan in plans) == [False, True, True, True]
+
+
+def test_force_builds_again(models: Path, folder: PlanFolder) -> None:
+    ensure_plan(order(models, "double"), folder)
+    assert not ensure_plan(order(models, "double"), folder, force=True).from_cache
+
+
+def test_a_changed_model_is_built_again(models: Path, folder: PlanFolder) -> None:
+    ensure_plan(order(models, "double"), folder)
+    path = models / "double" / "1" / "model.onnx"
+    model = onnx.load(path)
+    model.doc_string = "changed"
+    path.write_bytes(model.SerializeToString())
+    assert not ensure_plan(order(models, "double"), folder).from_cache
+
+
+@pytest.mark.parametrize(
+    "change", [{"precision": "fp16"}, {"batch": (1, 2, 64)}], ids=["precision", "batch"]
+)
+def test_another_precision_or_profile_is_another_plan(
+    models: Path, folder: PlanFolder, change: dict[str, object]
+) -> None:
+    ensure_plan(order(models, "double"), folder)
+    other = ensure_plan(order(models, "double", **change), folder)
+    assert not other.from_cache
+    assert ensure_plan(order(models, "double", **change), folder).from_cache
+    assert ensure_plan(order(models, "double"), folder).from_cache
+
+
+def test_a_changed_profile_is_built_again(models: Path, folder: PlanFolder) -> None:
+    ensure_plan(order(models, "double"), folder)
+    (models / "double" / "model.toml").write_text("[profile]\nbatch = [1, 16, 32]")
+    assert not ensure_plan(order(models, "double"), folder).from_cache
+
+
+def test_another_release_of_tensorrt_builds_again(
+    models: Path, folder: PlanFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensure_plan(order(models, "double"), folder)
+    later = order(models, "double")
+    monkeypatch.setattr(later.flavour, "version", "1.8.0")
+    assert not ensure_plan(later, folder).from_cache
+
+
+def test_a_plan_that_is_bound_to_no_gpu_serves_each(models: Path, folder: PlanFolder) -> None:
+    plan = ensure_plan(order(models, "double"), folder)
+    on_gpu = ensure_plan(order(models, "double", capability="9.0"), folder)
+    assert on_gpu.from_cache
+    assert on_gpu.path == plan.path
+
+
+def test_tensorrt_itself_builds_only_where_there_is_a_gpu(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = order(models, "double")
+    monkeypatch.setattr(Flavour, "builds_anywhere", property(lambda self: False))
+    with pytest.raises(ConfigError, match="builds only where there is a GPU"):
+        plan_key(here)
+
+
+def test_an_altered_plan_is_refused_unless_it_is_built_anew(
+    models: Path, folder: PlanFolder
+) -> None:
+    plan = ensure_plan(order(models, "double"), folder)
+    content = bytearray(plan.path.read_bytes())
+    content[-1] ^= 1
+    plan.path.write_bytes(content)
+    with pytest.raises(ConfigError, match="is not what was stored"):
+        ensure_plan(order(models, "double"), folder)
+    ensure_plan(order(models, "double"), folder, force=True)
+    assert ensure_plan(order(models, "double"), folder).from_cache
+
+
+def test_a_folder_that_others_may_write_is_refused(models: Path, folder: PlanFolder) -> None:
+    folder.open()
+    folder.path.chmod(0o777)
+    with pytest.raises(ConfigError, match="chmod go-w"):
+        ensure_plan(order(models, "double"), folder)
+
+
+def test_a_quantised_model_is_built_as_it_is(models: Path, folder: PlanFolder) -> None:
+    scale = helper.make_tensor("scale", FLOAT, [], [0.1])
+    zero = helper.make_tensor("zero", TensorProto.INT8, [], [0])
+    onnx_models.write(
+        models / "quantised" / "1" / "model.onnx",
+        [
+            onnx_models.node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+            onnx_models.node("DequantizeLinear", ["q", "scale", "zero"], ["d"]),
+            onnx_models.node("Add", "dd", "y"),
+        ],
+        {"x": (FLOAT, ("batch", 4))},
+        {"y": (FLOAT, ("batch", 4))},
+        [scale, zero],
+    )
+    assert ensure_plan(order(models, "quantised"), folder).load()
+    with pytest.raises(ConfigError, match="is quantised already"):
+        ensure_plan(order(models, "quantised", precision="fp16"), folder)
+
+
+def test_weights_in_files_of_their_own_are_built_in(models: Path, folder: PlanFolder) -> None:
+    path = onnx_models.external(models / "external" / "1" / "model.onnx", "w.bin")
+    (path.parent / "w.bin").write_bytes(bytes(16))
+    first = ensure_plan(order(models, "external"), folder)
+    (path.parent / "w.bin").write_bytes(b"\0\0\x80\x3f" * 4)
+    second = ensure_plan(order(models, "external"), folder)
+    assert not second.from_cache
+    assert second.load() != first.load()
+
+
+def _refused(models: Path, folder: PlanFolder, model: str, match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        ensure_plan(order(models, model), folder)
+    assert not list(folder.path.glob("*.plan"))
+
+
+def test_outputs_whose_shape_depends_on_the_data_are_refused(
+    models: Path, folder: PlanFolder
+) -> None:
+    onnx_models.write(
+        models / "boxes" / "1" / "model.onnx",
+        [onnx_models.node("NonMaxSuppression", ["boxes", "scores", "most", "overlap"], ["kept"])],
+        {"boxes": (FLOAT, (1, 8, 4)), "scores": (FLOAT, (1, 1, 8))},
+        {"kept": (onnx_models.INT64, ("k", 3))},
+        [onnx_models.ints("most", [1], [10]), helper.make_tensor("overlap", FLOAT, [1], [0.5])],
+    )
+    _refused(models, folder, "boxes", "shape of output 'kept' depends on the inputs' values")
+    onnx_models.write(
+        models / "found" / "1" / "model.onnx",
+        [onnx_models.node("NonZero", ["x"], ["where"])],
+        {"x": (FLOAT, (4, 3))},
+        {"where": (onnx_models.INT64, (2, "k"))},
+    )
+    _refused(models, folder, "found", "its output's shape depends on the data")
+
+
+def test_inputs_that_are_shapes_are_refused(models: Path, folder: PlanFolder) -> None:
+    onnx_models.write(
+        models / "shaped" / "1" / "model.onnx",
+        [onnx_models.node("Reshape", "xs", "y")],
+        {"x": (FLOAT, (2, 4)), "s": (onnx_models.INT64, (2,))},
+        {"y": (FLOAT, ("a", "b"))},
+    )
+    _refused(models, folder, "shaped", "the values of input 's' are used as a shape")
+
+
+def test_inputs_that_tensorrt_would_change_are_refused(models: Path, folder: PlanFolder) -> None:
+    onnx_models.write(
+        models / "wide" / "1" / "model.onnx",
+        [onnx_models.node("Add", "xx", "y")],
+        {"x": (TensorProto.DOUBLE, ("batch", 3))},
+        {"y": (TensorProto.DOUBLE, ("batch", 3))},
+    )
+    _refused(models, folder, "wide", "input 'x' is float64, of which TensorRT makes float32")
+
+
+def test_a_model_without_an_onnx_file_is_refused(models: Path, folder: PlanFolder) -> None:
+    fake_model(models, "echo")
+    with pytest.raises(ConfigError, match=r"model 'echo' .*expected model\.onnx"):
+        ensure_plan(order(models, "echo"), folder)
+
+
+def test_the_order_says_its_shapes(models: Path) -> None:
+    assert isinstance(order(models, "double"), Order)
+    assert order(models, "double", batch=(1, 8, 64)).ranges[0].max == (64, 3)

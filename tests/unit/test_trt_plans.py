@@ -1,0 +1,267 @@
+"""Plans are found by all that they depend on, and refused if they are not what was stored."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from helpers import onnx_models
+
+from inferq.shared.errors import ConfigError
+from inferq.workers.trt import plans
+from inferq.workers.trt.flavours import InputRange
+from inferq.workers.trt.plans import (
+    Plan,
+    PlanFolder,
+    PlanKey,
+    default_folder,
+    model_digest,
+    new_record,
+)
+
+KEY = PlanKey(
+    model="ab" * 32,
+    flavour="tensorrt-rtx",
+    flavour_version="1.7",
+    capability="any",
+    precision="fp32",
+    ranges=(InputRange("x", (1, 3), (4, 3), (8, 3)),),
+)
+CONTENT = bytes(range(256)) * 40
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> PlanFolder:
+    folder = PlanFolder(tmp_path / "plans")
+    folder.open()
+    return folder
+
+
+@pytest.fixture
+def plan(folder: PlanFolder) -> Plan:
+    return folder.store(new_record(KEY, "digits", 2, 1.5), CONTENT)
+
+
+def test_what_is_stored_is_found_and_loaded(folder: PlanFolder, plan: Plan) -> None:
+    assert plan.load() == CONTENT
+    found = folder.find("digits", 2, KEY)
+    assert found is not None
+    assert (found.path, found.record, found.from_cache) == (plan.path, plan.record, True)
+    assert found.load() == CONTENT
+    assert found.record.seconds == 1.5
+    assert (found.record.verified, found.record.max_error) == (False, None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "cd" * 32},
+        {"flavour": "tensorrt"},
+        {"flavour_version": "1.8"},
+        {"capability": "9.0"},
+        {"precision": "fp16"},
+        {"ranges": (InputRange("x", (1, 3), (4, 3), (16, 3)),)},
+        {"format": plans.FORMAT + 1},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_value_in_the_key_is_another_plan(
+    folder: PlanFolder, plan: Plan, change: dict[str, object]
+) -> None:
+    assert folder.find("digits", 2, msgspec.structs.replace(KEY, **change)) is None
+
+
+def test_another_model_or_version_is_another_plan(folder: PlanFolder, plan: Plan) -> None:
+    assert folder.find("digits", 3, KEY) is None
+    assert folder.find("letters", 2, KEY) is None
+
+
+def _refused(folder: PlanFolder, file: Path, match: str) -> None:
+    with pytest.raises(ConfigError, match=match) as caught:
+        folder.find("digits", 2, KEY)
+    assert str(file) in caught.value.message
+
+
+def test_an_altered_byte_is_refused(folder: PlanFolder, plan: Plan) -> None:
+    content = bytearray(CONTENT)
+    content[5000] ^= 1
+    plan.path.write_bytes(content)
+    _refused(folder, plan.path, r"its SHA-256 is not that of its record.*: delete ")
+    with pytest.raises(ConfigError, match="delete"):
+        plan.load()
+
+
+@pytest.mark.parametrize("size", [0, 1, len(CONTENT) - 1, len(CONTENT) + 1])
+def test_a_plan_of_another_size_is_refused(folder: PlanFolder, plan: Plan, size: int) -> None:
+    plan.path.write_bytes((CONTENT * 2)[:size])
+    _refused(folder, plan.path, rf"{size} bytes instead of {len(CONTENT)}.*: delete ")
+
+
+def test_a_missing_plan_is_refused(folder: PlanFolder, plan: Plan) -> None:
+    plan.path.unlink()
+    _refused(folder, plan.path, "cannot be read")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"verified": True},
+        {"max_error": 0.0},
+        {"bytes": 12},
+        {"bytes": "12"},
+        {"sha256": "00" * 32},
+        {"seal": ""},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_an_edited_record_is_refused(
+    folder: PlanFolder, plan: Plan, change: dict[str, object]
+) -> None:
+    path = plan.path.with_suffix(".json")
+    record = json.loads(path.read_bytes())
+    path.write_text(json.dumps({**record, **change}))
+    _refused(folder, path, "delete")
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b" " * (plans.MAX_RECORD_BYTES + 1)],
+    ids=["empty", "cut", "list", "no text", "deep", "large"],
+)  # fmt: skip
+def test_a_record_that_is_none_is_refused(folder: PlanFolder, plan: Plan, raw: bytes) -> None:
+    path = plan.path.with_suffix(".json")
+    path.write_bytes(raw)
+    _refused(folder, path, "delete")
+
+
+def test_the_record_of_another_plan_is_refused(folder: PlanFolder, plan: Plan) -> None:
+    other = msgspec.structs.replace(KEY, model="cd" * 32)
+    moved = folder.store(new_record(other, "digits", 2, 1.0), CONTENT)
+    moved.path.with_suffix(".json").replace(plan.path.with_suffix(".json"))
+    _refused(folder, plan.path.with_suffix(".json"), "it is of another plan")
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
+def test_a_folder_that_others_may_write_is_refused(folder: PlanFolder, mode: int) -> None:
+    folder.path.chmod(mode)
+    with pytest.raises(ConfigError, match=rf"{folder.path} has mode {mode:o}; .* chmod go-w"):
+        folder.open()
+    folder.path.chmod(0o755)
+    folder.open()
+
+
+def test_a_folder_of_somebody_else_is_refused(
+    folder: PlanFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inferq.workers.trt.plans.os.geteuid", lambda: 4242)
+    with pytest.raises(ConfigError, match=r"belongs to user .* set INFERQ_PLANS"):
+        folder.open()
+
+
+def test_a_file_that_others_may_write_is_refused(folder: PlanFolder, plan: Plan) -> None:
+    plan.path.chmod(0o666)
+    _refused(folder, plan.path, "has mode 666")
+
+
+def test_links_and_pipes_are_not_followed(folder: PlanFolder, plan: Plan, tmp_path: Path) -> None:
+    plan.path.rename(tmp_path / "elsewhere")
+    plan.path.symlink_to(tmp_path / "elsewhere")
+    _refused(folder, plan.path, "cannot be read")
+    plan.path.unlink()
+    os.mkfifo(plan.path, 0o600)
+    _refused(folder, plan.path, "is no file")
+
+
+def test_the_folder_is_made_for_its_owner_alone(tmp_path: Path) -> None:
+    folder = PlanFolder(tmp_path / "a" / "plans")
+    folder.open()
+    assert folder.path.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"INFERQ_PLANS is .*; expected a folder for plans"):
+        PlanFolder(tmp_path / "file" / "plans").open()
+
+
+def test_where_plans_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_folder() == tmp_path / ".cache" / "inferq" / "plans"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert default_folder() == tmp_path / ".cache" / "inferq" / "plans"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert default_folder() == tmp_path / "cache" / "inferq" / "plans"
+    monkeypatch.setenv("INFERQ_PLANS", str(tmp_path / "mine"))
+    assert default_folder() == tmp_path / "mine"
+
+
+def test_a_verified_plan_stays_verified(folder: PlanFolder, plan: Plan) -> None:
+    verified = folder.verified(plan, 0.002)
+    found = folder.find("digits", 2, KEY)
+    assert found is not None
+    assert found.record == verified.record
+    assert (found.record.verified, found.record.max_error) == (True, 0.002)
+
+
+def test_a_newer_plan_replaces_the_older_one_and_nothing_is_left_over(
+    folder: PlanFolder, plan: Plan
+) -> None:
+    folder.store(new_record(KEY, "digits", 2, 2.5), CONTENT * 2)
+    found = folder.find("digits", 2, KEY)
+    assert found is not None
+    assert found.load() == CONTENT * 2
+    assert sorted(path.suffix for path in folder.path.iterdir()) == [".json", ".plan"]
+
+
+def test_a_write_that_breaks_off_leaves_no_plan_behind(
+    folder: PlanFolder, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("inferq.workers.trt.plans.os.fsync", full)
+    with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
+        folder.store(new_record(KEY, "digits", 2, 2.5), CONTENT * 2)
+    monkeypatch.undo()
+    assert folder.find("digits", 2, KEY) is None
+    assert [path.suffix for path in folder.path.iterdir()] == [".plan"]
+
+
+def test_an_empty_plan_is_not_stored(folder: PlanFolder) -> None:
+    with pytest.raises(ConfigError, match="the plan has 0 bytes"):
+        folder.store(new_record(KEY, "digits", 2, 1.0), b"")
+
+
+def test_caches_are_kept_and_damaged_ones_dropped(
+    folder: PlanFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert folder.read_cache("timing") is None
+    folder.write_cache("timing", CONTENT)
+    assert folder.read_cache("timing") == CONTENT
+    (folder.path / "timing.cache").write_bytes(b"x" * 100)
+    assert folder.read_cache("timing") is None
+    assert "is not what was stored there" in caplog.text
+
+
+def test_the_models_digest_counts_its_external_data(tmp_path: Path) -> None:
+    path = onnx_models.external(tmp_path / "model.onnx", "w.bin")
+    weights = tmp_path / "w.bin"
+    with pytest.raises(ConfigError, match=r"w\.bin cannot be read"):
+        model_digest(path)
+    weights.write_bytes(np.arange(4, dtype=np.float32).tobytes())
+    first = model_digest(path)
+    assert model_digest(path) == first
+    weights.write_bytes(np.ones(4, np.float32).tobytes())
+    assert model_digest(path) != first
+
+
+def test_external_data_outside_the_models_folder_is_refused(tmp_path: Path) -> None:
+    path = onnx_models.external(tmp_path / "1" / "model.onnx", "../w.bin")
+    (tmp_path / "w.bin").write_bytes(bytes(16))
+    with pytest.raises(ConfigError, match=r"keeps data in '\.\./w\.bin'; expected a file in its"):
+        model_digest(path)

@@ -1,0 +1,138 @@
+"""The shapes that a plan is built for follow from model.toml, and what is missing is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers import onnx_models
+
+from inferq.shared.errors import ConfigError
+from inferq.workers.repository import ModelSpec, load_model
+from inferq.workers.trt.flavours import InputRange
+from inferq.workers.trt.profiles import (
+    as_toml,
+    input_ranges,
+    open_ranges,
+    parse_batch,
+    symbol_sizes,
+)
+
+
+def _pooled(root: Path, toml: str = "") -> ModelSpec:
+    """x: float32[batch, seq, 4]."""
+    onnx_models.pooled(root / "pooled" / "1" / "model.onnx")
+    (root / "pooled" / "model.toml").write_text(toml)
+    return load_model(root, "pooled")
+
+
+def _double(root: Path, toml: str = "") -> ModelSpec:
+    onnx_models.double(root / "double" / "1" / "model.onnx")
+    (root / "double" / "model.toml").write_text(toml)
+    return load_model(root, "double")
+
+
+@pytest.mark.parametrize(
+    ("toml", "sizes"),
+    [
+        ("", (1, 32, 32)),
+        ("max_batch_size = 8", (1, 8, 8)),
+        ("max_batch_size = 8\npreferred_batch_sizes = [2, 4]", (1, 4, 8)),
+        ("buckets = [4, 16]", (1, 16, 16)),
+        ("max_batch_size = 8\n[profile]\nbatch = [1, 2, 16]", (1, 2, 16)),
+        ("buckets = [4, 16]\n[profile]\nbatch = [4, 4, 16]", (4, 4, 16)),
+    ],
+)
+def test_the_batch_follows_from_the_knobs(
+    tmp_path: Path, toml: str, sizes: tuple[int, int, int]
+) -> None:
+    assert symbol_sizes(_double(tmp_path, toml)) == {"batch": sizes}
+
+
+def test_the_command_line_wins_for_the_batch(tmp_path: Path) -> None:
+    spec = _double(tmp_path, "[profile]\nbatch = [1, 2, 32]")
+    assert symbol_sizes(spec, (1, 8, 64)) == {"batch": (1, 8, 64)}
+
+
+def test_padded_dims_go_by_their_buckets(tmp_path: Path) -> None:
+    spec = _pooled(tmp_path, "max_batch_size = 2\n[pad.seq]\nbuckets = [32, 128, 512]")
+    sizes = symbol_sizes(spec)
+    assert sizes == {"batch": (1, 2, 2), "seq": (32, 512, 512)}
+    assert input_ranges(spec, sizes) == (InputRange("x", (1, 32, 4), (2, 512, 4), (2, 512, 4)),)
+
+
+def test_a_dim_of_unknown_size_wants_a_profile(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"how large 'seq'.*\[profile\] seq = \[smallest, us"):
+        symbol_sizes(_pooled(tmp_path))
+    spec = _pooled(tmp_path, "[profile]\nseq = [1, 64, 256]")
+    assert symbol_sizes(spec)["seq"] == (1, 64, 256)
+
+
+def test_a_dim_without_a_name_is_refused(tmp_path: Path) -> None:
+    onnx_models.double(tmp_path / "open" / "1" / "model.onnx", ("batch", None))
+    with pytest.raises(ConfigError, match=r"dim 1 of input .* has no name"):
+        symbol_sizes(load_model(tmp_path, "open"))
+
+
+def test_fixed_inputs_need_no_profile(tmp_path: Path) -> None:
+    onnx_models.double(tmp_path / "fixed" / "1" / "model.onnx", (1, 3))
+    spec = load_model(tmp_path, "fixed")
+    ranges = input_ranges(spec, symbol_sizes(spec))
+    assert ranges == (InputRange("x", (1, 3), (1, 3), (1, 3)),)
+    assert open_ranges(spec, ranges) == ()
+    with pytest.raises(ConfigError, match="--batch is 1,2,4; expected none, since the model is no"):
+        symbol_sizes(spec, (1, 2, 4))
+
+
+@pytest.mark.parametrize(
+    ("toml", "problem"),
+    [
+        ("max_batch_size = 8\n[profile]\nbatch = [1, 4, 4]", "the last to be at least 8"),
+        ("[profile]\nbatch = [2, 4, 32]", "the first to be at most 1"),
+        ("[pad.seq]\nbuckets = [8, 16]\n[profile]\nseq = [8, 8, 8]", "the last to be at least 16"),
+        ("[pad.seq]\nbuckets = [8, 16]\n[profile]\nseq = [9, 9, 16]", "the first to be at most 8"),
+    ],
+)
+def test_a_profile_covers_all_that_can_occur(tmp_path: Path, toml: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        symbol_sizes(_pooled(tmp_path, toml))
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("batch = [8, 4, 1]", "profile.batch is .*; expected the smallest, the usual and the larg"),
+        ("batch = [1, 4]", "profile.batch"),
+        ("batch = [0, 4, 32]", "profile.batch.0 is 0; expected at least 1"),
+        ("batch = [1.0, 4, 32]", "profile.batch.0 is 1.0; expected an integer"),
+        ("batch = 8", "profile.batch is 8; expected a list"),
+        ("rows = [1, 4, 32]", r"profile.rows names no dim; expected a symbol of an input \(batch"),
+    ],
+)
+def test_a_wrong_profile_names_key_value_and_expectation(
+    tmp_path: Path, line: str, problem: str
+) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        _double(tmp_path, f"[profile]\n{line}")
+
+
+def test_too_large_a_shape_is_refused(tmp_path: Path) -> None:
+    spec = _pooled(tmp_path, "[profile]\nseq = [1, 1, 16777216]")
+    with pytest.raises(ConfigError, match="2147483648 elements at its largest"):
+        input_ranges(spec, symbol_sizes(spec))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "8", "1,8", "1,8,64,128", "8,1,64", "0,1,2", "a,b,c", "1,2,9e9"]
+)
+def test_a_wrong_batch_option_is_refused(text: str) -> None:
+    with pytest.raises(
+        ConfigError, match="expected three ascending sizes from 1 to 65536, as 1,8,"
+    ):
+        parse_batch(text)
+
+
+def test_sizes_are_shown_as_the_table_that_gives_them(tmp_path: Path) -> None:
+    assert parse_batch("1,8,64") == (1, 8, 64)
+    shown = as_toml({"batch": (1, 8, 64), "a b": (1, 1, 2)})
+    assert shown == '[profile]\nbatch = [1, 8, 64]\n"a b" = [1, 1, 2]'

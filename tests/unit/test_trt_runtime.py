@@ -1,0 +1,219 @@
+"""What a lane calls of a plan, on a double of TensorRT: calls arrive, refusals are EngineErrors."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+
+from inferq.shared.errors import ConfigError, EngineError
+from inferq.workers.trt.flavours import RTX, TENSORRT, Context, Flavour, InputRange, Loaded
+
+
+class _Blob(bytes):
+    @property
+    def nbytes(self) -> int:
+        return len(self)
+
+
+class _Double:
+    """Both flavours' run-time calls; `refuses` names those that answer False or None."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.refuses: set[str] = set()
+        self.log: Any = None
+        double = self
+
+        def called(name: str, *given: Any, answer: Any = True) -> Any:
+            double.calls.append((name, *given))
+            if name in double.refuses:
+                double.log.log("error", f"{name}\n  refused")
+                return None if answer is not True else False
+            return answer
+
+        class Logger:
+            INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = "fatal", "error", "w", "i", "v"
+
+            def __init__(self) -> None:
+                double.log = self
+
+        class Cache:
+            def deserialize(self, content: bytes) -> bool:
+                return bool(called("deserialize cache", content))
+
+            def serialize(self) -> _Blob:
+                return _Blob(b"compiled")
+
+        class Config:
+            cuda_graph_strategy = "disabled"
+
+            def create_runtime_cache(self) -> Cache:
+                return Cache()
+
+            def set_runtime_cache(self, cache: Cache) -> bool:
+                return bool(called("set_runtime_cache"))
+
+        class Execution:
+            def __getattr__(self, name: str) -> Any:
+                return lambda *given: called(name, *given)
+
+            def infer_shapes(self) -> list[str]:
+                return ["x"] if "infer_shapes" in double.refuses else []
+
+            def get_tensor_shape(self, name: str) -> list[int]:
+                return [4, -1]
+
+        class Engine:
+            num_io_tensors, num_optimization_profiles, device_memory_size_v2 = 2, 1, 512
+
+            def get_tensor_name(self, index: int) -> str:
+                return "xy"[index]
+
+            def get_tensor_mode(self, name: str) -> str:
+                return {"x": "input", "y": "output"}[name]
+
+            def get_tensor_dtype(self, name: str) -> str:
+                return {"x": "u1", "y": "f2"}[name]
+
+            def get_tensor_shape(self, name: str) -> list[int]:
+                return [-1, 3]
+
+            def get_tensor_profile_shape(self, name: str, profile: int) -> list[list[int]]:
+                return [[1, 3], [4, 3], [8, 3]]
+
+            def create_runtime_config(self) -> Config:
+                return Config()
+
+            def create_execution_context(self, config: Config) -> Any:
+                return called(
+                    "create_execution_context", config.cuda_graph_strategy, answer=Execution()
+                )
+
+        class Runtime:
+            def __init__(self, logger: Any) -> None: ...
+
+            def deserialize_cuda_engine(self, plan: bytes) -> Any:
+                return called("deserialize_cuda_engine", plan, answer=Engine())
+
+            def get_engine_validity(self, plan: bytes) -> tuple[str, int]:
+                return ("invalid", 3) if plan == b"old" else ("valid", 0)
+
+        self.module = types.SimpleNamespace(
+            __version__="1.0",
+            ILogger=Logger,
+            Runtime=Runtime,
+            DataType=types.SimpleNamespace(
+                FLOAT="f4", HALF="f2", INT8="i1", INT32="i4", INT64="i8", UINT8="u1", BOOL="b"
+            ),
+            TensorIOMode=types.SimpleNamespace(INPUT="input"),
+            CudaGraphStrategy=types.SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole"),
+            EngineValidity=types.SimpleNamespace(INVALID="invalid", SUBOPTIMAL="so so"),
+            EngineInvalidityDiagnostics=types.SimpleNamespace(
+                VERSION_MISMATCH=1, UNSUPPORTED_CC=2, OLD_CUDA_DRIVER=4, OLD_CUDA_RUNTIME=8,
+                INSUFFICIENT_GPU_MEMORY=16, MALFORMED_ENGINE=32, CUDA_ERROR=64,
+            ),
+        )  # fmt: skip
+
+    def loaded(self, name: str = RTX) -> Loaded:
+        return Flavour(name, self.module).deserialize(b"plan")
+
+    def context(self) -> Context:
+        return self.loaded().context()
+
+
+@pytest.fixture
+def double() -> _Double:
+    return _Double()
+
+
+def test_a_plan_tells_its_tensors(double: _Double) -> None:
+    loaded = double.loaded()
+    x, y = loaded.tensors
+    assert (x.name, x.is_input, x.dtype, x.shape) == ("x", True, np.dtype("u1"), (-1, 3))
+    assert (y.name, y.is_input, y.dtype) == ("y", False, np.dtype("f2"))
+    assert (loaded.profiles, loaded.context_bytes) == (1, 512)
+    assert loaded.range("x") == InputRange("x", (1, 3), (4, 3), (8, 3))
+
+
+def test_a_plan_that_does_not_load_says_why(double: _Double) -> None:
+    double.refuses.add("deserialize_cuda_engine")
+    with pytest.raises(ConfigError, match="could not load the plan: deserialize_cuda_engine ref"):
+        double.loaded()
+    with pytest.raises(ConfigError, match=r"\(version mismatch, unsupported cc\)"):
+        Flavour(RTX, double.module).deserialize(b"old")
+    assert Flavour(RTX, double.module).why_unusable(b"new") is None
+    assert Flavour(TENSORRT, double.module).why_unusable(b"old") is None
+
+
+def test_what_a_lane_calls_arrives(double: _Double) -> None:
+    context = double.context()
+    double.calls.clear()
+    context.set_profile(0, 7)
+    context.set_shape("x", (4, 3))
+    context.infer_shapes()
+    assert context.shape("y") == (4, -1)
+    context.set_address("y", 4096)
+    context.execute(7)
+    assert context.is_capturable(7)
+    assert double.calls == [
+        ("set_optimization_profile_async", 0, 7),
+        ("set_input_shape", "x", (4, 3)),
+        ("set_tensor_address", "y", 4096),
+        ("execute_async_v3", 7),
+        ("is_stream_capturable", 7),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("refused", "call", "problem"),
+    [
+        ("set_optimization_profile_async", lambda c: c.set_profile(1, 7), "refused the profile 1"),
+        ("set_input_shape", lambda c: c.set_shape("x", (9,)), r"the shape of 'x' \(9,\): set_in"),
+        ("infer_shapes", lambda c: c.infer_shapes(), "no shape was set of x"),
+        ("set_tensor_address", lambda c: c.set_address("y", 1), "the address of 'y': set_tensor"),
+        ("execute_async_v3", lambda c: c.execute(7), "tensorrt-rtx: execute_async_v3 refused"),
+    ],
+)
+def test_a_refusal_is_an_engine_error_with_what_was_logged(
+    double: _Double, refused: str, call: Any, problem: str
+) -> None:
+    context = double.context()
+    double.refuses.add(refused)
+    with pytest.raises(EngineError, match=problem):
+        call(context)
+
+
+def test_no_context_is_an_engine_error(double: _Double) -> None:
+    double.refuses.add("create_execution_context")
+    with pytest.raises(EngineError, match="could not create an execution context: create_exec"):
+        double.context()
+
+
+def test_rtx_captures_graphs_by_itself_if_it_is_told_to(double: _Double) -> None:
+    double.loaded().context(graphs=True)
+    assert ("create_execution_context", "whole") in double.calls
+    double.calls.clear()
+    double.loaded(TENSORRT).context(graphs=True)
+    assert ("create_execution_context", "disabled") in double.calls
+
+
+def test_what_rtx_compiled_can_be_kept(double: _Double) -> None:
+    loaded = double.loaded()
+    assert loaded.context().runtime_cache() == b"compiled"
+    double.refuses.add("deserialize cache")
+    context = loaded.context(runtime_cache=b"compiled")
+    assert ("deserialize cache", b"compiled") in double.calls
+    assert context.runtime_cache() == b"compiled"
+    assert double.loaded(TENSORRT).context(runtime_cache=b"x").runtime_cache() is None
+
+
+def test_what_is_closed_is_closed_twice_without_harm(double: _Double) -> None:
+    loaded = double.loaded()
+    context = loaded.context()
+    for _ in range(2):
+        context.close()
+        loaded.close()
+    assert context.runtime_cache() is None

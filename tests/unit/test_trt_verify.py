@@ -1,0 +1,168 @@
+"""A plan is compared with ONNX Runtime, and one that differs too much is refused."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from helpers import onnx_models
+
+from inferq.shared.errors import ConfigError
+from inferq.shared.schema import Array, Tensors
+from inferq.workers.repository import ModelSpec, load_model
+from inferq.workers.trt.profiles import input_ranges, symbol_sizes
+from inferq.workers.trt.verify import FLOOR, PER_MISMATCH, load_samples, make_samples, verify
+
+#: y = x + x, of rows of three.
+ONES = {"x": np.ones((2, 3), np.float32)}
+ZEROS = {"x": np.zeros((2, 3), np.float32)}
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> ModelSpec:
+    onnx_models.double(tmp_path / "models" / "double" / "1" / "model.onnx")
+    (tmp_path / "models" / "double" / "model.toml").write_text("max_batch_size = 8")
+    return load_model(tmp_path / "models", "double")
+
+
+def _off_by(error: float) -> Any:
+    def run(inputs: Tensors) -> Mapping[str, Array]:
+        return {"y": inputs["x"] * 2 + np.float32(error)}
+
+    return run
+
+
+def test_the_same_answers_have_no_error(spec: ModelSpec) -> None:
+    samples = make_samples(spec, input_ranges(spec, symbol_sizes(spec)))
+    assert verify(_off_by(0), spec, samples) == 0
+
+
+def test_the_error_is_relative_to_the_outputs_largest_magnitude(spec: ModelSpec) -> None:
+    error = verify(_off_by(0.01), spec, [ONES, ZEROS])
+    assert error == pytest.approx(0.01 / (2 + FLOOR), rel=1e-3)
+
+
+def test_what_is_as_good_as_zero_is_judged_absolutely(spec: ModelSpec) -> None:
+    assert verify(_off_by(1e-6), spec, [ZEROS]) == pytest.approx(1e-6 / FLOOR)
+
+
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 0.03), ("fp16", 0.2)])
+def test_too_large_an_error_fails(spec: ModelSpec, precision: str, error: float) -> None:
+    with pytest.raises(ConfigError, match=r"'double' as fp.. differs .*output 'y' of sample [12]"):
+        verify(_off_by(error), spec, [ZEROS, ONES], precision=precision)
+
+
+def test_fp16_may_differ_by_more_and_a_limit_can_be_given(spec: ModelSpec) -> None:
+    assert verify(_off_by(0.03), spec, [ONES], precision="fp16") > 0.01
+    with pytest.raises(ConfigError, match=r"expected at most 0\.001"):
+        verify(_off_by(0.03), spec, [ONES], limit=0.001)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_not_a_number_on_one_side_is_an_infinite_error(spec: ModelSpec, bad: float) -> None:
+    with pytest.raises(ConfigError, match="differs from ONNX Runtime by inf"):
+        verify(_off_by(bad), spec, [ONES])
+
+
+def test_not_a_number_on_both_sides_is_none(spec: ModelSpec) -> None:
+    sample = {"x": np.array([[np.nan, np.inf, 1.0]], np.float32)}
+    assert verify(_off_by(0), spec, [sample]) == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        ({}, "output 'y' is missing"),
+        ({"y": np.zeros((2, 4), np.float32)}, r"output 'y' is float32\[2, 4\]; expected float32"),
+        ({"y": np.zeros((2, 3), np.float16)}, r"output 'y' is float16\[2, 3\]; expected float32"),
+    ],
+)
+def test_outputs_of_another_kind_are_refused(
+    spec: ModelSpec, answer: dict[str, Array], problem: str
+) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        verify(lambda _: answer, spec, [ONES])
+
+
+def test_of_integers_the_share_that_differs_counts(tmp_path: Path) -> None:
+    onnx_models.write(
+        tmp_path / "best" / "1" / "model.onnx",
+        [onnx_models.node("ArgMax", "x", "y", axis=1, keepdims=0)],
+        {"x": (onnx_models.FLOAT, ("batch", 3))},
+        {"y": (onnx_models.INT64, ("batch",))},
+    )
+    best = load_model(tmp_path, "best")
+    sample = {"x": np.eye(3, dtype=np.float32)[[0, 1, 2, 0]]}
+
+    def run(inputs: Tensors) -> Mapping[str, Array]:
+        return {"y": np.array([0, 1, 2, 1])}
+
+    assert verify(run, best, [sample], precision="fp16") == 0.25 * PER_MISMATCH
+    with pytest.raises(ConfigError, match=r"differs from ONNX Runtime by 0\.025"):
+        verify(run, best, [sample])
+
+
+def test_samples_have_the_profiles_shapes(spec: ModelSpec) -> None:
+    samples = make_samples(spec, input_ranges(spec, symbol_sizes(spec, (1, 4, 8))))
+    assert [sample["x"].shape for sample in samples] == [(1, 3), (1, 3), (4, 3), (8, 3)]
+    assert not samples[0]["x"].any()
+    assert all(sample["x"].any() for sample in samples[1:])
+    again = make_samples(spec, input_ranges(spec, symbol_sizes(spec, (1, 4, 8))))
+    np.testing.assert_array_equal(samples[3]["x"], again[3]["x"])
+
+
+def test_samples_suit_models_that_take_indices(tmp_path: Path) -> None:
+    path = onnx_models.lookup(tmp_path / "lookup" / "1" / "model.onnx", rows=4)
+    spec = load_model(tmp_path, "lookup")
+    # An index beyond the table crashes some engines.
+    samples = make_samples(spec, input_ranges(spec, {"batch": (1, 4, 8)}))
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for sample in samples:
+        assert session.run(None, sample)[0].shape == (len(sample["ids"]), 2)
+
+
+def test_inputs_can_be_given_in_a_file(spec: ModelSpec, tmp_path: Path) -> None:
+    path = tmp_path / "inputs.npz"
+    np.savez_compressed(path, x=ONES["x"])
+    (sample,) = load_samples(path, spec)
+    np.testing.assert_array_equal(sample["x"], ONES["x"])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "problem"),
+    [
+        ({"z": np.ones((2, 3), np.float32)}, r"inputs\.npz: inputs of model .* missing 'x'"),
+        ({"x": np.ones((2, 3))}, "dtype float64; expected float32"),
+        ({"x": np.ones((2, 4), np.float32)}, "has 4 at dim 1; expected 3"),
+        ({"x": np.ones((9, 3), np.float32)}, "have 9 rows; expected 1 to 8"),
+        ({"x": np.array([{}])}, r"cannot be read as \.npz: Object arrays"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(
+    spec: ModelSpec, tmp_path: Path, arrays: dict[str, Array], problem: str
+) -> None:
+    path = tmp_path / "inputs.npz"
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=problem):
+        load_samples(path, spec)
+
+
+def test_a_file_that_is_no_npz_is_refused(
+    spec: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "inputs.npz"
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_samples(path, spec)
+    path.write_bytes(b"junk")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_samples(path, spec)
+    monkeypatch.setattr("inferq.workers.trt.verify.MAX_FILE_BYTES", 10_000)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.npy", bytes(1_000_000))
+    with pytest.raises(ConfigError, match="unpacks to 1000000 bytes; expected at most 10000"):
+        load_samples(path, spec)
