@@ -238,7 +238,7 @@ def test_ctrl_c_stops_the_build(tmp_path: Path, plans: Path) -> None:
 
 
 def test_a_second_ctrl_c_is_not_swallowed() -> None:
-    steps = build_command._Steps()
+    steps = build_command._Steps(1)
     before = signal.getsignal(signal.SIGINT)
     with build_command._stopping(steps):
         signal.raise_signal(signal.SIGINT)
@@ -256,13 +256,17 @@ def test_progress_bars_follow_the_phases() -> None:
     shown = build_command._Bars(bars)
     shown.start("whole", None, 3)
     shown.start("part", "whole", 5)
-    shown.start("detail", "part", 100)
+    shown.start("deep", "part", 100)
+    shown.start("deeper", "deep", 100)
+    shown.start("too deep", "deeper", 100)
     shown.step("part", 2)
-    shown.step("detail", 50)
+    shown.step("too deep", 50)
     assert [(task.description, task.completed) for task in bars.tasks] == [
-        ("whole", 0), ("  part", 2),
+        ("whole", 0), ("  part", 2), ("    deep", 0), ("      deeper", 0),
     ]  # fmt: skip
-    shown.finish("detail")
+    shown.finish("too deep")
+    shown.finish("deeper")
+    shown.finish("deep")
     shown.finish("part")
     shown.finish("whole")
     assert bars.tasks == []

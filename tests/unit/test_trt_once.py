@@ -155,10 +155,8 @@ def test_what_cuda_raises_is_an_engine_error(monkeypatch: pytest.MonkeyPatch) ->
         raise _CudaError("out of memory")
 
     monkeypatch.setattr(_Context, "execute", fail)
-    with (
-        pytest.raises(EngineError, match="CUDA: out of memory"),
-        loaded(_Flavour(), b"plan") as run,
-    ):  # type: ignore[arg-type]
+    flavour: Any = _Flavour()
+    with pytest.raises(EngineError, match="CUDA: out of memory"), loaded(flavour, b"plan") as run:
         run({"x": np.ones((1, 3), np.float32)})
     assert _Primary.log[-2:] == ["pop", "detach"]
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from inferq.workers.trt.plans import Plan, PlanFolder
 
 UNVERIFIED = "unverified: no GPU here; the first worker that loads it verifies it"
-#: Phases within phases that are shown.
-MAX_DEPTH = 2
+#: Phases within phases that are shown: as lines, and as bars, which vanish again.
+LINES_DEPTH, BARS_DEPTH = 2, 4
 
 
 @click.command()
@@ -135,23 +135,24 @@ def _differs(order: Order) -> bool:
 
 
 class _Steps:
-    """Follows the nested phases of a build, and stops it on Ctrl-C."""
+    """Follows the phases of a build, nested `most` deep, and stops it on Ctrl-C."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
         self.stopped = False
+        self._most = most
         self._depths: dict[str, int] = {}
 
     def start(self, phase: str, parent: str | None, steps: int) -> None:
         self._depths[phase] = depth = self._depths.get(parent or "", -1) + 1
-        if depth < MAX_DEPTH:
+        if depth < self._most:
             self.began(phase, depth, steps)
 
     def step(self, phase: str, done: int) -> None:
-        if self._depths.get(phase, MAX_DEPTH) < MAX_DEPTH:
+        if self._depths.get(phase, self._most) < self._most:
             self.went_on(phase, done)
 
     def finish(self, phase: str) -> None:
-        if self._depths.pop(phase, MAX_DEPTH) < MAX_DEPTH:
+        if self._depths.pop(phase, self._most) < self._most:
             self.ended(phase)
 
     def began(self, phase: str, depth: int, steps: int) -> None: ...
@@ -162,7 +163,10 @@ class _Steps:
 
 
 class _Lines(_Steps):
-    """One line for each phase, where nobody looks on."""
+    """One line for each phase, where there is no terminal."""
+
+    def __init__(self) -> None:
+        super().__init__(LINES_DEPTH)
 
     def began(self, phase: str, depth: int, steps: int) -> None:
         click.echo(f"{'  ' * depth}{phase}", err=True)
@@ -172,7 +176,7 @@ class _Bars(_Steps):
     """A bar for each phase that is under way."""
 
     def __init__(self, bars: Any) -> None:
-        super().__init__()
+        super().__init__(BARS_DEPTH)
         self._bars = bars
         self._tasks: dict[str, Any] = {}
 
