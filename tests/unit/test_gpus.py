@@ -132,6 +132,11 @@ def test_a_card_that_does_not_answer_is_named_and_the_others_serve(nvml: Any) ->
     assert nvml.OPEN == 0
 
 
+def test_a_card_may_keep_the_size_of_its_memory_to_itself(nvml: Any) -> None:
+    nvml.CARDS[0].silent.add("nvmlDeviceGetMemoryInfo")
+    assert gpu_at(0).memory_bytes is None
+
+
 def test_all_are_those_that_cuda_may_see(nvml: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for visible, left in (("1", [1]), ("GPU-00000000,1", [0, 1]), ("GPU-00000001", [1])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)

@@ -90,6 +90,22 @@ def test_without_a_choice_nothing_changes(nvml: Any) -> None:
     assert not nvml.ASKED
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("INFERQ_GPU", "-1", "INFERQ_GPU is '-1'; expected greater than or equal to 0"),
+        ("INFERQ_GPU", "0,1", "INFERQ_GPU is '0,1'; expected a valid integer"),
+        ("INFERQ_DEVICE", "tpu", "INFERQ_DEVICE is 'tpu'; expected 'auto' or 'cpu'"),
+    ],
+)
+def test_a_bad_choice_names_itself(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, expected: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"^{expected}"):
+        _settings()
+
+
 #: Pins itself while another thread runs, and prints the cores of each thread and of a new process.
 _BOUND = """
 import os, subprocess, sys, threading

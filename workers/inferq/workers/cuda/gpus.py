@@ -28,7 +28,8 @@ class Gpu:
     name: str
     #: As the kernel writes it: ``0000:3b:00.0``.
     pci_bus_id: str
-    memory_bytes: int
+    #: None: not told, as where it shares the host's memory.
+    memory_bytes: int | None
     compute_capability: tuple[int, int]
     #: Cores of the NUMA node that it is attached to; empty: not known.
     cores: frozenset[int]
@@ -147,7 +148,7 @@ def _read(nvml: Any, index: int, count: int) -> Gpu:
             uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
             name=_text(nvml.nvmlDeviceGetName(handle)),
             pci_bus_id=bus_id,
-            memory_bytes=int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
+            memory_bytes=_memory_bytes(nvml, handle),
             compute_capability=(int(major), int(minor)),
             cores=_near_cores(bus_id),
         )
@@ -155,6 +156,13 @@ def _read(nvml: Any, index: int, count: int) -> Gpu:
         raise ConfigError(
             f"GPU {index} does not answer ({problem}); see what nvidia-smi says; {INSTEAD}"
         ) from None
+
+
+def _memory_bytes(nvml: Any, handle: Any) -> int | None:
+    try:
+        return int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
+    except nvml.NVMLError_NotSupported:
+        return None
 
 
 def _text(value: str | bytes) -> str:
