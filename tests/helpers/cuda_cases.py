@@ -2,20 +2,21 @@
 
 Real PyCUDA on the fake driver (see fakecuda). In place of TensorRT a double of its execution
 context computes with numpy on the "device" memory, which is the host's.
+Each function without parameters is a case.
 """
 
 from __future__ import annotations
 
-import ctypes
-import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
+import pytest
+from pycuda import driver
 
-from helpers.fakecuda.control import Control
+from helpers.fakecuda.control import Control, on_device
 from inferq.shared.errors import EngineError, FatalEngineError
 from inferq.shared.schema import Array
 from inferq.workers.cuda import device
@@ -60,9 +61,7 @@ class Doubler:
         CONTROL.launch(stream, kernel, self.us)
 
     def _at(self, name: str, shape: Shape, dtype: str) -> Array:
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        memory = (ctypes.c_char * size).from_address(self.addresses[name])
-        return np.frombuffer(memory, dtype).reshape(shape)
+        return on_device(self.addresses[name], shape, dtype)
 
     def close(self) -> None:
         self.addresses.clear()
@@ -225,21 +224,14 @@ def a_sticky_error_is_fatal_and_another_is_not() -> None:
     executor = Doubler()
     one = lane(gpu, executor, graphs=False)
     executor.fails_above = (3, RuntimeError("execute_async_v3 said no"))
-    try:
+    with pytest.raises(EngineError, match="execute_async_v3 said no") as raised:
         one.run(batch(4))
-    except FatalEngineError:
-        raise AssertionError("the context is well") from None
-    except EngineError as problem:
-        assert "execute_async_v3 said no" in str(problem)
+    assert not isinstance(raised.value, FatalEngineError), "the context is well"
     check(one, batch(2))
     CONTROL.fail(700)
     for _ in range(2):
-        try:
+        with pytest.raises(FatalEngineError, match="beyond use"):
             one.run(batch(2))
-        except FatalEngineError as problem:
-            assert "beyond use" in str(problem)
-        else:
-            raise AssertionError("it ran")
     one.close()
 
 
@@ -256,28 +248,18 @@ def short_memory_splits_the_batch_and_those_after_it() -> None:
     assert executors[1].set_count == before + 1, "it did not try 8 rows first"
     for each in executors:
         each.fails_above = (1, OutOfDeviceMemory("cuMemAlloc failed"))
-    try:
-        one.run(batch(8))
-    except OutOfDeviceMemory:
-        pass
-    else:
-        raise AssertionError("it is split once")
-    for each in (one, other):
-        each.close()
+    with pytest.raises(OutOfDeviceMemory):
+        one.run(batch(8))  # it is split once
+    for opened in (one, other):
+        opened.close()
     device.release()
 
 
 def memory_that_is_short_at_the_start_is_said() -> None:
-    from pycuda import driver  # noqa: PLC0415
-
     gpu = device.acquire()
     free, _ = gpu.memory()
-    try:
+    with pytest.raises(driver.MemoryError):
         lane(gpu, Doubler(), width=free)
-    except driver.MemoryError:
-        pass
-    else:
-        raise AssertionError("there was room")
     check(lane(gpu, Doubler()), batch(3))
 
 
@@ -309,20 +291,5 @@ def nothing_is_left_after_a_thousand_lanes() -> None:
     assert CONTROL.count("frees_while_busy") == 0
 
 
-CASES: dict[str, Callable[[], None]] = {
-    case.__name__: case
-    for case in (
-        every_request_gets_its_rows,
-        results_stay_as_they_were,
-        runs_without_graphs_where_none_can_be_captured,
-        any_number_of_shapes_keeps_few_graphs,
-        copies_hide_behind_compute,
-        a_sticky_error_is_fatal_and_another_is_not,
-        short_memory_splits_the_batch_and_those_after_it,
-        memory_that_is_short_at_the_start_is_said,
-        nothing_is_left_after_a_thousand_lanes,
-    )
-}
-
 if __name__ == "__main__":
-    CASES[sys.argv[1]]()
+    globals()[sys.argv[1]]()

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from inferq.shared.schema import Array
 
 Kernel = Callable[[], int | None]
 
@@ -49,6 +54,13 @@ class Control:
         """Set ``ns_per_byte``, ``kernel_us`` or ``memory_mb`` of all that is queued from now on."""
         if self._library.fakecuda_set(name.encode(), value):
             raise KeyError(name)
+
+
+def on_device(address: int, shape: Sequence[int], dtype: str) -> Array:
+    """The tensor at an address of the fake device's memory."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = memoryview((ctypes.c_char * size).from_address(address))
+    return np.frombuffer(memory, np.dtype(dtype)).reshape(shape)
 
 
 _TYPE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
