@@ -5,33 +5,23 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from helpers.fakecuda import build_driver, environment, why_not
+from helpers.fakecuda import environment
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 CASES = re.findall(
     r"^def ([a-z]\w*)\(\) -> None", (HELPERS / "cuda_cases.py").read_text(), re.MULTILINE
 )
 
-pytestmark = [
-    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
-    pytest.mark.skipif(find_spec("pycuda") is None, reason="PyCUDA is not installed"),
-]
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_driver(tmp_path_factory.mktemp("driver"))
-
 
 @pytest.mark.parametrize("case", CASES)
-def test_lanes_on_the_fake_driver(driver: Path, case: str) -> None:
+def test_lanes_on_the_fake_driver(fake_driver: Path, case: str) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "helpers.cuda_cases", case],
-        env=environment(driver), cwd=HELPERS.parent, capture_output=True, text=True, timeout=120,
+        env=environment(fake_driver), cwd=HELPERS.parent,
+        capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
 

@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 
 from inferq.shared.codec import encode_advert
 from inferq.shared.connect import check_server, redis_client
-from inferq.shared.errors import InferqError, RedisUnavailable
+from inferq.shared.errors import FatalEngineError, InferqError, RedisUnavailable
 from inferq.shared.names import queue_of
 from inferq.shared.settings import Settings
 from inferq.workers import celery_private
@@ -21,6 +21,7 @@ from inferq.workers.canvas import Canvas
 from inferq.workers.celery_side import CelerySide
 from inferq.workers.clock import RedisClock
 from inferq.workers.cuda.telemetry import GpuTelemetry
+from inferq.workers.health import EX_FATAL_ENGINE
 from inferq.workers.heartbeat import Heartbeat
 from inferq.workers.lanes import Finished
 from inferq.workers.later import Later
@@ -82,12 +83,15 @@ class Service:
                     result_expires_s=self._settings.result_expires_s,
                 )
             self._when_redis_answers(self._serve)
+        except FatalEngineError as problem:
+            logger.critical("%s", problem)
+            self._give_up(EX_FATAL_ENGINE)
         except InferqError as problem:
             logger.critical("%s", problem)
-            self._give_up()
+            self._give_up(EX_CONFIG)
         except Exception:
             logger.critical("the models could not be loaded", exc_info=True)
-            self._give_up()
+            self._give_up(EX_CONFIG)
 
     def _check_server(self) -> None:
         evicts = check_server(self._client).evicts
@@ -108,8 +112,10 @@ class Service:
                 logger.warning("%s; trying again in %g s", problem, RETRY_S)
                 time.sleep(RETRY_S)
 
-    def _give_up(self) -> None:
-        celery_private.stop_worker(EX_CONFIG)
+    def _give_up(self, status: int) -> None:
+        for model in self._models:
+            model.close(timeout=1.0)
+        celery_private.stop_worker(status)
         self._side.wake()
 
     def _serve(self) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from inferq.shared.errors import ConfigError
+from inferq.shared.errors import ConfigError, FatalEngineError
 from inferq.shared.names import Names
 from inferq.shared.schema import ModelAdvert
 from inferq.workers.batching.padding import Padding
@@ -120,6 +120,8 @@ class ServedModel:
             tried = sizes(self.spec.max_batch_size, self._buckets)
         try:
             return measure(engine.lanes, self.spec.signature, tried, dict(config.pad))
+        except FatalEngineError:
+            raise
         except Exception as problem:
             raise ConfigError(
                 f"{self.spec.path or self.name} cannot run zeros to warm up "

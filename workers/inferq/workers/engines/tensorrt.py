@@ -124,13 +124,7 @@ class TensorRTEngine(Engine):
 
         order = Order(spec, flavour, self._table.precision, capability=gpu.capability)
         with gpu:  # a build measures kernels on it
-            plan = ensure_plan(order, folder)
-        if not plan.from_cache:
-            logger.info(
-                "%s: built %s in %.1f s (`inferq build` does so beforehand)",
-                spec.name, plan.path, plan.record.seconds,
-            )  # fmt: skip
-        return plan
+            return ensure_plan(order, folder)
 
     def _verify(self, spec: ModelSpec, plan: Plan, folder: PlanFolder) -> None:
         """Compare it with ONNX Runtime on its first lane, and note that. ConfigError."""

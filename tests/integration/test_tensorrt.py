@@ -1,0 +1,180 @@
+"""The TensorRT engine in a real worker, from the queue to the result, without a GPU.
+
+PyCUDA is real, the driver is a fake on the host's memory (helpers/fakecuda), and `tensorrt` is a
+double that computes with ONNX Runtime on that memory (helpers/double_trt). So what is shown is all
+but TensorRT itself: plans, lanes, buffers, streams, events, graphs, faults.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from helpers import onnx_models
+from helpers.fakecuda import environment
+from helpers.results import nothing_is_held
+from helpers.wait import until
+from helpers.worker import SupervisedWorker, Worker
+from redis import Redis
+
+from inferq.producer import Client
+from inferq.workers.demo.models import MAGIKA, prepare
+from inferq.workers.health import EX_FATAL_ENGINE
+from inferq.workers.repository import load_model
+
+TESTS = Path(__file__).parents[1]
+TIMEOUT_S = 30.0
+TOML = 'engine = "tensorrt"\nmax_batch_size = 8\n'
+
+Environment = Callable[..., dict[str, str]]
+
+
+@pytest.fixture
+def on_gpu(fake_driver: Path, tmp_path: Path) -> Environment:
+    """The environment of a worker that finds a GPU and TensorRT; settings as in libcuda.c."""
+
+    def made(**settings: object) -> dict[str, str]:
+        env = environment(fake_driver, **settings)
+        folders = [str(TESTS), str(TESTS / "helpers" / "double_trt"), env.get("PYTHONPATH", "")]
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
+        env["INFERQ_PLANS"] = str(tmp_path / "plans")
+        return env
+
+    return made
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    root = tmp_path / "models"
+    onnx_models.double(root / "double" / "1" / "model.onnx")
+    onnx_models.two_inputs(root / "two" / "1" / "model.onnx")
+    for name in ("double", "two"):
+        (root / name / "model.toml").write_text(TOML)
+    return root
+
+
+def _records(tmp_path: Path) -> dict[str, dict[str, object]]:
+    found = [json.loads(path.read_text()) for path in (tmp_path / "plans").glob("*.json")]
+    return {record["model_name"]: record for record in found}
+
+
+def _rows(first: int, rows: int, width: int) -> np.ndarray:
+    return np.arange(first, first + rows * width, dtype=np.float32).reshape(rows, width)
+
+
+def test_requests_are_batched_through_lanes_and_bit_equal(
+    redis_url: str, redis: Redis, models: Path, tmp_path: Path, on_gpu: Environment
+) -> None:
+    with Worker(redis_url, models, env=on_gpu()), Client(redis_url) as client:
+        items = [{"x": _rows(n, 1 + n % 3, 3)} for n in range(60)]
+        results = list(client.map("double", items, in_flight=32))
+        for item, result in zip(items, results, strict=True):
+            assert np.array_equal(result.outputs["y"], 2 * item["x"])
+            assert result.receipt is not None
+            assert result.receipt.engine == "tensorrt"
+            for ms in (
+                result.receipt.gpu_h2d_ms, result.receipt.gpu_compute_ms, result.receipt.gpu_d2h_ms
+            ):  # fmt: skip
+                assert ms is not None
+                assert ms >= 0
+        assert max(result.receipt.requests for result in results if result.receipt) > 1
+        path = models / "two" / "1" / "model.onnx"
+        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+        for n in range(5):
+            given = {"a": _rows(n, 2, 2), "b": _rows(3 * n, 2, 2)}
+            outputs = client.infer("two", given, timeout=TIMEOUT_S).outputs
+            expected = dict(zip(outputs, session.run(list(outputs), given), strict=True))
+            assert all(np.array_equal(outputs[name], expected[name]) for name in expected)
+    records = _records(tmp_path)
+    assert records.keys() == {"double", "two"}
+    assert all(record["verified"] and record["max_error"] == 0 for record in records.values())
+    until(lambda: nothing_is_held(redis))
+
+
+def test_a_real_model_answers_as_on_the_cpu(
+    redis_url: str, tmp_path: Path, on_gpu: Environment
+) -> None:
+    prepare(tmp_path / "models")
+    toml = tmp_path / "models" / MAGIKA / "model.toml"
+    toml.write_text(TOML + "buckets = [8]\n" + toml.read_text())
+    signature = load_model(tmp_path / "models", MAGIKA).signature
+    rng = np.random.default_rng(0)
+    path = tmp_path / "models" / MAGIKA / "1" / "model.onnx"
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (spec,), (output,) = signature.inputs, signature.outputs
+    asked = rng.integers(0, 256, (8, int(spec.shape[1] or 0))).astype(spec.dtype)
+    (expected,) = session.run([output.name], {spec.name: asked})
+    with (
+        Worker(redis_url, tmp_path / "models", [MAGIKA], env=on_gpu()),
+        Client(redis_url) as client,
+    ):
+        got = client.infer(MAGIKA, {spec.name: asked}, timeout=TIMEOUT_S).outputs[output.name]
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_second_worker_takes_the_plan_from_the_cache_and_refuses_an_altered_one(
+    redis_url: str, models: Path, tmp_path: Path, on_gpu: Environment
+) -> None:
+    with Worker(redis_url, models, ["double"], env=on_gpu()) as worker:
+        assert "built " in worker.log
+        assert "differs from ONNX Runtime" in worker.log
+    with Worker(redis_url, models, ["double"], env=on_gpu()) as worker:
+        assert "built " not in worker.log
+        assert "differs from ONNX Runtime" not in worker.log
+    (plan,) = (tmp_path / "plans").glob("*.plan")
+    content = bytearray(plan.read_bytes())
+    content[-1] ^= 1
+    plan.write_bytes(content)
+    worker = Worker(redis_url, models, ["double"], env=on_gpu())
+    worker.start()
+    assert worker.process.wait(TIMEOUT_S) == os.EX_CONFIG
+    assert f"{plan} is not what was stored" in worker.log
+    worker.close()
+
+
+def test_a_sticky_error_ends_the_process_and_its_successor_serves_everything(
+    redis_url: str, redis: Redis, models: Path, tmp_path: Path, on_gpu: Environment
+) -> None:
+    (models / "double" / "model.toml").write_text(TOML + "warm_up = false\n")
+    env = on_gpu(fail_kernel=12)
+    with SupervisedWorker(redis_url, models, ["double"], env=env) as worker, Client(redis_url) as c:
+        pending = [c.submit("double", {"x": _rows(n, 1, 3)}) for n in range(60)]
+        for n, each in enumerate(pending):
+            assert np.array_equal(each.result(TIMEOUT_S).outputs["y"], 2 * _rows(n, 1, 3))
+        until(lambda: f"with status {EX_FATAL_ENGINE}" in worker.log, what="one was replaced")
+        assert "CUDA is beyond use" in worker.log
+
+
+def test_a_sticky_error_while_it_loads_is_no_matter_of_configuration(
+    redis_url: str, models: Path, on_gpu: Environment
+) -> None:
+    worker = Worker(redis_url, models, ["double"], env=on_gpu(fail_kernel=40))
+    worker.start()
+    assert worker.process.wait(TIMEOUT_S) == EX_FATAL_ENGINE
+    assert "CUDA is beyond use" in worker.log
+    worker.close()
+
+
+def test_lanes_that_do_not_fit_are_refused_with_what_would(
+    redis_url: str, models: Path, on_gpu: Environment
+) -> None:
+    (models / "double" / "model.toml").write_text(TOML + "lanes = 100\n")
+    worker = Worker(redis_url, models, ["double"], env=on_gpu(memory_mb=50))
+    worker.start()
+    assert worker.process.wait(TIMEOUT_S) == os.EX_CONFIG
+    assert "100 lanes take 1.0 MB of GPU memory each" in worker.log
+    assert "expected in model.toml: lanes = " in worker.log
+    worker.close()
+
+
+def test_without_a_gpu_one_line_says_what_is_missing(redis_url: str, models: Path) -> None:
+    worker = Worker(redis_url, models, ["double"])
+    worker.start()
+    assert worker.process.wait(TIMEOUT_S) == os.EX_CONFIG
+    assert "`inferq worker --cpu`" in worker.log
+    worker.close()
