@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from click.testing import CliRunner, Result
 from helpers import onnx_models
@@ -22,6 +23,8 @@ from inferq.workers.build_command import build
 from inferq.workers.demo.models import MAGIKA, ORIENTATION, prepare
 from inferq.workers.trt.builder import ensure_plan
 from inferq.workers.trt.plans import PlanFolder
+from inferq.workers.trt.precision import prepare as prepare_onnx
+from inferq.workers.trt.verify import make_samples, verify
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +85,23 @@ def test_fp16_makes_a_smaller_plan(models: Path, plans: Path) -> None:
     assert fp16.record.bytes < 0.8 * fp32.record.bytes
 
 
+@pytest.mark.parametrize("model", [MAGIKA, ORIENTATION])
+def test_the_fp16_that_is_built_answers_as_the_model_does(models: Path, model: str) -> None:
+    """On ONNX Runtime, which needs no GPU for it."""
+    ordered = order(models, model, batch=(1, 2, 4), precision="fp16")
+    assert ordered.spec.path is not None
+    converted = prepare_onnx(ordered.spec.path, "fp16")
+    session = ort.InferenceSession(converted, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    error = verify(
+        lambda inputs: dict(zip(names, session.run(names, inputs), strict=True)),
+        ordered.spec,
+        make_samples(ordered.spec, ordered.ranges),
+        precision="fp16",
+    )
+    assert 0 < error < 0.02
+
+
 def test_an_altered_byte_is_refused_until_it_is_built_anew(models: Path, plans: Path) -> None:
     _build(models, plans, MAGIKA)
     (path,) = plans.glob("*.plan")
@@ -138,8 +158,6 @@ def _verified_by(
     models: Path, plans: Path, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> Result:
     from contextlib import contextmanager  # noqa: PLC0415
-
-    import onnxruntime as ort  # noqa: PLC0415
 
     session = ort.InferenceSession(
         str(models / MAGIKA / "1" / "model.onnx"), providers=["CPUExecutionProvider"]

@@ -63,6 +63,17 @@ def test_a_changed_model_is_built_again(models: Path, folder: PlanFolder) -> Non
     assert not ensure_plan(order(models, "double"), folder).from_cache
 
 
+def test_a_model_that_changes_meanwhile_makes_no_plan(
+    models: Path, folder: PlanFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = order(models, "double")
+    digests = iter(["before", "after"])
+    monkeypatch.setattr("inferq.workers.trt.builder.model_digest", lambda path: next(digests))
+    with pytest.raises(ConfigError, match=r"model\.onnx was changed while it was built"):
+        ensure_plan(wanted, folder)
+    assert not list(folder.path.glob("*.plan"))
+
+
 @pytest.mark.parametrize(
     "change", [{"precision": "fp16"}, {"batch": (1, 2, 64)}], ids=["precision", "batch"]
 )

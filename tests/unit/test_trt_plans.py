@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -230,6 +231,29 @@ def test_a_write_that_breaks_off_leaves_no_plan_behind(
     monkeypatch.undo()
     assert folder.find("digits", 2, KEY) is None
     assert [path.suffix for path in folder.path.iterdir()] == [".plan"]
+
+
+def test_what_a_killed_process_left_is_swept_up(folder: PlanFolder, plan: Plan) -> None:
+    (folder.path / f".{plan.path.name}.4242").write_bytes(CONTENT)
+    folder.store(new_record(KEY, "digits", 2, 1.5), CONTENT)
+    assert sorted(path.suffix for path in folder.path.iterdir()) == [".json", ".plan"]
+
+
+def test_a_read_only_folder_still_gives_its_plans(
+    folder: PlanFolder, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def read_only(path: str, flags: int, *mode: int, **more: int) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return real(path, flags, *mode, **more)
+
+    monkeypatch.setattr("inferq.workers.trt.plans.os.open", read_only)
+    with folder.lock("digits", 2, KEY):
+        assert folder.find("digits", 2, KEY) is not None
+    with pytest.raises(ConfigError, match="Read-only file system"):
+        folder.verified(plan, 0.0)
 
 
 def test_an_empty_plan_is_not_stored(folder: PlanFolder) -> None:

@@ -118,6 +118,8 @@ def _build(order: Order, key: PlanKey, folder: PlanFolder, progress: Progress | 
         timing_cache=folder.read_cache(cache_name) if flavour.has_timing_cache else None,
         progress=progress,
     )
+    if model_digest(spec.path) != key.model:
+        raise ConfigError(f"{spec.path} was changed while it was built; expected it to stay")
     if measured is not None:
         folder.write_cache(cache_name, measured)
     record = new_record(key, spec.name, spec.version, time.monotonic() - began)

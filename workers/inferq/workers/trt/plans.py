@@ -11,6 +11,7 @@ by accident, the folder's owner and mode keep others from doing it on purpose.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import logging
@@ -163,7 +164,10 @@ class PlanFolder:
         return plan
 
     def store(self, record: Record, content: bytes) -> Plan:
-        """Keep `content` under the key of `record`, whose size and SHA-256 are filled in."""
+        """Keep `content` under the key of `record`, whose size and SHA-256 are filled in.
+
+        The caller holds the `lock`. ConfigError: it cannot be written.
+        """
         if not 0 < len(content) <= MAX_PLAN_BYTES:
             raise ConfigError(f"the plan has {len(content)} bytes; expected 1 to {MAX_PLAN_BYTES}")
         record = msgspec.structs.replace(
@@ -171,6 +175,9 @@ class PlanFolder:
         ).sealed()
         path = self._path(record.model_name, record.model_version, record.key)
         with self._writing(path):
+            # What a process left behind that was killed while it wrote; we have the lock.
+            for left in self.path.glob(f".{path.stem}.*"):
+                left.unlink(missing_ok=True)
             # A plan never stands beside the record of another one.
             path.with_suffix(".json").unlink(missing_ok=True)
             _write(path, content)
@@ -187,10 +194,18 @@ class PlanFolder:
 
     @contextmanager
     def lock(self, name: str, version: int, key: PlanKey) -> Iterator[None]:
-        """One process at a time builds a plan; the others wait, and find it."""
+        """One process at a time builds a plan; the others wait, and find it.
+
+        No lock is taken in a folder that is read-only: plans can be found there, and not built.
+        """
         path = self._path(name, version, key).with_suffix(".lock")
-        with self._writing(path):
+        try:
             file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as problem:
+            if problem.errno not in {errno.EROFS, errno.EACCES}:
+                raise ConfigError(f"{path} cannot be written: {problem.strerror}") from problem
+            yield
+            return
         try:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
