@@ -10,7 +10,7 @@ from inferq.workers.repository import load_model
 from inferq.workers.trt.builder import Order
 from inferq.workers.trt.flavours import RTX, Flavour, find_flavour
 
-REASON = "TensorRT-RTX is not installed: pip install 'inferq[tensorrt-rtx]'"
+REASON = "TensorRT-RTX is not installed: pip install tensorrt-rtx-cu13"
 
 
 def rtx() -> Flavour:

@@ -1,8 +1,9 @@
-"""Asks the CUDA driver which GPU there is, without any package of CUDA's."""
+"""Asks the CUDA driver a few things, without any package of CUDA's."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Final
 
 _LIBRARY: Final = "libcuda.so.1"
@@ -15,12 +16,9 @@ def compute_capability(device: int = 0) -> str | None:
 
     Starts the driver in this process: CUDA_VISIBLE_DEVICES counts from here on. No context is made.
     """
-    try:
-        driver = ctypes.CDLL(_LIBRARY)
-    except OSError:
-        return None
+    driver = _driver()
     handle = ctypes.c_int()
-    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(handle), device):
+    if driver is None or driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(handle), device):
         return None
     numbers = []
     for attribute in (_MAJOR, _MINOR):
@@ -29,3 +27,26 @@ def compute_capability(device: int = 0) -> str | None:
             return None
         numbers.append(str(number.value))
     return ".".join(numbers)
+
+
+def current_context() -> int | None:
+    """The address of the CUDA context that is current in this thread; None if there is none."""
+    driver, context = _driver(), ctypes.c_void_p()
+    if driver is None or driver.cuCtxGetCurrent(ctypes.byref(context)):
+        return None
+    return context.value
+
+
+def pop_context() -> None:
+    """Make the CUDA context current that was so before the current one."""
+    driver = _driver()
+    if driver is not None:
+        driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(_LIBRARY)
+    except OSError:
+        return None

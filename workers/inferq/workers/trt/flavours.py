@@ -498,10 +498,13 @@ def find_flavour(name: str = AUTO) -> Flavour:
         # Its own libraries are loaded meanwhile, and each way to fail raises something else.
         except Exception as problem:  # noqa: BLE001
             problems.append(f"{each}: {' '.join(str(problem).split())[:200]}")
-    extras = " or ".join(f"'inferq[{each}]'" for each in (MODULES if name == AUTO else [name]))
+    wanted = list(MODULES) if name == AUTO else [name]
+    install = " or ".join(f"'inferq[{each}]'" for each in wanted)
+    if RTX in wanted:
+        install += "; to build without a GPU pip install tensorrt-rtx-cu13 will do"
     raise ConfigError(
         f"flavour {name!r} cannot be imported ({'; '.join(problems)}); "
-        f"to install it: pip install {extras}"
+        f"to install it: pip install {install}"
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from inferq.shared.errors import EngineError
 from inferq.shared.schema import Array, Tensors
+from inferq.workers.trt.device import current_context, pop_context
 from inferq.workers.trt.flavours import Context, Flavour, IOTensor, Loaded
 from inferq.workers.trt.verify import Run
 
@@ -38,8 +39,12 @@ def loaded(flavour: Flavour, plan: bytes, device: int = 0) -> Iterator[Run]:
         finally:
             runner.close()
             primary.pop()
+            before = current_context()
             # Its destructor would take it for a context of its own.
             primary.detach()
+            # To release it PyCUDA made it current again, and the driver does not undo that.
+            if current_context() != before:
+                pop_context()
     except cuda.Error as problem:
         raise EngineError(f"CUDA: {problem}") from problem
 

@@ -1,0 +1,65 @@
+"""The driver is asked for the GPU's kind, and a machine without one answers None."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import pytest
+
+from inferq.workers.trt import device
+
+
+def _driver(monkeypatch: pytest.MonkeyPatch, **calls: Any) -> None:
+    monkeypatch.setattr(device, "_driver", lambda: types.SimpleNamespace(**calls))
+
+
+def _set(pointer: Any, value: int) -> int:
+    pointer._obj.value = value
+    return 0
+
+
+def test_without_a_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_driver", lambda: None)
+    assert device.compute_capability() is None
+    assert device.current_context() is None
+    device.pop_context()
+
+
+def test_a_missing_library_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_LIBRARY", "libcuda.so.that.is.nowhere")
+    device._driver.cache_clear()
+    try:
+        assert device.compute_capability() is None
+    finally:
+        device._driver.cache_clear()
+
+
+def test_the_capability_is_read_from_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = {75: 8, 76: 9}
+    _driver(
+        monkeypatch,
+        cuInit=lambda flags: 0,
+        cuDeviceGet=_set,
+        cuDeviceGetAttribute=lambda number, which, handle: _set(number, numbers[which]),
+    )
+    assert device.compute_capability() == "8.9"
+
+
+@pytest.mark.parametrize("fails", ["cuInit", "cuDeviceGet", "cuDeviceGetAttribute"])
+def test_a_driver_that_fails_is_no_gpu(monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+    names = ["cuInit", "cuDeviceGet", "cuDeviceGetAttribute"]
+    _driver(monkeypatch, **{name: lambda *_, code=100 * (name == fails): code for name in names})
+    assert device.compute_capability() is None
+
+
+def test_contexts_are_asked_for_and_popped(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = [0x1000, 0x2000]
+    _driver(
+        monkeypatch,
+        cuCtxGetCurrent=lambda pointer: _set(pointer, stack[-1]),
+        cuCtxPopCurrent_v2=lambda pointer: _set(pointer, stack.pop()),
+    )
+    assert device.current_context() == 0x2000
+    device.pop_context()
+    assert device.current_context() == 0x1000
