@@ -221,6 +221,26 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path, plans: Path) -> None
     assert "junk/1/model.onnx" in refused.stderr
 
 
+def test_an_output_that_depends_on_the_data_is_refused_in_one_line(
+    tmp_path: Path, plans: Path
+) -> None:
+    rtx()
+    onnx_models.write(
+        tmp_path / "models" / "found" / "1" / "model.onnx",
+        [onnx_models.node("NonZero", ["x"], ["where"])],
+        {"x": (onnx_models.FLOAT, (4, 3))},
+        {"where": (onnx_models.INT64, (2, "k"))},
+    )
+    refused = subprocess.run(
+        [sys.executable, "-m", "inferq.workers.cli", "build", "found",
+         "--models", str(tmp_path / "models"), "--plans", str(plans), "--flavour", "tensorrt-rtx"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert refused.returncode == 1
+    (line,) = refused.stderr.splitlines()
+    assert "its output's shape depends on the data" in line
+
+
 def test_ctrl_c_stops_the_build(tmp_path: Path, plans: Path) -> None:
     """On a model large enough that the build is still under way."""
     rtx()

@@ -224,16 +224,19 @@ def test_data_dependent_outputs_are_found_and_the_network_is_left_as_it_was(
     assert plan
 
 
-def test_the_log_goes_to_python_and_errors_only_into_exceptions(
+def test_the_log_goes_to_python_and_errors_into_exceptions_as_well(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     flavour = rtx()
     with caplog.at_level(logging.INFO, "inferq.workers.trt.flavours"):
         network = flavour.parse(onnx_models.double(tmp_path / "model.onnx"))
-        with pytest.raises(ConfigError):
+        flavour.build(network, [[SPAN]])
+        assert not caplog.records
+        with pytest.raises(ConfigError, match="no optimization profile has been defined"):
             flavour.build(network, [])
-    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
-    assert "no optimization profile" in flavour.last_errors()
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR
+    assert "no optimization profile has been defined" in record.message
 
 
 def test_the_timing_cache_is_handed_on_where_the_flavour_has_one(tmp_path: Path) -> None:

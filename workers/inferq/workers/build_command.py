@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections.abc import Iterator
@@ -69,18 +70,20 @@ def build(
     zeros, random and given inputs; one that differs too much fails.
     """
     from inferq.workers.repository import load_model  # noqa: PLC0415 (heavy)
+    from inferq.workers.trt import flavours  # noqa: PLC0415
     from inferq.workers.trt.builder import Order, ensure_plan  # noqa: PLC0415
     from inferq.workers.trt.device import compute_capability  # noqa: PLC0415
-    from inferq.workers.trt.flavours import BuildStopped, find_flavour  # noqa: PLC0415
     from inferq.workers.trt.plans import PlanFolder  # noqa: PLC0415
     from inferq.workers.trt.profiles import parse_batch  # noqa: PLC0415
 
+    # What goes wrong is told once, by the exception.
+    logging.getLogger(flavours.__name__).addHandler(logging.NullHandler())
     try:
         spec = load_model(repository, model)
         table = spec.engine_table if spec.config.engine == "tensorrt" else {}
         order = Order(
             spec=spec,
-            flavour=find_flavour(flavour_name or table.get("flavour", "auto")),
+            flavour=flavours.find_flavour(flavour_name or table.get("flavour", "auto")),
             precision=precision or table.get("precision", "fp32"),
             batch=None if batch is None else parse_batch(batch),
             capability=compute_capability(),
@@ -89,7 +92,7 @@ def build(
         with _shown() as progress:
             plan = ensure_plan(order, folder, progress=progress, force=force)
         plan = _verified(order, folder, plan, samples)
-    except BuildStopped:
+    except flavours.BuildStopped:
         raise click.Abort from None
     except InferqError as problem:
         raise click.ClickException(problem.message) from problem

@@ -4,7 +4,7 @@ This is the one module that names anything of TensorRT's API. `USED` and `USED_O
 so that tests can check the names against a release. Neither flavour is imported before
 `find_flavour` is asked for it.
 
-TensorRT's errors and warnings go to Python's logging; its chatter is at level DEBUG and below.
+TensorRT's log goes to Python's: errors and warnings as such, its chatter at level DEBUG and below.
 """
 
 from __future__ import annotations
@@ -148,6 +148,8 @@ class Network:
     shape_inputs: tuple[str, ...]
     builder: Any = field(repr=False)
     definition: Any = field(repr=False)
+    #: What holds the weights until the plan is built.
+    parser: Any = field(repr=False)
 
 
 class Flavour:
@@ -213,6 +215,7 @@ class Flavour:
                 shape_inputs=tuple(tensor.name for tensor in inputs if tensor.is_shape_tensor),
                 builder=builder,
                 definition=definition,
+                parser=parser,
             )
         except ConfigError as problem:
             raise ConfigError(f"{path}: {problem.message}") from None
@@ -532,8 +535,6 @@ def _make_logger(trt: Any) -> tuple[Any, deque[str]]:
             level = levels.get(severity, logging.ERROR)
             if level >= logging.ERROR:
                 errors.append(" ".join(message.split()))
-                # Whoever called raises an exception with these.
-                level = logging.DEBUG
             logger.log(level, "%s", message)
 
     return Log(), errors
