@@ -346,13 +346,29 @@ for value in (3, 4):
 good(driver.cuGraphExecDestroy(ready))
 assert control.count('graphs') == control.count('graph_execs') == 0
 
-# What waits breaks a capture.
-good(driver.cuStreamBeginCapture(handle, mode))
-record()
-fails(lambda: cuda.mem_alloc(8), cuda.Error)
-assert driver.cuStreamEndCapture(handle)[0] != driver.CUresult.CUDA_SUCCESS
+# What waits or allocates breaks a capture; another stream may be waited for.
+other = cuda.Stream()
+for call, breaks in (
+    (lambda: cuda.mem_alloc(8), True),
+    (lambda: cuda.memcpy_htod(memory, there), True),
+    (lambda: cuda.memcpy_htod_async(memory, np.zeros(8, np.uint8), stream), True),
+    (lambda: event(other).query(), True),
+    (stream.synchronize, True),
+    (cuda.Context.synchronize, True),
+    (other.synchronize, False),
+    (lambda: event(other).synchronize(), False),
+):
+    good(driver.cuStreamBeginCapture(handle, mode))
+    record()
+    if breaks:
+        fails(call, cuda.Error)
+        assert driver.cuStreamEndCapture(handle)[0] != driver.CUresult.CUDA_SUCCESS
+    else:
+        call()
+        good(driver.cuGraphDestroy(good(driver.cuStreamEndCapture(handle))))
 record()
 stream.synchronize()
+assert control.count('graphs') == 0
 """)
 
 

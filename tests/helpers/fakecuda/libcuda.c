@@ -12,8 +12,8 @@
  *
  * As on a card: pageable memory is copied while the caller waits; the null stream and blocking
  * streams wait for each other; an event that is recorded during a capture is seen by nobody outside
- * the graph; calls that allocate or wait break a capture of the global mode. Stricter where that
- * finds mistakes: a device pointer must be inside an allocation; new memory holds 0xA5; memory freed
+ * the graph; what CUDA's guide prohibits during a capture breaks it. Stricter where that finds
+ * mistakes: a device pointer must be inside an allocation; new memory holds 0xA5; memory freed
  * while a queued copy uses it is counted (`frees_while_busy`) and kept.
  *
  * Environment, read at cuInit:
@@ -233,8 +233,8 @@ static int is_busy(const Block *b) {
     return 0;
 }
 
-/* While a stream captures, calls that wait or allocate break the capture: in any thread if its mode
- * is global, else in the thread that began it. With the lock held. */
+/* While a stream captures, calls that allocate, query events or copy and wait break the capture: in
+ * any thread if its mode is global, else in the thread that began it. With the lock held. */
 static int breaks_capture(void) {
     int broken = 0;
     for (Stream *s = streams; s; s = s->next_stream)
@@ -528,10 +528,15 @@ static CUresult submit(CUstream h, const Op *made, int waits) {
     Stream *s = find_stream(h);
     if (!s)
         return leave(CUDA_ERROR_INVALID_HANDLE);
-    if (waits && (s->capture || breaks_capture())) {
-        s->capture_broken = 1;
+    if (waits && (s->capture || (is_null(h) && breaks_capture()))) {
+        s->capture_broken = s->capture != NULL;
         return leave(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
     }
+    for (Stream *t = is_null(h) ? streams : NULL; t; t = t->next_stream)
+        if (t->capture && t->device == s->device && !(t->flags & CU_STREAM_NON_BLOCKING)) {
+            t->capture_broken = 1;
+            return leave(CUDA_ERROR_STREAM_CAPTURE_IMPLICIT);
+        }
     if (made->event && !find_event((CUevent)made->event))
         return leave(CUDA_ERROR_INVALID_HANDLE);
     if (s->capture && made->event && !made->external)
@@ -714,6 +719,8 @@ static const struct {
      "operation not permitted when stream is capturing"},
     {901, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED",
      "operation failed due to a previous error during capture"},
+    {906, "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT",
+     "operation would make the legacy stream depend on a capturing blocking stream"},
 };
 
 CUresult CUDAAPI cuGetErrorString(CUresult error, const char **text) {
@@ -877,6 +884,11 @@ CUresult CUDAAPI cuCtxPopCurrent(CUcontext *context) {
     depth--;
     if (context)
         *context = (CUcontext)stack[depth];
+    if (!depth) {
+        free(stack);
+        stack = NULL;
+        room = 0;
+    }
     return CUDA_SUCCESS;
 }
 
@@ -938,8 +950,11 @@ CUresult CUDAAPI cuCtxGetApiVersion(CUcontext context, unsigned int *version) {
 CUresult CUDAAPI cuCtxSynchronize(void) {
     ENTER(1);
     pthread_mutex_lock(&lock);
-    if (breaks_capture())
-        return leave(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+    for (Stream *s = streams; s; s = s->next_stream)
+        if (s->capture && s->device == current()->device) {
+            s->capture_broken = 1;
+            return leave(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+        }
     return leave(drain_device(current()->device, 0));
 }
 
@@ -1111,8 +1126,8 @@ CUresult CUDAAPI cuStreamSynchronize(CUstream stream) {
     Stream *s = find_stream(stream);
     if (!s)
         return leave(CUDA_ERROR_INVALID_HANDLE);
-    if (s->capture || breaks_capture()) {
-        s->capture_broken = s->capture != NULL;
+    if (s->capture) {
+        s->capture_broken = 1;
         return leave(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
     }
     return leave(is_null(stream) ? drain_device(s->device, 1) : drain(s));
@@ -1124,6 +1139,10 @@ CUresult CUDAAPI cuStreamQuery(CUstream stream) {
     Stream *s = find_stream(stream);
     if (!s)
         return leave(CUDA_ERROR_INVALID_HANDLE);
+    if (s->capture) {
+        s->capture_broken = 1;
+        return leave(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+    }
     return leave(s->head ? CUDA_ERROR_NOT_READY : CUDA_SUCCESS);
 }
 
