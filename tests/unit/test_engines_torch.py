@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from inferq.shared.errors import ConfigError, EngineError
-from inferq.shared.schema import Signature
+from inferq.shared.schema import DTYPES, Signature
 from inferq.workers.engines import pt2
 from inferq.workers.engines.base import Batch, EngineOptions
 from inferq.workers.engines.cores import usable_cores
@@ -353,6 +353,17 @@ def test_nested_arguments_and_constants_are_put_in_their_places(file: Path) -> N
     assert outputs["all_0"].tolist() == [[3, 3, 3], [6, 6, 6]]
     assert outputs["all_1"].tolist() == [[1, 1, 1], [1, 1, 1]]
     assert outputs["scale"].tolist() == [[1], [2]]
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_every_dtype_that_travels_goes_in_and_comes_out(file: Path, name: str) -> None:
+    dtype = getattr(torch, name)
+    save(file, torch.nn.Identity(), (torch.zeros(2, 3, dtype=dtype),), {"input": batch()})
+    assert str(_read(file)) == f"(input: {name}[batch, 3]) -> (output: {name}[batch, 3])"
+    x = np.arange(6).reshape(2, 3).astype(DTYPES[name])
+    outputs = _engine(file).lanes[0].run(Batch([{"input": x}], 2, 4))
+    assert outputs["output"].dtype == DTYPES[name]
+    assert outputs["output"].tolist() == x.tolist()
 
 
 def test_a_reversed_view_is_taken(file: Path) -> None:

@@ -277,6 +277,15 @@ cuda.memcpy_htod(memory, host)
     )
 
 
+def test_a_kernel_that_raises_fails_the_device(run: Run) -> None:
+    run("""
+stream = cuda.Stream()
+control.launch(stream.handle, lambda: 1 // 0)
+assert 'unspecified launch failure' in fails(stream.synchronize, cuda.Error)
+control.fail(0)
+""")
+
+
 def test_each_thread_has_its_own_stack_of_contexts(run: Run) -> None:
     run("""
 problems = []

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
+import traceback
 from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 import numpy as np
 
 from inferq.shared.schema import Array
 
 Kernel = Callable[[], int | None]
+LAUNCH_FAILED: Final = 719
 
 
 class Control:
@@ -23,19 +27,20 @@ class Control:
             ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double,
         ]  # fmt: skip
         self._library.fakecuda_set.argtypes = [ctypes.c_char_p, ctypes.c_double]
-        #: Kernels that a stream may still have to run.
-        self._kept: list[object] = []
+        #: Kept for good, since streams and graphs may still have to run them.
+        self._kernels: dict[Kernel, Any] = {}
 
     def launch(self, stream: int, kernel: Kernel | None = None, us: float = -1.0) -> int:
         """Run `kernel` on the device as a kernel of the stream with the handle `stream`.
 
         It takes `us` microseconds at least; below 0: what FAKECUDA_KERNEL_US says. What it returns
-        other than 0 or None is the device's error from then on. Returns the driver's answer.
+        other than 0 or None is the device's error from then on; so is CUDA_ERROR_LAUNCH_FAILED if
+        it raises. Who launches often passes the same function again: each is kept. Returns the
+        driver's answer.
         """
         pointer = None
         if kernel is not None:
-            called = _TYPE(lambda _: kernel() or 0)
-            self._kept.append(called)
+            called = self._kernels.setdefault(kernel, _TYPE(functools.partial(_call, kernel)))
             pointer = ctypes.cast(called, ctypes.c_void_p)
         return int(self._library.fakecuda_launch_us(stream, pointer, None, us))
 
@@ -61,6 +66,14 @@ def on_device(address: int, shape: Sequence[int], dtype: str) -> Array:
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = memoryview((ctypes.c_char * size).from_address(address))
     return np.frombuffer(memory, np.dtype(dtype)).reshape(shape)
+
+
+def _call(kernel: Kernel, _: object) -> int:
+    try:
+        return kernel() or 0
+    except Exception:  # noqa: BLE001 - the driver's thread has nobody to raise to
+        traceback.print_exc()
+        return LAUNCH_FAILED
 
 
 _TYPE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
