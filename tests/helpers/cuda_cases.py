@@ -21,6 +21,7 @@ from inferq.shared.errors import EngineError, FatalEngineError
 from inferq.shared.schema import Array
 from inferq.workers.cuda import device
 from inferq.workers.cuda.lane import KEPT_SHAPES, CudaLane, RowLimit, Shape
+from inferq.workers.cuda.libcuda import current_context
 from inferq.workers.engines.base import Batch, OutOfDeviceMemory
 
 BUCKETS = (1, 2, 4, 8)
@@ -289,6 +290,7 @@ def nothing_is_left_after_a_thousand_lanes() -> None:
     left = {name: CONTROL.count(name) for name in names}
     assert not any(left.values()), left
     assert CONTROL.count("frees_while_busy") == 0
+    assert current_context() is None, "a released context is not left current"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import onnxruntime as ort
 import pytest
 from click.testing import CliRunner, Result
@@ -47,7 +46,7 @@ def plans(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests are of a machine without one, wherever they run."""
-    monkeypatch.setattr("inferq.workers.trt.device.compute_capability", lambda: None)
+    monkeypatch.setattr("inferq.workers.cuda.libcuda.compute_capability", lambda: None)
 
 
 def _build(models: Path, plans: Path, model: str, *options: str) -> Result:
@@ -137,39 +136,6 @@ def test_wrong_options_are_named(
     refused = _build(models, plans, MAGIKA, *options)
     assert refused.exit_code != 0
     assert problem in refused.stderr
-
-
-def test_a_plan_that_differs_fails_where_there_is_a_gpu(
-    models: Path, plans: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The GPU is a double that answers zeros; the plan is left, and is not called verified."""
-    _build(models, plans, MAGIKA)
-    monkeypatch.setattr("inferq.workers.trt.device.compute_capability", lambda: "9.0")
-    refused = _verified_by(models, plans, monkeypatch, 0.0)
-    assert refused.exit_code == 1
-    assert "differs from ONNX Runtime by" in refused.stderr
-    verified = _verified_by(models, plans, monkeypatch, 1.0)
-    assert verified.exit_code == 0, verified.output
-    assert "verified: differs by 0" in verified.stdout
-    assert "verified: differs by 0" in _build(models, plans, MAGIKA).stdout
-
-
-def _verified_by(
-    models: Path, plans: Path, monkeypatch: pytest.MonkeyPatch, factor: float
-) -> Result:
-    from contextlib import contextmanager  # noqa: PLC0415
-
-    session = ort.InferenceSession(
-        str(models / MAGIKA / "1" / "model.onnx"), providers=["CPUExecutionProvider"]
-    )
-
-    @contextmanager
-    def loaded(flavour: object, plan: bytes):  # type: ignore[no-untyped-def]
-        name = session.get_outputs()[0].name
-        yield lambda inputs: {name: session.run(None, inputs)[0] * np.float32(factor)}
-
-    monkeypatch.setattr("inferq.workers.trt.once.loaded", loaded)
-    return _build(models, plans, MAGIKA)
 
 
 def test_a_network_trained_on_digits_is_built_from_torchs_export(

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -170,6 +172,24 @@ def test_lanes_that_do_not_fit_are_refused_with_what_would(
     assert "100 lanes take 1.0 MB of GPU memory each" in worker.log
     assert "expected in model.toml: lanes = " in worker.log
     worker.close()
+
+
+def test_a_plan_is_verified_where_it_is_built_and_one_that_differs_fails(
+    models: Path, on_gpu: Environment
+) -> None:
+    def build(**env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "inferq.workers.cli", "build", "double", "--models", models],
+            env=on_gpu() | env, capture_output=True, text=True, timeout=TIMEOUT_S,
+        )  # fmt: skip
+
+    refused = build(DOUBLE_TRT_FACTOR="1.1")
+    assert refused.returncode == 1
+    assert "differs from ONNX Runtime by 0.1" in refused.stderr
+    verified = build()
+    assert verified.returncode == 0, verified.stderr
+    assert "from the cache" in verified.stdout
+    assert "verified: differs by 0" in verified.stdout
 
 
 def test_without_a_gpu_one_line_says_what_is_missing(redis_url: str, models: Path) -> None:

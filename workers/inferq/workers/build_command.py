@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from inferq.shared.errors import InferqError
+from inferq.shared.errors import ConfigError, InferqError
 
 if TYPE_CHECKING:
     from inferq.workers.trt.builder import Order
@@ -69,10 +69,10 @@ def build(
     precision is taken from the cache. Where there is a GPU it is compared with ONNX Runtime on
     zeros, random and given inputs; one that differs too much fails.
     """
+    from inferq.workers.cuda.libcuda import compute_capability  # noqa: PLC0415
     from inferq.workers.repository import load_model  # noqa: PLC0415 (heavy)
     from inferq.workers.trt import flavours  # noqa: PLC0415
     from inferq.workers.trt.builder import Order, ensure_plan  # noqa: PLC0415
-    from inferq.workers.trt.device import compute_capability  # noqa: PLC0415
     from inferq.workers.trt.plans import PlanFolder  # noqa: PLC0415
     from inferq.workers.trt.profiles import parse_batch  # noqa: PLC0415
 
@@ -106,9 +106,15 @@ def _verified(order: Order, folder: PlanFolder, plan: Plan, given: Path | None) 
     samples = load_samples(given, order.spec) if given is not None else []
     if order.capability is None or (plan.record.verified and not samples):
         return plan
-    from inferq.workers.trt.once import loaded  # noqa: PLC0415
+    try:
+        from inferq.workers.trt.lanes import loaded_once  # noqa: PLC0415
+    except ImportError as problem:
+        raise ConfigError(
+            f"there is a GPU, but the plan cannot be verified on it without PyCUDA ({problem}); "
+            "expected: pip install 'inferq[tensorrt]'"
+        ) from problem
 
-    with loaded(order.flavour, plan.load()) as run:
+    with loaded_once(order.flavour, plan.load(), batchable=order.spec.batchable) as run:
         return verify_plan(order, folder, plan, run, samples)
 
 

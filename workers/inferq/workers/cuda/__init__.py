@@ -1,4 +1,4 @@
 """What touches NVIDIA's libraries, imported only in a process that was pinned to its GPU.
 
-But for `gpus`, `pinning` and `telemetry`: these ask the driver (NVML) and make no CUDA context.
+But for `gpus`, `libcuda`, `pinning` and `telemetry`: these ask the driver and make no CUDA context.
 """

@@ -13,6 +13,7 @@ from typing import Final
 from pycuda import driver
 
 from inferq.shared.errors import ConfigError, EngineError, FatalEngineError
+from inferq.workers.cuda.libcuda import current_context, pop_context
 from inferq.workers.engines.base import OutOfDeviceMemory
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,11 @@ class Device:
 
     def release(self) -> None:
         """Let go of the context. All that was made in it is gone by then."""
+        before = current_context()
         self._context.detach()
+        # To release it PyCUDA made it current, and does not undo that.
+        if current_context() != before:
+            pop_context()
 
 
 class _Shared:

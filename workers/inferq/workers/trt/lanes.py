@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 from inferq.shared.errors import ConfigError, EngineError
+from inferq.shared.schema import Array, Tensors
+from inferq.workers.cuda import device
 from inferq.workers.cuda.buffers import nbytes
 from inferq.workers.cuda.device import Device
 from inferq.workers.cuda.lane import CudaLane, RowLimit, Shape
-from inferq.workers.trt.flavours import Context, Loaded
+from inferq.workers.engines.base import Batch, Lane
+from inferq.workers.trt.flavours import Context, Flavour, Loaded
+from inferq.workers.trt.verify import Run
 
 logger = logging.getLogger(__name__)
 
@@ -24,14 +29,22 @@ def open_lanes(
     *,
     count: int,
     buckets: Sequence[int],
-    own_graphs: bool,
-    cuda_graphs: bool,
-) -> None:
+    own_graphs: bool = False,
+    cuda_graphs: bool = False,
+    runtime_cache: bytes | None = None,
+) -> Context:
     """Add `count` lanes for the plan to `lanes`; what it takes is logged before it is taken.
 
-    `own_graphs`: TensorRT captures CUDA graphs by itself; `cuda_graphs`: the lanes do. Raises
-    ConfigError, saying what would fit, if the GPU's memory does not suffice.
+    `buckets`: the batch sizes that it runs at, ascending; empty: any. `own_graphs`: TensorRT
+    captures CUDA graphs by itself; `cuda_graphs`: the lanes do. `runtime_cache`: see
+    `Loaded.context`. Returns the first lane's context. Raises ConfigError, saying what would fit,
+    if the GPU's memory does not suffice.
     """
+
+    def executor() -> _Executor:
+        context = loaded.context(graphs=own_graphs, runtime_cache=runtime_cache)
+        return _Executor(context, list(outputs))
+
     inputs = {tensor.name: tensor.dtype.name for tensor in loaded.tensors if tensor.is_input}
     outputs = {tensor.name: tensor.dtype.name for tensor in loaded.tensors if not tensor.is_input}
     largest = {name: loaded.range(name).max for name in inputs}
@@ -39,7 +52,7 @@ def open_lanes(
     context_bytes = loaded.context_bytes
     check_memory(gpu, count, context_bytes, buckets)
     # Only a context can tell how large the outputs are.
-    first = _Executor(loaded.context(graphs=own_graphs), list(outputs))
+    first = executor()
     shapes = {**largest, **first.set_shapes(largest)}
     buffers = sum(nbytes(dtype, shapes[name]) for name, dtype in {**inputs, **outputs}.items())
     free, total = gpu.memory()
@@ -51,15 +64,13 @@ def open_lanes(
     )  # fmt: skip
     check_memory(gpu, count, context_bytes + buffers, buckets, taken=context_bytes)
     for number in range(count):
-        executor = first
-        if number:
-            executor = _Executor(loaded.context(graphs=own_graphs), list(outputs))
         lanes.append(
             CudaLane(
-                gpu, executor, inputs, outputs, largest, limit,
+                gpu, executor() if number else first, inputs, outputs, largest, limit,
                 buckets=buckets, graphs=cuda_graphs,
             )
         )  # fmt: skip
+    return first.context
 
 
 def check_memory(
@@ -75,7 +86,7 @@ def check_memory(
         return
     advice = [f"lanes = {free // each}"] if each <= free else []
     fitting = [size for size in buckets if count * each * size <= free * buckets[-1]]
-    if fitting:
+    if fitting:  # none: also where any size may come
         advice.append(f"max_batch_size = {fitting[-1]}")
     raise ConfigError(
         f"{count} lanes take {each / _MB:.1f} MB of GPU memory each, {free / _MB:.1f} of "
@@ -84,15 +95,45 @@ def check_memory(
     )
 
 
+def runs_on(lane: Lane, *, batchable: bool) -> Run:
+    """A function that runs one request's inputs on `lane`."""
+
+    def run(inputs: Tensors) -> Mapping[str, Array]:
+        rows = len(next(iter(inputs.values()))) if batchable else 1
+        return lane.run(Batch([inputs], rows, rows, batchable))
+
+    return run
+
+
+@contextmanager
+def loaded_once(flavour: Flavour, plan: bytes, *, batchable: bool) -> Iterator[Run]:
+    """A function that runs `plan` on a lane of its own, until the end. ConfigError, EngineError."""
+    gpu = device.acquire()
+    lanes: list[CudaLane] = []
+    loaded: Loaded | None = None
+    try:
+        with gpu:
+            loaded = flavour.deserialize(plan)
+            open_lanes(gpu, loaded, lanes, count=1, buckets=())
+        yield runs_on(lanes[0], batchable=batchable)
+    finally:
+        for lane in lanes:
+            lane.close()
+        with gpu:
+            if loaded is not None:
+                loaded.close()
+        device.release()
+
+
 class _Executor:
     """One execution context."""
 
     def __init__(self, context: Context, outputs: Sequence[str]) -> None:
-        self._context: Context | None = context
+        self.context = context
         self._outputs = outputs
 
     def set_shapes(self, shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
-        context = self._open
+        context = self.context
         for name, shape in shapes.items():
             context.set_shape(name, shape)
         context.infer_shapes()
@@ -103,16 +144,10 @@ class _Executor:
         return found
 
     def set_address(self, name: str, address: int) -> None:
-        self._open.set_address(name, address)
+        self.context.set_address(name, address)
 
     def enqueue(self, stream: int) -> None:
-        self._open.execute(stream)
+        self.context.execute(stream)
 
     def close(self) -> None:
-        self._context = None
-
-    @property
-    def _open(self) -> Context:
-        if self._context is None:
-            raise EngineError("the lane is closed")
-        return self._context
+        self.context.close()

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from inferq.workers.trt import device
+from inferq.workers.cuda import libcuda
 
 
 def _driver(monkeypatch: pytest.MonkeyPatch, **calls: Any) -> None:
-    monkeypatch.setattr(device, "_driver", lambda: types.SimpleNamespace(**calls))
+    monkeypatch.setattr(libcuda, "_driver", lambda: types.SimpleNamespace(**calls))
 
 
 def _set(pointer: Any, value: int) -> int:
@@ -20,19 +20,19 @@ def _set(pointer: Any, value: int) -> int:
 
 
 def test_without_a_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "_driver", lambda: None)
-    assert device.compute_capability() is None
-    assert device.current_context() is None
-    device.pop_context()
+    monkeypatch.setattr(libcuda, "_driver", lambda: None)
+    assert libcuda.compute_capability() is None
+    assert libcuda.current_context() is None
+    libcuda.pop_context()
 
 
 def test_a_missing_library_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "_LIBRARY", "libcuda.so.that.is.nowhere")
-    device._driver.cache_clear()
+    monkeypatch.setattr(libcuda, "_LIBRARY", "libcuda.so.that.is.nowhere")
+    libcuda._driver.cache_clear()
     try:
-        assert device.compute_capability() is None
+        assert libcuda.compute_capability() is None
     finally:
-        device._driver.cache_clear()
+        libcuda._driver.cache_clear()
 
 
 def test_the_capability_is_read_from_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,14 +43,14 @@ def test_the_capability_is_read_from_the_driver(monkeypatch: pytest.MonkeyPatch)
         cuDeviceGet=_set,
         cuDeviceGetAttribute=lambda number, which, handle: _set(number, numbers[which]),
     )
-    assert device.compute_capability() == "8.9"
+    assert libcuda.compute_capability() == "8.9"
 
 
 @pytest.mark.parametrize("fails", ["cuInit", "cuDeviceGet", "cuDeviceGetAttribute"])
 def test_a_driver_that_fails_is_no_gpu(monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
     names = ["cuInit", "cuDeviceGet", "cuDeviceGetAttribute"]
     _driver(monkeypatch, **{name: lambda *_, code=100 * (name == fails): code for name in names})
-    assert device.compute_capability() is None
+    assert libcuda.compute_capability() is None
 
 
 def test_contexts_are_asked_for_and_popped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,6 +60,6 @@ def test_contexts_are_asked_for_and_popped(monkeypatch: pytest.MonkeyPatch) -> N
         cuCtxGetCurrent=lambda pointer: _set(pointer, stack[-1]),
         cuCtxPopCurrent_v2=lambda pointer: _set(pointer, stack.pop()),
     )
-    assert device.current_context() == 0x2000
-    device.pop_context()
-    assert device.current_context() == 0x1000
+    assert libcuda.current_context() == 0x2000
+    libcuda.pop_context()
+    assert libcuda.current_context() == 0x1000
