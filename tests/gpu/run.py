@@ -1,0 +1,189 @@
+"""`make gpu`: see gpu/__init__. Writes build/gpu.json and prints what docs/gpu.md shows.
+
+`python -m gpu.run [--quick] [--models magika,…] [--flavours tensorrt,tensorrt-rtx]`
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from gpu.lanes import Setup, growth, largest_error, open_session, speed
+from gpu.models import lay_out
+from gpu.path import recovery, whole_path
+from inferq.shared.errors import InferqError
+from inferq.workers.cuda import device
+from inferq.workers.demo.models import MODELS
+from inferq.workers.repository import ModelSpec, load_model
+from inferq.workers.trt.flavours import MODULES, Flavour, find_flavour
+
+OUT = Path("build") / "gpu.json"
+PACKAGES = ("inferq", "tensorrt", "tensorrt-rtx-cu13", "pycuda", "cuda-bindings", "torch", "numpy")
+#: Lanes, and whether with CUDA graphs.
+WAYS = ((1, True), (2, False), (2, True), (3, True))
+
+
+def main() -> None:
+    """Everything, one model after the other; what cannot be run is named with its reason."""
+    parser = argparse.ArgumentParser(prog="gpu.run", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="only to see that it works")
+    parser.add_argument("--models", default="", help="by comma; default: all")
+    parser.add_argument("--flavours", default=",".join(MODULES))
+    args = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    with tempfile.TemporaryDirectory(prefix="inferq-gpu-") as name:
+        os.environ["INFERQ_PLANS"] = str(Path(name) / "plans")
+        root = Path(name) / "models"
+        report = _Report(console, args.quick)
+        report.found["left_out"] = lay_out(root)
+        report.machine()
+        names = args.models.split(",") if args.models else sorted(p.name for p in root.iterdir())
+        for flavour in report.flavours(args.flavours.split(",")):
+            for model in names:
+                report.model(load_model(root, model), flavour)
+            report.faults(root, load_model(root, MODELS[0]), flavour)
+        report.show()
+    OUT.parent.mkdir(exist_ok=True)
+    OUT.write_bytes(msgspec.json.format(msgspec.json.encode(report.found), indent=1))
+    raise SystemExit(1 if report.found["failed"] else 0)
+
+
+class _Report:
+    def __init__(self, console: Console, quick: bool) -> None:
+        self._console = console
+        self._seconds = 0.2 if quick else 2.0
+        self._batches = 500 if quick else 10_000
+        self._rows: list[tuple[str, ...]] = []
+        self.found: dict[str, Any] = {"lanes": [], "path": [], "growth": [], "faults": [],
+                                      "not_run": {}, "failed": []}  # fmt: skip
+
+    def machine(self) -> None:
+        """The card, its driver, versions, today."""
+        gpu = device.acquire()
+        try:
+            from pycuda import driver  # noqa: PLC0415
+
+            free, total = gpu.memory()
+            self.found["machine"] = {
+                "gpu": gpu.name, "capability": gpu.capability, "gpu_mb": total / 1e6,
+                "free_mb": free / 1e6, "cuda_driver": driver.get_driver_version(),
+                "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(),
+                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+                "packages": {package: _version(package) for package in PACKAGES},
+            }  # fmt: skip
+        finally:
+            device.release()
+        self._console.print(self.found["machine"])
+
+    def flavours(self, names: list[str]) -> list[Flavour]:
+        """Those that are installed."""
+        found: list[Flavour] = []
+        for name in names:
+            try:
+                found.append(find_flavour(name))
+            except InferqError as problem:
+                self.found["not_run"][name] = problem.message
+                self._console.print(f"{name}: not run here: {problem.message}")
+        return found
+
+    def model(self, spec: ModelSpec, flavour: Flavour) -> None:
+        """Both precisions, all `WAYS`, every bucket."""
+        for precision in ("fp32", "fp16"):
+            for lanes, graphs in WAYS:
+                setup = Setup(flavour, precision, lanes, graphs)
+                what = f"{spec.name} {flavour.name} {precision} {lanes} lanes"
+                try:
+                    self._one(spec, setup, what)
+                except InferqError as problem:
+                    self.found["failed"].append(f"{what}: {problem.message}")
+                    self._console.print(f"[red]{what}: {problem.message}[/red]", highlight=False)
+                    break
+
+    def _one(self, spec: ModelSpec, setup: Setup, what: str) -> None:
+        session = open_session(spec, setup)
+        try:
+            error = largest_error(spec, session, setup)
+            for bucket in spec.config.buckets:
+                found = speed(spec, session.lanes, bucket, self._seconds)
+                row = {
+                    "model": spec.name, "flavour": setup.flavour.name, "lanes": setup.lanes,
+                    "precision": setup.precision, "graphs": setup.graphs, "error": error,
+                    **msgspec.structs.asdict(found),
+                }  # fmt: skip
+                self.found["lanes"].append(row)
+                graphs = "graphs" if setup.graphs else "eager"
+                self._console.print(
+                    f"{what} {graphs}, batch {bucket}: {found.rows_per_s:.0f} rows/s, "
+                    f"{found.share:.3f} of {found.alone_rows_per_s:.0f} alone, copies hidden "
+                    f"{found.hidden:.2f}, error {error:.2g}", highlight=False,
+                )  # fmt: skip
+            if setup.lanes == 2 and setup.graphs:
+                grown = growth(spec, session.lanes, self._batches)
+                self.found["growth"].append({"what": what, **msgspec.structs.asdict(grown)})
+                self._console.print(f"{what}: {grown}", highlight=False)
+        finally:
+            session.close()
+
+    def faults(self, root: Path, spec: ModelSpec, flavour: Flavour) -> None:
+        """The whole path, then a sticky error in a process of its own, and in a worker."""
+        toml = root / spec.name / "model.toml"
+        toml.write_text(toml.read_text() + f'\n[tensorrt]\nflavour = "{flavour.name}"\n')
+        for producers in (1, 3):
+            flow = whole_path(root, spec, producers, self._seconds * 5, {})
+            self.found["path"].append({"model": spec.name, **msgspec.structs.asdict(flow)})
+            self._console.print(f"{spec.name} through Redis: {flow}", highlight=False)
+        run = subprocess.run(
+            [sys.executable, "-m", "gpu.sticky", root, spec.name, flavour.name],
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        said = (run.stdout + run.stderr).strip()[-500:]
+        self._console.print(f"sticky error: status {run.returncode}: {said}", highlight=False)
+        fault: dict[str, Any] = {"sticky_status": run.returncode, "said": said}
+        if run.returncode == 0:
+            seconds, failed = recovery(root, spec, {})
+            fault |= {"nothing_served_s": seconds, "failed_requests": failed}
+            self._console.print(f"recovery: nothing served for {seconds:.1f} s, {failed} failed")
+        else:
+            self.found["failed"].append("sticky")
+        self.found["faults"].append(fault)
+
+    def show(self) -> None:
+        """One table."""
+        table = Table(title=f"{self.found['machine']['gpu']}, {self.found['machine']['date']}")
+        for column in ("model", "flavour", "precision", "lanes", "graphs", "batch", "rows/s",
+                       "alone", "share", "idle", "hidden", "error"):  # fmt: skip
+            table.add_column(column)
+        for row in self.found["lanes"]:
+            table.add_row(
+                row["model"], row["flavour"], row["precision"], str(row["lanes"]),
+                "yes" if row["graphs"] else "no", str(row["bucket"]), f"{row['rows_per_s']:.0f}",
+                f"{row['alone_rows_per_s']:.0f}", f"{row['share']:.3f}",
+                f"{max(0.0, 1 - row['share']):.3f}", f"{row['hidden']:.2f}",
+                f"{row['error']:.2g}",
+            )  # fmt: skip
+        self._console.print(table)
+        for problem in self.found["failed"]:
+            self._console.print(f"failed: {problem}", highlight=False)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    main()
