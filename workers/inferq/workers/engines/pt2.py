@@ -2,7 +2,7 @@
 
 A .pt2 is an uncompressed ZIP of one folder: the graph as JSON (``models/model.json``), weights and
 constants as raw bytes with a JSON table each, and examples of inputs as PyTorch's own pickle.
-Source: ``torch.export.pt2_archive`` of PyTorch 2.8 to 2.13. This keeps code out that is there by
+Source: ``torch.export.pt2_archive`` of PyTorch 2.9 to 2.13. This keeps code out that is there by
 accident or of old habit; it is no fence against a forged file (see `torch`).
 """
 

@@ -5,8 +5,9 @@
     device = "auto"                  # "cpu", "cuda"; auto: the CPU
 
 One program is shared by all lanes, one lane a usable core, one thread a lane. PyTorch's operators
-release the GIL and what calls them does not (measured: 2 µs an operator and 50 µs a run): lanes
-multiply the throughput of models whose operators take longer than that, not of tiny ones.
+release the GIL and what calls them does not (measured: 2 µs an operator and 20 µs a run): lanes
+multiply the throughput of models whose operators take longer than that; to tiny ones ``lanes = 1``
+is kinder.
 
 A model is as good as code, and comes from the repository only. Reading a .pt2 executes what its
 graph says: sizes are evaluated as Python expressions, and operators are looked up by name. What
@@ -39,7 +40,7 @@ from inferq.workers.engines.base import (
 )
 from inferq.workers.engines.cores import usable_cores
 from inferq.workers.engines.pt2 import check_archive
-from inferq.workers.engines.torch_program import Layout, read_layout
+from inferq.workers.engines.torch_program import FlatFunction, Layout, flat_function, read_layout
 from inferq.workers.signatures import with_batch_dim
 from inferq.workers.validation import TomlTable, validate
 
@@ -73,7 +74,7 @@ class TorchEngine(Engine):
         validate(_Table, table, "torch.")
         program = _open(path)
         layout = read_layout(program)
-        lane = TorchLane(program.module(), layout)
+        lane = TorchLane(flat_function(program), layout)
         return with_batch_dim(layout.signature, lane.call)
 
     def load(self) -> None:
@@ -83,10 +84,10 @@ class TorchEngine(Engine):
         self._check_rows(layout)
         # A lane is a thread already.
         torch.set_num_threads(1)
-        module = program.module()
+        function = flat_function(program)
         self.parallel_lanes = True
         self._lanes = [
-            TorchLane(module, layout) for _ in range(self.options.lanes or usable_cores())
+            TorchLane(function, layout) for _ in range(self.options.lanes or usable_cores())
         ]
 
     @property
@@ -116,8 +117,8 @@ class TorchEngine(Engine):
 class TorchLane(Lane):
     """A caller of the shared program."""
 
-    def __init__(self, module: Any, layout: Layout) -> None:
-        self._module = module
+    def __init__(self, function: FlatFunction, layout: Layout) -> None:
+        self._function = function
         self._layout = layout
         self._names = [spec.name for spec in layout.signature.outputs]
         self._dtypes = {spec.name: DTYPES[spec.dtype] for spec in layout.signature.inputs}
@@ -133,16 +134,14 @@ class TorchLane(Lane):
 
     def call(self, inputs: Tensors) -> Mapping[str, Array]:
         """One run of the program on `inputs` as they are; raises what PyTorch raises."""
-        layout = self._layout
         leaves = [
             torch.from_numpy(_plain(inputs[leaf.name], leaf.is_written))
             if leaf.is_tensor
             else leaf.constant
-            for leaf in layout.leaves
+            for leaf in self._layout.leaves
         ]
-        args, kwargs = layout.in_spec.unflatten(leaves)
         with torch.inference_mode():
-            answered = layout.flat(self._module(*args, **kwargs))
+            answered = self._function(*leaves)
             arrays = [tensor.resolve_conj().resolve_neg().numpy() for tensor in answered]
         return dict(zip(self._names, arrays, strict=True))
 
