@@ -68,8 +68,6 @@ class Settings(BaseSettings):
     gpu: int | None = Field(default=None, ge=0)
     #: The worker's model repository; None: the worker's command line names it.
     models: Path | None = None
-    #: Where TensorRT's plans are kept; None: ~/.cache/inferq/plans.
-    plans: Path | None = None
 
     @field_validator("*", mode="before")
     @classmethod
