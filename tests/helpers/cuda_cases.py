@@ -20,6 +20,7 @@ from helpers.fakecuda.control import Control, on_device
 from inferq.shared.errors import EngineError, FatalEngineError
 from inferq.shared.schema import Array
 from inferq.workers.cuda import device
+from inferq.workers.cuda.graphs import Graph
 from inferq.workers.cuda.lane import KEPT_SHAPES, CudaLane, RowLimit, Shape
 from inferq.workers.cuda.libcuda import current_context
 from inferq.workers.engines.base import Batch, OutOfDeviceMemory
@@ -63,6 +64,9 @@ class Doubler:
 
     def _at(self, name: str, shape: Shape, dtype: str) -> Array:
         return on_device(self.addresses[name], shape, dtype)
+
+    def capture(self, stream: int) -> Graph:
+        return Graph(stream, lambda: self.enqueue(stream))
 
     def close(self) -> None:
         self.addresses.clear()

@@ -142,8 +142,9 @@ def test_the_second_worker_takes_the_plan_from_the_cache_and_refuses_an_altered_
 def test_a_sticky_error_ends_the_process_and_its_successor_serves_everything(
     redis_url: str, redis: Redis, models: Path, tmp_path: Path, on_gpu: Environment
 ) -> None:
-    (models / "double" / "model.toml").write_text(TOML + "warm_up = false\n")
-    env = on_gpu(fail_kernel=12)
+    knobs = "warm_up = false\npreferred_batch_sizes = [8]\nmax_queue_delay_ms = 500\n"
+    (models / "double" / "model.toml").write_text(TOML + knobs)
+    env = on_gpu(fail_kernel=8)  # the first process verifies the plan, then computes some batches
     with SupervisedWorker(redis_url, models, ["double"], env=env) as worker, Client(redis_url) as c:
         pending = [c.submit("double", {"x": _rows(n, 1, 3)}) for n in range(60)]
         for n, each in enumerate(pending):

@@ -24,7 +24,7 @@ from pycuda import driver
 from inferq.shared.schema import Array, GpuTimes, Tensors
 from inferq.workers.cuda.buffers import Buffer
 from inferq.workers.cuda.device import Device
-from inferq.workers.cuda.graphs import CaptureFailed, Graph
+from inferq.workers.cuda.graphs import CaptureFailed
 from inferq.workers.engines.base import Batch, OutOfDeviceMemory
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,18 @@ KEPT_SHAPES: Final = 64
 _NON_BLOCKING: Final = 1
 
 Shape = tuple[int, ...]
+
+
+class Replay(Protocol):
+    """A captured run."""
+
+    def launch(self) -> None:
+        """Put it on the stream that it was captured on. Errors are any Exception."""
+        ...
+
+    def close(self) -> None:
+        """Free it; nothing of it is running."""
+        ...
 
 
 class Executor(Protocol):
@@ -50,6 +62,10 @@ class Executor(Protocol):
 
     def enqueue(self, stream: int) -> None:
         """Put one run on the stream of this handle."""
+        ...
+
+    def capture(self, stream: int) -> Replay:
+        """One run as it would be enqueued now, after it was once. CaptureFailed: the reason."""
         ...
 
     def close(self) -> None:
@@ -71,7 +87,7 @@ class _Bound:
         self.shapes = dict(shapes)
         self.inputs: dict[str, Array] = {}
         self.outputs: dict[str, Array] = {}
-        self.graph: Graph | None = None
+        self.graph: Replay | None = None
 
 
 class CudaLane:
@@ -230,9 +246,8 @@ class CudaLane:
 
     def _capture(self, bound: _Bound) -> None:
         """Once it has run: what is prepared by a first run cannot be captured."""
-        stream = self._stream.handle
         try:
-            bound.graph = Graph(stream, lambda: self._executor.enqueue(stream))
+            bound.graph = self._executor.capture(self._stream.handle)
         except CaptureFailed as problem:
             self._graphs = False
             logger.info("runs without CUDA graphs: %s", problem)

@@ -1,13 +1,14 @@
-"""Runs programs that torch.export wrote (``model.pt2``) on PyTorch: on the CPU.
+"""Runs programs that torch.export wrote (``model.pt2``) on PyTorch.
 
     engine = "torch"
     [torch]
     device = "auto"                  # "cpu", "cuda"; auto: the CPU
+    cuda_graphs = true
 
-One program is shared by all lanes, one lane a usable core, one thread a lane. PyTorch's operators
-release the GIL and what calls them does not (measured: 2 µs an operator and 20 µs a run): lanes
-multiply the throughput of models whose operators take longer than that; to tiny ones ``lanes = 1``
-is kinder.
+On a CUDA device the lanes are as the TensorRT engine's (see torch_cuda). On the CPU one program is
+shared by all lanes, one lane a usable core, one thread a lane. PyTorch's operators release the GIL
+and what calls them does not (measured: 2 µs an operator and 20 µs a run): lanes multiply the
+throughput of models whose operators take longer than that; to tiny ones ``lanes = 1`` is kinder.
 
 A model is as good as code, and comes from the repository only. Reading a .pt2 executes what its
 graph says: sizes are evaluated as Python expressions, and operators are looked up by name. What
@@ -21,7 +22,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 import torch
@@ -42,20 +43,24 @@ from inferq.workers.engines.cores import usable_cores
 from inferq.workers.engines.pt2 import check_archive
 from inferq.workers.engines.torch_program import FlatFunction, Layout, flat_function, read_layout
 from inferq.workers.signatures import with_batch_dim
-from inferq.workers.validation import TomlTable, validate
+from inferq.workers.tuning import sizes
+from inferq.workers.validation import Flag, TomlTable, validate
+
+if TYPE_CHECKING:
+    from inferq.workers.engines.torch_cuda import CudaProgram
 
 # Inputs may be views of a message, which nobody may write to; a program that would is given copies.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
-Device = Literal["cpu", "cuda"]
-#: What every machine has.
-CPU: Final[Device] = "cpu"
+#: One lane's copies hide behind the other's compute.
+CUDA_LANES: Final = 2
 
 
 class _Table(TomlTable):
     """``[torch]``."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    cuda_graphs: Flag = True
 
 
 class TorchEngine(Engine):
@@ -67,6 +72,7 @@ class TorchEngine(Engine):
         super().__init__(path, options)
         self._table = validate(_Table, options.table, "torch.")
         self._lanes: list[TorchLane] = []
+        self._on_cuda: CudaProgram | None = None
 
     @classmethod
     def read_signature(cls, path: Path | None, table: Mapping[str, Any]) -> Signature:
@@ -78,24 +84,54 @@ class TorchEngine(Engine):
         return with_batch_dim(layout.signature, lane.call)
 
     def load(self) -> None:
-        _device(self._table)
         program = _open(self.path)
         layout = read_layout(program)
         self._check_rows(layout)
         # A lane is a thread already.
         torch.set_num_threads(1)
+        if self._table.device == "cuda":
+            self._load_on_cuda(program, layout)
+            return
         function = flat_function(program)
         self.parallel_lanes = True
         self._lanes = [
             TorchLane(function, layout) for _ in range(self.options.lanes or usable_cores())
         ]
 
+    def _load_on_cuda(self, program: torch.export.ExportedProgram, layout: Layout) -> None:
+        if not torch.cuda.is_available():
+            raise ConfigError("torch.device is 'cuda', but no CUDA device could be used")
+        spec = self.options.spec
+        if spec is None:
+            raise ConfigError("engine 'torch' was given no model of a repository")
+        try:
+            from inferq.workers.engines.torch_cuda import CudaProgram  # noqa: PLC0415
+        except ImportError as problem:
+            raise ConfigError(
+                f"torch.device is 'cuda', which needs PyCUDA ({problem}); expected: "
+                "pip install 'inferq[tensorrt]'"
+            ) from problem
+        opened = CudaProgram(program, layout, spec)
+        lanes = self.options.lanes or CUDA_LANES
+        opened.open(lanes, self.buckets, graphs=self._table.cuda_graphs)
+        self._on_cuda = opened
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """On CUDA powers of two where model.toml names none: graphs are to be few."""
+        if self.options.buckets or self._table.device != "cuda":
+            return self.options.buckets
+        return tuple(sizes(self.options.max_batch_size, ()))
+
     @property
     def lanes(self) -> Sequence[Lane]:
-        return self._lanes
+        return self._lanes if self._on_cuda is None else self._on_cuda.lanes
 
     def close(self) -> None:
         self._lanes = []
+        if self._on_cuda is not None:
+            self._on_cuda.close()
+        self._on_cuda = None
 
     def _check_rows(self, layout: Layout) -> None:
         if layout.rows is None:
@@ -152,17 +188,6 @@ def _plain(array: Array, copied: bool) -> Array:
         return array.copy()
     # PyTorch knows no negative strides; other than native byte orders never reach an engine.
     return np.ascontiguousarray(array) if array.ndim else array
-
-
-def _device(table: _Table) -> Device:
-    """Where to run. ConfigError if that cannot be."""
-    if table.device == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError("torch.device is 'cuda', but no CUDA device could be used")
-        raise ConfigError(
-            "torch.device is 'cuda', on which this version does not run; expected 'auto' or 'cpu'"
-        )
-    return CPU
 
 
 def _open(path: Path | None) -> torch.export.ExportedProgram:

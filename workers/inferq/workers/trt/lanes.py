@@ -12,6 +12,7 @@ from inferq.shared.schema import Array, Tensors
 from inferq.workers.cuda import device
 from inferq.workers.cuda.buffers import nbytes
 from inferq.workers.cuda.device import Device
+from inferq.workers.cuda.graphs import Graph
 from inferq.workers.cuda.lane import CudaLane, RowLimit, Shape
 from inferq.workers.engines.base import Batch, Lane
 from inferq.workers.trt.flavours import Context, Flavour, Loaded
@@ -148,6 +149,9 @@ class _Executor:
 
     def enqueue(self, stream: int) -> None:
         self.context.execute(stream)
+
+    def capture(self, stream: int) -> Graph:
+        return Graph(stream, lambda: self.context.execute(stream))
 
     def close(self) -> None:
         self.context.close()

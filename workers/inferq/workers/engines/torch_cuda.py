@@ -1,0 +1,165 @@
+"""An exported program on a CUDA device: what its lanes run, in memory that is not PyTorch's.
+
+PyTorch works in the primary context, as the lanes do, on a lane's own stream. Inputs and outputs
+stand in the lane's buffers; what lies between is in memory of PyTorch's allocator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.export.passes import move_to_device_pass
+
+from inferq.shared.schema import DTYPES
+from inferq.workers.cuda import device
+from inferq.workers.cuda.graphs import CaptureFailed
+from inferq.workers.cuda.lane import CudaLane, RowLimit, Shape
+from inferq.workers.engines.base import OutOfDeviceMemory
+from inferq.workers.engines.torch_program import FlatFunction, Layout, flat_function
+from inferq.workers.repository import ModelSpec
+from inferq.workers.trt.profiles import input_ranges, symbol_sizes
+
+
+class CudaProgram:
+    """The program on the device, and its lanes. `close` frees both."""
+
+    def __init__(
+        self, program: torch.export.ExportedProgram, layout: Layout, spec: ModelSpec
+    ) -> None:
+        self._program = program
+        self._layout = layout
+        self._spec = spec
+        self._device: device.Device | None = None
+        self.lanes: list[CudaLane] = []
+
+    def open(self, count: int, buckets: tuple[int, ...], *, graphs: bool) -> None:
+        """Move the program there and open `count` lanes. ConfigError, or what PyTorch raises."""
+        self._device = gpu = device.acquire()
+        try:
+            ranges = input_ranges(self._spec, symbol_sizes(self._spec))
+            signature, limit = self._layout.signature, RowLimit()
+            with gpu:
+                moved = move_to_device_pass(self._program, "cuda")
+                function = flat_function(moved)
+                for _ in range(count):
+                    self.lanes.append(
+                        CudaLane(
+                            gpu, _Executor(function, self._layout),
+                            {tensor.name: tensor.dtype for tensor in signature.inputs},
+                            {tensor.name: tensor.dtype for tensor in signature.outputs},
+                            {span.name: span.max for span in ranges},
+                            limit, buckets=buckets, graphs=graphs,
+                        )
+                    )  # fmt: skip
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Idempotent."""
+        gpu, self._device = self._device, None
+        for lane in self.lanes:
+            lane.close()
+        self.lanes = []
+        if gpu is not None:
+            device.release()
+
+
+class _Executor:
+    """A caller of the program, on the memory of one lane."""
+
+    def __init__(self, function: FlatFunction, layout: Layout) -> None:
+        self._function = function
+        self._layout = layout
+        self._addresses: dict[str, int] = {}
+        self._dtypes = {
+            spec.name: DTYPES[spec.dtype]
+            for spec in (*layout.signature.inputs, *layout.signature.outputs)
+        }
+        self._outputs = [spec.name for spec in layout.signature.outputs]
+        self._shapes: dict[str, Shape] = {}
+
+    def set_shapes(self, shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
+        """Runs once, on zeros: some sizes of outputs are only known to the program."""
+        zeros = {
+            name: torch.zeros(shape, dtype=_torch_dtype(self._dtypes[name].name), device="cuda")
+            for name, shape in shapes.items()
+        }
+        answered = self._call(zeros)
+        found = {
+            name: tuple(tensor.shape) for name, tensor in zip(self._outputs, answered, strict=True)
+        }
+        torch.cuda.synchronize()
+        self._shapes = {**shapes, **found}
+        return found
+
+    def set_address(self, name: str, address: int) -> None:
+        self._addresses[name] = address
+
+    def enqueue(self, stream: int) -> None:
+        with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
+            self._compute()
+
+    def capture(self, stream: int) -> _Graph:
+        try:
+            return _Graph(torch.cuda.ExternalStream(stream), self._compute)
+        except Exception as problem:
+            raise CaptureFailed(str(problem)) from problem
+
+    def close(self) -> None:
+        self._addresses.clear()
+
+    def _compute(self) -> None:
+        inputs = {leaf.name: self._on_device(leaf.name) for leaf in self._layout.leaves
+                  if leaf.is_tensor}  # fmt: skip
+        for name, tensor in zip(self._outputs, self._call(inputs), strict=True):
+            self._on_device(name).copy_(tensor)
+
+    def _call(self, inputs: Mapping[str, torch.Tensor]) -> Any:
+        leaves = [
+            inputs[leaf.name] if leaf.is_tensor else leaf.constant for leaf in self._layout.leaves
+        ]
+        try:
+            with torch.inference_mode():
+                return self._function(*leaves)
+        except torch.OutOfMemoryError as problem:
+            raise OutOfDeviceMemory(str(problem)) from problem
+
+    def _on_device(self, name: str) -> torch.Tensor:
+        return torch.as_tensor(
+            _Memory(self._addresses[name], self._shapes[name], self._dtypes[name].str),
+            device="cuda",
+        )
+
+
+class _Memory:
+    """A lane's buffer, by the CUDA array interface (numba's, version 3)."""
+
+    def __init__(self, address: int, shape: Shape, typestr: str) -> None:
+        self.__cuda_array_interface__ = {
+            "data": (address, False), "shape": shape, "typestr": typestr, "version": 3,
+        }  # fmt: skip
+
+
+class _Graph:
+    """PyTorch's own: its allocator has to know what belongs to a graph."""
+
+    def __init__(self, stream: Any, compute: Any) -> None:
+        self._stream = stream
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            compute()
+
+    def launch(self) -> None:
+        with torch.cuda.stream(self._stream):
+            self._graph.replay()
+
+    def close(self) -> None:
+        self._graph.reset()
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
