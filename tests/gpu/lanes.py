@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from inferq.shared.schema import Array
 from inferq.workers.cuda import device
 from inferq.workers.cuda.lane import CudaLane
-from inferq.workers.engines.base import Batch
+from inferq.workers.engines.base import Batch, EngineOptions
 from inferq.workers.repository import ModelSpec
 from inferq.workers.trt.flavours import Flavour
 from inferq.workers.trt.session import Session
@@ -25,9 +26,9 @@ from inferq.workers.trt.verify import LIMITS, verify
 
 @dataclass(frozen=True)
 class Setup:
-    """One way to run a model."""
+    """One way to run a model. `flavour`: None: on torch."""
 
-    flavour: Flavour
+    flavour: Flavour | None
     precision: str
     lanes: int
     graphs: bool
@@ -55,8 +56,25 @@ class Growth(msgspec.Struct, frozen=True):
     host_mb: float
 
 
-def open_session(spec: ModelSpec, setup: Setup) -> Session:
-    """To be closed."""
+class Opened(Protocol):
+    """A model on the card."""
+
+    @property
+    def lanes(self) -> Sequence[Any]: ...
+
+    def close(self) -> None: ...
+
+
+def open_session(spec: ModelSpec, setup: Setup) -> Opened:
+    """To be closed. For torch, `spec` is that of the .pt2 file."""
+    if setup.flavour is None:
+        from inferq.workers.engines.torch import TorchEngine  # noqa: PLC0415
+
+        table = {"device": "cuda", "cuda_graphs": setup.graphs}
+        options = EngineOptions(setup.lanes, spec.max_batch_size, spec.config.buckets, table, spec)
+        engine = TorchEngine(spec.path, options)
+        engine.load()
+        return engine
     session = Session(
         spec, setup.flavour, setup.precision,
         lanes=setup.lanes, buckets=spec.config.buckets, graphs=setup.graphs,
@@ -81,7 +99,7 @@ def make_batch(spec: ModelSpec, rows: int, seed: int = 0) -> Batch:
     return Batch(parts, rows, rows)
 
 
-def largest_error(spec: ModelSpec, session: Session, setup: Setup) -> float:
+def largest_error(spec: ModelSpec, session: Opened, setup: Setup) -> float:
     """Against ONNX Runtime, of every lane at every bucket, with and without padding.
 
     ConfigError: it is above the precision's limit.

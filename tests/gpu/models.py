@@ -9,6 +9,8 @@ from typing import Any
 from inferq.workers.demo.models import MODELS, prepare
 
 RESNET = "resnet50"
+#: The same weights, for the torch engine.
+RESNET_PT2 = "resnet50-torch"
 BUCKETS = (1, 8, 32)
 
 
@@ -19,7 +21,10 @@ def lay_out(root: Path) -> dict[str, str]:
     if find_spec("torch") is None:
         left_out[RESNET] = "torch is not installed"
     else:
-        _export(root / RESNET / "1" / "model.onnx")
+        _export(root / RESNET / "1" / "model.onnx", root / RESNET_PT2 / "1" / "model.pt2")
+        (root / RESNET_PT2 / "model.toml").write_text(
+            f'engine = "torch"\nmax_batch_size = {BUCKETS[-1]}\nbuckets = {list(BUCKETS)}\n'
+        )
     for name in (*MODELS, RESNET):
         folder = root / name
         if folder.is_dir():
@@ -32,14 +37,30 @@ def lay_out(root: Path) -> dict[str, str]:
     return left_out
 
 
-def _export(path: Path) -> None:
+def _export(path: Path, pt2: Path) -> None:
     """A ResNet-50 (He et al. 2015, 25.6 million weights) of random weights."""
     import torch  # noqa: PLC0415
 
     torch.manual_seed(0)
-    path.parent.mkdir(parents=True)
+    for each in (path, pt2):
+        each.parent.mkdir(parents=True)
+    model = _resnet50()
+
+    class Named(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, image: Any) -> dict[str, Any]:
+            return {"scores": self.model(image)}
+
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(
+        Named().eval(), (torch.zeros(2, 3, 224, 224),), dynamic_shapes={"image": {0: batch}}
+    )
+    torch.export.save(program, pt2)
     torch.onnx.export(
-        _resnet50(), (torch.zeros(2, 3, 224, 224),), path, dynamo=False,
+        model, (torch.zeros(2, 3, 224, 224),), path, dynamo=False,
         input_names=["image"], output_names=["scores"],
         dynamic_axes={"image": {0: "batch"}, "scores": {0: "batch"}},
     )  # fmt: skip

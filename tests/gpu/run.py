@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gpu.lanes import Setup, growth, largest_error, open_session, speed
-from gpu.models import lay_out
+from gpu.models import RESNET, RESNET_PT2, lay_out
 from gpu.path import recovery, whole_path
 from inferq.shared.errors import InferqError
 from inferq.workers.cuda import device
@@ -49,7 +49,12 @@ def main() -> None:
         report = _Report(console, args.quick)
         report.found["left_out"] = lay_out(root)
         report.machine()
-        names = args.models.split(",") if args.models else sorted(p.name for p in root.iterdir())
+        names = (
+            args.models.split(",")
+            if args.models
+            else sorted(p.name for p in root.iterdir() if p.name != RESNET_PT2)
+        )
+        report.on_torch(root)
         for flavour in report.flavours(args.flavours.split(",")):
             for model in names:
                 report.model(load_model(root, model), flavour)
@@ -105,20 +110,32 @@ class _Report:
                 setup = Setup(flavour, precision, lanes, graphs)
                 what = f"{spec.name} {flavour.name} {precision} {lanes} lanes"
                 try:
-                    self._one(spec, setup, what)
+                    self._one(spec, spec, setup, what)
                 except InferqError as problem:
                     self.found["failed"].append(f"{what}: {problem.message}")
                     self._console.print(f"[red]{what}: {problem.message}[/red]", highlight=False)
                     break
 
-    def _one(self, spec: ModelSpec, setup: Setup, what: str) -> None:
+    def on_torch(self, root: Path) -> None:
+        """The ResNet on the torch engine, compared with ONNX Runtime on the same weights."""
+        try:
+            served, right = load_model(root, RESNET_PT2), load_model(root, RESNET)
+            for lanes, graphs in WAYS:
+                setup = Setup(None, "fp32", lanes, graphs)
+                self._one(served, right, setup, f"{RESNET} torch fp32 {lanes} lanes")
+        except InferqError as problem:
+            self.found["not_run"]["torch"] = problem.message
+            self._console.print(f"torch: not run here: {problem.message}", highlight=False)
+
+    def _one(self, spec: ModelSpec, right: ModelSpec, setup: Setup, what: str) -> None:
         session = open_session(spec, setup)
         try:
-            error = largest_error(spec, session, setup)
+            error = largest_error(right, session, setup)
             for bucket in spec.config.buckets:
                 found = speed(spec, session.lanes, bucket, self._seconds)
                 row = {
-                    "model": spec.name, "flavour": setup.flavour.name, "lanes": setup.lanes,
+                    "model": right.name, "lanes": setup.lanes,
+                    "flavour": setup.flavour.name if setup.flavour else "torch",
                     "precision": setup.precision, "graphs": setup.graphs, "error": error,
                     **msgspec.structs.asdict(found),
                 }  # fmt: skip
