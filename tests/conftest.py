@@ -12,6 +12,7 @@ import pytest
 import redis as redis_py
 from helpers import fakecuda
 from hypothesis import HealthCheck, settings
+from kombu import pools
 
 from inferq.shared.errors import ConfigError
 from inferq.workers.embedded import EmbeddedRedis, find_server
@@ -68,6 +69,16 @@ def redis(redis_url: str) -> Iterator[redis_py.Redis]:
     """A client of that empty database; replies are bytes."""
     with redis_py.Redis.from_url(redis_url, socket_timeout=10.0) as client:
         yield client
+
+
+@pytest.fixture
+def kills_connections() -> Iterator[None]:
+    """For a test that kills all connections of the server that tests share.
+
+    Afterwards kombu's pools, which belong to the process, hold none that is dead.
+    """
+    yield
+    pools.reset()
 
 
 @pytest.fixture

@@ -73,6 +73,7 @@ def test_requests_return_to_their_priority_in_the_order_of_their_etas(
     assert queued(redis, 6) == [b"2"]
 
 
+@pytest.mark.usefixtures("kills_connections")
 def test_many_that_are_due_at_once_all_return_though_connections_die(
     redis: redis_py.Redis, later: Later, clock: RedisClock
 ) -> None:

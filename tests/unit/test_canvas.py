@@ -104,6 +104,7 @@ def test_links_wait_for_a_full_redis_and_the_request_with_them(
     assert store.llen("plain") == 1
 
 
+@pytest.mark.usefixtures("kills_connections")
 def test_links_ride_out_connections_that_die(
     app: Celery, store: redis_py.Redis, canvas: Canvas, ready: Ready
 ) -> None:
