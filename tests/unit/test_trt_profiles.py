@@ -39,6 +39,7 @@ def _double(root: Path, toml: str = "") -> ModelSpec:
         ("max_batch_size = 8", (1, 8, 8)),
         ("max_batch_size = 8\npreferred_batch_sizes = [2, 4]", (1, 4, 8)),
         ("buckets = [4, 16]", (1, 16, 16)),
+        ("max_batch_size = 9\nbuckets = [4, 16, 32]", (1, 16, 16)),
         ("max_batch_size = 8\n[profile]\nbatch = [1, 2, 16]", (1, 2, 16)),
         ("buckets = [4, 16]\n[profile]\nbatch = [4, 4, 16]", (4, 4, 16)),
     ],
@@ -88,6 +89,10 @@ def test_fixed_inputs_need_no_profile(tmp_path: Path) -> None:
     ("toml", "problem"),
     [
         ("max_batch_size = 8\n[profile]\nbatch = [1, 4, 4]", "the last to be at least 8"),
+        (
+            "max_batch_size = 9\nbuckets = [4, 16]\n[profile]\nbatch = [4, 9, 9]",
+            "the last to be at least 16",
+        ),
         ("[profile]\nbatch = [2, 4, 32]", "the first to be at most 1"),
         ("[pad.seq]\nbuckets = [8, 16]\n[profile]\nseq = [8, 8, 8]", "the last to be at least 16"),
         ("[pad.seq]\nbuckets = [8, 16]\n[profile]\nseq = [9, 9, 16]", "the first to be at most 8"),

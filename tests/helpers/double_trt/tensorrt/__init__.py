@@ -263,14 +263,15 @@ class _Engine:
         return object()
 
     def create_execution_context(self, _config: object) -> Any:
-        return _Context(self.model)
+        return _Context(self)
 
 
 class _Context:
     control: ClassVar = Control()
 
-    def __init__(self, model: _Model) -> None:
-        self._model = model
+    def __init__(self, engine: _Engine) -> None:
+        self._engine = engine
+        self._model = engine.model
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
 
@@ -278,6 +279,11 @@ class _Context:
         return True
 
     def set_input_shape(self, name: str, shape: Sequence[int]) -> bool:
+        least, _, most = self._engine.get_tensor_profile_shape(name, 0)
+        if len(shape) != len(least) or not all(
+            low <= dim <= high for low, dim, high in zip(least, shape, most, strict=True)
+        ):
+            return False
         self._shapes[name] = tuple(shape)
         return True
 

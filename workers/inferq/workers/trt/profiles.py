@@ -98,19 +98,25 @@ def _sizes(spec: ModelSpec, symbol: str, batch: Sizes | None) -> Sizes:
     if given is not None:
         where = f"profile.{symbol} is {list(given)}"
         if is_batch:
-            _check(where, given, config.buckets[0] if config.buckets else 1, spec.max_batch_size)
+            _check(where, given, config.buckets[0] if config.buckets else 1, _largest_batch(spec))
         elif pad is not None:
             _check(where, given, pad.buckets[0], pad.buckets[-1])
         return given
     if is_batch:
-        preferred = config.preferred_batch_sizes
-        return 1, preferred[-1] if preferred else spec.max_batch_size, spec.max_batch_size
+        preferred, most = config.preferred_batch_sizes, _largest_batch(spec)
+        return 1, preferred[-1] if preferred else most, most
     if pad is not None:
         return pad.buckets[0], pad.buckets[-1], pad.buckets[-1]
     raise ConfigError(
         f"nothing says how large {symbol!r} of the inputs may be; expected in model.toml: "
         f"[profile] {_key(symbol)} = [smallest, usual, largest]"
     )
+
+
+def _largest_batch(spec: ModelSpec) -> int:
+    """The size at which a batch of max_batch_size runs: that of its bucket."""
+    most = spec.max_batch_size
+    return next((size for size in spec.config.buckets if size >= most), most)
 
 
 def _check(where: str, sizes: Sizes, least: int, most: int) -> None:
