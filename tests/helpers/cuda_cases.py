@@ -240,6 +240,25 @@ def a_sticky_error_is_fatal_and_another_is_not() -> None:
     one.close()
 
 
+def an_error_that_only_the_events_tell_is_judged_too() -> None:
+    gpu = device.acquire()
+    one = lane(gpu, Doubler(), graphs=False)
+
+    class Event:
+        def __getattr__(self, name: str) -> object:
+            return getattr(events[1], name)
+
+        def time_since(self, _other: object) -> float:
+            CONTROL.fail(700)
+            return float(events[1].time_since(events[0]))
+
+    events = list(one._events)
+    one._events[1] = Event()
+    with pytest.raises(FatalEngineError, match="beyond use"):
+        one.run(batch(2))
+    one.close()
+
+
 def short_memory_splits_the_batch_and_those_after_it() -> None:
     gpu = device.acquire()
     limit, executors = RowLimit(), [Doubler(), Doubler()]

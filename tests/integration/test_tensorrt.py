@@ -153,13 +153,16 @@ def test_a_sticky_error_ends_the_process_and_its_successor_serves_everything(
         assert "CUDA is beyond use" in worker.log
 
 
+@pytest.mark.parametrize("fails", [{"fail_kernel": 40}, {"fail_call": 7}, {"fail_call": 16}])
 def test_a_sticky_error_while_it_loads_is_no_matter_of_configuration(
-    redis_url: str, models: Path, on_gpu: Environment
+    redis_url: str, models: Path, on_gpu: Environment, fails: dict[str, int]
 ) -> None:
-    worker = Worker(redis_url, models, ["double"], env=on_gpu(fail_kernel=40))
+    """In a kernel, when memory is asked for, when a lane takes it."""
+    worker = Worker(redis_url, models, ["double"], env=on_gpu(**fails))
     worker.start()
     assert worker.process.wait(TIMEOUT_S) == EX_FATAL_ENGINE
     assert "CUDA is beyond use" in worker.log
+    assert "Traceback" not in worker.log
     worker.close()
 
 

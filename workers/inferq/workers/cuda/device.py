@@ -30,13 +30,13 @@ class Device:
             driver.init()
             self._device = driver.Device(0)
             self._context = self._device.retain_primary_context()
+            self.name: Final[str] = self._device.name()
+            major, minor = self._device.compute_capability()
         except driver.Error as problem:
             raise ConfigError(
                 f"no CUDA device could be used ({problem}); expected a GPU and its driver "
                 "(`inferq worker --cpu` serves on the CPU)"
             ) from problem
-        major, minor = self._device.compute_capability()
-        self.name: Final[str] = self._device.name()
         #: As "9.0".
         self.capability: Final = f"{major}.{minor}"
 
@@ -66,6 +66,14 @@ class Device:
         if isinstance(problem, driver.MemoryError | OutOfDeviceMemory):
             return OutOfDeviceMemory(f"the GPU's memory is full: {problem}")
         return EngineError(f"on the GPU: {problem}")
+
+    def judge_loading(self, problem: Exception) -> Exception:
+        """The same of what went wrong while a model was loaded; `problem` itself, if CUDA is well
+        and did not raise it.
+        """
+        judged = self.judge(problem)
+        by_cuda = isinstance(problem, driver.Error) or isinstance(judged, FatalEngineError)
+        return judged if by_cuda else problem
 
     def release(self) -> None:
         """Let go of the context. All that was made in it is gone by then."""

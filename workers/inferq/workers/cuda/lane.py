@@ -187,14 +187,14 @@ class CudaLane:
                 self._events[-1].synchronize()
                 if bound.graph is None and self._graphs:
                     self._capture(bound)
+                h2d, began, ended, done = self._events
+                self.gpu_times = GpuTimes(
+                    h2d_ms=began.time_since(h2d),
+                    compute_ms=ended.time_since(began),
+                    d2h_ms=done.time_since(ended),
+                )
             except Exception as problem:
                 raise self._device.judge(problem) from problem
-            h2d, began, ended, done = self._events
-            self.gpu_times = GpuTimes(
-                h2d_ms=began.time_since(h2d),
-                compute_ms=ended.time_since(began),
-                d2h_ms=done.time_since(ended),
-            )
         rows = slice(batch.rows) if batch.batchable else ...
         return {name: array[rows].copy() for name, array in bound.outputs.items()}
 

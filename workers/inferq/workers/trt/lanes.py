@@ -108,7 +108,9 @@ def runs_on(lane: Lane, *, batchable: bool) -> Run:
 
 @contextmanager
 def loaded_once(flavour: Flavour, plan: bytes, *, batchable: bool) -> Iterator[Run]:
-    """A function that runs `plan` on a lane of its own, until the end. ConfigError, EngineError."""
+    """A function that runs `plan` on a lane of its own, until the end. ConfigError, EngineError,
+    FatalEngineError.
+    """
     gpu = device.acquire()
     lanes: list[CudaLane] = []
     loaded: Loaded | None = None
@@ -117,6 +119,11 @@ def loaded_once(flavour: Flavour, plan: bytes, *, batchable: bool) -> Iterator[R
             loaded = flavour.deserialize(plan)
             open_lanes(gpu, loaded, lanes, count=1, buckets=())
         yield runs_on(lanes[0], batchable=batchable)
+    except Exception as problem:
+        judged = gpu.judge_loading(problem)
+        if judged is problem:
+            raise
+        raise judged from problem
     finally:
         for lane in lanes:
             lane.close()

@@ -44,7 +44,10 @@ class Session:
         self.lanes: list[CudaLane] = []
 
     def open(self) -> None:
-        """ConfigError: no plan of the model can be had, or it does not fit, or answers wrongly."""
+        """ConfigError: no plan of the model can be had, or it does not fit, or answers wrongly.
+
+        EngineError, FatalEngineError: CUDA failed meanwhile.
+        """
         self._device = gpu = device.acquire()
         try:
             order = Order(self._spec, self._flavour, self._precision, capability=gpu.capability)
@@ -69,9 +72,12 @@ class Session:
                     self._spec.name, plan.record.max_error,
                 )  # fmt: skip
             self._keep_compiled()
-        except BaseException:
+        except BaseException as problem:
+            judged = gpu.judge_loading(problem) if isinstance(problem, Exception) else problem
             self.close()
-            raise
+            if judged is problem:
+                raise
+            raise judged from problem
 
     def close(self) -> None:
         """Free all of it. Idempotent."""
