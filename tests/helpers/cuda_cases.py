@@ -279,6 +279,46 @@ def short_memory_splits_the_batch_and_those_after_it() -> None:
     device.release()
 
 
+def short_memory_counts_the_rows_that_are_run() -> None:
+    """Padding included: a bucket that does not fit is not tried again for fewer requests."""
+    gpu = device.acquire()
+    executor, limit = Doubler(), RowLimit()
+    one = lane(gpu, executor, limit=limit, graphs=False)
+    executor.fails_above = (4, OutOfDeviceMemory("cuMemAlloc failed"))
+    check(one, batch(1, bucket=8))
+    assert limit.rows == 4
+    before = executor.set_count
+    check(one, batch(2, 1, bucket=8))
+    assert executor.set_count == before + 1, "it did not try 8 rows first"
+    gpu_of_others = executor.set_shapes
+
+    def another_lane_is_short_meanwhile(shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
+        limit.rows = 4
+        return gpu_of_others(shapes)
+
+    limit.rows = 8
+    executor.set_shapes = another_lane_is_short_meanwhile  # type: ignore[method-assign]
+    check(one, batch(7, bucket=8))
+    assert limit.rows == 4
+    one.close()
+    device.release()
+
+
+def an_output_with_other_rows_is_refused() -> None:
+    """Or what is missing, or belongs to another request, would go unseen where padding is cut."""
+    gpu = device.acquire()
+    executor = Doubler()
+    one = lane(gpu, executor, graphs=False)
+    original = executor.set_shapes
+    for rows, shown in (((2, WIDTH), "2 rows"), ((), "no rows")):
+        executor.set_shapes = lambda shapes, y=rows: {**original(shapes), "y": y}  # type: ignore
+        one._bound.clear()
+        with pytest.raises(EngineError, match=f"output 'y' has {shown}; expected 4"):
+            one.run(batch(1, 2, bucket=4))
+    one.close()
+    device.release()
+
+
 def memory_that_is_short_at_the_start_is_said() -> None:
     gpu = device.acquire()
     free, _ = gpu.memory()

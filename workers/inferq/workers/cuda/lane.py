@@ -25,7 +25,7 @@ from inferq.shared.schema import Array, GpuTimes, Tensors
 from inferq.workers.cuda.buffers import Buffer
 from inferq.workers.cuda.device import Device
 from inferq.workers.cuda.graphs import CaptureFailed
-from inferq.workers.engines.base import Batch, OutOfDeviceMemory
+from inferq.workers.engines.base import Batch, OutOfDeviceMemory, without_padding
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,10 @@ class Executor(Protocol):
 
 
 class RowLimit:
-    """How many rows fit the GPU's memory, as far as it was found out. Shared by a model's lanes."""
+    """How many rows fit the GPU's memory, as far as it was found out. Shared by a model's lanes.
+
+    Padding counts: what a run takes depends on its bucket.
+    """
 
     def __init__(self) -> None:
         self.rows = math.inf
@@ -132,16 +135,16 @@ class CudaLane:
 
     def run(self, batch: Batch) -> Mapping[str, Array]:
         """As in `Lane`. Where memory is short the batch is split, and those after it."""
-        if batch.batchable and batch.rows > self._limit.rows:
+        if batch.batchable and batch.bucket > self._limit.rows:
             return self._run_split(batch)
         try:
             return self._run(batch)
         except OutOfDeviceMemory:
-            if not batch.batchable or batch.rows == 1 or batch.rows > self._limit.rows:
+            if not batch.batchable or batch.bucket == 1:
                 raise
-            self._limit.rows = min(self._limit.rows, (batch.rows + 1) // 2)
+            self._limit.rows = min(self._limit.rows, (batch.bucket + 1) // 2)
             logger.warning("out of GPU memory at %d rows: runs are of at most %d now",
-                           batch.rows, self._limit.rows)  # fmt: skip
+                           batch.bucket, self._limit.rows)  # fmt: skip
             return self._run_split(batch)
 
     def repeat(self, batch: Batch, times: int) -> float:
@@ -195,8 +198,8 @@ class CudaLane:
                 )
             except Exception as problem:
                 raise self._device.judge(problem) from problem
-        rows = slice(batch.rows) if batch.batchable else ...
-        return {name: array[rows].copy() for name, array in bound.outputs.items()}
+        outputs = without_padding(batch, bound.outputs)
+        return {name: array.copy() for name, array in outputs.items()}
 
     def _bind(self, shapes: Mapping[str, Shape]) -> _Bound:
         key = tuple(shapes.values())
