@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -52,6 +54,22 @@ def test_of_two_that_want_the_same_plan_one_builds_it(models: Path, folder: Plan
 def test_force_builds_again(models: Path, folder: PlanFolder) -> None:
     ensure_plan(order(models, "double"), folder)
     assert not ensure_plan(order(models, "double"), folder, force=True).from_cache
+
+
+def test_nothing_is_built_that_could_not_be_stored(
+    models: Path, folder: PlanFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def read_only(path: str, flags: int, *mode: int, **more: int) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return real(path, flags, *mode, **more)
+
+    monkeypatch.setattr("inferq.workers.trt.plans.os.open", read_only)
+    monkeypatch.setattr("inferq.workers.trt.builder._build", lambda *_: pytest.fail("built"))
+    with pytest.raises(ConfigError, match="cannot be written, and holds no such plan of model 'do"):
+        ensure_plan(order(models, "double"), folder)
 
 
 def test_a_changed_model_is_built_again(models: Path, folder: PlanFolder) -> None:

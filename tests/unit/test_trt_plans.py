@@ -250,10 +250,40 @@ def test_a_read_only_folder_still_gives_its_plans(
         return real(path, flags, *mode, **more)
 
     monkeypatch.setattr("inferq.workers.trt.plans.os.open", read_only)
-    with folder.lock("digits", 2, KEY):
+    with folder.lock("digits", 2, KEY) as writable:
+        assert not writable
         assert folder.find("digits", 2, KEY) is not None
-    with pytest.raises(ConfigError, match="Read-only file system"):
-        folder.verified(plan, 0.0)
+    verified = folder.verified(plan, 0.0)
+    assert verified.record.verified, "it serves, though the next worker verifies it again"
+    assert folder.find("digits", 2, KEY) == Plan(plan.path, plan.record, from_cache=True)
+
+
+def test_a_plan_that_was_built_anew_while_it_was_verified_is_not_spoilt(
+    folder: PlanFolder, plan: Plan
+) -> None:
+    newer = folder.store(new_record(KEY, "digits", 2, 2.5), CONTENT * 2)
+    assert folder.verified(plan, 0.0).record.verified
+    found = folder.find("digits", 2, KEY)
+    assert found is not None
+    assert found.record == newer.record
+    assert not found.record.verified
+
+
+def test_two_processes_of_the_same_number_write_two_files(
+    folder: PlanFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in two containers that share a folder."""
+    names = []
+    real = os.fsync
+
+    def noted(file: int) -> None:
+        names.extend(path.name for path in folder.path.glob(".*"))
+        real(file)
+
+    monkeypatch.setattr("inferq.workers.trt.plans.os.fsync", noted)
+    for _ in range(2):
+        folder.write_cache("timing", CONTENT)
+    assert len(set(names)) == 2
 
 
 def test_an_empty_plan_is_not_stored(folder: PlanFolder) -> None:

@@ -11,7 +11,7 @@ from inferq.shared.errors import ConfigError
 from inferq.shared.schema import TensorSpec
 from inferq.workers.repository import ModelSpec
 from inferq.workers.trt.flavours import ANY_GPU, Flavour, InputRange, Network, Progress
-from inferq.workers.trt.plans import Plan, PlanFolder, PlanKey, model_digest, new_record
+from inferq.workers.trt.plans import VARIABLE, Plan, PlanFolder, PlanKey, model_digest, new_record
 from inferq.workers.trt.precision import check_precision, prepare
 from inferq.workers.trt.profiles import Sizes, input_ranges, open_ranges, symbol_sizes
 
@@ -56,12 +56,17 @@ def ensure_plan(
     key = plan_key(order)
     folder.open()
     spec = order.spec
-    with folder.lock(spec.name, spec.version, key):
+    with folder.lock(spec.name, spec.version, key) as writable:
         if not force:
             for each in _acceptable(order, key):
                 plan = folder.find(spec.name, spec.version, each)
                 if plan is not None:
                     return plan
+        if not writable:
+            raise ConfigError(
+                f"{folder.path} cannot be written, and holds no such plan of model {spec.name!r}; "
+                f"expected one that `inferq build` put there, or another folder: set {VARIABLE}"
+            )
         return _build(order, key, folder, progress)
 
 

@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import secrets
 import stat
 import time
 from collections.abc import Iterator
@@ -149,14 +150,9 @@ class PlanFolder:
         """
         path = self._path(name, version, key)
         record_path = path.with_suffix(".json")
-        try:
-            with _opened(record_path) as file:
-                raw = _read(file, MAX_RECORD_BYTES + 1)
-        except FileNotFoundError:
+        record = _read_record(record_path)
+        if record is None:
             return None
-        except OSError as problem:
-            raise ConfigError(f"{record_path} cannot be read: {problem.strerror}") from problem
-        record = _decode(record_path, raw)
         if record.key != key:
             raise _altered(record_path, "it is of another plan")
         plan = Plan(path, record, from_cache=True)
@@ -185,18 +181,32 @@ class PlanFolder:
         return Plan(path, record)
 
     def verified(self, plan: Plan, max_error: float) -> Plan:
-        """Note that `plan` answers as ONNX Runtime does, but for `max_error`."""
+        """Note that `plan` answers as ONNX Runtime does, but for `max_error`.
+
+        What cannot be noted is logged: it will be verified again. ConfigError: it is altered.
+        """
         record = msgspec.structs.replace(plan.record, verified=True, max_error=max_error).sealed()
         path = plan.path.with_suffix(".json")
-        with self._writing(path):
-            _write(path, msgspec.json.encode(record))
+        with self.lock(record.model_name, record.model_version, record.key) as writable:
+            try:
+                if not writable:
+                    raise OSError(errno.EROFS, "the folder is read-only")
+                # Otherwise it was built anew meanwhile, or deleted: what is there is not this one.
+                if _read_record(path) == plan.record:
+                    _write(path, msgspec.json.encode(record))
+            except OSError as problem:
+                logger.warning(
+                    "%s cannot be written (%s): the plan is verified again next time",
+                    path, problem.strerror,
+                )  # fmt: skip
         return replace(plan, record=record)
 
     @contextmanager
-    def lock(self, name: str, version: int, key: PlanKey) -> Iterator[None]:
+    def lock(self, name: str, version: int, key: PlanKey) -> Iterator[bool]:
         """One process at a time builds a plan; the others wait, and find it.
 
-        No lock is taken in a folder that is read-only: plans can be found there, and not built.
+        Gives False, and takes no lock, in a folder that is read-only: plans can be found there, and
+        not built.
         """
         path = self._path(name, version, key).with_suffix(".lock")
         try:
@@ -204,7 +214,7 @@ class PlanFolder:
         except OSError as problem:
             if problem.errno not in {errno.EROFS, errno.EACCES}:
                 raise ConfigError(f"{path} cannot be written: {problem.strerror}") from problem
-            yield
+            yield False
             return
         try:
             try:
@@ -212,7 +222,7 @@ class PlanFolder:
             except BlockingIOError:
                 logger.info("another process builds this plan; waiting for it")
                 fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+            yield True
         finally:
             os.close(file)
 
@@ -356,6 +366,18 @@ def _read(file: int, most: int) -> bytes:
         return reader.read(most)
 
 
+def _read_record(path: Path) -> Record | None:
+    """The record in the file `path`; None: there is none. ConfigError: it is altered."""
+    try:
+        with _opened(path) as file:
+            raw = _read(file, MAX_RECORD_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as problem:
+        raise ConfigError(f"{path} cannot be read: {problem.strerror}") from problem
+    return _decode(path, raw)
+
+
 def _decode(path: Path, raw: bytes) -> Record:
     if len(raw) > MAX_RECORD_BYTES:
         raise _altered(path, f"more than {MAX_RECORD_BYTES} bytes")
@@ -378,7 +400,8 @@ def _altered(path: Path, how: str) -> ConfigError:
 
 def _write(path: Path, content: bytes) -> None:
     """Replace `path` by a file of `content` in one step that outlives a power cut. OSError."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
+    # Not the process' number: those of two containers with one folder may be equal.
+    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         file = os.open(
             new, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
