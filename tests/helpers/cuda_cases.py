@@ -356,5 +356,24 @@ def nothing_is_left_after_a_thousand_lanes() -> None:
     assert current_context() is None, "a released context is not left current"
 
 
+def a_thread_that_did_not_make_the_context_leaves_nothing_either() -> None:
+    """As a worker's main thread when it stops: another one has loaded the models."""
+    opened: list[CudaLane] = []
+
+    def load() -> None:
+        one = lane(device.acquire(), Doubler())
+        for rows in (1, 2, 4):
+            check(one, batch(rows))
+        opened.append(one)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    thread.join()
+    opened[0].close()
+    assert CONTROL.count("pinned_bytes") == CONTROL.count("device_bytes") == 0
+    device.release()
+    assert CONTROL.count("contexts") == 0
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]]()

@@ -273,7 +273,7 @@ def test_two_processes_of_the_same_number_write_two_files(
     folder: PlanFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in two containers that share a folder."""
-    names = []
+    names: list[str] = []
     real = os.fsync
 
     def noted(file: int) -> None:

@@ -78,8 +78,9 @@ class Device:
     def release(self) -> None:
         """Let go of the context. All that was made in it is gone by then."""
         before = current_context()
+        # PyCUDA lets go of one that another thread made only if it is current, and leaves it so.
+        self._context.push()
         self._context.detach()
-        # To release it PyCUDA made it current, and does not undo that.
         if current_context() != before:
             pop_context()
 

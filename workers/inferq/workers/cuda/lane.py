@@ -258,18 +258,22 @@ class CudaLane:
     def close(self) -> None:
         """Free all of it. Nothing is running. Whatever CUDA answers, it is not raised."""
         with self._device:
-            try:
-                self._stream.synchronize()
-                for bound in self._bound.values():
-                    if bound.graph is not None:
-                        bound.graph.close()
-                self._executor.close()
-            except Exception as problem:  # noqa: BLE001 - the process is about to end then
-                logger.warning("a lane was not closed cleanly: %s", problem)
-            self._bound.clear()
-            self._current = None
-            self._buffers.clear()
-            del self._events, self._stream
+            self._free()
+
+    def _free(self) -> None:
+        # By itself: what its variables hold goes while the context is current, too.
+        try:
+            self._stream.synchronize()
+            for bound in self._bound.values():
+                if bound.graph is not None:
+                    bound.graph.close()
+            self._executor.close()
+        except Exception as problem:  # noqa: BLE001 - the process is about to end then
+            logger.warning("a lane was not closed cleanly: %s", problem)
+        self._bound.clear()
+        self._current = None
+        self._buffers.clear()
+        del self._events, self._stream
 
 
 def _gather(batch: Batch, into: Mapping[str, Array]) -> None:
