@@ -77,6 +77,10 @@ def test_what_the_option_selects(nvml: Any, given: str, indices: list[int]) -> N
         ("-1", "gpu is '-1'; expected a GPU's number, several with commas (0,1), or all"),
         ("first", "gpu is 'first'; expected a GPU's number, several with commas (0,1), or all"),
         ("", "gpu is ''; expected a GPU's number, several with commas (0,1), or all"),
+        (
+            "9" * 5000,
+            f"gpu is '{'9' * 5000}'; expected a GPU's number, several with commas (0,1), or all",
+        ),
         ("²", "gpu is '²'; expected a GPU's number, several with commas (0,1), or all"),
     ],
 )

@@ -116,7 +116,7 @@ def _missing(nvml: Any, problem: Exception) -> str:
 
 def _numbers(given: str) -> list[int]:
     parts = [part.strip() for part in given.split(",")]
-    if not all(part.isascii() and part.isdigit() for part in parts):
+    if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
         raise ConfigError(
             f"gpu is {given!r}; expected a GPU's number, several with commas (0,1), or all"
         )
