@@ -21,6 +21,7 @@ from typing import Final, Protocol
 import numpy as np
 from pycuda import driver
 
+from inferq.shared.errors import RequestError
 from inferq.shared.schema import Array, GpuTimes, Tensors
 from inferq.workers.cuda.buffers import Buffer
 from inferq.workers.cuda.device import Device
@@ -53,7 +54,7 @@ class Executor(Protocol):
     """What computes on the device's memory; each belongs to one lane. Errors are any Exception."""
 
     def set_shapes(self, shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
-        """The next runs' inputs have these shapes; return the outputs'."""
+        """The next runs' inputs have these shapes; return the outputs'. RequestError: too large."""
         ...
 
     def set_address(self, name: str, address: int) -> None:
@@ -196,6 +197,8 @@ class CudaLane:
                     compute_ms=ended.time_since(began),
                     d2h_ms=done.time_since(ended),
                 )
+            except RequestError:
+                raise  # its shapes were refused, before anything was asked of CUDA
             except Exception as problem:
                 raise self._device.judge(problem) from problem
         outputs = without_padding(batch, bound.outputs)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final
 
-from inferq.shared.errors import ConfigError, EngineError
+from inferq.shared.errors import ConfigError, EngineError, InvalidInput
 from inferq.shared.schema import Array, Tensors
 from inferq.workers.cuda import device
 from inferq.workers.cuda.buffers import nbytes
@@ -15,7 +15,7 @@ from inferq.workers.cuda.device import Device
 from inferq.workers.cuda.graphs import Graph
 from inferq.workers.cuda.lane import CudaLane, RowLimit, Shape
 from inferq.workers.engines.base import Batch, Lane
-from inferq.workers.trt.flavours import Context, Flavour, Loaded
+from inferq.workers.trt.flavours import Context, Flavour, InputRange, Loaded
 from inferq.workers.trt.verify import Run
 
 logger = logging.getLogger(__name__)
@@ -44,11 +44,12 @@ def open_lanes(
 
     def executor() -> _Executor:
         context = loaded.context(graphs=own_graphs, runtime_cache=runtime_cache)
-        return _Executor(context, list(outputs))
+        return _Executor(context, ranges, list(outputs))
 
     inputs = {tensor.name: tensor.dtype.name for tensor in loaded.tensors if tensor.is_input}
     outputs = {tensor.name: tensor.dtype.name for tensor in loaded.tensors if not tensor.is_input}
-    largest = {name: loaded.range(name).max for name in inputs}
+    ranges = [loaded.range(name) for name in inputs]
+    largest = {span.name: span.max for span in ranges}
     limit = RowLimit()
     context_bytes = loaded.context_bytes
     check_memory(gpu, count, context_bytes, buckets)
@@ -134,14 +135,19 @@ def loaded_once(flavour: Flavour, plan: bytes, *, batchable: bool) -> Iterator[R
 
 
 class _Executor:
-    """One execution context."""
+    """One execution context; `ranges`: what its inputs may be."""
 
-    def __init__(self, context: Context, outputs: Sequence[str]) -> None:
+    def __init__(
+        self, context: Context, ranges: Sequence[InputRange], outputs: Sequence[str]
+    ) -> None:
         self.context = context
+        self._ranges = ranges
         self._outputs = outputs
 
     def set_shapes(self, shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
         context = self.context
+        for span in self._ranges:
+            _check_shape(span, shapes[span.name])
         for name, shape in shapes.items():
             context.set_shape(name, shape)
         context.infer_shapes()
@@ -162,3 +168,14 @@ class _Executor:
 
     def close(self) -> None:
         self.context.close()
+
+
+def _check_shape(span: InputRange, shape: Shape) -> None:
+    """InvalidInput: the plan was not built for it. [profile] is not told to clients otherwise."""
+    axes = zip(span.min, shape, span.max, strict=True)
+    for axis, (least, size, most) in enumerate(axes):
+        if not least <= size <= most:
+            raise InvalidInput(
+                f"input {span.name!r}: dim {axis} is {size}; expected {least} to {most}, for which "
+                "the model was built ([profile] of model.toml)"
+            )
