@@ -174,7 +174,7 @@ def test_lanes_that_do_not_fit_are_refused_with_what_would(
     worker = Worker(redis_url, models, ["double"], env=on_gpu(memory_mb=50))
     worker.start()
     assert worker.process.wait(TIMEOUT_S) == os.EX_CONFIG
-    assert "100 lanes take 1.0 MB of GPU memory each" in worker.log
+    assert "model 'double': 100 lanes take 1.0 MB of GPU memory each" in worker.log
     assert "expected in model.toml: lanes = " in worker.log
     worker.close()
 

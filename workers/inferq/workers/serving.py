@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from inferq.shared.errors import ConfigError, FatalEngineError
+from inferq.shared.errors import ConfigError, EngineError, FatalEngineError
 from inferq.shared.names import Names
 from inferq.shared.schema import ModelAdvert
 from inferq.workers.batching.padding import Padding
@@ -79,7 +79,7 @@ class ServedModel:
             ),
         )
         began = time.monotonic()
-        engine.load()
+        self._load(engine)
         self._engine = engine
         self._buckets = engine.buckets
         tuning = self._tune(engine)
@@ -110,6 +110,17 @@ class ServedModel:
             self.name, spec.version, config.engine, len(self._lanes), self.knobs.target,
             time.monotonic() - began,
         )  # fmt: skip
+
+    def _load(self, engine: Engine) -> None:
+        """Load it; a ConfigError names the model, which may be one of many."""
+        try:
+            engine.load()
+        except FatalEngineError:
+            raise
+        except (ConfigError, EngineError) as problem:
+            known = repr(self.name) in problem.message or str(self.spec.path) in problem.message
+            named = problem.message if known else f"model {self.name!r}: {problem.message}"
+            raise ConfigError(named) from problem
 
     def _tune(self, engine: Engine) -> Tuning | None:
         config = self.spec.config
