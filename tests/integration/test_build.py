@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def test_real_models_are_built_and_then_taken_from_the_cache(
     built = _build(models, plans, model, "--precision", precision)
     assert built.exit_code == 0, built.output
     assert "Building engine" in built.stderr
-    (line,) = built.stdout.splitlines()
+    line = built.stdout.splitlines()[0]
     path, size, seconds = re.match(
         r"(\S+\.plan): (\S+) MB, built in (\S+) s by tensorrt-rtx \S+ as fp", line
     ).groups()  # type: ignore[union-attr]
@@ -115,11 +116,22 @@ def test_an_altered_byte_is_refused_until_it_is_built_anew(models: Path, plans: 
     assert "from the cache" in _build(models, plans, MAGIKA).stdout
 
 
-def test_a_batch_of_its_own_says_what_workers_have_to_be_told(models: Path, plans: Path) -> None:
-    built = _build(models, plans, ORIENTATION, "--batch", "1,4,8")
-    assert built.stdout.splitlines()[1:] == [
-        "workers take this plan if model.toml says:", "[profile]", "N = [1, 4, 8]",
+def test_options_say_what_workers_have_to_be_told(
+    models: Path, plans: Path, tmp_path: Path
+) -> None:
+    models = Path(shutil.copytree(models, tmp_path / "models"))
+    toml = models / ORIENTATION / "model.toml"
+    options = ["--batch", "1,4,8", "--precision", "fp16"]
+    built = _build(models, plans, ORIENTATION, *options)
+    said = built.stdout.splitlines()[1:]
+    assert said == [
+        "workers take this plan if model.toml says:", 'engine = "tensorrt"',
+        "[tensorrt]", 'precision = "fp16"', "[profile]", "N = [1, 4, 8]",
     ]  # fmt: skip
+    toml.write_text("max_batch_size = 8\n" + "\n".join(said[1:]))
+    built = _build(models, plans, ORIENTATION)
+    assert "from the cache" in built.stdout
+    assert len(built.stdout.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -136,6 +148,7 @@ def test_wrong_options_are_named(
     refused = _build(models, plans, MAGIKA, *options)
     assert refused.exit_code != 0
     assert problem in refused.stderr
+    assert not list(plans.glob("*.plan")), "it is refused before minutes are spent"
 
 
 def test_a_network_trained_on_digits_is_built_from_torchs_export(

@@ -15,6 +15,8 @@ import click
 from inferq.shared.errors import ConfigError, InferqError
 
 if TYPE_CHECKING:
+    from inferq.shared.schema import Array
+    from inferq.workers.repository import ModelSpec
     from inferq.workers.trt.builder import Order
     from inferq.workers.trt.plans import Plan, PlanFolder
 
@@ -89,9 +91,10 @@ def build(
             capability=compute_capability(),
         )
         folder = PlanFolder(plans)
+        given = _given(samples, spec)
         with _shown() as progress:
             plan = ensure_plan(order, folder, progress=progress, force=force)
-        plan = _verified(order, folder, plan, samples)
+        plan = _verified(order, folder, plan, given)
     except flavours.BuildStopped:
         raise click.Abort from None
     except InferqError as problem:
@@ -99,11 +102,19 @@ def build(
     _print(order, plan)
 
 
-def _verified(order: Order, folder: PlanFolder, plan: Plan, given: Path | None) -> Plan:
-    """`plan`, compared with ONNX Runtime if that can be done here and was not before."""
-    from inferq.workers.trt.verify import load_samples, verify_plan  # noqa: PLC0415
+def _given(path: Path | None, spec: ModelSpec) -> list[dict[str, Array]]:
+    """What --verify names, before a build that may take minutes."""
+    from inferq.workers.trt.verify import load_samples  # noqa: PLC0415
 
-    samples = load_samples(given, order.spec) if given is not None else []
+    return [] if path is None else load_samples(path, spec)
+
+
+def _verified(
+    order: Order, folder: PlanFolder, plan: Plan, samples: list[dict[str, Array]]
+) -> Plan:
+    """`plan`, compared with ONNX Runtime if that can be done here and was not before."""
+    from inferq.workers.trt.verify import verify_plan  # noqa: PLC0415
+
     if order.capability is None or (plan.record.verified and not samples):
         return plan
     try:
@@ -119,8 +130,6 @@ def _verified(order: Order, folder: PlanFolder, plan: Plan, given: Path | None) 
 
 
 def _print(order: Order, plan: Plan) -> None:
-    from inferq.workers.trt.profiles import as_toml, symbol_sizes  # noqa: PLC0415
-
     record = plan.record
     known = UNVERIFIED if not record.verified else f"verified: differs by {record.max_error:.2g}"
     origin = "from the cache, built" if plan.from_cache else "built"
@@ -128,9 +137,39 @@ def _print(order: Order, plan: Plan) -> None:
         f"{plan.path}: {record.bytes / 1e6:.1f} MB, {origin} in {record.seconds:.1f} s by "
         f"{order.flavour.name} {order.flavour.version} as {record.key.precision}; {known}"
     )
+    told = _to_be_told(order)
+    if told:
+        click.echo("\n".join(["workers take this plan if model.toml says:", *told]))
+
+
+def _to_be_told(order: Order) -> list[str]:
+    """What model.toml lacks that was an option here: workers know no options."""
+    from inferq.workers.trt.profiles import as_toml, symbol_sizes  # noqa: PLC0415
+
+    spec = order.spec
+    is_engine = spec.config.engine == "tensorrt"
+    table = spec.engine_table if is_engine else {}
+    lines = [] if is_engine else ['engine = "tensorrt"']
+    knobs = []
+    if order.precision != table.get("precision", "fp32"):
+        knobs.append(f'precision = "{order.precision}"')
+    if not _is_flavour(table.get("flavour", "auto"), order):
+        knobs.append(f'flavour = "{order.flavour.name}"')
+    if knobs:
+        lines += ["[tensorrt]", *knobs]
     if order.batch is not None and _differs(order):
-        sizes = as_toml(symbol_sizes(order.spec, order.batch))
-        click.echo(f"workers take this plan if model.toml says:\n{sizes}")
+        lines.append(as_toml(symbol_sizes(spec, order.batch)))
+    return lines
+
+
+def _is_flavour(name: str, order: Order) -> bool:
+    """Whether `name` in model.toml is, here, the flavour that was built with."""
+    from inferq.workers.trt.flavours import find_flavour  # noqa: PLC0415
+
+    try:
+        return find_flavour(name).name == order.flavour.name
+    except ConfigError:
+        return False
 
 
 def _differs(order: Order) -> bool:
