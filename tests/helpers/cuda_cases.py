@@ -322,8 +322,13 @@ def an_output_with_other_rows_is_refused() -> None:
 def memory_that_is_short_at_the_start_is_said() -> None:
     gpu = device.acquire()
     free, _ = gpu.memory()
-    with pytest.raises(driver.MemoryError):
-        lane(gpu, Doubler(), width=free)
+    executor = Doubler()
+    with pytest.raises(driver.MemoryError) as error:
+        lane(gpu, executor, width=free // 33)  # x fits, y does not
+    names = ("streams", "events", "device_bytes", "pinned_bytes")
+    left = {name: CONTROL.count(name) for name in names}
+    assert not any(left.values()), f"{error} keeps {left}"
+    assert not executor.addresses, "it is closed"
     check(lane(gpu, Doubler()), batch(3))
 
 

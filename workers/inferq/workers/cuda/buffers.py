@@ -22,7 +22,11 @@ class Buffer:
         self._dtype = np.dtype(dtype)
         size = nbytes(dtype, shape)
         self._host: Array = driver.pagelocked_empty(size, np.uint8)
-        self._device = driver.mem_alloc(size)
+        try:
+            self._device = driver.mem_alloc(size)
+        except BaseException:
+            del self._host  # now, while the context is current: the error keeps this object
+            raise
         #: On the device.
         self.address = int(self._device)
 

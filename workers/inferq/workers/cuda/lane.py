@@ -98,7 +98,8 @@ class CudaLane:
     """Made, run and closed by any thread, one at a time.
 
     `inputs`, `outputs`: name → dtype. `largest`: the inputs' largest shapes, for which memory is
-    taken here. PyCUDA's MemoryError: there is not enough. `buckets`: the usual batch sizes,
+    taken here. PyCUDA's MemoryError: there is not enough; nothing is kept then, and `executor` is
+    closed. `buckets`: the usual batch sizes,
     ascending. `graphs`: whether runs are captured.
     """
 
@@ -122,17 +123,24 @@ class CudaLane:
         self._bound: OrderedDict[tuple[Shape, ...], _Bound] = OrderedDict()
         self._current: _Bound | None = None
         self.gpu_times: GpuTimes | None = None
+        self._inputs, self._outputs = list(inputs), list(outputs)
+        self._buffers: dict[str, Buffer] = {}
+        self._events: list[driver.Event] = []
         with device:
             self._stream = driver.Stream(_NON_BLOCKING)
-            flags = driver.event_flags.BLOCKING_SYNC  # a lane that waits leaves its core to others
-            self._events = [driver.Event(flags) for _ in range(4)]
-            shapes = {**largest, **executor.set_shapes(largest)}
-            self._buffers = {
-                name: Buffer(dtype, shapes[name]) for name, dtype in {**inputs, **outputs}.items()
-            }
-            self._inputs, self._outputs = list(inputs), list(outputs)
-            for name, buffer in self._buffers.items():
-                executor.set_address(name, buffer.address)
+            try:
+                self._take({**inputs, **outputs}, largest)
+            except BaseException:
+                self._free()
+                raise
+
+    def _take(self, dtypes: Mapping[str, str], largest: Mapping[str, Shape]) -> None:
+        flags = driver.event_flags.BLOCKING_SYNC  # a lane that waits leaves its core to others
+        self._events += [driver.Event(flags) for _ in range(4)]
+        shapes = {**largest, **self._executor.set_shapes(largest)}
+        for name, dtype in dtypes.items():
+            self._buffers[name] = Buffer(dtype, shapes[name])
+            self._executor.set_address(name, self._buffers[name].address)
 
     def run(self, batch: Batch) -> Mapping[str, Array]:
         """As in `Lane`. Where memory is short the batch is split, and those after it."""

@@ -55,16 +55,20 @@ def open_lanes(
     check_memory(gpu, count, context_bytes, buckets)
     # Only a context can tell how large the outputs are.
     first = executor()
-    shapes = {**largest, **first.set_shapes(largest)}
-    buffers = sum(nbytes(dtype, shapes[name]) for name, dtype in {**inputs, **outputs}.items())
-    free, total = gpu.memory()
-    logger.info(
-        "%d lanes of %.1f MB of GPU memory each (%.1f MB for tensors, %.1f MB for TensorRT), and "
-        "%.1f MB of pinned memory; %.0f of %.0f MB of the GPU are free",
-        count, (context_bytes + buffers) / _MB, buffers / _MB, context_bytes / _MB, buffers / _MB,
-        (free + context_bytes) / _MB, total / _MB,
-    )  # fmt: skip
-    check_memory(gpu, count, context_bytes + buffers, buckets, taken=context_bytes)
+    try:
+        shapes = {**largest, **first.set_shapes(largest)}
+        buffers = sum(nbytes(dtype, shapes[name]) for name, dtype in {**inputs, **outputs}.items())
+        free, total = gpu.memory()
+        logger.info(
+            "%d lanes of %.1f MB of GPU memory each (%.1f MB for tensors, %.1f MB for TensorRT), "
+            "and %.1f MB of pinned memory; %.0f of %.0f MB of the GPU are free",
+            count, (context_bytes + buffers) / _MB, buffers / _MB, context_bytes / _MB,
+            buffers / _MB, (free + context_bytes) / _MB, total / _MB,
+        )  # fmt: skip
+        check_memory(gpu, count, context_bytes + buffers, buckets, taken=context_bytes)
+    except BaseException:
+        first.close()
+        raise
     for number in range(count):
         lanes.append(
             CudaLane(
