@@ -199,6 +199,11 @@ def test_where_plans_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert default_folder() == tmp_path / "cache" / "inferq" / "plans"
     monkeypatch.setenv("INFERQ_PLANS", str(tmp_path / "mine"))
     assert default_folder() == tmp_path / "mine"
+    monkeypatch.setenv("INFERQ_PLANS", "~/mine")
+    assert default_folder() == Path.home() / "mine"
+    monkeypatch.setenv("INFERQ_PLANS", "mine")
+    with pytest.raises(ConfigError, match="INFERQ_PLANS is 'mine'; expected an absolute path"):
+        default_folder()
 
 
 def test_a_verified_plan_stays_verified(folder: PlanFolder, plan: Plan) -> None:

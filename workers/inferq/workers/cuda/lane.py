@@ -92,6 +92,7 @@ class _Bound:
         self.inputs: dict[str, Array] = {}
         self.outputs: dict[str, Array] = {}
         self.graph: Replay | None = None
+        self.has_run = False
 
 
 class CudaLane:
@@ -197,8 +198,9 @@ class CudaLane:
                 _gather(batch, bound.inputs)
                 self._submit(bound)
                 self._events[-1].synchronize()
-                if bound.graph is None and self._graphs:
+                if bound.graph is None and self._graphs and bound.has_run:
                     self._capture(bound)
+                bound.has_run = True
                 h2d, began, ended, done = self._events
                 self.gpu_times = GpuTimes(
                     h2d_ms=began.time_since(h2d),
@@ -259,7 +261,7 @@ class CudaLane:
             self._executor.enqueue(self._stream.handle)
 
     def _capture(self, bound: _Bound) -> None:
-        """Once it has run: what is prepared by a first run cannot be captured."""
+        """What a first run prepares cannot be captured; what runs once only is not worth it."""
         try:
             bound.graph = self._executor.capture(self._stream.handle)
         except CaptureFailed as problem:

@@ -152,7 +152,8 @@ def _check_tensor(spec: ModelSpec, kind: str, ours: TensorSpec, theirs: TensorSp
     if theirs.dtype != ours.dtype:
         raise ConfigError(
             f"{spec.path}: {kind} {ours.name!r} is {ours.dtype}, of which TensorRT makes "
-            f"{theirs.dtype}; expected an {kind} that it takes as it is"
+            f"{theirs.dtype}; expected an {kind} that it takes as it is "
+            '(ONNX Runtime serves such models: engine = "onnxruntime")'
         )
 
 

@@ -87,7 +87,7 @@ def check_memory(
     What a smaller batch would take is estimated: in proportion to its rows.
     """
     free, total = gpu.memory()
-    free += taken
+    free = min(total, free + taken)  # a context may take its memory later than it says
     if count * each <= free:
         return
     advice = [f"lanes = {free // each}"] if each <= free else []

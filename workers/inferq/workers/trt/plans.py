@@ -116,13 +116,24 @@ class Plan:
 def default_folder() -> Path:
     """INFERQ_PLANS, or else inferq/plans in the user's cache. ConfigError: there is no home."""
     if given := os.environ.get(VARIABLE):
-        return Path(given)
+        return _absolute(Path(given))
     base = os.environ.get("XDG_CACHE_HOME", "")
     try:
         root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
     except RuntimeError as problem:
         raise ConfigError(f"no folder for plans: {problem}; expected {VARIABLE}") from problem
     return root / "inferq" / "plans"
+
+
+def _absolute(path: Path) -> Path:
+    """`path` with ``~`` expanded. ConfigError: it depends on where the process stands."""
+    try:
+        found = path.expanduser()
+    except RuntimeError:
+        found = path
+    if not found.is_absolute():
+        raise ConfigError(f"{VARIABLE} is {str(path)!r}; expected an absolute path")
+    return found
 
 
 class PlanFolder:
