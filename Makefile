@@ -36,7 +36,10 @@ types: $(READY)
 imports: $(READY)
 	$(BIN)/lint-imports
 
-gpu: $(GPU_READY)
+gpu:
+	@$(PYTHON) -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null || \
+		{ echo "make gpu: no NVIDIA driver is found (libcuda.so.1); it measures a real card"; exit 1; }
+	$(MAKE) $(GPU_READY)
 	PYTHONPATH=tests $(BIN)/python -m gpu.run $(ARGS)
 
 bench: $(READY)

@@ -125,10 +125,10 @@ def test_options_say_what_workers_have_to_be_told(
     built = _build(models, plans, ORIENTATION, *options)
     said = built.stdout.splitlines()[1:]
     assert said == [
-        "workers take this plan if model.toml says:", 'engine = "tensorrt"',
+        "workers take this plan if model.toml says:", 'engine = "tensorrt"', "max_batch_size = 8",
         "[tensorrt]", 'precision = "fp16"', "[profile]", "N = [1, 4, 8]",
     ]  # fmt: skip
-    toml.write_text("max_batch_size = 8\n" + "\n".join(said[1:]))
+    toml.write_text("\n".join(said[1:]))
     built = _build(models, plans, ORIENTATION)
     assert "from the cache" in built.stdout
     assert len(built.stdout.splitlines()) == 1

@@ -198,7 +198,7 @@ def test_a_plan_is_verified_where_it_is_built_and_one_that_differs_fails(
 
 
 def test_without_a_gpu_one_line_says_what_is_missing(redis_url: str, models: Path) -> None:
-    worker = Worker(redis_url, models, ["double"])
+    worker = Worker(redis_url, models, ["double"], env={"LD_LIBRARY_PATH": ""})
     worker.start()
     assert worker.process.wait(TIMEOUT_S) == os.EX_CONFIG
     assert "`inferq worker --cpu`" in worker.log

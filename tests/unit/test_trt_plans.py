@@ -102,9 +102,10 @@ def test_a_plan_of_another_size_is_refused(folder: PlanFolder, plan: Plan, size:
     _refused(folder, plan.path, rf"{size} bytes instead of {len(CONTENT)}.*: delete ")
 
 
-def test_a_missing_plan_is_refused(folder: PlanFolder, plan: Plan) -> None:
+def test_a_record_without_its_plan_is_none(folder: PlanFolder, plan: Plan) -> None:
     plan.path.unlink()
-    _refused(folder, plan.path, "cannot be read")
+    record = plan.record
+    assert folder.find(record.model_name, record.model_version, record.key) is None
 
 
 @pytest.mark.parametrize(

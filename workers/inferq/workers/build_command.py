@@ -150,6 +150,8 @@ def _to_be_told(order: Order) -> list[str]:
     is_engine = spec.config.engine == "tensorrt"
     table = spec.engine_table if is_engine else {}
     lines = [] if is_engine else ['engine = "tensorrt"']
+    if order.batch is not None and order.batch[2] != spec.max_batch_size:
+        lines.append(f"max_batch_size = {order.batch[2]}")
     knobs = []
     if order.precision != table.get("precision", "fp32"):
         knobs.append(f'precision = "{order.precision}"')

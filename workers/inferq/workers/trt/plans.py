@@ -162,7 +162,7 @@ class PlanFolder:
         path = self._path(name, version, key)
         record_path = path.with_suffix(".json")
         record = _read_record(record_path)
-        if record is None:
+        if record is None or not path.exists():
             return None
         if record.key != key:
             raise _altered(record_path, "it is of another plan")
