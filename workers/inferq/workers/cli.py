@@ -11,6 +11,7 @@ from inferq.workers.dead_command import dead
 from inferq.workers.demo.command import demo
 from inferq.workers.health_command import health
 from inferq.workers.models_command import models
+from inferq.workers.queues_command import queues
 from inferq.workers.worker_command import worker
 
 #: Which extra brings a module that may be missing; all others come with `worker`.
@@ -32,6 +33,7 @@ inferq.add_command(worker)
 inferq.add_command(models)
 inferq.add_command(build)
 inferq.add_command(health)
+inferq.add_command(queues)
 inferq.add_command(dead)
 inferq.add_command(demo)
 

@@ -18,6 +18,7 @@ from inferq.shared.names import is_model_name, queue_of
 from inferq.shared.settings import Settings
 from inferq.workers.dead_letters import DeadLetters
 from inferq.workers.letters import Letter, headers_in, problem_with
+from inferq.workers.printing import age, plain, print_table
 
 #: Bytes shown of a message that cannot be read.
 FIRST_BYTES = 200
@@ -100,7 +101,7 @@ def show(request_id: str, model: str | None, as_json: bool, redis_url: str | Non
         for key, value in each.items():
             parts = value.items() if isinstance(value, dict) else [(None, value)]
             for part, content in parts:
-                click.echo(f"{key if part is None else f'{key}.{_plain(part)}'}: {_plain(content)}")
+                click.echo(f"{key if part is None else f'{key}.{plain(part)}'}: {plain(content)}")
 
 
 @dead.command()
@@ -164,9 +165,9 @@ def _each(
         for each, digests in named.items():
             for letter in letters.pick(each, digests):
                 try:
-                    click.echo(_plain(act(letters, letter)))
+                    click.echo(plain(act(letters, letter)))
                 except InferqError as problem:
-                    click.echo(f"Error: {_plain(letter.name)}: {_plain(problem.message)}", err=True)
+                    click.echo(f"Error: {plain(letter.name)}: {plain(problem.message)}", err=True)
                     failed = True
     if failed:
         raise SystemExit(1)
@@ -232,40 +233,12 @@ def _details(letters: DeadLetters, letter: Letter, now_ms: float) -> dict[str, A
 def _print_table(rows: Sequence[dict[str, Any]]) -> None:
     cells = [
         [
-            row["model"], _plain(row["id"]), _plain(row["reason"]), str(row["attempts"]),
-            _age(row["age_s"]), _plain(row["worker"]), _size(row["message_bytes"]),
+            row["model"], row["id"], row["reason"], str(row["attempts"]), age(row["age_s"]),
+            row["worker"], _size(row["message_bytes"]),
         ]
         for row in rows
     ]  # fmt: skip
-    if not sys.stdout.isatty():
-        widths = [max(map(len, column)) for column in zip(_COLUMNS, *cells, strict=True)]
-        for line in ([*_COLUMNS], *cells):
-            padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-            click.echo("  ".join(padded).rstrip())
-        return
-    from rich.console import Console  # noqa: PLC0415 (comes with an extra)
-    from rich.table import Table  # noqa: PLC0415
-    from rich.text import Text  # noqa: PLC0415
-
-    table = Table()
-    for heading in _COLUMNS:
-        table.add_column(heading, overflow="fold")
-    for line in cells:
-        table.add_row(*map(Text, line))
-    Console().print(table)
-
-
-def _plain(value: object) -> str:
-    """Fit for a terminal: what others wrote does not steer it."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _age(seconds: float) -> str:
-    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
+    print_table(_COLUMNS, cells)
 
 
 def _size(count: int) -> str:
