@@ -112,18 +112,22 @@ class Side:
 
 
 class PlainWorker:
-    """A stock worker of `stock_side`'s plain tasks. What is sent before it is up waits for it."""
+    """A stock worker of `stock_side`'s plain tasks. What is sent before it is up waits for it.
 
-    def __init__(self, redis_url: str, content: str) -> None:
+    `queue`: another than theirs.
+    """
+
+    def __init__(self, redis_url: str, content: str, queue: str | None = None) -> None:
         self._redis_url = redis_url
         self._content = content
+        self._queue = queue or f"plain.{content}"
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
         command = [
             sys.executable, "-m", "celery", "-A", "stock_side", "worker", "-P", "solo",
-            "-Q", f"plain.{self._content}", "-n", f"plain-{self._content}@%h",
+            "-Q", self._queue, "-n", f"plain-{self._content}@%h",
             "--without-gossip", "--without-mingle", "--loglevel", "INFO",
         ]  # fmt: skip
         environment = stock_environment(self._redis_url, self._content)

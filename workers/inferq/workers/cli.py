@@ -9,6 +9,7 @@ import click
 from inferq.workers.build_command import build
 from inferq.workers.dead_command import dead
 from inferq.workers.demo.command import demo
+from inferq.workers.doctor.command import doctor
 from inferq.workers.health_command import health
 from inferq.workers.models_command import models
 from inferq.workers.queues_command import queues
@@ -34,6 +35,7 @@ inferq.add_command(models)
 inferq.add_command(build)
 inferq.add_command(health)
 inferq.add_command(queues)
+inferq.add_command(doctor)
 inferq.add_command(dead)
 inferq.add_command(demo)
 

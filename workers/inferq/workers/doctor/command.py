@@ -1,0 +1,112 @@
+"""``inferq doctor``: all checks, one line each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final
+
+import click
+import msgspec
+from redis.exceptions import RedisError
+
+from inferq.shared.connect import redis_client
+from inferq.shared.errors import ConfigError
+from inferq.shared.settings import Settings
+from inferq.workers.doctor.finding import Finding, Level, error, within
+from inferq.workers.printing import plain
+
+#: Seconds that one group of checks may take.
+REDIS_S: Final = 30.0
+GPU_S: Final = 10.0
+MODELS_S: Final = 120.0
+WORKERS_S: Final = 10.0
+
+_COLOURS: Final = {Level.OK: "green", Level.WARNING: "yellow", Level.ERROR: "red"}
+
+
+@click.command()
+@click.option(
+    "--models", "folder", envvar="INFERQ_MODELS", type=click.Path(path_type=Path),
+    help="The model repository to look at. Also: INFERQ_MODELS.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="JSON, for programs.")
+@click.option(
+    "--redis-url", envvar=["INFERQ_REDIS_URL", "CELERY_BROKER_URL"],
+    help="Where the queues are. Also: INFERQ_REDIS_URL, CELERY_BROKER_URL.",
+)  # fmt: skip
+def doctor(folder: Path | None, as_json: bool, redis_url: str | None) -> None:
+    """Check Redis, this host, the models and the workers; say what to do.
+
+    Changes nothing. Exit status 1 if there is an error, else 0, also with warnings.
+    """
+    levels = set()
+    told = []
+    for finding in _findings(folder, redis_url):
+        levels.add(finding.level)
+        if as_json:
+            told.append(msgspec.to_builtins(finding))
+        else:
+            _tell(finding)
+    if as_json:
+        click.echo(json.dumps(told, indent=2))
+    raise SystemExit(1 if Level.ERROR in levels else 0)
+
+
+def _findings(folder: Path | None, redis_url: str | None) -> Iterator[Finding]:
+    from inferq.workers.doctor.host import gpus, packages  # noqa: PLC0415
+    from inferq.workers.doctor.models import models  # noqa: PLC0415
+
+    settings: Settings | None = None
+    try:
+        settings = Settings.load(redis_url=redis_url)
+    except ConfigError as problem:
+        yield error("settings", problem.message, "correct it")
+    if settings is not None:
+        yield from _of_redis(settings)
+    yield from packages()
+    gpu = settings.gpu if settings is not None else None
+    yield from within(GPU_S, "gpu", lambda: gpus(gpu))
+    on_cpu = settings is not None and settings.device == "cpu"
+    yield from within(MODELS_S, "models", lambda: models(folder, on_cpu))
+
+
+def _of_redis(settings: Settings) -> Iterator[Finding]:
+    """What Redis says of itself and, if it can be asked, what the workers behind it say."""
+    from inferq.workers.doctor.redis import examine, unreachable  # noqa: PLC0415
+
+    def look() -> Iterable[Finding]:
+        master = settings.sentinel_master
+        with redis_client(settings.redis_url, sentinel_master=master) as client:
+            yield from examine(client, settings.redis_url)
+
+    try:
+        found = within(REDIS_S, "redis", look)
+    except ConfigError as problem:
+        yield error("redis", problem.message, "correct the URL (--redis-url, INFERQ_REDIS_URL)")
+        return
+    except (RedisError, OSError) as problem:
+        yield unreachable(settings.redis_url, problem)
+        return
+    yield from found
+    if not any(finding.check == "version" and finding.level is Level.OK for finding in found):
+        return
+    yield from _of_workers(settings)
+
+
+def _of_workers(settings: Settings) -> Iterator[Finding]:
+    from kombu.exceptions import KombuError  # noqa: PLC0415 (slow to import)
+
+    from inferq.workers.doctor.workers import workers  # noqa: PLC0415
+
+    try:
+        yield from within(WORKERS_S, "workers", lambda: workers(settings))
+    except (KombuError, RedisError, OSError) as problem:
+        yield error("workers", f"cannot be asked: {problem}", "see what Redis says")
+
+
+def _tell(finding: Finding) -> None:
+    level = click.style(f"{finding.level:<7}", fg=_COLOURS[finding.level])
+    todo = f" → {finding.todo}" if finding.todo else ""
+    click.echo(f"{level}  {plain(finding.check)}: {plain(f'{finding.found}{todo}')}")

@@ -1,0 +1,55 @@
+"""Checks of the Celery workers on our queues: one that is not ours answers what it cannot serve."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+from inferq.shared.celery_app import make_app
+from inferq.shared.names import model_of
+from inferq.shared.settings import Settings
+from inferq.workers.doctor.finding import Finding, error, ok, warning
+
+#: Seconds that workers have to answer.
+ANSWER_S: Final = 1.0
+
+
+def workers(settings: Settings) -> Iterator[Finding]:
+    """One line for each worker that consumes a queue of ours. Raises kombu's and redis' errors."""
+    app = make_app(settings)
+    try:
+        inspect = app.control.inspect(timeout=ANSWER_S)
+        consumed: dict[str, list[dict[str, Any]]] = inspect.active_queues() or {}
+        ours = {node: models for node, queues in consumed.items() if (models := _models(queues))}
+        if not ours:
+            yield warning(
+                "workers", f"none that answers within {ANSWER_S:g} s consumes a queue of ours",
+                "start one: inferq worker --models DIR",
+            )  # fmt: skip
+            return
+        stats = app.control.inspect(destination=list(ours), timeout=ANSWER_S).stats() or {}
+    finally:
+        app.close()
+    for node, models in sorted(ours.items()):
+        told = stats.get(node)
+        listed = ", ".join(models)
+        if told is None:
+            yield warning(
+                f"worker {node}", f"consumes {listed}, and did not say what it is",
+                f"ask again: celery -A inferq.workers.app inspect stats -d {node}",
+            )  # fmt: skip
+        elif "inferq_models" not in told:
+            queues = ",".join(f"inferq.{model}" for model in models)
+            yield error(
+                f"worker {node}", f"a stock Celery worker takes the requests of {listed} and drops "
+                "them: it has no task inferq.infer",
+                f"stop it, or start it without -Q {queues}; celery -A inferq.workers.app serves",
+            )  # fmt: skip
+        else:
+            state = told.get("inferq_state", "serving")
+            yield ok(f"worker {node}", f"{state} {told['inferq_models']}")
+
+
+def _models(queues: list[dict[str, Any]] | None) -> list[str]:
+    names = (model_of(str(queue.get("name", ""))) for queue in queues or ())
+    return sorted(name for name in names if name is not None)
