@@ -11,6 +11,7 @@ from inferq.workers.dead_command import dead
 from inferq.workers.demo.command import demo
 from inferq.workers.doctor.command import doctor
 from inferq.workers.health_command import health
+from inferq.workers.infer_command import infer
 from inferq.workers.models_command import models
 from inferq.workers.queues_command import queues
 from inferq.workers.worker_command import worker
@@ -33,6 +34,7 @@ def inferq() -> None:
 inferq.add_command(worker)
 inferq.add_command(models)
 inferq.add_command(build)
+inferq.add_command(infer)
 inferq.add_command(health)
 inferq.add_command(queues)
 inferq.add_command(doctor)
