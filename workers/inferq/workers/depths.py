@@ -1,7 +1,8 @@
 """How much waits where, of each model: told by Redis alone, whether or not a worker runs.
 
-A reading takes three round trips, however many requests wait: lengths are asked for, messages are
-not read. Only places of requests with an ETA are, and of those the first `LATER_PLACES`.
+A reading takes four round trips at most, however many requests wait: lengths are asked for, and no
+message leaves Redis (see oldest.lua). Where requests with an ETA stand is read, of the first
+`LATER_PLACES`.
 """
 
 from __future__ import annotations

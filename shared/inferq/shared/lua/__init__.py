@@ -1,7 +1,7 @@
 """The Lua scripts, each with its keys documented where it stands.
 
-No payload passes through Lua, but for a large result that somebody waits for on its own channel and
-what an operator replays.
+No payload passes through Lua, but for a large result that somebody waits for on its own channel,
+what an operator replays, and the next request of a queue whose age is asked for.
 """
 
 from __future__ import annotations
