@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from inferq.workers.cli import inferq
 from inferq.workers.doctor import host
 from inferq.workers.doctor import redis as redis_checks
 from inferq.workers.doctor.finding import Finding, Level, ok, within
+from inferq.workers.doctor.models import models
 from inferq.workers.embedded import EmbeddedRedis
 
 #: Tests of this module configure their Redis.
@@ -219,12 +221,29 @@ def test_each_kind_of_model_that_cannot_be_served_is_an_error_with_its_remedy(
     assert found["model extra"].todo == 'pip install "inferq[torch]"'
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
-def test_a_file_that_may_not_be_read_is_an_error(doctor: Doctor, tmp_path: Path) -> None:
-    path = tmp_path / "m" / "1" / "model.onnx"
-    onnx_models.double(path)
-    path.chmod(0)
-    assert _checks(doctor, "--models", str(tmp_path))["model m"].level == "error"
+def test_a_file_or_folder_that_may_not_be_read_is_an_error() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        root.chmod(0o755)
+        for name in ("closed", "file", "good"):
+            onnx_models.double(root / name / "1" / "model.onnx")
+        assert {each.level for each in models(root, False)} == {Level.OK}
+        (root / "file" / "1" / "model.onnx").chmod(0)
+        (root / "closed").chmod(0)
+        before = os.geteuid()
+        if before == 0:  # root reads every file
+            os.seteuid(65534)
+        try:
+            found = {each.check: each for each in models(root, False)}
+        finally:
+            os.seteuid(before)
+        (root / "closed").chmod(0o755)
+    assert found["model good"].level == Level.OK
+    for name in ("file", "closed"):
+        assert found[f"model {name}"].level == Level.ERROR
+        assert "ermission denied" in found[f"model {name}"].found
+        assert str(root / name) in found[f"model {name}"].found
+        assert found[f"model {name}"].todo == "let the worker's user read it"
 
 
 def test_a_repository_that_is_none_or_empty_is_told(doctor: Doctor, tmp_path: Path) -> None:

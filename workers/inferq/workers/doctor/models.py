@@ -26,10 +26,8 @@ def models(root: Path | None, on_cpu: bool) -> Iterator[Finding]:
     for name in names:
         check = f"model {name}"
         try:
+            _read_a_little(root / name)
             spec = load_model(root, name, on_cpu=on_cpu)
-            if spec.path is not None:
-                with spec.path.open("rb") as file:
-                    file.read(1)
         except ConfigError as problem:
             yield error(check, problem.message, _todo(problem))
         except OSError as problem:
@@ -37,6 +35,18 @@ def models(root: Path | None, on_cpu: bool) -> Iterator[Finding]:
         else:
             rows = f"batches of up to {spec.max_batch_size}" if spec.batchable else "no batches"
             yield ok(check, f"version {spec.version}, {spec.config.engine}, {rows}")
+
+
+def _read_a_little(folder: Path) -> None:
+    """Raise OSError, which names the file, if a file of the model may not be read.
+
+    Engines say so in words of their own, or call the file damaged.
+    """
+    for place in (folder, *(entry for entry in folder.iterdir() if entry.is_dir())):
+        for entry in place.iterdir():
+            if entry.is_file():
+                with entry.open("rb") as file:
+                    file.read(1)
 
 
 def _todo(problem: ConfigError) -> str:
