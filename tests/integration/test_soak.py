@@ -7,6 +7,10 @@ from soak.run import ALLOWED, Series, soak
 #: Longer than results live in a short run is not possible: Redis' own keys and bytes still rise.
 SECONDS = 40.0
 RISING = ("Redis keys", "Redis MB")
+#: Threads of a worker that share a pool of connections: it opens one more when two of them happen
+#: to ask at once, which may be late in so short a run. What leaks, leaks by the dozen.
+SHARING = 3
+POOLED = ("worker sockets", "Redis connections")
 
 
 def test_threads_connections_and_memory_stay_as_they_are() -> None:
@@ -16,7 +20,7 @@ def test_threads_connections_and_memory_stay_as_they_are() -> None:
     grown = {
         name: each.quarters()
         for name, each in series.items()
-        if name not in RISING and each.grew(ALLOWED[name])
+        if name not in RISING and each.grew((SHARING, 0.0) if name in POOLED else ALLOWED[name])
     }
     assert grown == {}
 
