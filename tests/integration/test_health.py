@@ -108,7 +108,7 @@ def test_a_heartbeat_that_cannot_be_written_is_refused(
         ({"stuck_s": STUCK_S + 1, "waiting": 3}, "no progress for 31 s"),
         ({"stuck_s": STUCK_S - 1, "waiting": 3}, None),
     ],
-    ids=str,
+    ids=["well", "loading", "stopping", "silent", "overdue", "stuck", "slow"],
 )
 def test_each_way_not_to_consume_is_named(given: dict[str, object], reason: str | None) -> None:
     problem = problem_of(beat(**given))
