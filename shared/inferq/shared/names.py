@@ -20,6 +20,8 @@ upgraded one by one, and the clients after them.
     later:<m>:<p>:<random> LIST  its message
     model:<m>             STRING what workers announce of a model (msgpack), expires
     serving:<m>           ZSET   i -> Redis ms at which its lease ends
+    stats:<i>             STRING what i has done so far (msgpack, see workers' metrics/counts.py),
+                                 expires
     nowhere               never exists (see lua/force.lua)
     reply:<client>        channel on which a client hears the ids of its settled requests
     payload:<id>:<input>  STRING a claim-checked tensor, expires; under 1 in every version;
@@ -148,6 +150,9 @@ class Names:
 
     def serving(self, model: str) -> str:
         return f"{self.root}serving:{model}"
+
+    def stats(self, incarnation: str) -> str:
+        return f"{self.root}stats:{incarnation}"
 
     def reply(self, client: str) -> str:
         return f"{self.root}reply:{client}"

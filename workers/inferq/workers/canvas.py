@@ -24,7 +24,7 @@ from inferq.shared.celery_app import make_app
 from inferq.shared.errors import EngineError, from_wire
 from inferq.shared.settings import Settings
 from inferq.workers import celery_private
-from inferq.workers.settle import Settlement
+from inferq.workers.settle import DEAD_LETTER, FAILURE, Settlement
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class Canvas:
         """The settlement that may go out now; None: stopped before that."""
         while not self._stopping.is_set():
             try:
-                self._publish(settlement, message)
+                stored = self._publish(settlement, message)
             except Exception as problem:
                 if not _passes(problem):
                     logger.exception("links of %s cannot be published", settlement.request_id)
@@ -106,10 +106,11 @@ class Canvas:
                 logger.warning("links of %s wait: %s", settlement.request_id, problem)
                 self._stopping.wait(RETRY_S)
             else:
-                return settlement
+                return replace(settlement, stored=True) if stored else settlement
         return None
 
-    def _publish(self, settlement: Settlement, message: bytes) -> None:
+    def _publish(self, settlement: Settlement, message: bytes) -> bool:
+        """Publish what follows; whether the result is stored already."""
         envelope = codec.decode_envelope(message)
         body = codec.decode_body(envelope)
         request = celery_private.context_of(message, (body.args, body.kwargs, body.embed))
@@ -117,7 +118,8 @@ class Canvas:
         # An ignored result is still what links and chords are given.
         meta = codec.decode_meta(settlement.outcome)
         status, result = meta["status"], meta["result"]
-        if (request.chord or request.errbacks) and not settlement.ignore_result:
+        stored = bool(request.chord or request.errbacks) and not settlement.ignore_result
+        if stored:
             # A chord of groups, and an errback, reads this result back.
             key = self._names.meta(request.id)
             self._client.set(key, settlement.outcome, ex=self._expires_s, nx=True)
@@ -131,6 +133,7 @@ class Canvas:
             error = from_wire(status, result)
             celery_private.finish_chord(app, request, status, error)
             celery_private.publish_failure(app, request, error)
+        return stored
 
     def _failed(self, settlement: Settlement, message: bytes, problem: Exception) -> Settlement:
         if settlement.request_id is None:
@@ -139,4 +142,5 @@ class Canvas:
         error = EngineError(f"its links could not be published: {problem!r}")
         now = datetime.now(UTC).isoformat()
         failure = codec.encode_failure(settlement.request_id, error, now, kind)
-        return replace(settlement, outcome=failure)
+        ending = settlement.ending if settlement.ending == DEAD_LETTER else FAILURE
+        return replace(settlement, outcome=failure, ending=ending, error=error.code)

@@ -43,6 +43,21 @@ class Run(msgspec.Struct, frozen=True):
     padding: int
     requests: int
     gpu: GpuTimes | None = None
+    #: Of it, putting the inputs together.
+    gather_ms: float = 0.0
+
+    @property
+    def split_s(self) -> tuple[float, float, float]:
+        """Its parts in s: input, compute and output.
+
+        On a GPU the first ends once the inputs are on the card, and the last begins as the outputs
+        leave it; elsewhere the last is nothing.
+        """
+        took_ms = self.ended_ms - self.started_ms
+        if self.gpu is None:
+            return self.gather_ms / 1000, max(0.0, took_ms - self.gather_ms) / 1000, 0.0
+        input_ms, compute_ms = self.gather_ms + self.gpu.h2d_ms, self.gpu.compute_ms
+        return input_ms / 1000, compute_ms / 1000, max(0.0, took_ms - input_ms - compute_ms) / 1000
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -92,7 +107,10 @@ def execute(lane: Lane, items: Sequence[Waiting], knobs: Knobs) -> list[Outcome]
             for part in (items[:half], items[half:])
             for outcome in execute(lane, part, knobs)
         ]
-    run = Run(started, time.monotonic() * 1000, rows, bucket - rows, len(items), lane.gpu_times)
+    run = Run(
+        started, time.monotonic() * 1000, rows, bucket - rows, len(items), lane.gpu_times,
+        batch.gather_ms,
+    )  # fmt: skip
     if len(items) == 1:
         return [Outcome(items[0], outputs, run)]
     outcomes: list[Outcome] = []

@@ -65,6 +65,8 @@ class Exchange:
     missed: bool
     #: What settled.
     settling: Packed
+    #: Places of the settlements whose request had a result already.
+    overtaken: frozenset[int]
 
 
 class Ledger:
@@ -146,10 +148,10 @@ class Ledger:
         models = sorted({want.model for want in wants})
         claiming += [("HLEN", self._names.attempts(model)) for model in models]
         # kill point: exchange-unwritten
-        settling = pack(
-            settle.commands(settlements, self._names, self._incarnation, self._result_ttl_s)
-        )
+        ending = settle.commands(settlements, self._names, self._incarnation, self._result_ttl_s)
+        settling = pack(ending)
         done = self._transact(settling, claiming, listen, sent)
+        overtaken = settle.overtaken(settlements, ending, done[: len(ending)])
         offset = len(done) - len(claiming)  # what settles comes first
         self.depths.update((place, None) for place in self._queues if place not in listen)
         claimed: list[Claimed] = []
@@ -176,7 +178,7 @@ class Ledger:
         if empty:
             self._link.note(("HDEL", self._claims, *empty))
         # kill point: exchange-read
-        return Exchange(claimed, suspicious, missed, settling)
+        return Exchange(claimed, suspicious, missed, settling, overtaken)
 
     def settle_again(self, settling: Packed) -> None:
         """Settle what was settled before, on a Redis that has forgotten it."""

@@ -139,6 +139,11 @@ class DataPlane:
         self._waker.set()
 
     @property
+    def incarnation(self) -> str:
+        """Under which it holds what it holds; empty: it was not born yet."""
+        return self._lease.incarnation
+
+    @property
     def steps(self) -> int:
         """Grows with whatever gets done: see heartbeat."""
         return self.claimed + self.settled + self._settling.batches_ended
@@ -339,14 +344,21 @@ class DataPlane:
 
     def _exchange(self, ledger: Ledger, wants: list[Want], listen: list[QueueId]) -> None:
         sending = portion(self._settling.due)
-        exchange = ledger.exchange(sending, wants, listen, self._dispatch)
+        try:
+            exchange = ledger.exchange(sending, wants, listen, self._dispatch)
+        except BROKEN:
+            self._settling.unanswered(sending)
+            raise
         if sending:
             # kill point: settle-answered
             self.settled += len(sending)
             for done in sending:
                 if done.slot.claim.complete:
                     self._claims.pop(done.slot.claim.key, None)
-            self._settling.settled(sending, exchange.settling, ledger.settles_sent)
+            self._settling.settled(
+                sending, exchange.settling, ledger.settles_sent,
+                exchange.overtaken, self._clock.now(),
+            )  # fmt: skip
         self._receive(ledger, exchange.claimed, exchange.suspicious)
         if exchange.missed:
             ledger.arm()
@@ -355,6 +367,7 @@ class DataPlane:
         self, ledger: Ledger, claimed: Sequence[Claimed], suspicious: frozenset[str]
     ) -> None:
         for batch in claimed:
+            batch.claim.claimed_ms = self._clock.now()
             # If this breaks off, the claim stays unknown here and is adopted on the next link.
             received = self._receiver.receive(ledger, batch, batch.claim.model in suspicious)
             self._claims[batch.claim.key] = batch.claim

@@ -19,8 +19,8 @@ from inferq.shared.schema import Ticket
 from inferq.workers.batching.padding import Padding
 from inferq.workers.claims import Slot
 from inferq.workers.intake import Failed, Quarantined, Revoked
-from inferq.workers.lanes import Outcome
-from inferq.workers.settle import Settlement
+from inferq.workers.lanes import Outcome, Run
+from inferq.workers.settle import DEAD_LETTER, FAILURE, REVOKED, SUCCESS, Settlement
 
 logger = logging.getLogger(__name__)
 
@@ -66,32 +66,42 @@ class Results:
                 extra=ticket.extra,
             )
         except PayloadTooLarge as too_large:
-            return self.failed(item.slot, ticket, too_large, running=True)
+            return self.failed(item.slot, ticket, too_large, running=True, run=outcome.run)
         except Exception as problem:
             logger.exception("the result of %s cannot be encoded", ticket.id)
             broken = EngineError(f"its result cannot be encoded: {problem!r}")
-            return self.failed(item.slot, ticket, broken, running=True)
+            return self.failed(item.slot, ticket, broken, running=True, run=outcome.run)
         if len(meta) > codec.MAX_MESSAGE_BYTES:
             limit = codec.MAX_MESSAGE_BYTES
             error = PayloadTooLarge(f"the result is {len(meta)} bytes; expected at most {limit}")
-            return self.failed(item.slot, ticket, error, running=True)
-        return self._settlement(item.slot, ticket, meta, running=True)
+            return self.failed(item.slot, ticket, error, running=True, run=outcome.run)
+        return self._settlement(
+            item.slot, ticket, meta, running=True, ending=SUCCESS, run=outcome.run
+        )
 
     def failed(
-        self, slot: Slot, ticket: Ticket, error: InferqError, *, running: bool = False
+        self,
+        slot: Slot,
+        ticket: Ticket,
+        error: InferqError,
+        *,
+        running: bool = False,
+        run: Run | None = None,
     ) -> Settlement:
-        """FAILURE with `error`."""
+        """FAILURE with `error`. `run`: it was computed all the same."""
         meta = codec.encode_failure(
             ticket.id, error, _now(), ticket.content_type, extra=ticket.extra
         )
-        return self._settlement(slot, ticket, meta, running=running)
+        return self._settlement(
+            slot, ticket, meta, running=running, ending=FAILURE, error=error.code, run=run
+        )
 
     def revoked(
         self, slot: Slot, ticket: Ticket, reason: str, *, running: bool = False
     ) -> Settlement:
         """REVOKED; `reason`: revoked or expired."""
         meta = codec.encode_revoked(ticket.id, reason, _now(), ticket.content_type)
-        return self._settlement(slot, ticket, meta, running=running)
+        return self._settlement(slot, ticket, meta, running=running, ending=REVOKED)
 
     def answered(self, slot: Slot, ticket: Ticket) -> Settlement:
         """Only acknowledged, and its attempts forgotten; a dead letter may need its payload."""
@@ -122,7 +132,7 @@ class Results:
         if ticket is None:
             letter = self._letter(None, found.message, found.reason, redis_ms, attempts)
             model = found.slot.claim.model
-            return Settlement(found.slot, model, None, b"", dead_letter=letter)
+            return Settlement(found.slot, model, None, b"", dead_letter=letter, ending=DEAD_LETTER)
         ticket = replace(ticket, attempts=attempts)
         return self._dead(found.slot, ticket, found.message, found.reason, redis_ms)
 
@@ -134,7 +144,7 @@ class Results:
             ticket.id, error, _now(), ticket.content_type, extra=ticket.extra
         )
         letter = self._letter(ticket.id, message, reason, redis_ms, ticket.attempts)
-        return self._settlement(slot, ticket, meta, dead_letter=letter)
+        return self._settlement(slot, ticket, meta, dead_letter=letter, ending=DEAD_LETTER)
 
     def _letter(
         self, request_id: str | None, message: bytes, reason: str, redis_ms: float, attempts: int
@@ -154,13 +164,17 @@ class Results:
         ticket: Ticket,
         meta: bytes,
         *,
+        ending: str,
         running: bool = False,
         dead_letter: bytes | None = None,
+        error: str | None = None,
+        run: Run | None = None,
     ) -> Settlement:
         return Settlement(
             slot=slot, model=ticket.model, request_id=ticket.id, outcome=meta,
             ignore_result=ticket.ignore_result, reply=ticket.reply, running=running,
             attempts=ticket.attempts, payload_keys=ticket.payload_keys, dead_letter=dead_letter,
+            ending=ending, error=error, sent_ms=ticket.sent_ms, run=run,
         )  # fmt: skip
 
     def _receipt(self, outcome: Outcome) -> Mapping[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -21,12 +23,15 @@ from inferq.workers.canvas import Canvas
 from inferq.workers.celery_side import CelerySide
 from inferq.workers.clock import RedisClock
 from inferq.workers.cuda.telemetry import GpuTelemetry
-from inferq.workers.health import EX_FATAL_ENGINE
+from inferq.workers.health import EX_FATAL_ENGINE, LOADING, SERVING, STOPPING
 from inferq.workers.heartbeat import Heartbeat
 from inferq.workers.lanes import Finished
 from inferq.workers.later import Later
 from inferq.workers.lease import Lease
 from inferq.workers.memory import keep_freed_memory
+from inferq.workers.metrics.counts import WorkerStats
+from inferq.workers.metrics.published import StatsPublisher
+from inferq.workers.metrics.versions import installed_versions
 from inferq.workers.plane import DataPlane
 from inferq.workers.recovery import Recoverer
 from inferq.workers.repository import ModelSpec
@@ -56,6 +61,10 @@ class Service:
         path = settings.heartbeat_file
         self._heartbeat = Heartbeat(path, worker.hostname) if path else None
         self._gpu: GpuTelemetry | None = None
+        self._publisher = StatsPublisher(self._client, self._names, self.stats)
+        self._versions = installed_versions()
+        self._host = socket.gethostname()
+        self._started_at = time.time()
         self._stopping = False
         self.plane: DataPlane | None = None
         #: Our queues as kombu declares them, by name, for ``inspect active_queues``.
@@ -68,6 +77,7 @@ class Service:
             self._gpu = GpuTelemetry(self._settings.gpu)
         if self._heartbeat is not None:
             self._heartbeat.start()
+        self._publisher.start()
         self._loader.start()
 
     def _load(self) -> None:
@@ -195,6 +205,7 @@ class Service:
         self._stopping = True
         if self.plane is not None:
             self._drain(self.plane, grace_s)
+        self._publisher.stop()
         if self._heartbeat is not None:
             self._heartbeat.stop()
         if self._gpu is not None:
@@ -213,6 +224,24 @@ class Service:
         self._side.canvas.stop()
         for model in self._models:
             model.close(timeout=1.0)
+
+    def stats(self) -> WorkerStats:
+        """What this worker has done so far, and how it is. For any thread; may ask the GPU."""
+        plane, gpu = self.plane, self._gpu
+        state = LOADING if plane is None else SERVING
+        return WorkerStats(
+            incarnation=plane.incarnation if plane is not None else "",
+            node=self._worker.hostname,
+            host=self._host,
+            pid=os.getpid(),
+            started_at=self._started_at,
+            at=time.time(),
+            state=STOPPING if self._stopping else state,
+            device="cpu" if gpu is None else f"gpu{gpu.gpu.index} {gpu.gpu.name}",
+            versions=self._versions,
+            gpu=None if gpu is None else gpu.numbers(),
+            models=[model.stats() for model in self._models],
+        )
 
     def info(self) -> dict[str, Any]:
         """Flat keys, for ``celery inspect stats`` and Flower's worker page."""

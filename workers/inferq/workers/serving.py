@@ -19,6 +19,7 @@ from inferq.workers.engines import engine_class
 from inferq.workers.engines.base import Engine, EngineOptions
 from inferq.workers.intake import Intake
 from inferq.workers.lanes import Finished, Job, Lanes
+from inferq.workers.metrics.counts import ModelCounts, ModelStats
 from inferq.workers.repository import ModelSpec
 from inferq.workers.results import Results
 from inferq.workers.tuning import Tuning, measure, sizes
@@ -51,10 +52,14 @@ class ServedModel:
         #: Seconds that a batch takes, rather too many than too few; 0: not known.
         self._batch_s = 0.0
         self._rows_per_request = 1.0
+        #: Until it is loaded: None.
+        self._target: int | None = None
         self._engine: Engine | None = None
         self._lanes = Lanes(f"inferq-{self.name}")
         #: False while ``control cancel_consumer`` holds: nothing is claimed.
         self.consuming = True
+        #: What has become of its requests since the start.
+        self.counts = ModelCounts()
         #: Monotonic ms at which waiting requests may leave; None: when something changes.
         self.due_ms: float | None = None
 
@@ -94,6 +99,7 @@ class ServedModel:
             batchable=spec.batchable,
             spread=engine.parallel_lanes,
         )
+        self._target = self.knobs.target
         self.advert: ModelAdvert = spec.advert(
             seconds_per_row=tuning.seconds_per_row if tuning else 0.0,
             result_expires_s=result_expires_s,
@@ -254,6 +260,17 @@ class ServedModel:
             self._batch_s = max(took_s, smoothed)
             lanes, depth = len(self._lanes), self._depth
             self._lanes.ample = max(lanes, lanes * depth // 4) if depth > 1 else math.inf
+
+    def stats(self) -> ModelStats:
+        """What has become of its requests so far, and how many it has now. For any thread."""
+        computing = self.computing()
+        stats = self.counts.stats(self.name, self.spec.version, self.spec.config.engine)
+        stats.lanes, stats.max_batch_size = len(self._lanes), self.spec.max_batch_size
+        stats.target_batch_size = self._target or self.spec.max_batch_size
+        stats.lanes_busy = len(computing)
+        stats.computing = sum(len(job.items) for job, _ in computing)
+        stats.waiting = len(self.reserved())
+        return stats
 
     def computing(self) -> list[tuple[Job, float]]:
         """The batches that lanes have begun, and when (monotonic ms). For any thread."""

@@ -7,7 +7,7 @@ the first result, LSET and UNLINK of a place that is settled change nothing.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import msgpack
@@ -15,8 +15,9 @@ import msgspec
 
 from inferq.shared.lua import source
 from inferq.shared.names import Names
-from inferq.shared.resp import Command
+from inferq.shared.resp import Command, Reply
 from inferq.workers.claims import Claim, Slot
+from inferq.workers.lanes import Run
 
 #: Newest dead letters kept per model.
 DEAD_LETTERS_KEPT: Final = 10_000
@@ -29,6 +30,14 @@ KEYS_AT_ONCE: Final = 1_000
 _STORING: Final = {b"SET", b"PUBLISH", b"EVAL", b"LREM", b"LPUSH", b"LTRIM", b"EXPIRE"}
 #: Results of so many bytes are sent once: Redis itself publishes what it has stored.
 LARGE_BYTES: Final = 16 * 1024
+
+#: How a request may end, as metrics have it.
+SUCCESS: Final = "success"
+FAILURE: Final = "failure"
+REVOKED: Final = "revoked"
+DEAD_LETTER: Final = "dead_letter"
+#: Its result was stored before: the client had cancelled it, or it had been computed elsewhere.
+OVERTAKEN: Final = "overtaken"
 
 
 class Settlement(msgspec.Struct, frozen=True, eq=False):
@@ -54,6 +63,16 @@ class Settlement(msgspec.Struct, frozen=True, eq=False):
     before: tuple[Command, ...] = ()
     #: Called once the MULTI was answered.
     after: Callable[[], None] | None = None
+    #: success, failure, revoked or dead_letter; None: it does not end here, or had ended before.
+    ending: str | None = None
+    #: Its wire code, if it is a failure.
+    error: str | None = None
+    #: When the client sent it (Redis ms), if that says so.
+    sent_ms: float | None = None
+    #: The run that computed it, if one did.
+    run: Run | None = None
+    #: Its result was stored ahead of this, for those to read who are told of it first.
+    stored: bool = False
 
 
 def commands(
@@ -71,7 +90,7 @@ def commands(
     garbage: list[str] = []
     for done in settlements:
         out += done.before
-        if done.outcome and not done.ignore_result and done.request_id is not None:
+        if done.request_id is not None and _stores(done):
             key = names.meta(done.request_id)
             out.append(("SET", key, done.outcome, "EX", result_expires_s, "NX"))
             if len(done.outcome) < LARGE_BYTES:
@@ -113,6 +132,31 @@ def commands(
     for at in range(0, len(garbage), KEYS_AT_ONCE):
         out.append(("UNLINK", *garbage[at : at + KEYS_AT_ONCE]))
     return out
+
+
+def _stores(done: Settlement) -> bool:
+    return bool(done.outcome) and not done.ignore_result and done.request_id is not None
+
+
+def overtaken(
+    settlements: Iterable[Settlement], commands: Iterable[Command], replies: Sequence[Reply]
+) -> frozenset[int]:
+    """Places of those whose result was not stored, as there was one already.
+
+    `commands` are what `commands` made of them, `replies` begin with theirs.
+    """
+    if None not in replies:
+        return frozenset()
+    stored = (
+        reply
+        for command, reply in zip(commands, replies, strict=False)
+        if command[0] == "SET" and command[-1] == "NX"
+    )
+    return frozenset(
+        place
+        for place, done in enumerate(settlements)
+        if _stores(done) and next(stored) is None and not done.stored
+    )
 
 
 def without_scripts(commands: Iterable[Command]) -> list[Command]:

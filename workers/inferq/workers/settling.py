@@ -17,6 +17,7 @@ from inferq.shared.resp import Packed
 from inferq.workers.hooks import Hooks
 from inferq.workers.kept import Kept
 from inferq.workers.lanes import Finished
+from inferq.workers.metrics.counts import count_settled
 from inferq.workers.serving import ServedModel
 from inferq.workers.settle import Settlement
 
@@ -67,6 +68,9 @@ class Settling:
         #: What goes into the next MULTIs, in order.
         self.due: list[Settlement] = []
         self.kept = Kept()
+        self._counts = {name: model.counts for name, model in models.items()}
+        #: How many of those due were sent and not answered for.
+        self._doubtful = 0
         #: Since the start.
         self.batches_ended = 0
 
@@ -86,6 +90,7 @@ class Settling:
             self.batches_ended += 1
             model = self._model(finished)
             model.ended(finished.job, finished.ended - finished.began)
+            model.counts.ended(finished)
             if finished.fatal is not None:
                 logger.critical("engine of %s: %s", model.name, finished.fatal)
                 fatal = finished.fatal
@@ -132,10 +137,28 @@ class Settling:
                 self.stopped.append(f"{settlement.model}/{settlement.request_id}")
             self._hooks.publish_canvas(self.incarnation, settlement, canvas)
 
-    def settled(self, sent: list[Settlement], settling: Packed, number: int) -> None:
-        """Redis has answered: the first ones due, `sent`, are settled, by that MULTI."""
+    def unanswered(self, sent: list[Settlement]) -> None:
+        """Redis may have settled the first ones due, `sent`; they are sent again."""
+        self._doubtful = max(self._doubtful, len(sent))
+
+    def settled(
+        self,
+        sent: list[Settlement],
+        settling: Packed,
+        number: int,
+        overtaken: frozenset[int],
+        redis_ms: float,
+    ) -> None:
+        """Redis has answered: the first ones due, `sent`, are settled, by that MULTI.
+
+        `overtaken`: places of those that had a result already. `redis_ms`: Redis' present.
+        """
         del self.due[: len(sent)]
         self.kept.add(settling, len(sent), number)
+        if overtaken and self._doubtful:  # the result there may be this very one
+            overtaken = frozenset(place for place in overtaken if place >= self._doubtful)
+        self._doubtful = max(0, self._doubtful - len(sent))
+        count_settled(self._counts, sent, overtaken, time.monotonic() * 1000, redis_ms)
         self._hooks.on_settled(sum(done.request_id is not None for done in sent))
         for done in sent:
             if done.after is not None:
@@ -166,6 +189,7 @@ class Settling:
             self.kept.clear()
         self.stopped.clear()
         self.away_in_canvas = 0
+        self._doubtful = 0
 
     def _model(self, finished: Finished) -> ServedModel:
         return self._models[finished.job.items[0].ticket.model]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
@@ -291,10 +292,16 @@ class CudaLane:
 
 def _gather(batch: Batch, into: Mapping[str, Array]) -> None:
     """Each request's rows to their place in the batch; padding repeats the last row."""
-    if not batch.batchable:
+    began = time.perf_counter()
+    if batch.batchable:
+        _join(batch, into)
+    else:
         for name, array in batch.parts[0].items():
             into[name][...] = array
-        return
+    batch.gather_ms = (time.perf_counter() - began) * 1000
+
+
+def _join(batch: Batch, into: Mapping[str, Array]) -> None:
     for name, rows in into.items():
         at = 0
         for part in batch.parts:

@@ -77,6 +77,11 @@ class GpuTelemetry:
         known = {"index": gpu.index, "name": gpu.name, "uuid": gpu.uuid}
         return {f"inferq_gpu_{key}": value for key, value in {**known, **reading}.items()}
 
+    def numbers(self) -> dict[str, float]:
+        """What of `read` is a number, and is told."""
+        reading = asdict(self.read())
+        return {key: n for key, n in reading.items() if isinstance(n, int | float)}
+
     def close(self) -> None:
         """Idempotent."""
         with self._lock:

@@ -9,6 +9,7 @@ it waits with the GIL released.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 MAX_REASON_CHARS: Final = 500
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
     """Compatible requests' inputs, to be run as one.
 
@@ -41,6 +42,8 @@ class Batch:
     rows: int
     bucket: int
     batchable: bool = True
+    #: What it took to put the inputs together, in ms, once that is done.
+    gather_ms: float = 0.0
 
 
 class OutOfDeviceMemory(EngineError):
@@ -130,6 +133,7 @@ def gather(batch: Batch) -> dict[str, Array]:
     padding = batch.bucket - batch.rows
     if len(batch.parts) == 1 and padding == 0:
         return dict(first)
+    began = time.perf_counter()
     joined: dict[str, Array] = {}
     for name, array in first.items():
         pieces = [part[name] for part in batch.parts]
@@ -137,6 +141,7 @@ def gather(batch: Batch) -> dict[str, Array]:
             last = pieces[-1][-1:]
             pieces.append(np.broadcast_to(last, (padding, *array.shape[1:])))
         joined[name] = np.concatenate(pieces)
+    batch.gather_ms = (time.perf_counter() - began) * 1000
     return joined
 
 

@@ -1,0 +1,1 @@
+"""What a worker counts, how others read it, and how Prometheus does."""
