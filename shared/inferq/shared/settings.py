@@ -24,10 +24,23 @@ URL_VARIABLES: Final = ("INFERQ_REDIS_URL", "CELERY_BROKER_URL")
 SECRET_FIELDS: Final = frozenset({"redis_url"})
 
 _DAY_S: Final = 24 * 3600
+MAX_PORT: Final = 65_535
 
 
 def _split(value: object) -> object:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of ``host:port``, or of ``[host]:port`` with an IPv6 address. ValueError."""
+    host, _, port = address.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        host = ""
+    if not host or not port.isascii() or not port.isdecimal() or int(port) > MAX_PORT:
+        raise ValueError(f"Input should be HOST:PORT, PORT from 0 to {MAX_PORT}")
+    return host, int(port)
 
 
 class Settings(BaseSettings):
@@ -66,6 +79,8 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu"] = "auto"
     #: The GPU that the worker is pinned to, by its number in PCI order; None: it is to none.
     gpu: int | None = Field(default=None, ge=0)
+    #: HOST:PORT at which the worker tells Prometheus what it does; None: nowhere.
+    metrics: str | None = None
     #: The worker's model repository; None: the worker's command line names it.
     models: Path | None = None
 
@@ -85,6 +100,13 @@ class Settings(BaseSettings):
         if not steps or steps[0] != 0 or list(steps) != sorted(set(steps)):
             raise ValueError("Input should be ascending whole numbers of which the first is 0")
         return steps
+
+    @field_validator("metrics")
+    @classmethod
+    def _address(cls, address: str | None) -> str | None:
+        if address is not None:
+            split_address(address)
+        return address
 
     @classmethod
     def load(cls, **given: Any) -> Self:

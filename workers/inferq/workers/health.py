@@ -26,6 +26,8 @@ STUCK_S: Final = 30.0
 LOADING: Final = "loading"
 SERVING: Final = "serving"
 STOPPING: Final = "stopping"
+#: As problems are told.
+OVERDUE: Final = "a batch computes for longer than max_run_seconds"
 #: The one reason that may be Redis', which a worker waits for before it loads its models.
 LOADS: Final = "it is loading"
 
@@ -89,7 +91,7 @@ def problem_of(beat: Beat) -> str | None:
 def stuck(beat: Beat) -> str | None:
     """Why it would never get on with its work; None if it does, or has none."""
     if beat.overdue:
-        return "a batch computes for longer than max_run_seconds"
+        return OVERDUE
     if beat.stuck_s > STUCK_S:
         return f"it has work and has made no progress for {beat.stuck_s:.0f} s"
     return None

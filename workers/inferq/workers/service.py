@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery.worker import WorkController
 from redis.exceptions import RedisError
@@ -23,8 +24,8 @@ from inferq.workers.canvas import Canvas
 from inferq.workers.celery_side import CelerySide
 from inferq.workers.clock import RedisClock
 from inferq.workers.cuda.telemetry import GpuTelemetry
-from inferq.workers.health import EX_FATAL_ENGINE, LOADING, SERVING, STOPPING
-from inferq.workers.heartbeat import Heartbeat
+from inferq.workers.health import EX_FATAL_ENGINE, LOADING, LOADS, OVERDUE, SERVING, STOPPING
+from inferq.workers.heartbeat import UNANSWERED_S, Heartbeat
 from inferq.workers.lanes import Finished
 from inferq.workers.later import Later
 from inferq.workers.lease import Lease
@@ -36,6 +37,9 @@ from inferq.workers.plane import DataPlane
 from inferq.workers.recovery import Recoverer
 from inferq.workers.repository import ModelSpec
 from inferq.workers.serving import ServedModel
+
+if TYPE_CHECKING:
+    from inferq.workers.metrics.endpoint import Endpoint
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +65,7 @@ class Service:
         path = settings.heartbeat_file
         self._heartbeat = Heartbeat(path, worker.hostname) if path else None
         self._gpu: GpuTelemetry | None = None
+        self._endpoint: Endpoint | None = None
         self._publisher = StatsPublisher(self._client, self._names, self.stats)
         self._versions = installed_versions()
         self._host = socket.gethostname()
@@ -75,6 +80,9 @@ class Service:
         keep_freed_memory()
         if self._settings.gpu is not None:
             self._gpu = GpuTelemetry(self._settings.gpu)
+        if self._settings.metrics is not None:
+            self._endpoint = _endpoint(self._settings.metrics, self)
+            self._endpoint.start()
         if self._heartbeat is not None:
             self._heartbeat.start()
         self._publisher.start()
@@ -206,6 +214,8 @@ class Service:
         if self.plane is not None:
             self._drain(self.plane, grace_s)
         self._publisher.stop()
+        if self._endpoint is not None:
+            self._endpoint.stop()
         if self._heartbeat is not None:
             self._heartbeat.stop()
         if self._gpu is not None:
@@ -229,6 +239,7 @@ class Service:
         """What this worker has done so far, and how it is. For any thread; may ask the GPU."""
         plane, gpu = self.plane, self._gpu
         state = LOADING if plane is None else SERVING
+        silent_s = time.monotonic() - plane.answered_at if plane is not None else math.inf
         return WorkerStats(
             incarnation=plane.incarnation if plane is not None else "",
             node=self._worker.hostname,
@@ -237,11 +248,21 @@ class Service:
             started_at=self._started_at,
             at=time.time(),
             state=STOPPING if self._stopping else state,
+            redis_up=silent_s < UNANSWERED_S,
             device="cpu" if gpu is None else f"gpu{gpu.gpu.index} {gpu.gpu.name}",
             versions=self._versions,
             gpu=None if gpu is None else gpu.numbers(),
             models=[model.stats() for model in self._models],
         )
+
+    def problem(self) -> str | None:
+        """Why it does not serve; None if it does, or waits for a Redis that is away."""
+        plane = self.plane
+        if self._stopping:
+            return f"it is {STOPPING}"
+        if plane is None:
+            return LOADS
+        return OVERDUE if plane.overdue() else None
 
     def info(self) -> dict[str, Any]:
         """Flat keys, for ``celery inspect stats`` and Flower's worker page."""
@@ -257,3 +278,10 @@ class Service:
             "inferq_waiting": sum(len(m.reserved()) for m in self._models),
             **(self._gpu.info() if self._gpu is not None else {}),
         }
+
+
+def _endpoint(address: str, service: Service) -> Endpoint:
+    from inferq.workers.metrics.endpoint import Endpoint  # noqa: PLC0415 - takes 40 ms
+    from inferq.workers.metrics.prometheus import worker_registry  # noqa: PLC0415
+
+    return Endpoint(address, worker_registry(service.stats), service.problem)

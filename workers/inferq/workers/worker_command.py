@@ -51,6 +51,11 @@ REDIS_TIMEOUT_S = 2.0
     "--redis-url", envvar=["INFERQ_REDIS_URL", "CELERY_BROKER_URL"],
     help="Queues and results. Also: INFERQ_REDIS_URL, CELERY_BROKER_URL.",
 )  # fmt: skip
+@click.option(
+    "--metrics", metavar="HOST:PORT",
+    help="Tell Prometheus there what the worker does; of several GPUs the port counts up. "
+    "Also: INFERQ_METRICS.",
+)  # fmt: skip
 @click.option("-l", "--loglevel", default="INFO", show_default=True)
 @click.argument("celery_options", nargs=-1, type=click.UNPROCESSED)
 def worker(
@@ -60,6 +65,7 @@ def worker(
     gpu: str | None,
     cpu: bool,
     redis_url: str | None,
+    metrics: str | None,
     loglevel: str,
     celery_options: tuple[str, ...],
 ) -> None:
@@ -82,13 +88,14 @@ def worker(
         devices = chosen_devices(gpu, cpu)
         if repository is None:
             raise click.MissingParameter(param_hint="'--models'", param_type="option")
-        settings = Settings.load(redis_url=redis_url, models=repository)
+        settings = Settings.load(redis_url=redis_url, models=repository, metrics=metrics)
         if settings.heartbeat_file and len(devices) > 1:
             raise ConfigError(
                 f"INFERQ_HEARTBEAT_FILE is {str(settings.heartbeat_file)!r}; expected it unset, "
                 f"since each of {len(devices)} workers has a file of its own"
             )
         nodes = _nodes(name, devices)
+        addresses = _addresses(settings.metrics, len(devices))
         served = _queues(queues) or [queue_of(model) for model in model_names(repository)]
         folder = None if settings.heartbeat_file else default_folder()
         if folder:
@@ -98,7 +105,7 @@ def worker(
     if not served:
         raise click.ClickException(f"no model in {str(repository)!r}; expected <model>/<version>/")
     children = []
-    for node, device in zip(nodes, devices, strict=True):
+    for node, device, address in zip(nodes, devices, addresses, strict=True):
         command = [
             sys.executable, "-m", "celery", "-A", "inferq.workers.app", "worker", "-P", "solo",
             "-Q", ",".join(served), "-n", node, "-l", loglevel, *celery_options,
@@ -109,6 +116,7 @@ def worker(
             "INFERQ_REDIS_URL": settings.redis_url,
             "INFERQ_MODELS": str(repository.absolute()),
             "INFERQ_HEARTBEAT_FILE": str(heartbeat),
+            **({"INFERQ_METRICS": address} if address else {}),
         }
         children.append(Child(node, command, environment, heartbeat))
     logging.basicConfig(
@@ -136,6 +144,22 @@ def _nodes(name: str | None, devices: Sequence[Device]) -> list[str]:
         node = (name or f"{device.label}@%h").replace("%h", socket.gethostname())
         nodes.append(node if device.gpu is None else node.replace("%i", str(device.gpu)))
     return nodes
+
+
+def _addresses(address: str | None, count: int) -> list[str | None]:
+    """Where each of `count` workers tells Prometheus of itself. ConfigError: too few ports."""
+    from inferq.shared.settings import MAX_PORT  # noqa: PLC0415 (heavy)
+
+    if address is None:
+        return [None] * count
+    host, _, first = address.rpartition(":")
+    if int(first) + count - 1 > MAX_PORT:
+        raise ConfigError(
+            f"--metrics is {address!r}; expected a port of at most {MAX_PORT - count + 1}, since "
+            f"{count} workers have one each"
+        )
+    ports = range(int(first), int(first) + count) if int(first) else [0] * count
+    return [f"{host}:{port}" for port in ports]
 
 
 def _queues(queues: tuple[str, ...]) -> list[str]:

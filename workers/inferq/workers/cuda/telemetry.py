@@ -78,9 +78,12 @@ class GpuTelemetry:
         return {f"inferq_gpu_{key}": value for key, value in {**known, **reading}.items()}
 
     def numbers(self) -> dict[str, float]:
-        """What of `read` is a number, and is told."""
-        reading = asdict(self.read())
-        return {key: n for key, n in reading.items() if isinstance(n, int | float)}
+        """What of `read` is a number, and is told; `throttled` is 1 or 0. With the GPU's index."""
+        reading = self.read()
+        told = {**asdict(reading), "index": self.gpu.index}
+        if reading.throttled_by is not None:
+            told["throttled"] = int(bool(reading.throttled_by))
+        return {key: n for key, n in told.items() if isinstance(n, int | float)}
 
     def close(self) -> None:
         """Idempotent."""

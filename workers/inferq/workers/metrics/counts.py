@@ -24,6 +24,8 @@ SECONDS: Final = (
 )  # fmt: skip
 #: Upper bounds of the buckets of batch sizes, in rows; there is one more bucket beyond the last.
 ROWS: Final = tuple(2**power for power in range(11))
+#: Likewise, of rows of padding.
+PADDING: Final = (0, *ROWS)
 #: How a request may end.
 OUTCOMES: Final = (SUCCESS, FAILURE, REVOKED, DEAD_LETTER, OVERTAKEN)
 #: A request that says it was sent longer ago, or later, is taken to have come when it was claimed.
@@ -65,12 +67,8 @@ class Histogram(msgspec.Struct):
         return low + (bounds[place] - low) * (wanted - before) / self.counts[place]
 
 
-def _seconds() -> Histogram:
-    return Histogram([0] * (len(SECONDS) + 1))
-
-
-def _rows() -> Histogram:
-    return Histogram([0] * (len(ROWS) + 1))
+def _empty(bounds: Sequence[float]) -> Histogram:
+    return Histogram([0] * (len(bounds) + 1))
 
 
 class ModelStats(msgspec.Struct, kw_only=True):
@@ -93,8 +91,9 @@ class ModelStats(msgspec.Struct, kw_only=True):
     batches: int
     rows: int
     padding_rows: int
-    #: Rows of a batch, padding not counted.
+    #: Of each such run: rows without padding, and of padding.
     batch_size: Histogram
+    padding: Histogram
     #: Of each computed request: sent (claimed, if it does not say when it was sent) → compute.
     queue_s: Histogram
     #: Of each computed request, that of its batch: gathering the inputs and, on a GPU, copying them
@@ -126,6 +125,8 @@ class WorkerStats(msgspec.Struct, kw_only=True):
     at: float
     #: loading, serving or stopping.
     state: str
+    #: Whether Redis answers the data plane.
+    redis_up: bool
     #: cpu, or what the GPU is called.
     device: str
     #: Package → version.
@@ -146,13 +147,14 @@ class ModelCounts:
         self.rows = 0
         self.padding_rows = 0
         self.busy_s = 0.0
-        self.batch_size = _rows()
-        self.queue_s = _seconds()
-        self.compute_input_s = _seconds()
-        self.compute_infer_s = _seconds()
-        self.compute_output_s = _seconds()
-        self.settle_s = _seconds()
-        self.total_s = _seconds()
+        self.batch_size = _empty(ROWS)
+        self.padding = _empty(PADDING)
+        self.queue_s = _empty(SECONDS)
+        self.compute_input_s = _empty(SECONDS)
+        self.compute_infer_s = _empty(SECONDS)
+        self.compute_output_s = _empty(SECONDS)
+        self.settle_s = _empty(SECONDS)
+        self.total_s = _empty(SECONDS)
 
     def ended(self, finished: Finished) -> None:
         """A lane is done with a batch, which was run in one piece or in several."""
@@ -170,6 +172,8 @@ class ModelCounts:
             self.padding_rows += run.padding
             self.batch_size.counts[bisect_left(ROWS, run.rows)] += 1
             self.batch_size.sum += run.rows
+            self.padding.counts[bisect_left(PADDING, run.padding)] += 1
+            self.padding.sum += run.padding
 
     def settled(
         self,
@@ -238,6 +242,7 @@ class ModelCounts:
             target_batch_size=0, outcomes=dict(self.outcomes), errors=dict(self.errors),
             attempts=self.attempts, batches=self.batches, rows=self.rows,
             padding_rows=self.padding_rows, batch_size=self.batch_size.copied(),
+            padding=self.padding.copied(),
             queue_s=self.queue_s.copied(), compute_input_s=self.compute_input_s.copied(),
             compute_infer_s=self.compute_infer_s.copied(),
             compute_output_s=self.compute_output_s.copied(), settle_s=self.settle_s.copied(),

@@ -16,6 +16,7 @@ _DISTRIBUTIONS: Final = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
     "tensorrt_rtx": ("tensorrt-rtx", "tensorrt-rtx-cu13"),
 }
+PACKAGES: Final = ("python", *_DISTRIBUTIONS)
 
 
 def installed_versions() -> dict[str, str]:

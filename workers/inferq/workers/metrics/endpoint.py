@@ -1,0 +1,158 @@
+"""A worker's own little HTTP server, for Prometheus: ``/metrics`` and ``/healthz``.
+
+One thread with an event loop of its own. Whatever a scraper does, the request path does not notice:
+each connection has a few seconds, a short request and one answer, and there are few at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+
+from inferq.shared.errors import ConfigError
+from inferq.shared.settings import split_address
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that a connection may take, from its beginning to its end.
+ANSWER_WITHIN_S: Final = 5.0
+#: Bytes that a request may have.
+MAX_REQUEST_BYTES: Final = 8 * 1024
+#: Connections at a time; one more is closed at once.
+MAX_CONNECTIONS: Final = 16
+#: Connections that the kernel holds until there is time for them.
+_BACKLOG: Final = 16
+_REASONS: Final = {
+    200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed",
+    500: "Internal Server Error", 503: "Service Unavailable",
+}  # fmt: skip
+_TEXT: Final = "text/plain; charset=utf-8"
+#: Status, content type and body.
+Answer = tuple[int, str, bytes]
+
+
+class Endpoint:
+    """Serves `registry` at `address`. `problem` says why the worker does not serve; None: it does.
+
+    Its methods are called from one thread.
+    """
+
+    def __init__(
+        self, address: str, registry: CollectorRegistry, problem: Callable[[], str | None]
+    ) -> None:
+        self._address = address
+        self._registry = registry
+        self._problem = problem
+        self._open = 0
+        self._ending = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="inferq-metrics", daemon=True)
+        #: Where it is; port 0 of the address stands for any that is free.
+        self.url = ""
+
+    def start(self) -> None:
+        """Serve from now on. ConfigError: the address cannot be had."""
+        try:
+            self._socket = _listen(self._address)
+        except OSError as problem:
+            raise ConfigError(
+                f"INFERQ_METRICS is {self._address!r}; expected a HOST:PORT that is free here: "
+                f"{problem.strerror or problem}"
+            ) from None
+        host, port = self._socket.getsockname()[:2]
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics"
+        self._loop = asyncio.new_event_loop()
+        self._thread.start()
+        logger.info("metrics at %s", self.url)
+
+    def stop(self) -> None:
+        """Idempotent."""
+        if self._thread.is_alive():
+            with suppress(RuntimeError):  # it has ended by now
+                self._loop.call_soon_threadsafe(self._ending.set)
+            self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        try:
+            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+                runner.run(self._listen())
+        except Exception:
+            logger.exception("no more metrics")
+
+    async def _listen(self) -> None:
+        server = await asyncio.start_server(self._serve, sock=self._socket, limit=MAX_REQUEST_BYTES)
+        await self._ending.wait()
+        server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open += 1
+        try:
+            if self._open <= MAX_CONNECTIONS:
+                async with asyncio.timeout(ANSWER_WITHIN_S):
+                    writer.write(await self._answer(reader))
+                    await writer.drain()
+                    writer.close()
+                    await writer.wait_closed()
+        except (OSError, asyncio.IncompleteReadError):  # it went away, or was too slow
+            pass
+        finally:
+            self._open -= 1
+            writer.transport.abort()
+
+    async def _answer(self, reader: asyncio.StreamReader) -> bytes:
+        try:
+            request = await reader.readuntil(b"\r\n\r\n")
+            line, *headers = request.decode("latin-1").split("\r\n")
+            method, target, _ = line.split(" ", 2)
+        except (asyncio.LimitOverrunError, ValueError):
+            method, (status, kind, body) = "", (400, _TEXT, b"expected GET /metrics HTTP/1.1\n")
+        else:
+            status, kind, body = self._page(method, target.partition("?")[0], headers)
+        head = (
+            f"HTTP/1.1 {status} {_REASONS[status]}\r\nContent-Type: {kind}\r\n"
+            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        )
+        return head.encode() + (b"" if method == "HEAD" else body)
+
+    def _page(self, method: str, path: str, headers: list[str]) -> Answer:
+        if method not in {"GET", "HEAD"}:
+            return 405, _TEXT, b"expected GET\n"
+        if path == "/healthz":
+            problem = self._problem()
+            return (503, _TEXT, f"{problem}\n".encode()) if problem else (200, _TEXT, b"ok\n")
+        if path != "/metrics":
+            return 404, _TEXT, b"expected /metrics or /healthz\n"
+        accepted = [
+            value for name, _, value in (h.partition(":") for h in headers)
+            if name.lower() == "accept"
+        ]  # fmt: skip
+        encode, kind = choose_encoder(",".join(accepted))
+        try:
+            return 200, kind, encode(self._registry)
+        except Exception:
+            logger.exception("no metrics this time")
+            return 500, _TEXT, b"see the worker's log\n"
+
+
+def _listen(address: str) -> socket.socket:
+    host, port = split_address(address)
+    family, kind, protocol, _, at = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listening = socket.socket(family, kind, protocol)
+    try:
+        # What the worker before left open in TIME_WAIT does not matter.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(at)
+        listening.listen(_BACKLOG)
+    except BaseException:
+        listening.close()
+        raise
+    return listening
