@@ -13,7 +13,14 @@ from helpers.gpus import NO_CARD, fake_nvml
 
 from inferq.shared.errors import ConfigError
 from inferq.workers.cuda import gpus
-from inferq.workers.cuda.gpus import Gpu, gpu_at, parse_cores, select, visible_as
+from inferq.workers.cuda.gpus import (
+    Gpu,
+    gpu_at,
+    parse_cores,
+    select,
+    visible_as,
+    visible_indices,
+)
 
 INSTEAD = "`inferq worker --cpu` serves on the CPU"
 
@@ -148,6 +155,43 @@ def test_all_are_those_that_cuda_may_see(nvml: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES is '', which leaves no GPU"):
         select("all")
+
+
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        ("0,2,-1,1", {0, 2}),  # the programming guide's own example
+        ("", set()),
+        ("-1", set()),
+        ("NoDevFiles", set()),
+        ("3,0", set()),
+        ("0,,1", {0}),
+        (" 1 , 0", {0, 1}),
+        ("GPU-aa01,2", {0, 2}),
+        ("GPU-aa,2", set()),  # of two
+        ("2,GPU-cc,0", {2}),  # of none
+        ("GPU-bb,1", {1, 2}),
+        ("²,1", set()),
+        ("9" * 5000, set()),
+        ("1,MIG-7", {0, 1, 2}),
+        ("7,MIG-7", set()),
+    ],
+)
+def test_an_invalid_entry_ends_the_list_of_visible_devices(given: str, left: set[int]) -> None:
+    assert visible_indices(given, ["GPU-aa01", "GPU-aa02", "GPU-bb"]) == left
+
+
+def test_what_stands_behind_an_invalid_entry_is_not_visible(
+    nvml: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2,1")
+    assert [gpu.index for gpu in select("all")] == [0]
+    with pytest.raises(ConfigError, match="is '0,2,1', which leaves out GPU 1"):
+        visible_as(gpu_at(1))
+    nvml.CARDS[1].silent.add("nvmlDeviceGetHandleByIndex")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    assert select("0")[0].index == 0, "a card that does not answer has its number"
+    assert nvml.OPEN == 0
 
 
 def test_a_gpu_that_cuda_may_not_see_is_refused(nvml: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,14 +193,43 @@ def parse_cores(text: str) -> frozenset[int]:
 
 
 def _is_visible(gpu: Gpu) -> bool:
-    """Numbers count in PCI order, UUIDs may be cut short, and a MIG device may be of any GPU."""
     given = os.environ.get(VISIBLE)
     if given is None:
         return True
-    entries = [entry.strip() for entry in given.split(",")]
-    return any(
-        entry == str(gpu.index)
-        or entry.startswith("MIG-")
-        or (entry.startswith("GPU-") and gpu.uuid.startswith(entry))
-        for entry in entries
-    )
+    with _nvml() as nvml:
+        uuids = [_uuid(nvml, index) for index in range(_count(nvml))]
+    return gpu.index in visible_indices(given, uuids)
+
+
+def visible_indices(given: str, uuids: Sequence[str]) -> frozenset[int]:
+    """The GPUs that CUDA_VISIBLE_DEVICES = `given` leaves, of those with `uuids`, in PCI order.
+
+    As the CUDA programming guide has it ("CUDA Environment Variables"): numbers, or UUIDs, of which
+    the beginning will do if no other GPU's begins alike; the first entry that is neither ends the
+    list. A MIG device may be of any GPU.
+    """
+    found: set[int] = set()
+    for entry in (part.strip() for part in given.split(",")):
+        if entry.startswith("MIG-"):
+            found.update(range(len(uuids)))
+        elif (index := _index_of(entry, uuids)) is not None:
+            found.add(index)
+        else:
+            break
+    return frozenset(found)
+
+
+def _index_of(entry: str, uuids: Sequence[str]) -> int | None:
+    if entry.startswith("GPU-"):
+        same = [index for index, uuid in enumerate(uuids) if uuid.startswith(entry)]
+        return same[0] if len(same) == 1 else None
+    is_number = entry.isascii() and entry.isdigit() and len(entry) < 10
+    return int(entry) if is_number and int(entry) < len(uuids) else None
+
+
+def _uuid(nvml: Any, index: int) -> str:
+    """Empty for a card that does not answer, which can be named by its number."""
+    try:
+        return _text(nvml.nvmlDeviceGetUUID(nvml.nvmlDeviceGetHandleByIndex(index)))
+    except nvml.NVMLError:
+        return ""
