@@ -23,6 +23,7 @@ from inferq.workers.engines import ENGINES, engine_class, registered
 from inferq.workers.engines.on_cpu import cpu_engine
 from inferq.workers.model_config import ModelConfig, ModelToml, check_pad, check_profile, read_toml
 from inferq.workers.signatures import why_not_batchable
+from inferq.workers.validation import TableError
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ def load_model(root: Path, name: str, *, on_cpu: bool = False) -> ModelSpec:
     with _naming(toml_path):
         entry, cls = registered(engine), engine_class(engine)
     path = _model_file(root, version_folder, entry.files) if entry.files else None
-    with _naming(toml_path if path is None else path):
+    with _naming(toml_path if path is None else path, tables=toml_path):
         signature = cls.read_signature(path, table)
     config = toml.config.model_copy(update={"engine": engine})
     with _naming(toml_path):
@@ -155,14 +156,18 @@ def load_model(root: Path, name: str, *, on_cpu: bool = False) -> ModelSpec:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Put `path` before the message of a ConfigError that does not name it."""
+def _naming(path: Path, *, tables: Path | None = None) -> Iterator[None]:
+    """Put `path` before the message of a ConfigError that does not name it.
+
+    `tables`: what a TableError is of, if that is another file.
+    """
     try:
         yield
     except ConfigError as problem:
-        if str(path) in problem.message:
+        place = tables if tables is not None and isinstance(problem, TableError) else path
+        if str(place) in problem.message:
             raise
-        raise ConfigError(f"{path}: {problem.message}") from problem.__cause__
+        raise ConfigError(f"{place}: {problem.message}") from problem.__cause__
 
 
 def _inside(root: Path, path: Path) -> Path:

@@ -26,6 +26,11 @@ Milliseconds = Annotated[float, Field(strict=True, ge=0, le=HOUR_MS)]
 
 Table = TypeVar("Table", bound=BaseModel)
 
+
+class TableError(ConfigError):
+    """What is wrong stands in a table of model.toml, not in the model's file."""
+
+
 _SHOWN_CHARS: Final = 100
 _EXPECTED: Final = {
     "int_type": "an integer",
@@ -51,11 +56,11 @@ class TomlTable(BaseModel):
 
 
 def validate(model: type[Table], table: Mapping[str, Any], prefix: str = "") -> Table:
-    """`table` as a `model`. ConfigError naming each key (after `prefix`), value and expectation."""
+    """`table` as a `model`. TableError naming each key (after `prefix`), value and expectation."""
     try:
         return model.model_validate(dict(table))
     except ValidationError as problem:
-        raise ConfigError(_explain(model, problem, prefix)) from None
+        raise TableError(_explain(model, problem, prefix)) from None
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
