@@ -19,8 +19,11 @@ NO_CARETS := PYTHONNODEBUGRANGES=1
 demo: $(READY)
 	$(BIN)/inferq demo $(ARGS)
 
+# Most tests wait for processes more than they compute, so there are more of them than 2 cores.
+JOBS ?= 3
+
 test: $(READY)
-	$(NO_CARETS) $(BIN)/python -m pytest $(ARGS)
+	$(NO_CARETS) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 check: lint format types imports
 

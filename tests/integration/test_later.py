@@ -30,10 +30,21 @@ def later(redis_url: str, clock: RedisClock) -> Iterator[Later]:
         later.stop()
 
 
-def keep(later: Later, redis: redis_py.Redis, message: bytes, due_ms: float, step: int = 0) -> None:
-    """What the data plane does with such a request, its MULTI sent twice."""
+def keep(
+    later: Later,
+    redis: redis_py.Redis,
+    message: bytes,
+    due_ms: float,
+    step: int = 0,
+    *,
+    times: int = 2,
+) -> None:
+    """What the data plane does with such a request, its MULTI sent twice.
+
+    One that is due between the two is put back twice.
+    """
     settlement = later.keep(Slot(Claim("claim", "m", step, 1), 0), message, due_ms)
-    for _ in range(2):
+    for _ in range(times):
         with redis.pipeline(transaction=True) as pipe:
             for command in settlement.before:
                 pipe.execute_command(*command)  # type: ignore[no-untyped-call]
@@ -95,7 +106,7 @@ def test_two_workers_put_a_request_back_once(
         later.start()
         other.start()
         for n in range(300):
-            keep(later, redis, b"%d" % n, clock.now() + n)
+            keep(later, redis, b"%d" % n, clock.now() + n, times=1)
         until(lambda: not redis.exists(NAMES.later))
         other.stop()
     assert sorted(map(int, queued(redis))) == list(range(300))
