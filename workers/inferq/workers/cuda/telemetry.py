@@ -78,9 +78,12 @@ class GpuTelemetry:
         return {f"inferq_gpu_{key}": value for key, value in {**known, **reading}.items()}
 
     def numbers(self) -> dict[str, float]:
-        """What of `read` is a number, and is told; `throttled` is 1 or 0. With the GPU's index."""
+        """What of `read` is a number and is told, and the GPU's index.
+
+        `throttled` is 1 or 0, and `last_xid` 0 where there was none.
+        """
         reading = self.read()
-        told = {**asdict(reading), "index": self.gpu.index}
+        told = {**asdict(reading), "index": self.gpu.index, "last_xid": reading.last_xid or 0}
         if reading.throttled_by is not None:
             told["throttled"] = int(bool(reading.throttled_by))
         return {key: n for key, n in told.items() if isinstance(n, int | float)}
