@@ -164,7 +164,10 @@ def test_what_ends_without_being_computed_counts_and_what_goes_on_does_not(
     redis: Redis, redis_url: str, worker: Worker
 ) -> None:
     seconds, _ = redis.time()
-    passed: dict[str, Any] = {"sent_ms": seconds * 1000.0 - 5_000, "deadline_ms": seconds * 1000.0 - 1_000}
+    passed: dict[str, Any] = {
+        "sent_ms": seconds * 1000.0 - 5_000,
+        "deadline_ms": seconds * 1000.0 - 1_000,
+    }
     given_up, poison = message("m", numbered(1))
     redis.hset(NAMES.attempts("m"), given_up, 3)
     again, second = message("m", numbered(2))

@@ -1,0 +1,204 @@
+"""A worker's endpoint answers Prometheus, whatever else is connected to it."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from http.client import HTTPConnection, HTTPResponse
+from urllib.parse import urlsplit
+
+import pytest
+from helpers.wait import until
+from prometheus_client import CollectorRegistry, Gauge
+
+from inferq.shared.errors import ConfigError
+from inferq.shared.settings import Settings, split_address
+from inferq.workers.metrics import endpoint
+from inferq.workers.metrics.endpoint import MAX_CONNECTIONS, MAX_REQUEST_BYTES, Endpoint
+
+Ask = Callable[..., tuple[HTTPResponse, str]]
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    registry = CollectorRegistry()
+    Gauge("answer", "All that there is.", registry=registry).set(42)
+    return registry
+
+
+@pytest.fixture
+def problems() -> list[str]:
+    """What keeps the worker from serving: nothing as long as it is empty."""
+    return []
+
+
+@pytest.fixture
+def served(registry: CollectorRegistry, problems: list[str]) -> Iterator[Endpoint]:
+    served = Endpoint("127.0.0.1:0", registry, lambda: problems[0] if problems else None)
+    served.start()
+    yield served
+    served.stop()
+
+
+@pytest.fixture
+def at(served: Endpoint) -> tuple[str, int]:
+    parts = urlsplit(served.url)
+    assert parts.hostname is not None
+    assert parts.port is not None
+    return parts.hostname, parts.port
+
+
+@pytest.fixture
+def ask(at: tuple[str, int]) -> Ask:
+    def ask(path: str, method: str = "GET", **headers: str) -> tuple[HTTPResponse, str]:
+        connection = HTTPConnection(*at, timeout=10)
+        try:
+            connection.request(method, path, headers=headers)
+            answer = connection.getresponse()
+            return answer, answer.read().decode()
+        finally:
+            connection.close()
+
+    return ask
+
+
+def test_metrics_are_told_in_either_format(ask: Ask) -> None:
+    answer, text = ask("/metrics")
+    assert (answer.status, text.splitlines()[-1]) == (200, "answer 42.0")
+    assert answer.headers["Content-Type"].startswith("text/plain; version=")
+    answer, text = ask("/metrics?name[]=all", Accept="application/openmetrics-text; version=1.0.0")
+    assert text.endswith("# EOF\n")
+    assert answer.headers["Content-Type"].startswith("application/openmetrics-text")
+    answer, text = ask("/metrics", "HEAD")
+    assert (answer.status, text) == (200, "")
+    assert int(answer.headers["Content-Length"]) > 0
+
+
+def test_health_is_told_with_its_reason(ask: Ask, problems: list[str]) -> None:
+    answer, text = ask("/healthz")
+    assert (answer.status, text) == (200, "ok\n")
+    problems.append("it is loading")
+    answer, text = ask("/healthz")
+    assert (answer.status, text) == (503, "it is loading\n")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/", 404), ("GET", "/metrics/x", 404), ("POST", "/metrics", 405)],
+)
+def test_all_else_is_refused(ask: Ask, method: str, path: str, status: int) -> None:
+    assert ask(path, method)[0].status == status
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [b"GET\r\n\r\n", b"\r\n\r\n", b"\xff\xfe\x00 \r\n\r\n", b"GET /" + b"x" * (3 << 20)],
+    ids=["one word", "nothing", "bytes", "too much"],
+)
+def test_what_is_no_request_is_answered_or_cut_off(
+    at: tuple[str, int], request_: bytes, ask: Ask
+) -> None:
+    with socket.create_connection(at, timeout=10) as peer:
+        try:
+            peer.sendall(request_)
+            got = peer.recv(100)
+        except ConnectionError:
+            got = b""
+    assert got == b"" or got.startswith(b"HTTP/1.1 400 ")
+    if len(request_) < MAX_REQUEST_BYTES:
+        assert got, "what is short is told what is wrong with it"
+    assert ask("/metrics")[0].status == 200
+
+
+def test_scrapers_that_hang_are_dropped_and_others_served(
+    at: tuple[str, int], ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint, "ANSWER_WITHIN_S", 1.0)
+    with ExitStack() as stack:
+        hanging = [
+            stack.enter_context(socket.create_connection(at, timeout=10))
+            for _ in range(MAX_CONNECTIONS - 1)
+        ]
+        for peer in hanging:
+            peer.sendall(b"GET /metrics HTTP/1.1\r\n")
+        assert ask("/metrics")[0].status == 200, "there is room for one more"
+        for peer in hanging:
+            assert peer.recv(1) == b"", "each is dropped in time"
+        assert ask("/metrics")[0].status == 200
+
+
+def test_a_scraper_that_does_not_read_is_dropped(
+    registry: CollectorRegistry, at: tuple[str, int], ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint, "ANSWER_WITHIN_S", 1.0)
+    large = Gauge("large", "x" * 20_000_000, registry=registry)
+    with socket.create_connection(at, timeout=10) as peer:
+        peer.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+        assert peer.recv(12) == b"HTTP/1.1 200"
+        registry.unregister(large)
+        assert ask("/metrics")[0].status == 200
+
+        def dropped() -> bool:
+            try:
+                peer.sendall(b"x")
+            except ConnectionError:
+                return True
+            return False
+
+        until(dropped, 20, "it is dropped")
+
+
+def test_one_connection_more_than_there_may_be_is_closed_at_once(
+    at: tuple[str, int], ask: Ask
+) -> None:
+    with ExitStack() as stack:
+        hanging = [
+            stack.enter_context(socket.create_connection(at, timeout=3))
+            for _ in range(MAX_CONNECTIONS + 1)
+        ]
+        with suppress(ConnectionResetError):
+            assert hanging[-1].recv(1) == b""
+    until(lambda: ask("/healthz")[0].status == 200, what="there is room again")
+
+
+def test_its_end_waits_for_nobody(registry: CollectorRegistry) -> None:
+    served = Endpoint("127.0.0.1:0", registry, lambda: None)
+    served.start()
+    parts = urlsplit(served.url)
+    with socket.create_connection((parts.hostname, parts.port), timeout=10) as peer:
+        peer.sendall(b"GET /met")
+        served.stop()
+        assert not any(thread.name == "inferq-metrics" for thread in threading.enumerate())
+        served.stop()
+    again = Endpoint(f"127.0.0.1:{parts.port}", registry, lambda: None)
+    again.start()
+    again.stop()
+
+
+def test_an_address_that_cannot_be_had_is_one_line(
+    served: Endpoint, registry: CollectorRegistry
+) -> None:
+    taken = urlsplit(served.url).netloc
+    for address, reason in ((taken, "Address already in use"), ("192.0.2.1:9100", "")):
+        with pytest.raises(ConfigError) as caught:
+            Endpoint(address, registry, lambda: None).start()
+        expected = f"INFERQ_METRICS is '{address}'; expected a HOST:PORT that is free here: "
+        assert caught.value.message.startswith(expected + reason)
+
+
+def test_addresses() -> None:
+    assert split_address("127.0.0.1:9100") == ("127.0.0.1", 9100)
+    assert split_address("metrics.local:0") == ("metrics.local", 0)
+    assert split_address("[::1]:65535") == ("::1", 65535)
+
+
+@pytest.mark.parametrize(
+    "bad", ["9100", ":9100", "::1:9100", "h:", "h:x", "h:-1", "h:65536", "h:²"]
+)
+def test_what_is_no_address_is_named(bad: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Settings.load(redis_url="redis://localhost", metrics=bad)
+    expected = f"setting 'metrics' is {bad!r}; expected HOST:PORT, PORT from 0 to 65535"
+    assert caught.value.message == expected
