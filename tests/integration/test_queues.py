@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import threading
 import time
 from collections.abc import Callable
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +105,36 @@ def test_with_a_worker_what_it_claimed_and_who_waits_for_an_eta_is_counted(
     assert "slow: requests wait and no worker serves it\n" in queues("slow").stderr
 
 
+def test_the_rate_is_what_all_workers_have_answered(
+    redis_url: str, redis: Redis, queues: Queues, tmp_path: Path
+) -> None:
+    fake_model(tmp_path, "m", knobs="lanes = 1\nmax_batch_size = 1", fake="delay_ms = 20")
+    fake_model(tmp_path, "idle")
+    workers = [Worker(redis_url, tmp_path, name=name) for name in ("one", "two")]
+    with workers[0], workers[1], Client(redis_url) as client:
+        until(lambda: _of(queues)["m"]["rate"] == _of(queues)["idle"]["rate"] == 0.0)
+        done = threading.Event()
+
+        def load() -> None:
+            items = ({"x": numbered(n)} for n in takewhile(lambda _: not done.is_set(), count()))
+            for _ in client.map("m", items, in_flight=32):
+                pass
+
+        thread = threading.Thread(target=load)
+        thread.start()
+        try:
+            # Two lanes at 20 ms a request: 100/s at most, more than 50 only by both of them.
+            until(lambda: 55 < _of(queues)["m"]["rate"] <= 110, 30, "both rates are told")
+            assert _of(queues)["idle"]["rate"] == 0.0
+            assert re.search(r" \d+\.\d/s ", queues("m").stdout)
+        finally:
+            done.set()
+            thread.join()
+        for worker in workers:
+            worker.kill()
+    until(lambda: _of(queues)["m"]["rate"] is None, what="nobody tells any more")
+
+
 def test_a_worker_whose_lease_ran_out_is_no_consumer_and_what_it_held_still_counts(
     redis_url: str, redis: Redis, queues: Queues, tmp_path: Path
 ) -> None:
@@ -160,9 +193,10 @@ def test_a_table_is_columns_and_nothing_there_is_said(redis: Redis, queues: Queu
     redis.lpush(NAMES.queue("m", 6), b"x", b"y")
     heading, row = queues().stdout.splitlines()
     assert heading.split() == [
-        "model", "depth", "by", "priority", "oldest", "later", "claimed", "dead", "consumers",
+        "model", "depth", "by", "priority", "oldest", "rate", "later", "claimed", "dead",
+        "consumers",
     ]  # fmt: skip
-    assert row.split() == ["m", "2", "6:", "2", "-", "0", "0", "0", "0"]
+    assert row.split() == ["m", "2", "6:", "2", "-", "-", "0", "0", "0", "0"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 import click
 import msgspec
@@ -13,9 +14,12 @@ from inferq.shared.errors import InferqError
 from inferq.shared.names import is_model_name
 from inferq.shared.settings import Settings
 from inferq.workers.depths import Depth, DepthReader, Depths
+from inferq.workers.metrics.published import read_rates
 from inferq.workers.printing import age, print_table
 
-_COLUMNS = ("model", "depth", "by priority", "oldest", "later", "claimed", "dead", "consumers")
+_COLUMNS = (
+    "model", "depth", "by priority", "oldest", "rate", "later", "claimed", "dead", "consumers",
+)  # fmt: skip
 
 
 def _check_models(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -35,9 +39,10 @@ def _check_models(_: click.Context, __: click.Parameter, value: tuple[str, ...])
 def queues(models: tuple[str, ...], as_json: bool, redis_url: str | None) -> None:
     """Show what waits of each MODEL, or of all that Redis knows; no worker is needed.
 
-    oldest: how long ago the oldest request that is claimed next was sent. later: requests whose ETA
-    is ahead. claimed: held by workers. consumers: live workers that serve the model. Exit status 1
-    if Redis cannot be asked.
+    oldest: how long ago the oldest request that is claimed next was sent. rate: requests answered
+    per second, as workers have told every 2 s; - if none did. later: requests whose ETA is ahead.
+    claimed: held by workers. consumers: live workers that serve the model. Exit status 1 if Redis
+    cannot be asked.
     """
     try:
         settings = Settings.load(redis_url=redis_url)
@@ -45,19 +50,23 @@ def queues(models: tuple[str, ...], as_json: bool, redis_url: str | None) -> Non
         with redis_client(url, sentinel_master=master) as client:
             check_server(client)
             depths = DepthReader(client, settings.names()).read(models or None)
+            rates = read_rates(client, settings.names())
     except InferqError as problem:
         raise click.ClickException(problem.message) from problem
     except RedisError as problem:
         raise click.ClickException(f"Redis: {problem}") from problem
     if as_json:
-        click.echo(json.dumps(msgspec.to_builtins(depths, str_keys=True), indent=2))
+        told = msgspec.to_builtins(depths, str_keys=True)
+        for each in told["models"]:
+            each["rate"] = rates.get(each["model"])
+        click.echo(json.dumps(told, indent=2))
         return
-    _print(depths)
+    _print(depths, rates)
 
 
-def _print(depths: Depths) -> None:
+def _print(depths: Depths, rates: Mapping[str, float]) -> None:
     if depths.models:
-        print_table(_COLUMNS, [_row(depth) for depth in depths.models])
+        print_table(_COLUMNS, [_row(depth, rates.get(depth.model)) for depth in depths.models])
     else:
         click.echo("no models: Redis knows no queue, dead letter or worker of any", err=True)
     for depth in depths.models:
@@ -72,12 +81,13 @@ def _print(depths: Depths) -> None:
         click.echo(f"later: {depths.later_unread} more, of models not looked at", err=True)
 
 
-def _row(depth: Depth) -> list[str]:
+def _row(depth: Depth, rate: float | None) -> list[str]:
     split = [f"{step}: {count}" for step, count in depth.by_priority.items() if count]
     return [
         depth.model,
         str(depth.depth),
         ", ".join(split) or "-",
         "-" if depth.oldest_age_s is None else age(depth.oldest_age_s),
+        "-" if rate is None else f"{rate:.1f}/s",
         *map(str, (depth.later, depth.claimed, depth.dead, depth.consumers)),
     ]

@@ -112,6 +112,11 @@ class ModelStats(msgspec.Struct, kw_only=True):
     waiting: int = 0
     computing: int = 0
 
+    @property
+    def answered(self) -> int:
+        """Requests that got an answer from here."""
+        return sum(self.outcomes.values()) - self.outcomes.get(OVERTAKEN, 0)
+
 
 class WorkerStats(msgspec.Struct, kw_only=True):
     """One worker process. Times in s of the Unix clock."""
@@ -134,6 +139,8 @@ class WorkerStats(msgspec.Struct, kw_only=True):
     #: Numbers of `cuda.telemetry.Reading`; None: no GPU, or it does not tell.
     gpu: dict[str, float] | None
     models: list[ModelStats]
+    #: Model → requests answered per second since these stats were last published; only published.
+    rates: dict[str, float] = {}
 
 
 class ModelCounts:

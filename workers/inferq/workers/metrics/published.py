@@ -36,6 +36,9 @@ class StatsPublisher:
         self._take = take
         #: The incarnation under which something was written.
         self._written = ""
+        #: Model → requests answered by then (Unix s); 0: not taken yet.
+        self._answered: dict[str, int] = {}
+        self._answered_at = 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="inferq-stats", daemon=True)
 
@@ -60,6 +63,7 @@ class StatsPublisher:
         if not stats.incarnation:
             return
         self._forget(stats.incarnation)
+        stats.rates = self._rates(stats)
         try:
             key = self._names.stats(stats.incarnation)
             self._client.set(key, msgspec.msgpack.encode(stats), ex=EXPIRES_S)
@@ -67,6 +71,15 @@ class StatsPublisher:
             logger.debug("stats are not published: %s", problem)
         else:
             self._written = stats.incarnation
+
+    def _rates(self, stats: WorkerStats) -> dict[str, float]:
+        took = stats.at - self._answered_at
+        before, known = self._answered, self._answered_at > 0 and took > 0
+        self._answered = {model.model: model.answered for model in stats.models}
+        self._answered_at = stats.at
+        if not known:
+            return {}
+        return {name: (count - before[name]) / took for name, count in self._answered.items()}
 
     def _forget(self, incarnation: str) -> None:
         """Remove what was written, unless it is still `incarnation`'s."""
@@ -76,10 +89,13 @@ class StatsPublisher:
             self._written = ""
 
 
-def read_stats(client: redis.Redis, names: Names) -> list[WorkerStats]:
-    """What the live workers published last, by node; without what cannot be decoded.
+def read_stats(
+    client: redis.Redis, names: Names, *, within_s: float = EXPIRES_S
+) -> list[WorkerStats]:
+    """What the live workers published in the last `within_s` seconds, by node.
 
-    Raises redis' errors. Two round trips; workers of the protocol before are looked for, too.
+    Without what cannot be decoded. Raises redis' errors. Two round trips; workers of the protocol
+    before are looked for, too.
     """
     with client.pipeline(transaction=False) as pipe:
         for each in names.spoken():
@@ -88,10 +104,27 @@ def read_stats(client: redis.Redis, names: Names) -> list[WorkerStats]:
     with client.pipeline(transaction=False) as pipe:
         for each, incarnations in zip(names.spoken(), leases, strict=True):
             for incarnation in incarnations:
-                pipe.getrange(each.stats(incarnation.decode()), 0, MAX_BYTES - 1)
-        published = pipe.execute()
-    stats = (_decode(raw) for raw in published)
+                key = each.stats(incarnation.decode())
+                pipe.pttl(key)
+                pipe.getrange(key, 0, MAX_BYTES - 1)
+        replies = pipe.execute()
+    oldest_ms = (EXPIRES_S - within_s) * 1000
+    fresh = [raw for ttl, raw in zip(replies[::2], replies[1::2], strict=True) if ttl >= oldest_ms]
+    stats = (_decode(raw) for raw in fresh)
     return sorted((each for each in stats if each is not None), key=lambda each: each.node)
+
+
+def read_rates(client: redis.Redis, names: Names) -> dict[str, float]:
+    """Model → requests that its workers have answered per second, all of them together.
+
+    Each worker tells it of the `EVERY_S` before it last published; models of which none tells are
+    absent. Raises redis' errors.
+    """
+    rates: dict[str, float] = {}
+    for stats in read_stats(client, names, within_s=2 * EVERY_S):
+        for model, rate in stats.rates.items():
+            rates[model] = rates.get(model, 0.0) + rate
+    return rates
 
 
 def _decode(raw: bytes) -> WorkerStats | None:
