@@ -149,10 +149,24 @@ def test_an_altered_plan_is_refused_unless_it_is_built_anew(
     assert ensure_plan(order(models, "double"), folder).from_cache
 
 
+def test_what_was_found_is_what_is_loaded(models: Path, folder: PlanFolder) -> None:
+    """It is read once, while it is locked: what comes to stand there later does not matter."""
+    built = ensure_plan(order(models, "double"), folder)
+    content = built.path.read_bytes()
+    found = ensure_plan(order(models, "double"), folder)
+    built.path.write_bytes(b"another one")
+    assert built.load() == content
+    assert found.load() == content
+    with pytest.raises(ConfigError, match="is not what was stored"):
+        found.load()  # what was given away is not kept
+
+
 def test_a_folder_that_others_may_write_is_refused(models: Path, folder: PlanFolder) -> None:
     folder.open()
     folder.path.chmod(0o777)
-    with pytest.raises(ConfigError, match="chmod go-w"):
+    with pytest.raises(
+        ConfigError, match="has mode 777; expected it to be writable by you or root"
+    ):
         ensure_plan(order(models, "double"), folder)
 
 

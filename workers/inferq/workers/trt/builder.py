@@ -11,7 +11,10 @@ from inferq.shared.errors import ConfigError
 from inferq.shared.schema import TensorSpec
 from inferq.workers.repository import ModelSpec
 from inferq.workers.trt.flavours import ANY_GPU, Flavour, InputRange, Network, Progress
-from inferq.workers.trt.plans import VARIABLE, Plan, PlanFolder, PlanKey, model_digest, new_record
+from inferq.workers.trt.model_digest import model_digest
+from inferq.workers.trt.phases import phase
+from inferq.workers.trt.plan_record import PlanKey, new_record
+from inferq.workers.trt.plans import VARIABLE, Plan, PlanFolder
 from inferq.workers.trt.precision import check_precision, prepare
 from inferq.workers.trt.profiles import Sizes, input_ranges, open_ranges, symbol_sizes
 
@@ -51,12 +54,14 @@ def ensure_plan(
     """The plan of `order`: from `folder`, or else built and stored there.
 
     A plan that is bound to no GPU serves every one. `force` builds in any case. ConfigError: the
-    plan in the folder is altered, or the model cannot be built; BuildStopped.
+    plan in the folder is altered, the model cannot be built, or another process has been building
+    it for `plan_lock.LOCK_WAIT_S`; BuildStopped.
     """
-    key = plan_key(order)
+    with phase(progress, "Hashing the model"):
+        key = plan_key(order)
     folder.open()
     spec = order.spec
-    with folder.lock(spec.name, spec.version, key) as writable:
+    with folder.lock(spec.name, spec.version, key, progress=progress) as writable:
         if not force:
             for each in _acceptable(order, key):
                 plan = folder.find(spec.name, spec.version, each)
@@ -76,8 +81,8 @@ def plan_key(order: Order) -> PlanKey:
     flavour, path = order.flavour, order.spec.path
     if path is None or path.name != FILE:
         raise ConfigError(
-            f"model {order.spec.name!r} is served from {path and path.name}; expected {FILE}: "
-            "TensorRT builds ONNX files"
+            f"model {order.spec.name!r} is served from {path.name if path else 'no file'}; "
+            f"expected {FILE}: TensorRT builds ONNX files"
         )
     if order.capability is None and not flavour.builds_anywhere:
         raise ConfigError(
@@ -109,8 +114,9 @@ def _build(order: Order, key: PlanKey, folder: PlanFolder, progress: Progress | 
     spec, flavour = order.spec, order.flavour
     assert spec.path is not None
     logger.info("building %s %s as %s for %s", spec.name, spec.version, order.precision, flavour)
-    model = prepare(spec.path, order.precision)
-    network = flavour.parse(spec.path, model)
+    with phase(progress, "Reading the network"):
+        model = prepare(spec.path, order.precision)
+        network = flavour.parse(spec.path, model)
     _check_tensors(spec, network)
     _check_shapes(spec, flavour, network, key.ranges)
     open_ones = open_ranges(spec, key.ranges)

@@ -11,7 +11,7 @@ from inferq.workers.repository import ModelSpec
 from inferq.workers.trt.builder import Order, ensure_plan
 from inferq.workers.trt.flavours import Context, Flavour, Loaded
 from inferq.workers.trt.lanes import open_lanes, runs_on
-from inferq.workers.trt.plans import Plan, PlanFolder
+from inferq.workers.trt.plans import Plan, PlanFolder, runtime_cache_name
 from inferq.workers.trt.verify import verify_plan
 
 logger = logging.getLogger(__name__)
@@ -94,6 +94,7 @@ class Session:
             if self._loaded is not None:
                 self._loaded.close()
             self._loaded = None
+        self._folder.close()
         device.release()
 
     def _keep_compiled(self) -> None:
@@ -104,4 +105,4 @@ class Session:
 
     @staticmethod
     def _cache_name(plan: Plan) -> str:
-        return f"runtime.{plan.path.stem}"
+        return runtime_cache_name(plan.path)

@@ -1,0 +1,131 @@
+"""Files that nobody else may write: opened, replaced in one step, swept up.
+
+What is kept in them is executed. So each, and each folder on the way to it, must belong to us or to
+root, and nobody else may write it. A sticky folder of ours or root's, such as /tmp, may be on the
+way: what others put there cannot take the place of what is ours.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from inferq.shared.errors import ConfigError
+
+#: Nobody writes one file for so long: who began it was killed.
+ABANDONED_S: Final = 86_400.0
+_OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
+_ALONE: Final = "to be writable by you or root alone, since plans are code"
+_CHUNK: Final = 1 << 24
+#: As `write` names what is not whole yet.
+_UNFINISHED: Final = re.compile(r"\..+\.[0-9a-f]{8}")
+
+
+def make_folder(path: Path) -> None:
+    """Make `path` for us alone, and what is missing above it, if it is not there. OSError."""
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    for each in reversed(missing):
+        each.mkdir(mode=0o700 if each == path else 0o755, exist_ok=True)
+
+
+def trusted_folder(path: Path, instead: str) -> Path:
+    """The folder `path`, with links followed: nobody but us and root can write or exchange it.
+
+    Raises ConfigError naming the folder that others may write; `instead` says what to do. OSError.
+    """
+    real = path.resolve(strict=True)
+    for each in (*reversed(real.parents), real):
+        found = each.stat()
+        if not stat.S_ISDIR(found.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(each))
+        above = each != real
+        shared = above and bool(found.st_mode & stat.S_ISVTX)
+        if problem := _problem(found, shared=shared):
+            what = f"what is above {real}" if above else "it"
+            raise ConfigError(f"{each} {problem}; expected {what} {_ALONE}: {instead}")
+    return real
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """A plain file that nobody else may write, to read. ConfigError if it is none; OSError."""
+    # A named pipe would wait for a writer.
+    file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        found = os.fstat(file)
+        if not stat.S_ISREG(found.st_mode):
+            raise ConfigError(f"{path} is no file; expected one: delete it")
+        if problem := _problem(found):
+            raise ConfigError(f"{path} {problem}; expected it {_ALONE}: delete it")
+        yield file
+    finally:
+        os.close(file)
+
+
+def read(file: int, most: int) -> bytes:
+    """All of `file`, but no more than `most` bytes."""
+    with os.fdopen(os.dup(file), "rb") as reader:
+        return reader.read(most)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Replace `path` by a file of `content` in one step that outlives a power cut. OSError.
+
+    It may be read by those who may read its folder.
+    """
+    mode = 0o600 | (path.parent.stat().st_mode & 0o044)
+    # Not the process' number: those of two containers with one folder may be equal.
+    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        file = os.open(
+            new, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode
+        )
+        with os.fdopen(file, "wb") as writer:
+            view = memoryview(content)
+            for start in range(0, len(view), _CHUNK):
+                writer.write(view[start : start + _CHUNK])
+            writer.flush()
+            os.fsync(writer.fileno())
+        new.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            new.unlink()
+        raise
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def sweep(folder: Path, ours: str) -> None:
+    """Delete what processes left in `folder` that were killed while they wrote.
+
+    That is what is called as `ours` and on, which nobody else writes now, and what is a day old.
+    """
+    oldest = time.time() - ABANDONED_S
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(OSError):
+                if entry.name.startswith(ours) or (
+                    _UNFINISHED.fullmatch(entry.name)
+                    and entry.stat(follow_symlinks=False).st_mtime < oldest
+                ):
+                    os.unlink(entry.path)
+
+
+def _problem(found: os.stat_result, *, shared: bool = False) -> str | None:
+    """Why others may write that of which `found` tells; None: they may not, or it is `shared`."""
+    if found.st_uid not in {0, os.geteuid()}:
+        return f"belongs to user {found.st_uid}"
+    if found.st_mode & _OTHERS and not shared:
+        return f"has mode {stat.S_IMODE(found.st_mode):o}"
+    return None
