@@ -18,7 +18,7 @@ from helpers import onnx_models
 from helpers.trt import order, rtx
 
 from inferq.shared.errors import ConfigError
-from inferq.workers import build_command
+from inferq.workers import build_progress
 from inferq.workers.build_command import build
 from inferq.workers.demo.models import MAGIKA, ORIENTATION, prepare
 from inferq.workers.trt.builder import ensure_plan
@@ -216,7 +216,8 @@ def test_an_output_that_depends_on_the_data_is_refused_in_one_line(
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert refused.returncode == 1
-    (line,) = refused.stderr.splitlines()
+    *phases, line = refused.stderr.splitlines()
+    assert phases == ["Reading model found", "Hashing the model", "Reading the network"]
     assert "its output's shape depends on the data" in line
 
 
@@ -255,9 +256,9 @@ def test_ctrl_c_stops_the_build(tmp_path: Path, plans: Path) -> None:
 
 
 def test_a_second_ctrl_c_is_not_swallowed() -> None:
-    steps = build_command._Steps(1)
+    steps = build_progress.Steps(1)
     before = signal.getsignal(signal.SIGINT)
-    with build_command._stopping(steps):
+    with build_progress.stopping(steps):
         signal.raise_signal(signal.SIGINT)
         assert steps.stopped
         with pytest.raises(KeyboardInterrupt):
@@ -270,7 +271,7 @@ def test_progress_bars_follow_the_phases() -> None:
     from rich.progress import Progress  # noqa: PLC0415
 
     bars = Progress(console=Console(file=open(os.devnull, "w"), force_terminal=True))  # noqa: SIM115
-    shown = build_command._Bars(bars)
+    shown = build_progress.Bars(bars)
     shown.start("whole", None, 3)
     shown.start("part", "whole", 5)
     shown.start("deep", "part", 100)

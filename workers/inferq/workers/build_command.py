@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from inferq.shared.errors import ConfigError, InferqError
+from inferq.shared.names import is_model_name
+from inferq.workers.build_progress import Steps, shown
 
 if TYPE_CHECKING:
     from inferq.shared.schema import Array
@@ -21,8 +19,6 @@ if TYPE_CHECKING:
     from inferq.workers.trt.plans import Plan, PlanFolder
 
 UNVERIFIED = "unverified: no GPU here; the first worker that loads it verifies it"
-#: Phases within phases that are shown: as lines, and as bars, which vanish again.
-LINES_DEPTH, BARS_DEPTH = 2, 4
 
 
 @click.command()
@@ -55,6 +51,10 @@ LINES_DEPTH, BARS_DEPTH = 2, 4
     help="An .npz file with one request's inputs, on which the plan is verified, too.",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Build even if there is such a plan already.")
+@click.option(
+    "--prune", "pruned", is_flag=True,
+    help="Then delete MODEL's other plans for this GPU, but for those that a process has loaded.",
+)  # fmt: skip
 def build(
     model: str,
     repository: Path,
@@ -64,6 +64,7 @@ def build(
     plans: Path | None,
     samples: Path | None,
     force: bool,
+    pruned: bool,
 ) -> None:
     """Build MODEL for TensorRT, and keep the plan where workers find it.
 
@@ -75,31 +76,58 @@ def build(
     from inferq.workers.repository import load_model  # noqa: PLC0415 (heavy)
     from inferq.workers.trt import flavours  # noqa: PLC0415
     from inferq.workers.trt.builder import Order, ensure_plan  # noqa: PLC0415
+    from inferq.workers.trt.phases import phase  # noqa: PLC0415
     from inferq.workers.trt.plans import PlanFolder  # noqa: PLC0415
     from inferq.workers.trt.profiles import parse_batch  # noqa: PLC0415
 
     # What goes wrong is told once, by the exception.
     logging.getLogger(flavours.__name__).addHandler(logging.NullHandler())
     try:
-        spec = load_model(repository, model)
-        table = spec.engine_table if spec.config.engine == "tensorrt" else {}
-        order = Order(
-            spec=spec,
-            flavour=flavours.find_flavour(flavour_name or table.get("flavour", "auto")),
-            precision=precision or table.get("precision", "fp32"),
-            batch=None if batch is None else parse_batch(batch),
-            capability=compute_capability(),
-        )
-        folder = PlanFolder(plans)
-        given = _given(samples, spec)
-        with _shown() as progress:
+        with shown() as progress:
+            _check_file(repository, model)
+            with phase(progress, f"Reading model {model}"):
+                spec = load_model(repository, model)
+            table = spec.engine_table if spec.config.engine == "tensorrt" else {}
+            order = Order(
+                spec=spec,
+                flavour=flavours.find_flavour(flavour_name or table.get("flavour", "auto")),
+                precision=precision or table.get("precision", "fp32"),
+                batch=None if batch is None else parse_batch(batch),
+                capability=compute_capability(),
+            )
+            folder = PlanFolder(plans)
+            given = _given(samples, spec)
             plan = ensure_plan(order, folder, progress=progress, force=force)
-        plan = _verified(order, folder, plan, given)
+            plan = _verified(order, folder, plan, given, progress)
+        _print(order, plan)
+        if pruned:
+            _prune(order, folder, plan)
     except flavours.BuildStopped:
         raise click.Abort from None
     except InferqError as problem:
         raise click.ClickException(problem.message) from problem
-    _print(order, plan)
+
+
+def _check_file(repository: Path, model: str) -> None:
+    """ConfigError if the version that is served has no ONNX file, before anything is read of it.
+
+    What else may be wrong with the model is told by `load_model`.
+    """
+    from inferq.workers.trt.builder import FILE  # noqa: PLC0415
+
+    folder = repository / model
+    if not is_model_name(model) or not folder.is_dir():
+        return
+    versions = [each for each in folder.iterdir() if each.name.isdecimal() and each.is_dir()]
+    if not versions:
+        return
+    served = max(versions, key=lambda each: int(each.name))
+    others = sorted(each.name for each in served.glob("model.*"))
+    if others and FILE not in others:
+        raise ConfigError(
+            f"model {model!r} has {', '.join(others)} in {served}; expected {FILE}: "
+            "TensorRT builds ONNX files, which torch.onnx.export writes of a PyTorch model"
+        )
 
 
 def _given(path: Path | None, spec: ModelSpec) -> list[dict[str, Array]]:
@@ -110,7 +138,11 @@ def _given(path: Path | None, spec: ModelSpec) -> list[dict[str, Array]]:
 
 
 def _verified(
-    order: Order, folder: PlanFolder, plan: Plan, samples: list[dict[str, Array]]
+    order: Order,
+    folder: PlanFolder,
+    plan: Plan,
+    samples: list[dict[str, Array]],
+    progress: Steps,
 ) -> Plan:
     """`plan`, compared with ONNX Runtime if that can be done here and was not before."""
     from inferq.workers.trt.verify import verify_plan  # noqa: PLC0415
@@ -126,7 +158,18 @@ def _verified(
         ) from problem
 
     with loaded_once(order.flavour, plan.load(), batchable=order.spec.batchable) as run:
-        return verify_plan(order, folder, plan, run, samples)
+        return verify_plan(order, folder, plan, run, samples, progress=progress)
+
+
+def _prune(order: Order, folder: PlanFolder, plan: Plan) -> None:
+    from inferq.workers.trt.pruning import prune  # noqa: PLC0415
+
+    for other in prune(folder, order, plan):
+        size = f"{other.bytes / 1e6:.1f} MB"
+        if other.in_use:
+            click.echo(f"left {other.path}: {size}, which a process has loaded")
+        else:
+            click.echo(f"deleted {other.path}: {size}")
 
 
 def _print(order: Order, plan: Plan) -> None:
@@ -182,97 +225,3 @@ def _differs(order: Order) -> bool:
         return symbol_sizes(order.spec) != symbol_sizes(order.spec, order.batch)
     except InferqError:
         return True
-
-
-class _Steps:
-    """Follows the phases of a build, nested `most` deep, and stops it on Ctrl-C."""
-
-    def __init__(self, most: int) -> None:
-        self.stopped = False
-        self._most = most
-        self._depths: dict[str, int] = {}
-
-    def start(self, phase: str, parent: str | None, steps: int) -> None:
-        self._depths[phase] = depth = self._depths.get(parent or "", -1) + 1
-        if depth < self._most:
-            self.began(phase, depth, steps)
-
-    def step(self, phase: str, done: int) -> None:
-        if self._depths.get(phase, self._most) < self._most:
-            self.went_on(phase, done)
-
-    def finish(self, phase: str) -> None:
-        if self._depths.pop(phase, self._most) < self._most:
-            self.ended(phase)
-
-    def began(self, phase: str, depth: int, steps: int) -> None: ...
-
-    def went_on(self, phase: str, done: int) -> None: ...
-
-    def ended(self, phase: str) -> None: ...
-
-
-class _Lines(_Steps):
-    """One line for each phase, where there is no terminal."""
-
-    def __init__(self) -> None:
-        super().__init__(LINES_DEPTH)
-
-    def began(self, phase: str, depth: int, steps: int) -> None:
-        click.echo(f"{'  ' * depth}{phase}", err=True)
-
-
-class _Bars(_Steps):
-    """A bar for each phase that is under way."""
-
-    def __init__(self, bars: Any) -> None:
-        super().__init__(BARS_DEPTH)
-        self._bars = bars
-        self._tasks: dict[str, Any] = {}
-
-    def began(self, phase: str, depth: int, steps: int) -> None:
-        self._tasks[phase] = self._bars.add_task("  " * depth + phase, total=steps)
-
-    def went_on(self, phase: str, done: int) -> None:
-        self._bars.update(self._tasks[phase], completed=done)
-
-    def ended(self, phase: str) -> None:
-        self._bars.remove_task(self._tasks.pop(phase))
-
-
-@contextmanager
-def _shown() -> Iterator[_Steps]:
-    """Progress on the terminal, or in lines without one; Ctrl-C stops the build meanwhile."""
-    from rich.console import Console  # noqa: PLC0415 (heavy)
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        steps: _Steps = _Lines()
-        with _stopping(steps):
-            yield steps
-        return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
-        steps = _Bars(bars)
-        with _stopping(steps):
-            yield steps
-
-
-@contextmanager
-def _stopping(steps: _Steps) -> Iterator[None]:
-    """Ctrl-C is noted: an exception within TensorRT's callbacks would be lost."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: object) -> None:
-        if steps.stopped:
-            raise KeyboardInterrupt
-        steps.stopped = True
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

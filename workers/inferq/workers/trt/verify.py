@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -24,7 +24,8 @@ from inferq.workers.engines.base import Batch, EngineOptions
 from inferq.workers.engines.onnxruntime import OnnxRuntimeEngine
 from inferq.workers.repository import ModelSpec
 from inferq.workers.trt.builder import Order
-from inferq.workers.trt.flavours import InputRange
+from inferq.workers.trt.flavours import InputRange, Progress
+from inferq.workers.trt.phases import phase, stepped
 from inferq.workers.trt.plans import Plan, PlanFolder
 
 #: Inputs → outputs, by their names.
@@ -37,6 +38,9 @@ PER_MISMATCH: Final = 0.1
 #: Elements of all inputs of one sample: 256 MB of float32.
 MAX_SAMPLE_ELEMENTS: Final = 1 << 26
 MAX_FILE_BYTES: Final = 1 << 30
+#: What is shown while both compute.
+REFERENCE_PHASE: Final = "Verifying: ONNX Runtime"
+PLAN_PHASE: Final = "Verifying: the plan"
 
 
 def verify(
@@ -46,22 +50,29 @@ def verify(
     *,
     precision: str = "fp32",
     limit: float | None = None,
+    progress: Progress | None = None,
 ) -> float:
     """The largest error of `run` on any of `samples`, against ONNX Runtime on the model of `spec`.
 
     `limit`: None: that of `precision`. Raises ConfigError: the error is above the limit, or outputs
-    differ in name, dtype or shape. What `run` raises is passed on.
+    differ in name, dtype or shape; BuildStopped. What `run` raises is passed on.
     """
     most = LIMITS[precision] if limit is None else limit
-    expected = _reference(spec, samples)
+    expected: list[Mapping[str, Array]] = []
+    with phase(progress, REFERENCE_PHASE, len(samples)):
+        for answer in _reference(spec, samples):
+            expected.append(answer)
+            stepped(progress, REFERENCE_PHASE, len(expected))
     scales = _scales(expected)
     worst, where = 0.0, ""
-    for index, (sample, right) in enumerate(zip(samples, expected, strict=True)):
-        given = run(sample)
-        for name, array in right.items():
-            error = _error(name, given.get(name), array, scales[name])
-            if error >= worst:
-                worst, where = error, f"output {name!r} of sample {index + 1}"
+    with phase(progress, PLAN_PHASE, len(samples)):
+        for index, (sample, right) in enumerate(zip(samples, expected, strict=True), 1):
+            given = run(sample)
+            for name, array in right.items():
+                error = _error(name, given.get(name), array, scales[name])
+                if error >= worst:
+                    worst, where = error, f"output {name!r} of sample {index}"
+            stepped(progress, PLAN_PHASE, index)
     if not worst <= most:
         raise ConfigError(
             f"model {spec.name!r} as {precision} differs from ONNX Runtime by {worst:.3g} "
@@ -71,14 +82,20 @@ def verify(
 
 
 def verify_plan(
-    order: Order, folder: PlanFolder, plan: Plan, run: Run, given: Sequence[Tensors] = ()
+    order: Order,
+    folder: PlanFolder,
+    plan: Plan,
+    run: Run,
+    given: Sequence[Tensors] = (),
+    *,
+    progress: Progress | None = None,
 ) -> Plan:
     """Verify that `run` runs `plan` of `order` right, on `make_samples` and on what is `given`.
 
     Returns the plan with its record saying so. Raises what `verify` raises.
     """
     samples = [*make_samples(order.spec, order.ranges), *given]
-    error = verify(run, order.spec, samples, precision=order.precision)
+    error = verify(run, order.spec, samples, precision=order.precision, progress=progress)
     return folder.verified(plan, error)
 
 
@@ -135,12 +152,13 @@ def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[np
     return rng.integers(0, most, shape).astype(dtype)
 
 
-def _reference(spec: ModelSpec, samples: Sequence[Tensors]) -> list[Mapping[str, Array]]:
+def _reference(spec: ModelSpec, samples: Sequence[Tensors]) -> Iterator[Mapping[str, Array]]:
     engine = OnnxRuntimeEngine(spec.path, EngineOptions(1, 1, (), {"provider": "cpu"}))
     engine.load()
     try:
-        # One part and no padding: the arrays pass as they are.
-        return [engine.lanes[0].run(Batch([sample], 1, 1, batchable=False)) for sample in samples]
+        for sample in samples:
+            # One part and no padding: the arrays pass as they are.
+            yield engine.lanes[0].run(Batch([sample], 1, 1, batchable=False))
     finally:
         engine.close()
 

@@ -1,0 +1,99 @@
+"""Deletes a model's plans that are not asked for any more, but never one that is in use."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from inferq.shared.errors import ConfigError
+from inferq.workers.trt.builder import Order
+from inferq.workers.trt.plan_lock import StillLocked, locked
+from inferq.workers.trt.plan_record import read_record
+from inferq.workers.trt.plans import Plan, PlanFolder, runtime_cache_name
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Other:
+    """A plan of the same model that is not asked for any more."""
+
+    path: Path
+    bytes: int
+    #: It was left, since a process has it loaded, or locked.
+    in_use: bool
+
+
+def prune(folder: PlanFolder, order: Order, keep: Plan) -> list[Other]:
+    """Delete all plans of the model of `order` but `keep`, which is the one asked for.
+
+    Those of other flavours and of other GPUs are left: this machine does not know what is asked of
+    them. ConfigError: the folder cannot be written.
+    """
+    gpus = {keep.record.key.capability, order.capability}
+    found: list[Other] = []
+    for path in _plans_of(folder.path, order.spec.name):
+        if path == keep.path:
+            continue
+        try:
+            record = read_record(path.with_suffix(".json"))
+            size = path.stat().st_size if path.exists() else 0
+            # Without its record nobody can use it.
+            if record is None or (
+                record.key.flavour == order.flavour.name and record.key.capability in gpus
+            ):
+                found.append(Other(path, size, in_use=not _delete(folder, path)))
+        except OSError as problem:
+            raise ConfigError(f"{path} cannot be deleted: {problem.strerror}") from problem
+        except ConfigError as problem:
+            logger.warning("%s", problem.message)
+    return found
+
+
+def _plans_of(folder: Path, model: str) -> Iterator[Path]:
+    """Where the plans of `model` are, or were: one of each two files may be missing."""
+    files = [*folder.glob(f"{model}.*.plan"), *folder.glob(f"{model}.*.json")]
+    for path in sorted({each.with_suffix(".plan") for each in files}):
+        # <model>.<version>.<precision>.<key>.plan, and the model's name may have dots.
+        if path.name.rsplit(".", 4)[0] == model:
+            yield path
+
+
+def _delete(folder: PlanFolder, path: Path) -> bool:
+    """Whether nobody used the plan in `path`, and it is gone. OSError, ConfigError."""
+    lock = path.with_suffix(".lock")
+    try:
+        with locked(lock, wait_s=0) as writable:
+            if not writable:
+                raise ConfigError(
+                    f"{folder.path} cannot be written; expected to delete plans in it"
+                )
+            if _is_used(path):
+                return False
+            cache = folder.path / f"{runtime_cache_name(path)}.cache"
+            # The record first: a plan without one is none.
+            for each in (path.with_suffix(".json"), path, cache, lock):
+                each.unlink(missing_ok=True)
+    except StillLocked:
+        return False
+    return True
+
+
+def _is_used(path: Path) -> bool:
+    """Whether a process holds the plan in `path`, as `PlanFolder` does until it is closed."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+        return True
+    finally:
+        os.close(file)
