@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import onnxruntime as ort
 import pytest
 from click.testing import CliRunner, Result
@@ -22,6 +23,9 @@ from inferq.workers import build_progress
 from inferq.workers.build_command import build
 from inferq.workers.demo.models import MAGIKA, ORIENTATION, prepare
 from inferq.workers.trt.builder import ensure_plan
+from inferq.workers.trt.flavours import BuildStopped
+from inferq.workers.trt.phases import phase, stepped
+from inferq.workers.trt.plan_lock import locked
 from inferq.workers.trt.plans import PlanFolder
 from inferq.workers.trt.precision import prepare as prepare_onnx
 from inferq.workers.trt.verify import make_samples, verify
@@ -190,6 +194,67 @@ def test_a_network_trained_on_digits_is_built_from_torchs_export(
     assert ensure_plan(digits_order, PlanFolder(plans)).record.key.ranges[0].max == (64, 1, 8, 8)
 
 
+def test_a_build_of_somebody_else_is_waited_for_on_the_screen(tmp_path: Path, plans: Path) -> None:
+    rtx()
+    onnx_models.double(tmp_path / "models" / "double" / "1" / "model.onnx")
+    assert _build(tmp_path / "models", plans, "double").exit_code == 0
+    (lock,) = plans.glob("*.lock")
+    with locked(lock):
+        child = subprocess.Popen(
+            [sys.executable, "-m", "inferq.workers.cli", "build", "double", "--models",
+             str(tmp_path / "models"), "--plans", str(plans), "--flavour", "tensorrt-rtx"],
+            stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(os.environ),
+        )  # fmt: skip
+        assert child.stderr is not None
+        seen = [child.stderr.readline() for _ in range(3)]
+        assert seen[-1].startswith(f"Waiting for process {os.getpid()} on "), seen
+        assert child.poll() is None
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 0, err
+    assert "from the cache" in out
+
+
+def test_a_pytorch_program_is_refused_in_one_line(tmp_path: Path, plans: Path) -> None:
+    """Before PyTorch, which may not be installed, reads it."""
+    path = tmp_path / "models" / "net" / "2" / "model.pt2"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"PK")
+    refused = _build(tmp_path / "models", plans, "net")
+    assert refused.exit_code == 1
+    assert refused.stderr.splitlines() == [
+        f"Error: model 'net' has model.pt2 in {path.parent}; expected model.onnx: TensorRT builds "
+        "ONNX files, which torch.onnx.export writes of a PyTorch model"
+    ]
+
+
+def test_a_bad_value_in_the_table_names_model_toml(tmp_path: Path, plans: Path) -> None:
+    onnx_models.double(tmp_path / "models" / "double" / "1" / "model.onnx")
+    toml = tmp_path / "models" / "double" / "model.toml"
+    toml.write_text('engine = "tensorrt"\n[tensorrt]\nprecision = "int8"')
+    refused = _build(tmp_path / "models", plans, "double")
+    assert refused.exit_code == 1
+    assert refused.stderr.splitlines()[-1] == (
+        f"Error: {toml}: tensorrt.precision is 'int8'; expected 'fp32' or 'fp16'"
+    )
+
+
+def test_old_plans_are_deleted_if_that_is_asked_for(tmp_path: Path, plans: Path) -> None:
+    rtx()
+    models = tmp_path / "models"
+    onnx_models.double(models / "double" / "1" / "model.onnx")
+    assert _build(models, plans, "double").exit_code == 0
+    (old,) = plans.glob("*.plan")
+    onnx_models.double(models / "double" / "2" / "model.onnx", ("batch", 4))
+    assert _build(models, plans, "double").exit_code == 0
+    assert old.exists(), "nobody asked for it"
+    built = _build(models, plans, "double", "--prune")
+    assert built.exit_code == 0, built.output
+    assert built.stdout.splitlines()[-1].startswith(f"deleted {old}: 0.")
+    assert not list(plans.glob(f"{old.stem}.*"))
+    (kept,) = plans.glob("*.plan")
+    assert built.stdout.startswith(f"{kept}: ")
+
+
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path, plans: Path) -> None:
     rtx()
     path = tmp_path / "models" / "junk" / "1" / "model.onnx"
@@ -264,6 +329,23 @@ def test_a_second_ctrl_c_is_not_swallowed() -> None:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_phases_of_our_own_are_shown_and_stopped() -> None:
+    shown = build_progress.Lines()
+    runner = CliRunner()
+
+    @click.command()
+    def command() -> None:
+        with phase(shown, "Reading"):
+            stepped(shown, "Reading", 1)
+            shown.stopped = True
+
+    done = runner.invoke(command)
+    assert isinstance(done.exception, BuildStopped)
+    assert done.stderr == "Reading\n"
+    with phase(None, "nobody looks"):
+        pass
 
 
 def test_progress_bars_follow_the_phases() -> None:

@@ -29,6 +29,7 @@ from inferq.shared.errors import InvalidInput
 from inferq.workers.demo.models import MAGIKA, prepare
 from inferq.workers.health import EX_FATAL_ENGINE
 from inferq.workers.repository import load_model
+from inferq.workers.trt.plan_lock import locked
 
 TESTS = Path(__file__).parents[1]
 TIMEOUT_S = 30.0
@@ -140,6 +141,25 @@ def test_the_second_worker_takes_the_plan_from_the_cache_and_refuses_an_altered_
     worker.close()
 
 
+def test_a_worker_says_whose_build_it_waits_for_and_then_serves(
+    redis_url: str, models: Path, tmp_path: Path, on_gpu: Environment
+) -> None:
+    with Worker(redis_url, models, ["double"], env=on_gpu()):
+        (lock,) = (tmp_path / "plans").glob("*.lock")
+    worker = Worker(redis_url, models, ["double"], env=on_gpu())
+    try:
+        with locked(lock):
+            worker.start()
+            said = f"waiting for process {os.getpid()} on "
+            until(lambda: said in worker.log, TIMEOUT_S, what="it waits")
+        with Client(redis_url) as client:
+            given = _rows(0, 2, 3)
+            outputs = client.infer("double", {"x": given}, timeout=TIMEOUT_S).outputs
+            assert np.array_equal(outputs["y"], 2 * given)
+    finally:
+        worker.close()
+
+
 def test_a_sticky_error_ends_the_process_and_its_successor_serves_everything(
     redis_url: str, redis: Redis, models: Path, tmp_path: Path, on_gpu: Environment
 ) -> None:
@@ -195,6 +215,10 @@ def test_a_plan_is_verified_where_it_is_built_and_one_that_differs_fails(
     assert verified.returncode == 0, verified.stderr
     assert "from the cache" in verified.stdout
     assert "verified: differs by 0" in verified.stdout
+    assert verified.stderr.splitlines() == [
+        "Reading model double", "Hashing the model",
+        "Verifying: ONNX Runtime", "Verifying: the plan",
+    ]  # fmt: skip
 
 
 def test_without_a_gpu_one_line_says_what_is_missing(redis_url: str, models: Path) -> None:

@@ -14,7 +14,9 @@ from helpers import onnx_models
 
 from inferq.shared.errors import ConfigError
 from inferq.shared.schema import Array, Tensors
+from inferq.workers.build_progress import Steps
 from inferq.workers.repository import ModelSpec, load_model
+from inferq.workers.trt.flavours import BuildStopped
 from inferq.workers.trt.profiles import input_ranges, symbol_sizes
 from inferq.workers.trt.verify import FLOOR, PER_MISMATCH, load_samples, make_samples, verify
 
@@ -105,6 +107,35 @@ def test_of_integers_the_share_that_differs_counts(tmp_path: Path) -> None:
     assert verify(run, best, [sample], precision="fp16") == 0.25 * PER_MISMATCH
     with pytest.raises(ConfigError, match=r"differs from ONNX Runtime by 0\.025"):
         verify(run, best, [sample])
+
+
+class _Noted(Steps):
+    """Notes how far it is; stops at step `last`."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__(1)
+        self.last = last
+        self.seen: list[str] = []
+
+    def began(self, phase: str, depth: int, steps: int) -> None:
+        self.seen.append(f"{phase} of {steps}")
+
+    def went_on(self, phase: str, done: int) -> None:
+        self.seen.append(f"{done}")
+        self.stopped = len(self.seen) == self.last
+
+
+def test_each_answer_is_a_step_and_may_be_the_last(spec: ModelSpec) -> None:
+    whole = _Noted(0)
+    verify(_off_by(0), spec, [ZEROS, ONES], progress=whole)
+    assert whole.seen == [
+        "Verifying: ONNX Runtime of 2", "1", "2", "Verifying: the plan of 2", "1", "2"
+    ]  # fmt: skip
+    for last in (2, 3, 5):
+        stopped = _Noted(last)
+        with pytest.raises(BuildStopped):
+            verify(_off_by(0), spec, [ZEROS, ONES], progress=stopped)
+        assert stopped.seen == whole.seen[:last]
 
 
 def test_samples_have_the_profiles_shapes(spec: ModelSpec) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,25 +84,25 @@ def build(
     # What goes wrong is told once, by the exception.
     logging.getLogger(flavours.__name__).addHandler(logging.NullHandler())
     try:
-        with shown() as progress:
-            _check_file(repository, model)
-            with phase(progress, f"Reading model {model}"):
-                spec = load_model(repository, model)
-            table = spec.engine_table if spec.config.engine == "tensorrt" else {}
-            order = Order(
-                spec=spec,
-                flavour=flavours.find_flavour(flavour_name or table.get("flavour", "auto")),
-                precision=precision or table.get("precision", "fp32"),
-                batch=None if batch is None else parse_batch(batch),
-                capability=compute_capability(),
-            )
-            folder = PlanFolder(plans)
-            given = _given(samples, spec)
-            plan = ensure_plan(order, folder, progress=progress, force=force)
-            plan = _verified(order, folder, plan, given, progress)
-        _print(order, plan)
-        if pruned:
-            _prune(order, folder, plan)
+        with closing(PlanFolder(plans)) as folder:
+            with shown() as progress:
+                _check_file(repository, model)
+                with phase(progress, f"Reading model {model}"):
+                    spec = load_model(repository, model)
+                table = spec.engine_table if spec.config.engine == "tensorrt" else {}
+                order = Order(
+                    spec=spec,
+                    flavour=flavours.find_flavour(flavour_name or table.get("flavour", "auto")),
+                    precision=precision or table.get("precision", "fp32"),
+                    batch=None if batch is None else parse_batch(batch),
+                    capability=compute_capability(),
+                )
+                given = _given(samples, spec)
+                plan = ensure_plan(order, folder, progress=progress, force=force)
+                plan = _verified(order, folder, plan, given, progress)
+            _print(order, plan)
+            if pruned:
+                _prune(order, folder, plan)
     except flavours.BuildStopped:
         raise click.Abort from None
     except InferqError as problem:

@@ -97,7 +97,7 @@ def _wait(file: int, path: Path, deadline: float, wait_s: float, progress: Progr
             holder = _holder(file)
             if now >= deadline:
                 raise StillLocked(
-                    f"{holder} has locked {path} for {wait_s:.0f} s and builds that plan; expected "
+                    f"{holder} has locked {path} for {wait_s:g} s and builds that plan; expected "
                     "it to end: wait for it, or end it"
                 )
             if not told:

@@ -42,16 +42,14 @@ def prune(folder: PlanFolder, order: Order, keep: Plan) -> list[Other]:
             continue
         try:
             record = read_record(path.with_suffix(".json"))
-            size = path.stat().st_size if path.exists() else 0
-            # Without its record nobody can use it.
-            if record is None or (
-                record.key.flavour == order.flavour.name and record.key.capability in gpus
-            ):
-                found.append(Other(path, size, in_use=not _delete(folder, path)))
-        except OSError as problem:
-            raise ConfigError(f"{path} cannot be deleted: {problem.strerror}") from problem
         except ConfigError as problem:
             logger.warning("%s", problem.message)
+            continue
+        # Without its record nobody can use it.
+        if record is None or (
+            record.key.flavour == order.flavour.name and record.key.capability in gpus
+        ):
+            found.append(_delete(folder, path))
     return found
 
 
@@ -64,24 +62,27 @@ def _plans_of(folder: Path, model: str) -> Iterator[Path]:
             yield path
 
 
-def _delete(folder: PlanFolder, path: Path) -> bool:
-    """Whether nobody used the plan in `path`, and it is gone. OSError, ConfigError."""
+def _delete(folder: PlanFolder, path: Path) -> Other:
+    """Delete the plan in `path`, unless somebody uses it. ConfigError."""
     lock = path.with_suffix(".lock")
     try:
+        size = path.stat().st_size if path.exists() else 0
         with locked(lock, wait_s=0) as writable:
             if not writable:
                 raise ConfigError(
                     f"{folder.path} cannot be written; expected to delete plans in it"
                 )
             if _is_used(path):
-                return False
+                return Other(path, size, in_use=True)
             cache = folder.path / f"{runtime_cache_name(path)}.cache"
             # The record first: a plan without one is none.
             for each in (path.with_suffix(".json"), path, cache, lock):
                 each.unlink(missing_ok=True)
     except StillLocked:
-        return False
-    return True
+        return Other(path, size, in_use=True)
+    except OSError as problem:
+        raise ConfigError(f"{path} cannot be deleted: {problem.strerror}") from problem
+    return Other(path, size, in_use=False)
 
 
 def _is_used(path: Path) -> bool:
