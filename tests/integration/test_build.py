@@ -370,3 +370,5 @@ def test_progress_bars_follow_the_phases() -> None:
     shown.finish("part")
     shown.finish("whole")
     assert bars.tasks == []
+    shown.start("of unknown length", None, 0)
+    assert bars.tasks[0].total is None
