@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +156,12 @@ def test_stats_count_each_request_once(app: Celery) -> None:
     until(lambda: total() == before + 22, what="22 more are counted")
     stats = ask(app, "stats")
     assert stats["inferq_models"] == "echo:1, slow:1"
+    assert stats["inferq_engines"] == "echo: fake, slow: fake"
+    assert stats["inferq_lanes"] == "echo: 1, slow: 1"
+    assert stats["inferq_device"] == "cpu"
+    assert f"inferq {version('inferq')}, celery {version('celery')}" in stats["inferq_versions"]
+    fill = r"echo: \d+\.\d of \d+ rows, slow: (\d+\.\d of \d+ rows|no batch yet)"
+    assert re.fullmatch(fill, stats["inferq_batch_fill"])
     assert stats["inferq_state"] == "serving"
 
 

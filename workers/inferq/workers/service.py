@@ -249,11 +249,14 @@ class Service:
             at=time.time(),
             state=STOPPING if self._stopping else state,
             redis_up=silent_s < UNANSWERED_S,
-            device="cpu" if gpu is None else f"gpu{gpu.gpu.index} {gpu.gpu.name}",
+            device=self._device(),
             versions=self._versions,
             gpu=None if gpu is None else gpu.numbers(),
             models=[model.stats() for model in self._models],
         )
+
+    def _device(self) -> str:
+        return "cpu" if self._gpu is None else f"gpu{self._gpu.gpu.index} {self._gpu.gpu.name}"
 
     def problem(self) -> str | None:
         """Why it does not serve; None if it does, or waits for a Redis that is away."""
@@ -269,6 +272,11 @@ class Service:
         plane = self.plane
         return {
             "inferq_models": ", ".join(f"{m.name}:{m.spec.version}" for m in self._models),
+            "inferq_engines": ", ".join(f"{m.name}: {m.spec.config.engine}" for m in self._models),
+            "inferq_lanes": ", ".join(f"{m.name}: {m.lanes}" for m in self._models),
+            "inferq_batch_fill": ", ".join(f"{m.name}: {m.fill()}" for m in self._models),
+            "inferq_device": self._device(),
+            "inferq_versions": ", ".join(f"{name} {v}" for name, v in self._versions.items()),
             "inferq_state": "loading" if plane is None else "serving",
             "inferq_claimed": plane.claimed if plane else 0,
             "inferq_settled": plane.settled if plane else 0,

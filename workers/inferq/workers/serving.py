@@ -261,12 +261,26 @@ class ServedModel:
             lanes, depth = len(self._lanes), self._depth
             self._lanes.ample = max(lanes, lanes * depth // 4) if depth > 1 else math.inf
 
+    @property
+    def lanes(self) -> int:
+        """0 until it is loaded."""
+        return len(self._lanes)
+
+    @property
+    def _aim(self) -> int:
+        return self._target or self.spec.max_batch_size
+
+    def fill(self) -> str:
+        """How full its batches were so far: ``5.2 of 8 rows``. For any thread."""
+        batches, rows = self.counts.batches, self.counts.rows
+        return f"{rows / batches:.1f} of {self._aim} rows" if batches else "no batch yet"
+
     def stats(self) -> ModelStats:
         """What has become of its requests so far, and how many it has now. For any thread."""
         computing = self.computing()
         stats = self.counts.stats(self.name, self.spec.version, self.spec.config.engine)
-        stats.lanes, stats.max_batch_size = len(self._lanes), self.spec.max_batch_size
-        stats.target_batch_size = self._target or self.spec.max_batch_size
+        stats.lanes, stats.max_batch_size = self.lanes, self.spec.max_batch_size
+        stats.target_batch_size = self._aim
         stats.lanes_busy = len(computing)
         stats.computing = sum(len(job.items) for job, _ in computing)
         stats.waiting = len(self.reserved())
