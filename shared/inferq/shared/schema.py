@@ -161,6 +161,10 @@ class Ticket(msgspec.Struct, frozen=True):
     extra: Mapping[str, Any] | None = None
     #: Shown by ``celery inspect`` and Flower.
     kwargsrepr: str = ""
+    #: The first request or task of the chain or group that it belongs to.
+    root_id: str | None = None
+    #: From when it was to be computed, as Celery's `eta` has it.
+    eta: str | None = None
 
 
 def nbytes(tensors: Tensors) -> int:

@@ -83,6 +83,8 @@ class Settings(BaseSettings):
     metrics: str | None = None
     #: The worker's model repository; None: the worker's command line names it.
     models: Path | None = None
+    #: Requests a second of which a worker sends task events, besides all that fail.
+    events_per_s: int = Field(default=500, ge=0, le=100_000)
 
     @field_validator("*", mode="before")
     @classmethod

@@ -12,10 +12,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
+from uuid import uuid4
 
+import msgspec
+import pybase64
 from celery import Celery, states
 from celery.app.task import Context
 from celery.canvas import group, maybe_signature
+from celery.events.event import EVENT_EXCHANGE_NAME
 from celery.exceptions import TaskRevokedError
 from celery.worker import state as worker_state
 from celery.worker.consumer import Consumer
@@ -212,6 +216,47 @@ def publish_failure(app: Celery, request: Context, error: Exception) -> None:
     app.backend._fail_chain(request.chain, error, None, store_result=True, state=states.FAILURE)
     if request.errbacks:
         app.backend._call_task_errbacks(request, error, None)
+
+
+def task_events_enabled(consumer: Consumer | None) -> bool | None:
+    """Whether ``-E`` or ``enable_events`` has a worker send task events; None: not known now."""
+    dispatcher = getattr(consumer, "event_dispatcher", None)
+    if dispatcher is None:
+        return None
+    return not dispatcher.groups or "task" in dispatcher.groups
+
+
+def name_event_groups(consumer: Consumer) -> None:
+    """Name the groups of events that a worker sends by ``-E``.
+
+    Stock ``disable_events`` finds nothing to disable where none is named, which means all.
+    """
+    dispatcher = consumer.event_dispatcher
+    if dispatcher is not None and not dispatcher.groups:
+        dispatcher.groups.update(("worker", "task"))
+
+
+def event_topic(prefix: str, db: int, routing_key: str) -> str:
+    """Where kombu publishes messages of the exchange of events."""
+    return f"{prefix}/{db}.{EVENT_EXCHANGE_NAME}/{routing_key}"
+
+
+def event_message(body: Any, routing_key: str, node: str) -> bytes:
+    """An event, or a list of them, as EventDispatcher publishes it: in kombu's envelope."""
+    message = {
+        "body": pybase64.b64encode_as_string(msgspec.json.encode(body)),
+        "content-encoding": "utf-8",
+        "content-type": "application/json",
+        "headers": {"hostname": node},
+        "properties": {
+            "delivery_mode": 1,
+            "delivery_info": {"exchange": EVENT_EXCHANGE_NAME, "routing_key": routing_key},
+            "priority": 0,
+            "body_encoding": "base64",
+            "delivery_tag": str(uuid4()),
+        },
+    }
+    return msgspec.json.encode(message)
 
 
 def revoked_error(reason: str) -> TaskRevokedError:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from celery.worker import WorkController
 
 from inferq.shared.names import TASK
 from inferq.workers import celery_private
+from inferq.workers.batching.waiting import Waiting
 from inferq.workers.canvas import Canvas
 from inferq.workers.claims import Slot
+from inferq.workers.events import TaskEvents
 from inferq.workers.health import EX_FATAL_ENGINE
 from inferq.workers.later import Later
 from inferq.workers.settle import Settlement
@@ -20,10 +23,13 @@ class CelerySide:
 
     canvas: Canvas
 
-    def __init__(self, worker: WorkController, later: Later, key_prefix: str) -> None:
+    def __init__(
+        self, worker: WorkController, later: Later, key_prefix: str, events: TaskEvents
+    ) -> None:
         self._worker = worker
         self._later = later
         self._key_prefix = key_prefix
+        self._events = events
         # Its entry is there before the data plane's thread counts in it and others read it.
         celery_private.count_tasks(TASK, 0)
 
@@ -40,8 +46,13 @@ class CelerySide:
     def keep(self, slot: Slot, message: bytes, due_ms: float) -> Settlement:
         return self._later.keep(slot, message, due_ms)
 
-    def on_settled(self, count: int) -> None:
+    def on_admitted(self, items: Sequence[Waiting]) -> None:
+        self._events.on_admitted(items)
+
+    def on_settled(self, settlements: Sequence[Settlement]) -> None:
+        count = sum(done.request_id is not None for done in settlements)
         celery_private.count_tasks(TASK, count)
+        self._events.on_settled(settlements)
 
     def on_fatal(self, reason: str) -> None:
         celery_private.stop_worker(EX_FATAL_ENGINE)

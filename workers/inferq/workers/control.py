@@ -131,6 +131,13 @@ def revoke(state: Any, task_id: Any, *args: Any, **options: Any) -> Any:
     return stock.ok(f"tasks {sorted(ids)} flagged as revoked")
 
 
+@Panel.register(type="control", name="disable_events")  # type: ignore[untyped-decorator]
+def disable_events(state: Any) -> Any:
+    """Tell worker(s) to stop sending task-related events."""
+    celery_private.name_event_groups(state.consumer)
+    return _disable_events(state)
+
+
 _active: Answer = stock.active
 _reserved: Answer = stock.reserved
 _query_task: Answer = stock.query_task
@@ -138,3 +145,4 @@ _active_queues: Answer = stock.active_queues
 _add_consumer: Answer = stock.add_consumer
 _cancel_consumer: Answer = stock.cancel_consumer
 _revoke: Answer = stock.revoke
+_disable_events: Answer = stock.disable_events

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
+from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Slot
 from inferq.workers.settle import Settlement
 
@@ -22,8 +24,11 @@ class Hooks(Protocol):
         """The settlement that has a request wait until `due_ms` (Redis ms), and then return."""
         ...
 
-    def on_settled(self, count: int) -> None:
-        """So many requests were answered in one round trip."""
+    def on_admitted(self, items: Sequence[Waiting]) -> None:
+        """These were claimed and wait for a lane."""
+
+    def on_settled(self, settlements: Sequence[Settlement]) -> None:
+        """These were settled in one round trip."""
 
     def on_fatal(self, reason: str) -> None:
         """The process must end: an engine is beyond use, or the data plane failed."""

@@ -141,7 +141,8 @@ class Lanes:
 
     Whichever lane is free takes the next batch, so a batch that is put while all are busy costs no
     pause between two. `too_late` tells of a request whether it needs no computing any more;
-    `on_finished` must only take note. Both are called from the lanes' threads.
+    `on_begun` (of what starts to compute) and `on_finished` must only take note. All are called
+    from the lanes' threads.
     """
 
     def __init__(self, name: str) -> None:
@@ -162,11 +163,13 @@ class Lanes:
         knobs: Knobs,
         too_late: Callable[[Slot, Ticket], Failed | Revoked | None],
         on_finished: Callable[[Finished], None],
+        on_begun: Callable[[Sequence[Waiting]], None] = lambda _: None,
     ) -> None:
         """Drive `lanes` from now on."""
         self._knobs = knobs
         self._too_late = too_late
         self._on_finished = on_finished
+        self._on_begun = on_begun
         self._computing = [None] * len(lanes)
         self._threads = [
             threading.Thread(target=self._run, args=place, name=f"{self._name}-{n}", daemon=True)
@@ -227,6 +230,8 @@ class Lanes:
             else:
                 late.append(verdict)
         try:
+            if items:
+                self._on_begun(items)
             return Finished(job, execute(lane, items, self._knobs) if items else (), late)
         except FatalEngineError as fatal:
             return Finished(job, (), fatal=fatal)

@@ -376,6 +376,7 @@ class DataPlane:
             self.claimed += len(received.waiting) + len(received.ended)
             for item in received.waiting:
                 self._models[batch.claim.model].add(item)
+            self._hooks.on_admitted(received.waiting)
             for settlement, canvas in received.ended:
                 self._settling.add(settlement, canvas)
 

@@ -93,15 +93,17 @@ class Results:
             ticket.id, error, _now(), ticket.content_type, extra=ticket.extra
         )
         return self._settlement(
-            slot, ticket, meta, running=running, ending=FAILURE, error=error.code, run=run
-        )
+            slot, ticket, meta, running=running, ending=FAILURE,
+            ended=Failed(slot, ticket, error), run=run,
+        )  # fmt: skip
 
     def revoked(
         self, slot: Slot, ticket: Ticket, reason: str, *, running: bool = False
     ) -> Settlement:
         """REVOKED; `reason`: revoked or expired."""
         meta = codec.encode_revoked(ticket.id, reason, _now(), ticket.content_type)
-        return self._settlement(slot, ticket, meta, running=running, ending=REVOKED)
+        ended = Revoked(slot, ticket, reason)
+        return self._settlement(slot, ticket, meta, running=running, ending=REVOKED, ended=ended)
 
     def answered(self, slot: Slot, ticket: Ticket) -> Settlement:
         """Only acknowledged, and its attempts forgotten; a dead letter may need its payload."""
@@ -144,7 +146,10 @@ class Results:
             ticket.id, error, _now(), ticket.content_type, extra=ticket.extra
         )
         letter = self._letter(ticket.id, message, reason, redis_ms, ticket.attempts)
-        return self._settlement(slot, ticket, meta, dead_letter=letter, ending=DEAD_LETTER)
+        ended = Failed(slot, ticket, error)
+        return self._settlement(
+            slot, ticket, meta, dead_letter=letter, ending=DEAD_LETTER, ended=ended
+        )
 
     def _letter(
         self, request_id: str | None, message: bytes, reason: str, redis_ms: float, attempts: int
@@ -167,14 +172,14 @@ class Results:
         ending: str,
         running: bool = False,
         dead_letter: bytes | None = None,
-        error: str | None = None,
+        ended: Failed | Revoked | None = None,
         run: Run | None = None,
     ) -> Settlement:
         return Settlement(
             slot=slot, model=ticket.model, request_id=ticket.id, outcome=meta,
             ignore_result=ticket.ignore_result, reply=ticket.reply, running=running,
             attempts=ticket.attempts, payload_keys=ticket.payload_keys, dead_letter=dead_letter,
-            ending=ending, error=error, sent_ms=ticket.sent_ms, run=run,
+            ending=ending, ended=ended, sent_ms=ticket.sent_ms, run=run,
         )  # fmt: skip
 
     def _receipt(self, outcome: Outcome) -> Mapping[str, Any]:

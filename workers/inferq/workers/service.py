@@ -24,6 +24,7 @@ from inferq.workers.canvas import Canvas
 from inferq.workers.celery_side import CelerySide
 from inferq.workers.clock import RedisClock
 from inferq.workers.cuda.telemetry import GpuTelemetry
+from inferq.workers.events import TaskEvents
 from inferq.workers.health import EX_FATAL_ENGINE, LOADING, LOADS, OVERDUE, SERVING, STOPPING
 from inferq.workers.heartbeat import UNANSWERED_S, Heartbeat
 from inferq.workers.lanes import Finished
@@ -59,8 +60,9 @@ class Service:
         self._clock = RedisClock()
         self._client = redis_client(settings.redis_url, sentinel_master=settings.sentinel_master)
         self._later = Later(self._client, self._names, self._clock)
-        self._side = CelerySide(worker, self._later, settings.global_keyprefix)
         self._models = [ServedModel(spec) for spec in specs]
+        self._events = TaskEvents(worker, settings, self._models)
+        self._side = CelerySide(worker, self._later, settings.global_keyprefix, self._events)
         self._loader = threading.Thread(target=self._load, name="inferq-load", daemon=True)
         path = settings.heartbeat_file
         self._heartbeat = Heartbeat(path, worker.hostname) if path else None
@@ -98,6 +100,7 @@ class Service:
                     self._clock,
                     is_revoked=celery_private.is_revoked,
                     on_finished=self._on_finished,
+                    on_begun=self._events.on_begun,
                     result_expires_s=self._settings.result_expires_s,
                 )
             self._when_redis_answers(self._serve)
@@ -166,6 +169,7 @@ class Service:
         self._side.canvas.start()
         self._recoverer.start()
         self._later.start()
+        self._events.start()
         self.plane = plane
         if self._heartbeat is not None:
             self._heartbeat.plane = plane
@@ -173,6 +177,7 @@ class Service:
         logger.info("serving %s", ", ".join(model.name for model in self._models))
 
     def _on_finished(self, finished: Finished) -> None:
+        self._events.on_finished(finished)
         if self.plane is not None:
             self.plane.on_finished(finished)
 
@@ -232,6 +237,7 @@ class Service:
         self._recoverer.stop()
         self._later.stop()
         self._side.canvas.stop()
+        self._events.stop()
         for model in self._models:
             model.close(timeout=1.0)
 
@@ -284,6 +290,7 @@ class Service:
                 len(job.items) for m in self._models for job, _ in m.computing()
             ),
             "inferq_waiting": sum(len(m.reserved()) for m in self._models),
+            **self._events.info(),
             **(self._gpu.info() if self._gpu is not None else {}),
         }
 

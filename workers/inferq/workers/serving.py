@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from inferq.shared.errors import ConfigError, EngineError, FatalEngineError
@@ -72,6 +72,7 @@ class ServedModel:
         is_revoked: Callable[[str], bool],
         on_finished: Callable[[Finished], None],
         result_expires_s: int,
+        on_begun: Callable[[Sequence[Waiting]], None] = lambda _: None,
     ) -> None:
         """Load the engine, warm it up, start the lanes' threads. ConfigError if it cannot be."""
         self._steps = names.priority_steps
@@ -110,7 +111,7 @@ class ServedModel:
         self._ahead_knobs = replace(
             self.knobs, preferred_batch_sizes=(self.knobs.target,), max_queue_delay_ms=math.inf
         )
-        self._lanes.start(engine.lanes, self.knobs, self.intake.too_late, on_finished)
+        self._lanes.start(engine.lanes, self.knobs, self.intake.too_late, on_finished, on_begun)
         logger.info(
             "model %s version %d: %s, %d lanes, batches of %d, ready in %.1f s",
             self.name, spec.version, config.engine, len(self._lanes), self.knobs.target,

@@ -17,6 +17,7 @@ from inferq.shared.lua import source
 from inferq.shared.names import Names
 from inferq.shared.resp import Command, Reply
 from inferq.workers.claims import Claim, Slot
+from inferq.workers.intake import Failed, Revoked
 from inferq.workers.lanes import Run
 
 #: Newest dead letters kept per model.
@@ -65,7 +66,9 @@ class Settlement(msgspec.Struct, frozen=True, eq=False):
     after: Callable[[], None] | None = None
     #: success, failure, revoked or dead_letter; None: it does not end here, or had ended before.
     ending: str | None = None
-    #: Its wire code, if it is a failure.
+    #: Why it is no success; None: it is one, or that is not known.
+    ended: Failed | Revoked | None = None
+    #: Wire code of a failure for which `ended` does not stand.
     error: str | None = None
     #: When the client sent it (Redis ms), if that says so.
     sent_ms: float | None = None
@@ -73,6 +76,13 @@ class Settlement(msgspec.Struct, frozen=True, eq=False):
     run: Run | None = None
     #: Its result was stored ahead of this, for those to read who are told of it first.
     stored: bool = False
+
+    @property
+    def error_code(self) -> str:
+        """The wire code of a failure."""
+        if self.error is not None:
+            return self.error
+        return self.ended.error.code if isinstance(self.ended, Failed) else ""
 
 
 def commands(

@@ -159,7 +159,7 @@ class Settling:
             overtaken = frozenset(place for place in overtaken if place >= self._doubtful)
         self._doubtful = max(0, self._doubtful - len(sent))
         count_settled(self._counts, sent, overtaken, time.monotonic() * 1000, redis_ms)
-        self._hooks.on_settled(sum(done.request_id is not None for done in sent))
+        self._hooks.on_settled(sent)
         for done in sent:
             if done.after is not None:
                 try:

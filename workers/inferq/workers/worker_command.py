@@ -56,6 +56,10 @@ REDIS_TIMEOUT_S = 2.0
     help="Tell Prometheus there what the worker does; of several GPUs the port counts up. "
     "Also: INFERQ_METRICS.",
 )  # fmt: skip
+@click.option(
+    "--events/--no-events", default=True, show_default=True,
+    help="Send task events, which Flower shows. INFERQ_EVENTS_PER_S caps them.",
+)  # fmt: skip
 @click.option("-l", "--loglevel", default="INFO", show_default=True)
 @click.argument("celery_options", nargs=-1, type=click.UNPROCESSED)
 def worker(
@@ -66,6 +70,7 @@ def worker(
     cpu: bool,
     redis_url: str | None,
     metrics: str | None,
+    events: bool,
     loglevel: str,
     celery_options: tuple[str, ...],
 ) -> None:
@@ -75,7 +80,7 @@ def worker(
 
     A worker process that dies is replaced, and what it held goes back to its queues at once.
     SIGTERM and Ctrl-C finish what computes, a second one hands everything back, a third one kills.
-    CELERY_OPTIONS go to Celery as they are (-E, --statedb FILE, …).
+    CELERY_OPTIONS go to Celery as they are (--statedb FILE, …).
     """
     from inferq.shared.connect import redis_client  # noqa: PLC0415 (heavy)
     from inferq.shared.settings import Settings  # noqa: PLC0415
@@ -108,7 +113,8 @@ def worker(
     for node, device, address in zip(nodes, devices, addresses, strict=True):
         command = [
             sys.executable, "-m", "celery", "-A", "inferq.workers.app", "worker", "-P", "solo",
-            "-Q", ",".join(served), "-n", node, "-l", loglevel, *celery_options,
+            "-Q", ",".join(served), "-n", node, "-l", loglevel, *(["-E"] if events else []),
+            *celery_options,
         ]  # fmt: skip
         heartbeat = folder / f"{node}.json" if folder else Path(str(settings.heartbeat_file))
         environment = {

@@ -207,7 +207,7 @@ class ModelCounts:
             else:
                 outcomes[ending] += 1
                 if ending == FAILURE:
-                    self.errors[done.error or ""] += 1
+                    self.errors[done.error_code] += 1
             if done.attempts:
                 self.attempts += done.attempts - (ending == DEAD_LETTER)
             claimed_ms = done.slot.claim.claimed_ms
