@@ -98,10 +98,11 @@ class EventPublisher:
 
     def _run(self) -> None:
         while not self._ended.is_set():
-            self._wake.wait()
+            self._wake.wait(SAY_EVERY_S)
             self._ended.wait(GATHER_S)
             self._wake.clear()
             if not self._flush():
+                self._wake.set()
                 self._ended.wait(RETRY_S)
             self._say()
         deadline = time.monotonic() + LAST_S
