@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -76,9 +75,6 @@ class Listener:
 
     def workers(self) -> list[Worker]:
         return list(self.state.workers.values())
-
-    def wait_for(self, predicate: Callable[[Event], bool], what: str) -> None:
-        until(lambda: any(predicate(event) for event in list(self.events)), what=what)
 
     def wait_until_listening(self) -> None:
         """Wait until it hears what is sent; no other listener may do so."""

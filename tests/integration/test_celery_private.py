@@ -5,6 +5,7 @@ Each compares with what Celery itself does, so an upgrade that changes any of it
 
 from __future__ import annotations
 
+import base64
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from celery.app.trace import build_tracer
 from celery.bin.worker import WorkersPool
 from celery.concurrency import get_implementation
 from celery.exceptions import WorkerShutdown, WorkerTerminate
+from celery.worker import control
 from celery.worker import state as worker_state
 from click import Command
 from click import Context as ClickContext
@@ -319,3 +321,73 @@ def test_what_follows_on_a_request_is_what_celery_publishes(
         celery_private.finish_chord(app, request, "FAILURE", error)
         celery_private.publish_failure(app, request, error)
     assert written(redis, request.id) == theirs
+
+
+# --- task events ---------------------------------------------------------------------------------
+
+
+def heard(redis: redis_py.Redis, send: Callable[[], object]) -> tuple[str, dict[str, Any]]:
+    """The first message that `send` publishes: its topic, and what stands in it."""
+    with redis.pubsub() as listening:
+        listening.psubscribe("*celeryev*")
+        assert listening.get_message(timeout=5) is not None
+        send()
+        message = listening.get_message(timeout=5)
+        assert message is not None
+    return message["channel"].decode(), json.loads(message["data"])
+
+
+@pytest.mark.parametrize("prefix", ["", "team1:"])
+def test_events_are_published_as_celerys_dispatcher_does(
+    redis: redis_py.Redis, redis_url: str, prefix: str
+) -> None:
+    app = make_app(Settings.load(redis_url=redis_url, global_keyprefix=prefix))
+    events = [
+        {"type": "task-started", "uuid": f"ü{n}", "timestamp": 1.5, "eta": None} for n in "ab"
+    ]
+    with app.connection_for_write() as connection:
+        dispatcher = app.events.Dispatcher(
+            connection, hostname="w@h", buffer_group=["task"], buffer_limit=2
+        )
+
+        def stock() -> None:
+            for event in events:
+                fields = {name: value for name, value in event.items() if name != "type"}
+                dispatcher.send(event["type"], **fields)
+
+        topic, message = heard(redis, stock)
+        body = json.loads(base64.b64decode(message["body"]))
+    ours = celery_private.event_message(body, "task.multi", "w@h")
+    mine = celery_private.event_topic(prefix, 0, "task.multi")
+    redis.publish(mine, ours)
+    assert heard(redis, lambda: redis.publish(mine, ours))[0] == topic
+    got = json.loads(ours)
+    assert json.loads(base64.b64decode(got.pop("body"))) == body
+    for each in (got, message):
+        each.pop("body", None)
+        assert each["properties"].pop("delivery_tag")
+    assert got == message
+    assert [each["uuid"] for each in body] == ["üa", "üb"]
+    assert {"hostname", "utcoffset", "pid", "clock"} <= body[0].keys()
+    let_go(app)
+
+
+def test_whether_task_events_are_on_is_what_remote_control_sets(app: Celery) -> None:
+    """Stock `disable_events` needs the groups of events by name: with -E there are none."""
+    with app.connection_for_write() as connection:
+        for groups, at_first in ((None, True), (["worker"], False)):
+            dispatcher = app.events.Dispatcher(connection, groups=groups)
+            consumer = SimpleNamespace(event_dispatcher=dispatcher)
+            state = SimpleNamespace(consumer=consumer)
+            assert celery_private.task_events_enabled(consumer) is at_first
+            celery_private.name_event_groups(consumer)
+            assert celery_private.task_events_enabled(consumer) is at_first
+            for command, expected in (
+                (control.enable_events, True),
+                (control.disable_events, False),
+            ):
+                assert command(state)["ok"]
+                assert celery_private.task_events_enabled(consumer) is expected
+            assert "worker" in dispatcher.groups
+    assert celery_private.task_events_enabled(SimpleNamespace(event_dispatcher=None)) is None
+    assert celery_private.task_events_enabled(None) is None

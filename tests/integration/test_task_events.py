@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -62,7 +65,7 @@ def shared(redis_kind: str, models: Path) -> Iterator[tuple[Worker, Celery, List
         app = opened.enter_context(stock_app(server.url))
         listener = opened.enter_context(Listener(app, redis))
         worker = opened.enter_context(Worker(server.url, models, ["m", "slow"], args=["-E"]))
-        listener.wait_for(lambda event: event["type"] == "worker-online", "Celery's side is up")
+        until_up(worker)
         yield worker, app, listener, opened.enter_context(Client(server.url))
 
 
@@ -84,6 +87,11 @@ def listener(shared: tuple[Worker, Celery, Listener, Client]) -> Listener:
 @pytest.fixture
 def client(shared: tuple[Worker, Celery, Listener, Client]) -> Client:
     return shared[3]
+
+
+def until_up(worker: Worker) -> None:
+    """Wait until Celery's side of it is, too: for remote control."""
+    until(lambda: " ready." in worker.log, what="Celery's side is up")
 
 
 def types(events: list[dict[str, Any]]) -> list[str]:
@@ -228,7 +236,7 @@ def test_a_request_that_cost_a_worker_its_life_is_shown_as_tried_again(
         Client(redis_url) as client,
         Worker(redis_url, models, ["slow"], name="first", env=fast_lease, args=["-E"]) as first,
     ):
-        until(lambda: "ready." in first.log, what="Celery's side is up")
+        until_up(first)
         pending = client.submit("slow", {"x": numbered(1)})
         until(lambda: "task-started" in listener.types(pending.request_id), what="it computes")
         first.kill()
@@ -251,7 +259,7 @@ def test_a_stopping_worker_tells_what_it_still_ends_and_is_offline_then(
         Client(redis_url) as client,
         Worker(redis_url, models, ["slow"], args=["-E"]) as worker,
     ):
-        listener.wait_for(lambda event: event["type"] == "worker-online", "Celery's side is up")
+        until_up(worker)
         pending = client.submit("slow", {"x": numbered(1)})
         until(lambda: "task-started" in listener.types(pending.request_id), what="it computes")
         assert worker.stop() == 0
@@ -278,9 +286,9 @@ def test_events_are_enabled_and_disabled_as_stock_celery_has_it(
         stock_app(redis_url) as app,
         Listener(app, redis) as listener,
         Client(redis_url) as client,
-        Worker(redis_url, models, ["m"], args=args),
+        Worker(redis_url, models, ["m"], args=args) as worker,
     ):
-        listener.wait_for(lambda event: event["type"] == "worker-online", "Celery's side is up")
+        until_up(worker)
 
         def serve() -> str:
             pending = client.submit("m", {"x": numbered(1, WIDTH)})
@@ -346,7 +354,7 @@ def test_above_the_cap_requests_are_left_out_whole_and_what_fails_never_is(
             redis_url, models, ["fast"], args=["-E"], env={"INFERQ_EVENTS_PER_S": str(cap)}
         ) as worker,
     ):
-        listener.wait_for(lambda event: event["type"] == "worker-online", "Celery's side is up")
+        until_up(worker)
         ids = serve_many(client, count, lambda n: float(FAULT_RAISE if n % every == 0 else n))
         failed = ids[::every]
         for request_id in failed:
@@ -369,12 +377,63 @@ def test_at_a_cap_of_nothing_only_failures_are_told(
         stock_app(redis_url) as app,
         Listener(app, redis) as listener,
         Client(redis_url) as client,
-        Worker(redis_url, models, ["fast"], args=["-E"], env={"INFERQ_EVENTS_PER_S": "0"}),
+        Worker(
+            redis_url, models, ["fast"], args=["-E"], env={"INFERQ_EVENTS_PER_S": "0"}
+        ) as worker,
     ):
-        listener.wait_for(lambda event: event["type"] == "worker-online", "Celery's side is up")
+        until_up(worker)
         ids = serve_many(client, 20, lambda n: float(FAULT_RAISE if n == 19 else n))
         assert types(listener.whole(ids[19])) == FAILURE
         assert set(listener.tasks) == {ids[19]}
+
+
+def test_at_full_load_heartbeats_go_on_and_the_worker_answers(
+    redis: redis_py.Redis, redis_url: str, models: Path
+) -> None:
+    """With a no-op model and two clients, as fast as they can."""
+    cap, seconds, in_flight = 100, 8.0, 1_000
+    rows = [np.full((1, 4), n, np.float32) for n in range(8)]
+    over = threading.Event()
+
+    def ask_on() -> int:
+        with Client(redis_url) as client:
+            items = (
+                {"x": rows[n % 8]}
+                for n in itertools.takewhile(lambda _: not over.is_set(), itertools.count())
+            )
+            return sum(1 for _ in client.map("fast", items, in_flight=in_flight))
+
+    with (
+        stock_app(redis_url) as app,
+        Listener(app, redis) as listener,
+        Worker(
+            redis_url, models, ["fast"], args=["-E"], env={"INFERQ_EVENTS_PER_S": str(cap)}
+        ) as worker,
+        ThreadPoolExecutor(2) as asking,
+    ):
+        until_up(worker)
+        began, before = time.monotonic(), len(listener.events)
+        served = [asking.submit(ask_on) for _ in range(2)]
+        try:
+            while time.monotonic() < began + seconds:
+                asked = time.monotonic()
+                assert app.control.ping(timeout=5, limit=1)
+                assert time.monotonic() - asked < 2
+                assert all(each.alive for each in listener.workers())
+                over.wait(0.5)
+            took, events = time.monotonic() - began, listener.events[before:]
+        finally:
+            over.set()
+        done = sum(each.result(30) for each in served)
+        assert done > 10 * cap * took, "the load was heavy"
+        beats = [event["timestamp"] for event in events if event["type"] == "worker-heartbeat"]
+        assert max(np.diff(beats), default=99) < 5
+        assert len(events) - len(beats) <= 3 * cap * (took + 1)
+        assert worker.stop() == 0
+        until(lambda: not any(each.alive for each in listener.workers()), what="it is offline")
+        told = listener.tasks.values()
+        assert len(told) > cap * took / 2
+        assert all(types(each) == SUCCESS for each in told)
 
 
 # --- faults --------------------------------------------------------------------------------------
@@ -391,7 +450,7 @@ def test_requests_are_answered_where_nobody_may_publish_events(
         Client(server.url) as client,
         Worker(server.url, models, ["m"], args=["-E", *lean]) as worker,
     ):
-        until(lambda: "ready." in worker.log, what="Celery's side is up")
+        until_up(worker)
         channels = ["&inferq:*", "&celery-task-meta-*", "&/0.celery.pidbox"]
         redis.execute_command("ACL", "SETUSER", "default", "resetchannels", *channels)
         for n in range(3):
@@ -413,9 +472,9 @@ def test_events_go_on_after_a_restart_of_redis(
         redis_py.Redis.from_url(server.url) as redis,
         stock_app(server.url) as app,
         Listener(app, redis) as listener,
-        Worker(server.url, models, ["m", "slow"], args=["-E"]),
+        Worker(server.url, models, ["m", "slow"], args=["-E"]) as worker,
     ):
-        listener.wait_for(lambda event: event["type"] == "worker-online", "Celery's side is up")
+        until_up(worker)
         with Client(server.url) as client:
             cut = client.submit("slow", {"x": numbered(1)})
             until(lambda: "task-started" in listener.types(cut.request_id), what="it computes")

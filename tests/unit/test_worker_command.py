@@ -124,6 +124,11 @@ def test_without_a_choice_one_child_runs_as_its_models_say(worker: _Commanded) -
     assert _chosen(child).keys() <= {"CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES"}
 
 
+def test_children_send_task_events_unless_told_not_to(worker: _Commanded, nvml: Any) -> None:
+    assert ["-E" in child.command for child in worker("--gpu", "all")] == [True, True]
+    assert "-E" not in worker("--no-events")[0].command
+
+
 def test_the_cpu_is_one_child(worker: _Commanded, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (child,) = worker("--cpu")
