@@ -216,7 +216,7 @@ def test_a_plan_is_verified_where_it_is_built_and_one_that_differs_fails(
     assert "from the cache" in verified.stdout
     assert "verified: differs by 0" in verified.stdout
     assert verified.stderr.splitlines() == [
-        "Reading model double", "Hashing the model",
+        "Reading model double", "Hashing the model", "Looking for the plan",
         "Verifying: ONNX Runtime", "Verifying: the plan",
     ]  # fmt: skip
 

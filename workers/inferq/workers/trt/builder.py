@@ -57,16 +57,16 @@ def ensure_plan(
     plan in the folder is altered, the model cannot be built, or another process has been building
     it for `plan_lock.LOCK_WAIT_S`; BuildStopped.
     """
+    folder.open()
     with phase(progress, "Hashing the model"):
         key = plan_key(order)
-    folder.open()
     spec = order.spec
     with folder.lock(spec.name, spec.version, key, progress=progress) as writable:
         if not force:
-            for each in _acceptable(order, key):
-                plan = folder.find(spec.name, spec.version, each)
-                if plan is not None:
-                    return plan
+            with phase(progress, "Looking for the plan"):
+                plan = _found(order, key, folder)
+            if plan is not None:
+                return plan
         if not writable:
             raise ConfigError(
                 f"{folder.path} cannot be written, and holds no such plan of model {spec.name!r}; "
@@ -97,6 +97,14 @@ def plan_key(order: Order) -> PlanKey:
         precision=order.precision,
         ranges=order.ranges,
     )
+
+
+def _found(order: Order, key: PlanKey, folder: PlanFolder) -> Plan | None:
+    for each in _acceptable(order, key):
+        plan = folder.find(order.spec.name, order.spec.version, each)
+        if plan is not None:
+            return plan
+    return None
 
 
 def _acceptable(order: Order, key: PlanKey) -> list[PlanKey]:
