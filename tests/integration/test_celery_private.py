@@ -328,7 +328,7 @@ def test_what_follows_on_a_request_is_what_celery_publishes(
 
 def heard(redis: redis_py.Redis, send: Callable[[], object]) -> tuple[str, dict[str, Any]]:
     """The first message that `send` publishes: its topic, and what stands in it."""
-    with redis.pubsub() as listening:
+    with redis.pubsub() as listening:  # type: ignore[no-untyped-call]
         listening.psubscribe("*celeryev*")
         assert listening.get_message(timeout=5) is not None
         send()

@@ -75,12 +75,12 @@ def test_many_events_go_out_in_order_in_messages_of_a_size(
     redis: redis_py.Redis, redis_url: str
 ) -> None:
     sending = publisher(redis_url)
-    with redis.pubsub() as listening:
+    with redis.pubsub() as listening:  # type: ignore[no-untyped-call]
         listening.psubscribe("/0.celeryev/*")
         assert listening.get_message(timeout=5) is not None
         assert sending.put(events(MAX_AT_ONCE + 1))
         sending.start()
-        topics = []
+        topics: list[bytes] = []
         while len(topics) < 2:
             message = listening.get_message(timeout=5)
             assert message is not None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from typing import Any, Final
 
 import msgspec
@@ -174,7 +175,12 @@ def nbytes(tensors: Tensors) -> int:
 
 def describe(array: Array) -> str:
     """``<1x3x224x224 float32>``: short, for Flower, logs and messages."""
-    return f"<{'x'.join(map(str, array.shape)) or 'scalar'} {array.dtype.name}>"
+    return _described(array.shape, array.dtype)
+
+
+@lru_cache(maxsize=1024)
+def _described(shape: tuple[int, ...], dtype: np.dtype[Any]) -> str:
+    return f"<{'x'.join(map(str, shape)) or 'scalar'} {dtype.name}>"
 
 
 def most_bytes(advert: ModelAdvert) -> int:

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 Event = dict[str, Any]
 
 #: Seconds that events wait for more of them.
-GATHER_S: Final = 0.05
+GATHER_S: Final = 0.1
 #: Events that wait to be published; of half as many on, no new request is told of.
 MAX_QUEUED: Final = 20_000
 #: Events in one message.
@@ -68,6 +68,7 @@ class EventPublisher:
         self._wake = threading.Event()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="inferq-events", daemon=True)
+        self._sent = False
         self._said_at = -SAY_EVERY_S
         self._said = (0, 0)
         #: Events that were not sent, since the start.
@@ -108,8 +109,8 @@ class EventPublisher:
         deadline = time.monotonic() + LAST_S
         while self._queue and self._flush() and time.monotonic() < deadline:
             pass
-        # Celery has said so already, before these events brought the worker back to life.
-        self._publish("worker.offline", {"type": "worker-offline", "timestamp": time.time()})
+        if self._sent:  # Celery has said so already, but each event brings a worker back to life
+            self._publish("worker.offline", {"type": "worker-offline", "timestamp": time.time()})
         self._client.close()
 
     def _flush(self) -> bool:
@@ -129,6 +130,7 @@ class EventPublisher:
         try:
             message = celery_private.event_message(body, routing_key, self._node)
             self._client.publish(topic, message)
+            self._sent = True
         except BROKEN as problem:
             self.dropped += len(events)
             logger.debug("%d events were not published: %s", len(events), problem)
