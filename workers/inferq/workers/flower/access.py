@@ -1,0 +1,62 @@
+"""Who may see Flower: on loopback who is on this machine, elsewhere who has the password."""
+
+from __future__ import annotations
+
+import ipaddress
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from inferq.shared.errors import ConfigError
+
+VARIABLE: Final = "INFERQ_FLOWER_BASIC_AUTH"
+LOOPBACK: Final = "127.0.0.1"
+#: The user of a password that is made up.
+USER: Final = "inferq"
+_RANDOM_BYTES: Final = 18
+
+
+@dataclass(frozen=True)
+class Access:
+    """What Flower is told. `made` is true of a password that nobody knows yet."""
+
+    #: "user:password" each; empty: everybody is let in.
+    basic_auth: tuple[str, ...]
+    made: bool = False
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can reach `address`, a name or number to listen on."""
+    if address == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(address.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def decide(
+    address: str, given: Sequence[str], variable: str | None, *, other_login: bool = False
+) -> Access:
+    """Who is let in to a Flower that listens on `address`.
+
+    `given` was set as Flower's own option, `variable` is the value of `VARIABLE`; `other_login`:
+    Flower asks for an OAuth account. ConfigError: one of them is no user:password.
+    """
+    credentials = tuple(given) or tuple((variable or "").split(",") if variable else ())
+    for each in credentials:
+        _check(each)
+    if credentials or other_login or is_loopback(address):
+        return Access(credentials)
+    return Access((f"{USER}:{secrets.token_urlsafe(_RANDOM_BYTES)}",), made=True)
+
+
+def _check(credential: str) -> None:
+    """ConfigError, without a word of the password, for what Flower could not compare."""
+    user, colon, password = credential.partition(":")
+    if not (colon and user and password and credential.isascii() and credential.isprintable()):
+        raise ConfigError(
+            f"--basic-auth or {VARIABLE} is (hidden); expected user:password, or several of them "
+            "between commas, of printable ASCII characters and no comma within"
+        )

@@ -1,0 +1,81 @@
+"""``inferq flower``: stock Flower, with inferq's configuration."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from inferq.shared.errors import InferqError
+
+_OWN = "--conf refused: inferq flower brings a configuration of its own; expected, in a file for "
+_OWN += "celery's flower command, `from inferq.workers.flower.setup import set_up; set_up()`"
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.option(
+    "--redis-url", envvar=["INFERQ_REDIS_URL", "CELERY_BROKER_URL"],
+    help="Where the queues are. Also: INFERQ_REDIS_URL, CELERY_BROKER_URL.",
+)  # fmt: skip
+@click.option(
+    "--address", default="127.0.0.1", show_default=True, envvar="FLOWER_ADDRESS",
+    help="Listen here. Also: FLOWER_ADDRESS.",
+)  # fmt: skip
+@click.option(
+    "--port", default=5555, show_default=True, envvar="FLOWER_PORT",
+    type=click.IntRange(0, 65535), help="Also: FLOWER_PORT.",
+)  # fmt: skip
+@click.option(
+    "--basic-auth", metavar="USER:PASSWORD", envvar="INFERQ_FLOWER_BASIC_AUTH",
+    help="Let in only who knows it. Off loopback one is made up and printed if none is given. "
+    "Also, and better, since others see a command line: INFERQ_FLOWER_BASIC_AUTH.",
+)  # fmt: skip
+@click.argument("flower_options", nargs=-1, type=click.UNPROCESSED)
+def flower(
+    redis_url: str | None,
+    address: str,
+    port: int,
+    basic_auth: str | None,
+    flower_options: tuple[str, ...],
+) -> None:
+    """Show queues, workers and the page Inference in a browser.
+
+    Becomes ``celery -A inferq.workers.app flower --conf=…``. FLOWER_OPTIONS go to Flower as they
+    are (--url-prefix=flower, --max-tasks=10000, --persistent=true, …).
+    """
+    from inferq.shared.connect import redis_client  # noqa: PLC0415 (heavy)
+    from inferq.shared.settings import Settings  # noqa: PLC0415
+    from inferq.workers.flower import CONF, access  # noqa: PLC0415
+
+    try:
+        settings = Settings.load(redis_url=redis_url)
+        redis_client(settings.redis_url, sentinel_master=settings.sentinel_master).close()
+        access.decide(address, (), basic_auth)
+    except InferqError as problem:
+        raise click.ClickException(problem.message) from problem
+    _check_options(flower_options)
+    environment = {**os.environ, "INFERQ_REDIS_URL": settings.redis_url}
+    if basic_auth:
+        environment[access.VARIABLE] = basic_auth
+        environment.pop("FLOWER_BASIC_AUTH", None)
+    command = [
+        sys.executable, "-m", "celery", "-A", "inferq.workers.app", "flower",
+        f"--conf={CONF}", f"--address={address}", f"--port={port}", *flower_options,
+    ]  # fmt: skip
+    sys.stdout.flush()
+    os.execve(sys.executable, command, environment)  # noqa: S606 (no shell is wanted)
+
+
+def _check_options(given: tuple[str, ...]) -> None:
+    """Flower itself passes over what it does not know."""
+    from flower.options import options as known  # noqa: PLC0415 (an extra)
+
+    for option in given:
+        name, _, _ = option.removeprefix("--").partition("=")
+        if not option.startswith("--"):
+            raise click.UsageError("an argument without --; expected --name=value")
+        if name not in known:
+            raise click.UsageError(f"--{name} is no option of Flower; expected --name=value")
+        if name == "conf":
+            raise click.UsageError(_OWN)

@@ -1,0 +1,85 @@
+"""The Broker page's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from inferq.shared.names import queue_of
+from inferq.workers.depths import Depth
+from inferq.workers.flower.readings import Reading
+from inferq.workers.printing import age
+
+
+@dataclass(frozen=True, kw_only=True)
+class Queue:
+    """One queue; `depth` is of a model's, None: the queue is another's."""
+
+    name: str
+    messages: int
+    depth: Depth | None = None
+
+    @property
+    def by_priority(self) -> str:
+        """Such as "0: 12, 9: 3"; empty unless other priorities than the default wait."""
+        split = self.depth.by_priority if self.depth else {}
+        waiting = {step: count for step, count in split.items() if count}
+        return ", ".join(f"{step}: {n}" for step, n in waiting.items()) if any(waiting) else ""
+
+    @property
+    def oldest(self) -> str | None:
+        """How long the oldest waits."""
+        seconds = self.depth.oldest_age_s if self.depth else None
+        return None if seconds is None else age(seconds)
+
+    @property
+    def warning(self) -> str | None:
+        """What an operator should look at."""
+        if self.depth is None:
+            return None
+        if self.depth.depth and not self.depth.consumers:
+            return "no worker consumes it"
+        if self.depth.near_limit:
+            return f"near its limit of {self.depth.max_queue_depth}"
+        return None
+
+    def as_json(self) -> Mapping[str, Any]:
+        """Flower's keys first, then ours."""
+        depth = self.depth
+        if depth is None:
+            return {"name": self.name, "messages": self.messages}
+        return {
+            "name": self.name,
+            "messages": self.messages,
+            "messages_ready": self.messages,
+            "messages_unacknowledged": depth.claimed,
+            "consumers": depth.consumers,
+            "by_priority": {str(step): count for step, count in depth.by_priority.items()},
+            "oldest_age_s": depth.oldest_age_s,
+            "later": depth.later,
+            "dead_letters": depth.dead,
+            "limit": depth.max_queue_depth,
+        }
+
+
+def queues(reading: Reading, consumed: Collection[str]) -> list[Queue]:
+    """All queues of models, then those of others that are `consumed` or hold something."""
+    ours = [
+        Queue(name=queue_of(depth.model), messages=depth.depth, depth=depth)
+        for depth in reading.depths.models
+    ]
+    others = [Queue(name=name, messages=n) for name, n in sorted(reading.foreign.items())]
+    return ours + [queue for queue in others if queue.messages or queue.name in consumed]
+
+
+def notes(reading: Reading) -> list[str]:
+    """What the rows leave out."""
+    told = []
+    if reading.left_out:
+        told.append(f"{reading.left_out} more models are not shown.")
+    if reading.depths.later_unread:
+        told.append(
+            f"{reading.depths.later_unread} more requests with an ETA, of models not looked at."
+        )
+    return told

@@ -1,0 +1,67 @@
+"""What `flowerconfig.py` does: Flower's options, then its pages."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Any
+
+import flower
+from tornado.options import options
+
+from inferq.shared.connect import redis_client
+from inferq.shared.errors import ConfigError
+from inferq.shared.settings import Settings
+from inferq.workers.flower import access, flower_private
+from inferq.workers.flower.readings import CONNECT_TIMEOUT_S, SOCKET_TIMEOUT_S, Readings
+
+logger = logging.getLogger(__name__)
+
+
+def set_up() -> None:
+    """Configure the Flower that is starting in this process. SystemExit: a setting is bad."""
+    try:
+        _decide_access(options)
+        settings = Settings.load()
+        client = redis_client(
+            settings.redis_url,
+            sentinel_master=settings.sentinel_master,
+            socket_connect_timeout=CONNECT_TIMEOUT_S,
+            socket_timeout=SOCKET_TIMEOUT_S,
+        )
+    except ConfigError as problem:
+        raise SystemExit(f"inferq: {problem.message}") from None
+    if not flower_private.is_tested(flower.__version__):
+        logger.warning(
+            "Flower %s was not tested with this inferq, which knows %s.x: its own pages are shown, "
+            "without depths of queues that no worker consumes and without the page Inference",
+            flower.__version__,
+            flower_private.TESTED,
+        )
+        return
+    try:
+        flower_private.install(Readings(client, settings.names()), settings.redis_url)
+    except flower_private.Changed as problem:
+        logger.warning("Flower %s: %s; its own pages are shown", flower.__version__, problem)
+
+
+def _decide_access(options: Any) -> None:
+    if not options.address:  # stock Flower would listen on all of them
+        options.address = access.LOOPBACK
+    # Whoever reaches a Unix socket is on this machine.
+    address = access.LOOPBACK if options.unix_socket else options.address
+    given = options.basic_auth or []
+    decided = access.decide(
+        address, given, os.environ.get(access.VARIABLE), other_login=bool(options.auth)
+    )
+    if decided.made:
+        user, _, password = decided.basic_auth[0].partition(":")
+        sys.stderr.write(
+            f"inferq: Flower listens on {address}, and no --basic-auth or {access.VARIABLE} "
+            "is set.\n"
+            f"inferq: until it ends, the user is {user} and the password {password}\n"
+        )
+        sys.stderr.flush()
+    if decided.basic_auth:
+        options.basic_auth = list(decided.basic_auth)
