@@ -8,23 +8,28 @@ Flower's is touched. `TESTED` is what the tests of this module hold for; see `is
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import hashlib
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 from flower import urls
 from flower.api.tasks import GetQueueLengths
 from flower.views import BaseHandler
 from flower.views.broker import BrokerView
 from flower.views.monitor import Metrics
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from tornado import web
 from tornado.routing import URLSpec
 from tornado.template import Loader, ParseError, Template
 
 from inferq.shared.connect import redact
 from inferq.workers.flower import rows
+from inferq.workers.flower.figures import Figures
 from inferq.workers.flower.readings import Readings, Told
 
 #: The releases of Flower that this was tested with.
@@ -59,7 +64,10 @@ def install(readings: Readings, redis_url: str) -> None:
     loader.check()
     urls.handlers[:] = routes
     urls.settings.update(
-        template_loader=loader, inferq_readings=readings, inferq_redis_url=redact(redis_url)
+        template_loader=loader,
+        inferq_readings=readings,
+        inferq_figures=Figures(),
+        inferq_redis_url=redact(redis_url),
     )
 
 
@@ -141,7 +149,7 @@ class BrokerPage(BrokerView):  # type: ignore[misc]
             broker_url=self.settings["inferq_redis_url"],
             problem=told.problem,
             queues=rows.queues(told.reading, _consumed(self)) if told.reading else [],
-            notes=rows.notes(told.reading) if told.reading else [],
+            notes=told.reading.notes() if told.reading else [],
         )
 
 
@@ -166,12 +174,15 @@ class QueueLengths(GetQueueLengths):  # type: ignore[misc]
 
 
 class GuardedMetrics(Metrics):  # type: ignore[misc]
-    """Flower's metrics, for those only who may see its pages."""
+    """Flower's metrics and the depths, for those only who may see the pages."""
 
     async def get(self) -> None:
         if not self.current_user:
             raise web.HTTPError(403)
-        await super().get()
+        self.application.purge_offline_worker_metrics()
+        loop = asyncio.get_running_loop()  # the depths are waited for
+        self.set_header("Content-Type", CONTENT_TYPE_LATEST)
+        self.write(await loop.run_in_executor(None, generate_latest))
 
 
 class InferencePage(BaseHandler):  # type: ignore[misc]
@@ -208,5 +219,9 @@ class InferenceData(BaseHandler):  # type: ignore[misc]
 
     @web.authenticated
     async def get(self) -> None:
-        await _latest(self)
-        self.write({})
+        told = await _latest(self)
+        figures: Figures = self.settings["inferq_figures"]
+        page = figures.page(told.reading, told.problem, time.monotonic())
+        self.set_header("Content-Type", "application/json")
+        self.set_header("Cache-Control", "no-store")
+        self.write(msgspec.json.encode(page))

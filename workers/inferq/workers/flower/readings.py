@@ -15,6 +15,8 @@ from redis.exceptions import RedisError
 
 from inferq.shared.names import Names, model_of
 from inferq.workers.depths import DepthReader, Depths
+from inferq.workers.metrics.counts import WorkerStats
+from inferq.workers.metrics.published import read_stats
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +40,23 @@ LOOK_SHARE: Final = 20
 class Reading:
     """One look at Redis."""
 
-    #: time.monotonic() and time.time() at its end.
+    #: time.monotonic() at its end.
     at: float
-    wall: float
     depths: Depths
     #: Messages in queues that are none of ours, by name.
     foreign: Mapping[str, int]
+    stats: Sequence[WorkerStats]
     #: Models beyond `MODELS`.
     left_out: int
+
+    def notes(self) -> list[str]:
+        """What is not shown, in words."""
+        unread = self.depths.later_unread
+        told = {
+            f"{self.left_out} more models are not shown.": self.left_out,
+            f"{unread} more requests with an ETA are not counted to their model.": unread,
+        }
+        return [note for note, count in told.items() if count]
 
 
 @dataclass(frozen=True)
@@ -115,9 +126,9 @@ class Readings:
         return Reading(
             depths=depths,
             foreign=self._lengths(foreign),
+            stats=read_stats(self._client, self._names),
             left_out=self._look.left_out,
             at=self._clock(),
-            wall=time.time(),
         )
 
     def _look_for_models(self) -> None:

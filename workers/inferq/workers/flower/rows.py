@@ -71,15 +71,3 @@ def queues(reading: Reading, consumed: Collection[str]) -> list[Queue]:
     ]
     others = [Queue(name=name, messages=n) for name, n in sorted(reading.foreign.items())]
     return ours + [queue for queue in others if queue.messages or queue.name in consumed]
-
-
-def notes(reading: Reading) -> list[str]:
-    """What the rows leave out."""
-    told = []
-    if reading.left_out:
-        told.append(f"{reading.left_out} more models are not shown.")
-    if reading.depths.later_unread:
-        told.append(
-            f"{reading.depths.later_unread} more requests with an ETA, of models not looked at."
-        )
-    return told

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import flower
+from prometheus_client import REGISTRY
 from tornado.options import options
 
 from inferq.shared.connect import redis_client
@@ -15,6 +16,7 @@ from inferq.shared.errors import ConfigError
 from inferq.shared.settings import Settings
 from inferq.workers.flower import access, flower_private
 from inferq.workers.flower.readings import CONNECT_TIMEOUT_S, SOCKET_TIMEOUT_S, Readings
+from inferq.workers.metrics.prometheus import DepthCollector
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +42,13 @@ def set_up() -> None:
             flower_private.TESTED,
         )
         return
+    names = settings.names()
     try:
-        flower_private.install(Readings(client, settings.names()), settings.redis_url)
+        flower_private.install(Readings(client, names), settings.redis_url)
     except flower_private.Changed as problem:
         logger.warning("Flower %s: %s; its own pages are shown", flower.__version__, problem)
+        return
+    REGISTRY.register(DepthCollector(client, names))
 
 
 def _decide_access(options: Any) -> None:
