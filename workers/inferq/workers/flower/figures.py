@@ -144,10 +144,11 @@ class Figures:
     def __init__(self) -> None:
         self._known: dict[str, _Known] = {}
         self._courses: dict[str, _Course] = {}
-        self._seen_at = 0.0
-        self._point_at = 0.0
+        self._seen_at: float | None = None
+        self._point_at = float("-inf")
         self._models: list[ModelRow] = []
         self._workers: list[WorkerRow] = []
+        self._left_out = 0
 
     def page(self, reading: Reading | None, problem: str | None, now: float) -> Page:
         """`now`: of time.monotonic()."""
@@ -161,11 +162,12 @@ class Figures:
             workers=self._workers,
             age_s=round(max(0.0, now - reading.at), 1),
             problem=problem,
-            notes=reading.notes(),
+            notes=reading.notes() + self._notes(),
         )
 
     def _see(self, reading: Reading) -> None:
         stats = reading.stats[:WORKERS]
+        self._left_out = len(reading.stats) - len(stats)
         self._know(stats, reading.at)
         depths = {depth.model: depth for depth in reading.depths.models}
         served: dict[str, list[ModelStats]] = {name: [] for name in depths}
@@ -182,10 +184,14 @@ class Figures:
             course = self._courses[name]
             if add_point:
                 course.depths.append(depths[name].depth if name in depths else 0)
-                course.rates.append(round(rates.requests_per_s, 2) if rates else 0.0)
+                if rates:
+                    course.rates.append(rates.requests_per_s)
             rows.append(_row(name, depths.get(name), stats_of_model, rates, course))
         self._models = sorted(rows, key=lambda row: row.model)
         self._workers = [self._worker(worker, reading) for worker in stats]
+
+    def _notes(self) -> list[str]:
+        return [f"{self._left_out} more workers are not shown."] if self._left_out else []
 
     def _know(self, stats: Sequence[WorkerStats], now: float) -> None:
         live = {worker.incarnation for worker in stats}

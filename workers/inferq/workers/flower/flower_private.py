@@ -29,7 +29,7 @@ from tornado.template import Loader, ParseError, Template
 
 from inferq.shared.connect import redact
 from inferq.workers.flower import rows
-from inferq.workers.flower.figures import Figures
+from inferq.workers.flower.figures import WINDOW_S, Figures
 from inferq.workers.flower.readings import Readings, Told
 
 #: The releases of Flower that this was tested with.
@@ -190,7 +190,7 @@ class InferencePage(BaseHandler):  # type: ignore[misc]
 
     @web.authenticated
     async def get(self) -> None:
-        self.render("inference.html", asset=self._asset)
+        self.render("inference.html", asset=self._asset, window=f"{WINDOW_S:.0f}")
 
     def _asset(self, name: str) -> str:
         digest = hashlib.sha256(_asset(name)).hexdigest()[:12]

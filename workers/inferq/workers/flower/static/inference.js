@@ -54,7 +54,7 @@
 
   function seconds(value) {
     if (value < 0.001) {
-      return (value * 1e6).toPrecision(2).replace(/\.0$/, "") + " µs";
+      return (value * 1e6).toLocaleString("en-US", { maximumSignificantDigits: 3 }) + " µs";
     }
     if (value < 1) {
       return (value * 1000).toLocaleString("en-US", { maximumSignificantDigits: 3 }) + " ms";
@@ -168,25 +168,36 @@
     );
   }
 
-  function spark(points) {
+  function spark(name, points, read) {
     var highest = Math.max.apply(null, points);
-    if (points.length < 3 || !(highest > 0)) {
+    if (points.length < 3) {
       return null;
     }
     var width = 300;
-    var height = 44;
+    var height = 40;
     var line = points.map(function (value, n) {
       var x = (n / (points.length - 1)) * width;
-      return x.toFixed(1) + "," + (height - 2 - (value / highest) * (height - 6)).toFixed(1);
+      var y = height - 1 - (highest > 0 ? value / highest : 0) * (height - 4);
+      return x.toFixed(1) + "," + y.toFixed(1);
     }).join(" ");
     var made = svg("svg", {
       class: "inference-spark", viewBox: "0 0 " + width + " " + height,
       preserveAspectRatio: "none", role: "img",
-      "aria-label": "Requests per second, at most " + rate(highest),
+      "aria-label": name + " of the last minutes, at most " + read(highest),
     });
     made.append(svg("polygon", { points: "0," + height + " " + line + " " + width + "," + height }));
     made.append(svg("polyline", { points: line }));
-    return made;
+    return el(
+      "figure", "inference-course", made,
+      el("figcaption", "", name, el("span", "", "highest " + read(highest)))
+    );
+  }
+
+  function courses(model) {
+    return el(
+      "div", "inference-courses",
+      spark("Requests/s", model.rate_points, rate), spark("Waiting", model.depth_points, count)
+    );
   }
 
   function batches(model) {
@@ -262,7 +273,7 @@
   }
 
   function modelCard(model) {
-    var left = el("div", "", facts(model), spark(model.rate_points));
+    var left = el("div", "", facts(model), courses(model));
     var card = el(
       "article", "inference-card", header(model),
       el("div", "inference-body", left, batches(model), split(model))
@@ -301,7 +312,9 @@
         list.append(fact("GPU busy", "gpu-busy", Math.round(gpu.utilisation_percent) + " %"));
       }
     }
-    list.append(fact("Models", "models", worker.models.join(", ")));
+    var served = fact("Models", "models", worker.models.join(", "));
+    served.className = "inference-wide";
+    list.append(served);
     var card = el("article", "inference-card", head, list);
     card.dataset.worker = worker.node;
     card.title = Object.keys(worker.versions).map(function (name) {
