@@ -380,7 +380,7 @@
     if (told.problem) {
       status(
         false, old === null ? "No figures" : "Figures of " + old + " ago",
-        told.problem + (old === null ? "" : " — what stands here was read " + old + " ago.")
+        sentence(told.problem) + (old === null ? "" : " What stands here was read " + old + " ago.")
       );
     } else if (old !== null && told.age_s > STALE_S) {
       status(false, "Figures of " + old + " ago", null);
@@ -389,10 +389,14 @@
     }
   }
 
+  function sentence(text) {
+    return text.replace(/\.?$/, ".");
+  }
+
   function lost(problem) {
     var old = lastAt === null ? "" :
-      " — what stands here was read " + duration((Date.now() - lastAt) / 1000) + " ago.";
-    status(false, "No answer", problem + old);
+      " What stands here was read " + duration((Date.now() - lastAt) / 1000) + " ago.";
+    status(false, "No answer", sentence(problem) + old);
   }
 
   async function ask() {
