@@ -315,6 +315,15 @@ def test_flower_gone_is_said_on_the_page(
     )
 
 
+def is_refused(page: Page, url: str) -> bool:
+    """Whether the browser is told 401 there; it may not even show that."""
+    try:
+        reply = page.goto(url)
+    except PlaywrightError as problem:
+        return "INVALID_AUTH_CREDENTIALS" in problem.message
+    return reply is not None and reply.status == 401
+
+
 def test_strangers_are_refused_and_who_has_the_password_sees_the_page(
     server: EmbeddedRedis, store: redis_py.Redis, visitor: Visitor
 ) -> None:
@@ -324,7 +333,6 @@ def test_strangers_are_refused_and_who_has_the_password_sees_the_page(
         for credentials in (None, "ops:wrong"):
             stranger = visitor.open(flower.url, wait=False, credentials=credentials)
             for path in ("/inference", "/inference/data", "/broker", "/workers", "/metrics"):
-                with pytest.raises(PlaywrightError, match="INVALID_AUTH_CREDENTIALS"):
-                    stranger.goto(f"{flower.url}{path}")
+                assert is_refused(stranger, f"{flower.url}{path}")
         page = visitor.open(f"{flower.url}/inference", credentials="ops:s3cret")
         shows(figure(page, "m", "depth"), "1")

@@ -120,6 +120,8 @@ class Page(msgspec.Struct, frozen=True, kw_only=True):
     age_s: float | None = None
     problem: str | None = None
     notes: Sequence[str] = ()
+    #: A percentile of so many seconds is one of as many or more.
+    longest_s: float = SECONDS[-1]
 
 
 @dataclass

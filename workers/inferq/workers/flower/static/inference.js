@@ -19,6 +19,8 @@
   var timer = null;
   var asking = false;
   var lastAt = null;
+  // Seconds; workers do not tell longer times apart.
+  var longest = Infinity;
 
   function el(tag, className) {
     var made = document.createElement(tag);
@@ -63,6 +65,10 @@
       return value.toLocaleString("en-US", { maximumSignificantDigits: 3 }) + " s";
     }
     return duration(value);
+  }
+
+  function latency(value) {
+    return value === null ? null : (value >= longest ? "over " : "") + seconds(value);
   }
 
   function duration(value) {
@@ -151,8 +157,8 @@
       "dl", "inference-facts",
       waiting(model),
       fact("Requests/s", "rate", rates ? rate(rates.requests_per_s) : null),
-      fact("p50", "p50", rates && rates.p50_s !== null ? seconds(rates.p50_s) : null),
-      fact("p95", "p95", rates && rates.p95_s !== null ? seconds(rates.p95_s) : null),
+      fact("p50", "p50", rates && latency(rates.p50_s)),
+      fact("p95", "p95", rates && latency(rates.p95_s)),
       fact("Oldest", "oldest", model.oldest_age_s === null ? null : seconds(model.oldest_age_s)),
       fact("Claimed", "claimed", count(model.claimed)),
       fact("Later", "later", count(model.later)),
@@ -251,7 +257,9 @@
       var piece = el("i", "part-" + part[0]);
       piece.style.width = (mean / total) * 100 + "%";
       piece.title = part[1] + ": " + seconds(mean);
-      stack.append(piece);
+      if (mean / total > 0.002) {
+        stack.append(piece);
+      }
       var figure = el("span", "", seconds(mean));
       figure.dataset.part = part[0];
       legend.append(
@@ -343,6 +351,7 @@
 
   function show(told) {
     var models = told.models;
+    longest = told.longest_s;
     var known = told.age_s !== null;
     var measured = models.some(function (model) { return model.rates; });
     total("rate", measured ? rate(sum(models, function (model) {
