@@ -4,6 +4,6 @@ Flower takes every name here that is an option of its own for that option's valu
 one is imported.
 """
 
-from inferq.workers.flower.setup import set_up
+from inferq.workers.flower.configure import configure
 
-set_up()
+configure()

@@ -21,7 +21,7 @@ from inferq.workers.metrics.prometheus import DepthCollector
 logger = logging.getLogger(__name__)
 
 
-def set_up() -> None:
+def configure() -> None:
     """Configure the Flower that is starting in this process. SystemExit: a setting is bad."""
     try:
         _decide_access(options)
