@@ -81,6 +81,8 @@ class Settings(BaseSettings):
     gpu: int | None = Field(default=None, ge=0)
     #: HOST:PORT at which the worker tells Prometheus what it does; None: nowhere.
     metrics: str | None = None
+    #: What a worker's log lines are: Celery's text, or JSON objects (docs/logs.md).
+    log_format: Literal["text", "json"] = "text"
     #: The worker's model repository; None: the worker's command line names it.
     models: Path | None = None
     #: Requests a second of which a worker sends task events, besides all that fail.

@@ -12,8 +12,10 @@ from inferq.shared.names import TASK
 from inferq.shared.settings import Settings
 from inferq.workers import control  # noqa: F401 - registers the remote control commands
 from inferq.workers.bootsteps import DataPlaneStep, QueuesStep
+from inferq.workers.logs import celery as logs
 
 settings = Settings.load()
+logs.stand_by(settings.log_format)
 app = make_app(settings)
 app.conf.inferq_settings = settings
 app.steps["worker"].add(DataPlaneStep)

@@ -24,6 +24,7 @@ from inferq.shared.celery_app import make_app
 from inferq.shared.errors import EngineError, from_wire
 from inferq.shared.settings import Settings
 from inferq.workers import celery_private
+from inferq.workers.logs.fields import about
 from inferq.workers.settle import DEAD_LETTER, FAILURE, Settlement
 
 logger = logging.getLogger(__name__)
@@ -100,10 +101,13 @@ class Canvas:
             try:
                 stored = self._publish(settlement, message)
             except Exception as problem:
+                told = about(settlement.request_id, model=settlement.model)
                 if not _passes(problem):
-                    logger.exception("links of %s cannot be published", settlement.request_id)
+                    logger.exception(
+                        "links of %s cannot be published", settlement.request_id, extra=told
+                    )
                     return self._failed(settlement, message, problem)
-                logger.warning("links of %s wait: %s", settlement.request_id, problem)
+                logger.warning("links of %s wait: %s", settlement.request_id, problem, extra=told)
                 self._stopping.wait(RETRY_S)
             else:
                 return replace(settlement, stored=True) if stored else settlement

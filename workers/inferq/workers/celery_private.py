@@ -18,6 +18,7 @@ import msgspec
 import pybase64
 from celery import Celery, states
 from celery.app.task import Context
+from celery.apps import worker as worker_program
 from celery.canvas import group, maybe_signature
 from celery.events.event import EVENT_EXCHANGE_NAME
 from celery.exceptions import TaskRevokedError
@@ -26,6 +27,7 @@ from celery.worker.consumer import Consumer
 from kombu.exceptions import MessageStateError
 
 from inferq.shared.resp import Command
+from inferq.workers.logs.fields import about
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +82,16 @@ def stop_worker(exitcode: int) -> None:
     By a warm shutdown: a cold one would end with status 0, whatever was asked for.
     """
     worker_state.should_stop = exitcode
+
+
+def be_quiet(worker: Any, say: Callable[[str], None]) -> None:
+    """Keep `worker` from printing its banner; what its signal handlers print goes to `say`."""
+    worker.quiet = True
+
+    def safe_say(text: str, *_: object) -> None:
+        say(text)
+
+    worker_program.safe_say = safe_say
 
 
 def is_terminating() -> bool:
@@ -150,13 +162,14 @@ def deliver(consumer: Consumer, message: bytes) -> None:
             raise  # The consumer starts anew, and the message goes back to its queue.
         except Exception as problem:
             task_id = raw["headers"]["id"]
-            logger.exception("task %s cannot be read", task_id)
+            told = about(task_id)
+            logger.exception("task %s cannot be read", task_id, extra=told)
             try:
                 consumer.app.backend.mark_as_failure(task_id, problem)
             except consumer.connection_errors:
                 raise
             except Exception:
-                logger.exception("task %s cannot be answered", task_id)
+                logger.exception("task %s cannot be answered", task_id, extra=told)
             channel.qos.reject(raw["properties"]["delivery_tag"])
 
     consumer.call_soon(receive)

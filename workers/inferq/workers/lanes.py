@@ -22,6 +22,7 @@ from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Slot
 from inferq.workers.engines.base import Batch, Lane
 from inferq.workers.intake import Failed, Revoked
+from inferq.workers.logs.fields import about
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,8 @@ class Finished(msgspec.Struct):
     #: Monotonic s.
     began: float = 0.0
     ended: float = 0.0
+    #: The number of the lane, from 0.
+    lane: int = 0
     #: False while the lanes have `ample` further batches: the results may wait for the next ones.
     hurry: bool = True
 
@@ -92,6 +95,7 @@ def execute(lane: Lane, items: Sequence[Waiting], knobs: Knobs) -> list[Outcome]
     bucket = knobs.bucket(rows) if knobs.batchable else rows
     batch = Batch([item.inputs for item in items], rows, bucket, knobs.batchable)
     started = time.monotonic() * 1000
+    outputs: Tensors | None
     try:
         outputs = lane.run(batch)
         if knobs.batchable:
@@ -100,7 +104,9 @@ def execute(lane: Lane, items: Sequence[Waiting], knobs: Knobs) -> list[Outcome]
         raise
     except Exception as problem:  # noqa: BLE001 - whatever an engine raises fails its request
         if len(items) == 1:
-            return [Outcome(items[0], None, None, _engine_error(problem))]
+            return [Outcome(items[0], None, None, _engine_error(items[0].ticket, problem))]
+        outputs = None  # what its parts raise does not follow from this
+    if outputs is None:
         half = len(items) // 2
         return [
             outcome
@@ -129,10 +135,11 @@ def _check_rows(outputs: Tensors, rows: int) -> None:
             raise EngineError(f"output {name!r} has {got} rows; expected {rows}, as the inputs")
 
 
-def _engine_error(problem: Exception) -> InferqError:
+def _engine_error(ticket: Ticket, problem: Exception) -> InferqError:
     if isinstance(problem, InferqError):
         return problem
-    logger.error("the engine raised", exc_info=problem)
+    told = about(ticket.id, model=ticket.model)
+    logger.error("the engine raised on %s", ticket.id, exc_info=problem, extra=told)
     return EngineError(f"{type(problem).__name__}: {problem}")
 
 
@@ -213,6 +220,7 @@ class Lanes:
             # kill point: lane-begun
             finished = self._compute(lane, job)
             finished.began, finished.ended = began, time.monotonic()
+            finished.lane = number
             finished.hurry = self._inbox.qsize() < self.ample
             self._computing[number] = None
             # kill point: lane-ended

@@ -34,6 +34,7 @@ from inferq.workers.lanes import Finished, Job
 from inferq.workers.lease import Lease
 from inferq.workers.ledger import LeaseLost, Ledger, QueueId, RedisFull
 from inferq.workers.link import Link, Waker
+from inferq.workers.logs.fields import about
 from inferq.workers.payloads import PayloadReader
 from inferq.workers.receiving import Receiver
 from inferq.workers.recovery import Recoverer
@@ -388,7 +389,9 @@ class DataPlane:
         `forgotten`: it is another Redis now, which may have gone back behind this one's birth.
         """
         lost = self._lease.incarnation
-        logger.error("the lease of %s is lost; its results are discarded", lost)
+        held = self._held()
+        told = about(*held, requests=len(held), incarnation=lost)
+        logger.error("the lease of %s is lost; its results are discarded", lost, extra=told)
         self._settling.drop(forgotten=forgotten)
         self._claims.clear()
         self._decoded.clear()
@@ -406,11 +409,19 @@ class DataPlane:
             logger.warning("no new lease yet: %s", problem)
             time.sleep(RECONNECT_S)
 
+    def _held(self) -> list[str]:
+        """The ids of the requests that wait or compute."""
+        models = self._models.values()
+        jobs = [item for model in models for job in model.jobs for item in job.items]
+        waiting = [item for model in models for item in model.waiting.items]
+        return [item.ticket.id for item in (*jobs, *waiting)]
+
     def _hand_back(self) -> None:
         """Put everything that is still held back into its queues, and give up the lease."""
         for model in self._models.values():
             model.recall()  # or lanes would still begin what others are about to compute
         incarnation = self._settling.incarnation
+        held = self._held()
         deadline = max(self._drain_by or 0.0, time.monotonic()) + self._reply_timeout_s
         while True:
             try:
@@ -421,7 +432,8 @@ class DataPlane:
                 moved = self._recoverer.recover(incarnation, dead=True)
                 # kill point: handback-unretired
                 self._lease.retire()
-                logger.info("handed back what was held: %d requests", moved or 0)
+                told = about(*held[: moved or 0], requests=moved or 0, incarnation=incarnation)
+                logger.info("handed back what was held: %d requests", moved or 0, extra=told)
                 return
             except RedisError as problem:
                 if time.monotonic() > deadline:

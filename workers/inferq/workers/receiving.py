@@ -20,6 +20,7 @@ from inferq.workers.clock import RedisClock
 from inferq.workers.hooks import Hooks
 from inferq.workers.intake import Early, Failed, Foreign, Opened, Quarantined, Revoked, retried
 from inferq.workers.ledger import Ledger
+from inferq.workers.logs.fields import about
 from inferq.workers.payloads import PayloadReader
 from inferq.workers.recovery import suspect
 from inferq.workers.serving import ServedModel
@@ -92,8 +93,13 @@ class Receiver:
         for (slot, message), field in zip(places, fields, strict=True):
             count = deaths.get(field, 0)
             if count >= model.spec.config.max_attempts:
-                logger.error("dead letter: a message of %s ended %d workers", model.name, count)
                 dead = model.results.undecodable(slot, message, field, count, self._clock.now())
+                told = about(dead.request_id, model=model.name)
+                logger.error(
+                    "dead letter: %s of %s ended %d workers",
+                    dead.request_id or "a message", model.name, count,
+                    extra=told,
+                )  # fmt: skip
                 received.ended.append((dead, None))
             elif count:
                 # By itself: should this end the worker again, only the culprit is counted on.
@@ -109,7 +115,8 @@ class Receiver:
         try:
             return model.intake.open(slot, message)
         except Exception as problem:
-            logger.exception("a message of %s cannot be read", model.name)
+            told = about(model=model.name)  # the line of its quarantine tells its id, if known
+            logger.exception("a message of %s cannot be read", model.name, extra=told)
             return Quarantined(slot, message, f"reading it raised {problem!r}")
 
     def _open_counted(
@@ -166,7 +173,8 @@ class Receiver:
         try:
             return model.intake.admit(opened, payloads)
         except Exception as problem:
-            logger.exception("the inputs of %s cannot be read", opened.ticket.id)
+            told = about(opened.ticket.id, model=model.name)
+            logger.exception("the inputs of %s cannot be read", opened.ticket.id, extra=told)
             error = InvalidInput(f"reading its inputs raised {problem!r}")
             return Failed(opened.slot, opened.ticket, error)
 
@@ -178,13 +186,21 @@ class Receiver:
         results = model.results
         match found:
             case Failed(slot=slot, ticket=ticket, error=error):
+                if logger.isEnabledFor(logging.DEBUG):
+                    told = about(ticket.id, model=model.name, error=error.code)
+                    logger.debug("refused %s: %s", ticket.id, error.message, extra=told)
                 return results.failed(slot, ticket, error), ticket.canvas
             case Revoked(slot=slot, ticket=ticket, reason=reason):
+                if logger.isEnabledFor(logging.DEBUG):
+                    told = about(ticket.id, model=model.name)
+                    logger.debug("%s is %s", ticket.id, reason, extra=told)
                 return results.revoked(slot, ticket, reason), ticket.canvas
             case Dead(slot=slot, ticket=ticket, message=message):
                 logger.error(
-                    "dead letter: %s of %s ended %d workers", ticket.id, model.name, ticket.attempts
-                )
+                    "dead letter: %s of %s ended %d workers",
+                    ticket.id, model.name, ticket.attempts,
+                    extra=about(ticket.id, model=model.name),
+                )  # fmt: skip
                 return results.dead(slot, ticket, message, self._clock.now()), ticket.canvas
             case Answered(slot=slot, ticket=ticket):
                 return results.answered(slot, ticket), None
@@ -196,5 +212,11 @@ class Receiver:
             case Early(slot=slot, message=message, due_ms=due_ms):
                 return self._hooks.keep(slot, message, due_ms), None
             case Quarantined(reason=reason):
-                logger.error("quarantined a message of %s: %s", model.name, reason)
-                return results.quarantined(found, self._clock.now()), None
+                settlement = results.quarantined(found, self._clock.now())
+                told = about(settlement.request_id, model=model.name)
+                logger.error(
+                    "quarantined %s of %s: %s",
+                    settlement.request_id or "a message", model.name, reason,
+                    extra=told,
+                )  # fmt: skip
+                return settlement, None

@@ -17,6 +17,7 @@ from inferq.shared.lua import source
 from inferq.shared.names import ClaimName, Names
 from inferq.shared.resp import Command
 from inferq.workers.full import pipelined
+from inferq.workers.logs.fields import about
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +140,10 @@ class Recoverer:
         # kill point: recovery-moved
         self._client.zrem(names.leases, incarnation)
         if moved:
-            logger.warning("recovered %d requests of worker incarnation %s", moved, incarnation)
+            told = about(requests=moved, incarnation=incarnation)
+            logger.warning(
+                "recovered %d requests of worker incarnation %s", moved, incarnation, extra=told
+            )
         return moved
 
     def _accuse(self, incarnation: str, names: Names) -> None:

@@ -20,6 +20,7 @@ from inferq.workers.batching.padding import Padding
 from inferq.workers.claims import Slot
 from inferq.workers.intake import Failed, Quarantined, Revoked
 from inferq.workers.lanes import Outcome, Run
+from inferq.workers.logs.fields import about
 from inferq.workers.settle import DEAD_LETTER, FAILURE, REVOKED, SUCCESS, Settlement
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,8 @@ class Results:
         except PayloadTooLarge as too_large:
             return self.failed(item.slot, ticket, too_large, running=True, run=outcome.run)
         except Exception as problem:
-            logger.exception("the result of %s cannot be encoded", ticket.id)
+            told = about(ticket.id, model=ticket.model)
+            logger.exception("the result of %s cannot be encoded", ticket.id, extra=told)
             broken = EngineError(f"its result cannot be encoded: {problem!r}")
             return self.failed(item.slot, ticket, broken, running=True, run=outcome.run)
         if len(meta) > codec.MAX_MESSAGE_BYTES:

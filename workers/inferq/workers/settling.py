@@ -17,6 +17,8 @@ from inferq.shared.resp import Packed
 from inferq.workers.hooks import Hooks
 from inferq.workers.kept import Kept
 from inferq.workers.lanes import Finished
+from inferq.workers.logs import batches
+from inferq.workers.logs.fields import about
 from inferq.workers.metrics.counts import count_settled
 from inferq.workers.serving import ServedModel
 from inferq.workers.settle import Settlement
@@ -91,8 +93,12 @@ class Settling:
             model = self._model(finished)
             model.ended(finished.job, finished.ended - finished.began)
             model.counts.ended(finished)
+            if logger.isEnabledFor(logging.DEBUG):
+                batches.tell(logger, model.name, finished)
             if finished.fatal is not None:
-                logger.critical("engine of %s: %s", model.name, finished.fatal)
+                ids = (item.ticket.id for item in finished.job.items)
+                told = about(*ids, model=model.name)
+                logger.critical("engine of %s: %s", model.name, finished.fatal, extra=told)
                 fatal = finished.fatal
             else:
                 self._ended.append(finished)
@@ -165,7 +171,10 @@ class Settling:
                 try:
                     done.after()
                 except Exception:
-                    logger.exception("Celery did not take a message; it stays in kombu's unacked")
+                    logger.exception(
+                        "Celery did not take a message; it stays in kombu's unacked",
+                        extra=about(done.request_id, model=done.model),
+                    )
 
     def ending(self) -> int:
         """How many requests will be settled with the next MULTIs."""

@@ -81,6 +81,11 @@ class Child:
     failed_recovery: bool = False
 
 
+def _of(child: Child) -> dict[str, str]:
+    """`extra` for a log line about `child`."""
+    return {"node": child.node}
+
+
 class _Signals:
     """Handlers of the signals that concern a supervisor, while inside. Main thread only.
 
@@ -157,7 +162,7 @@ class Supervisor:
                 try:
                     child.process = start_child(child.command, None, env=environment)
                 except OSError as problem:  # no memory, no process slots
-                    logger.error("%s cannot be started: %s", child.node, problem)
+                    logger.error("%s cannot be started: %s", child.node, problem, extra=_of(child))
                     child.due = now + BACK_OFF_S
 
     def _stop(self, came: signal.Signals) -> None:
@@ -192,13 +197,14 @@ class Supervisor:
         if not child.served and beat.state == SERVING:
             child.served, child.proven = time.monotonic(), True
             logger.info(
-                "%s serves, %.1f s after its start", child.node, child.served - child.started
-            )
+                "%s serves, %.1f s after its start", child.node, child.served - child.started,
+                extra=_of(child),
+            )  # fmt: skip
         reason = stuck(beat)
         if beat.state != LOADING and now - child.beat_at > SILENT_S:
             reason = f"no heartbeat for {now - child.beat_at:.0f} s"
         if reason is not None:
-            logger.critical("%s is killed: %s", child.node, reason)
+            logger.critical("%s is killed: %s", child.node, reason, extra=_of(child))
             process.kill()
 
     def _ended(self, child: Child, status: int) -> None:
@@ -211,7 +217,8 @@ class Supervisor:
         hopeless = status > 0 and status != EX_FATAL_ENGINE and not child.proven
         if self._stops or status == 0 or hopeless:
             # As it was told to; or it cannot serve at all, which trying again does not change.
-            logger.log(logging.ERROR if status else logging.INFO, "%s ended %s", child.node, how)
+            level = logging.ERROR if status else logging.INFO
+            logger.log(level, "%s ended %s", child.node, how, extra=_of(child))
             self._status = self._status or (status if status >= 0 else 128 - status)
             self._children.remove(child)
             child.heartbeat.unlink(missing_ok=True)
@@ -222,7 +229,9 @@ class Supervisor:
         if child.failures > 1:
             wait = min(MAX_BACK_OFF_S, BACK_OFF_S * 2 ** (child.failures - 2))
         child.due = time.monotonic() + wait
-        logger.error("%s ended %s; the next one starts in %g s", child.node, how, wait)
+        logger.error(
+            "%s ended %s; the next one starts in %g s", child.node, how, wait, extra=_of(child)
+        )
 
     def _recover(self, child: Child) -> None:
         """Put back what its dead incarnations held. If Redis is away, the next look tries again."""
@@ -235,9 +244,15 @@ class Supervisor:
             except Exception as problem:  # noqa: BLE001 - or the next child would not be started
                 if not child.failed_recovery:
                     child.failed_recovery = True
-                    logger.warning("what %s held is not put back yet: %s", child.node, problem)
+                    logger.warning(
+                        "what %s held is not put back yet: %s", child.node, problem,
+                        extra=_of(child),
+                    )  # fmt: skip
                 if time.monotonic() < until:
                     return
-                logger.warning("what %s held waits for its lease to end: %s", child.node, problem)
+                logger.warning(
+                    "what %s held waits for its lease to end: %s", child.node, problem,
+                    extra=_of(child),
+                )  # fmt: skip
             child.failed_recovery = False
             del child.dead[prefix]

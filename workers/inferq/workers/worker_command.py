@@ -61,6 +61,10 @@ REDIS_TIMEOUT_S = 2.0
     help="Send task events, which Flower shows. INFERQ_EVENTS_PER_S caps them.",
 )  # fmt: skip
 @click.option("-l", "--loglevel", default="INFO", show_default=True)
+@click.option(
+    "--log-format", envvar="INFERQ_LOG_FORMAT", type=click.Choice(["text", "json"]),
+    default="text", show_default=True, help="What log lines are. Also: INFERQ_LOG_FORMAT.",
+)  # fmt: skip
 @click.argument("celery_options", nargs=-1, type=click.UNPROCESSED)
 def worker(
     repository: Path | None,
@@ -72,6 +76,7 @@ def worker(
     metrics: str | None,
     events: bool,
     loglevel: str,
+    log_format: str,
     celery_options: tuple[str, ...],
 ) -> None:
     """Serve models. Keeps ``celery -A inferq.workers.app worker -P solo -Q … -n …`` alive.
@@ -82,6 +87,8 @@ def worker(
     SIGTERM and Ctrl-C finish what computes, a second one hands everything back, a third one kills.
     CELERY_OPTIONS go to Celery as they are (--statedb FILE, …).
     """
+    if log_format == "json":
+        _log_json()
     from inferq.shared.connect import redis_client  # noqa: PLC0415 (heavy)
     from inferq.shared.settings import Settings  # noqa: PLC0415
     from inferq.workers.devices import chosen_devices  # noqa: PLC0415
@@ -123,11 +130,13 @@ def worker(
             "INFERQ_MODELS": str(repository.absolute()),
             "INFERQ_HEARTBEAT_FILE": str(heartbeat),
             **({"INFERQ_METRICS": address} if address else {}),
+            "INFERQ_LOG_FORMAT": log_format,
         }
         children.append(Child(node, command, environment, heartbeat))
-    logging.basicConfig(
-        level=logging.INFO, format="[%(asctime)s: %(levelname)s/supervisor] %(message)s"
-    )
+    if log_format == "text":
+        logging.basicConfig(
+            level=logging.INFO, format="[%(asctime)s: %(levelname)s/supervisor] %(message)s"
+        )
     client = redis_client(
         settings.redis_url, sentinel_master=settings.sentinel_master, socket_timeout=REDIS_TIMEOUT_S
     )
@@ -136,6 +145,14 @@ def worker(
         with suppress(OSError):  # others' heartbeats are in it
             folder.rmdir()
     raise SystemExit(status)
+
+
+def _log_json() -> None:
+    from inferq.workers.logs.json_lines import JsonLines  # noqa: PLC0415 (heavy)
+    from inferq.workers.logs.stderr import write_json  # noqa: PLC0415
+
+    logging.getLogger().setLevel(logging.INFO)
+    write_json(JsonLines(), "supervisor")
 
 
 def _nodes(name: str | None, devices: Sequence[Device]) -> list[str]:

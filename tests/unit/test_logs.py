@@ -1,0 +1,195 @@
+"""Log lines as JSON are whole, bounded and tell of whom they are; floods of them are held back."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inferq.workers.logs import stderr
+from inferq.workers.logs.fields import MAX_IDS, about
+from inferq.workers.logs.flood import BURST, MAX_KINDS, WINDOW_S, Flood
+from inferq.workers.logs.json_lines import MAX_LINE, JsonLines, fit
+from inferq.workers.logs.stderr import Lines
+
+FORMATTER = JsonLines("cpu1@host")
+
+
+def record(text: object, *args: object, level: int = logging.ERROR, **fields: object) -> Any:
+    made = logging.LogRecord("inferq.test", level, __file__, 1, text, args, None)
+    for name, value in fields.items():
+        setattr(made, name, value)
+    return made
+
+
+def told(made: logging.LogRecord) -> dict[str, Any]:
+    line = FORMATTER.format(made)
+    assert "\n" not in line
+    found: dict[str, Any] = json.loads(line)
+    return found
+
+
+def raised(problem: BaseException) -> Any:
+    try:
+        raise problem
+    except BaseException:  # noqa: BLE001
+        return sys.exc_info()
+
+
+# --- JSON ----------------------------------------------------------------------------------------
+
+
+def test_a_line_tells_when_who_and_what() -> None:
+    made = record("no %s of %s", "room", "m", **about("id1", model="m", rows=3))
+    made.created = 1_700_000_000.0625
+    assert told(made) == {
+        "time": "2023-11-14T22:13:20.062Z", "level": "ERROR", "logger": "inferq.test",
+        "message": "no room of m", "node": "cpu1@host", "model": "m", "rows": 3,
+        "request_ids": ["id1"],
+    }  # fmt: skip
+
+
+def test_another_node_may_be_named() -> None:
+    assert told(record("x", node="gpu1@host"))["node"] == "gpu1@host"
+
+
+def test_an_exception_is_text_in_the_same_line() -> None:
+    made = record("x")
+    made.exc_info = raised(ValueError("two\nlines"))
+    exception = told(made)["exception"]
+    assert exception.startswith("Traceback (most recent call last):\n")
+    assert exception.endswith("ValueError: two\nlines")
+
+
+def test_celerys_own_lines_name_their_task() -> None:
+    assert told(record("x", data={"id": "t1", "args": "x" * 10_000}))["request_ids"] == ["t1"]
+    assert told(record("x", task_id="t2", task_name="n"))["request_ids"] == ["t2"]
+    assert "request_ids" not in told(record("x", task_id="???"))
+
+
+def test_arguments_that_do_not_fit_are_told_and_raise_nothing() -> None:
+    message = told(record("%d of %d", "two"))["message"]
+    assert "'%d of %d' cannot be filled in" in message
+
+
+@pytest.mark.parametrize("character", ["x", "ü", "\x00", "😀", "\ud800", "\n", '"'])
+def test_no_line_is_longer_than_the_limit_whatever_it_holds(character: str) -> None:
+    long = character * 100_000
+    made = record(
+        long, model=long, node=long, error=long, incarnation=long,
+        request_ids=[long] * 1000, failed_ids=[long] * 1000, late_ids=[long] * 1000,
+    )  # fmt: skip
+    made.name = long
+    made.exc_info = raised(ValueError(long))
+    assert MAX_LINE // 2 < len(FORMATTER.format(made)) <= MAX_LINE
+
+
+def test_ids_beyond_the_first_ones_are_counted_only() -> None:
+    fields = about(*(str(n) for n in range(1000)), model="m", requests=1000)
+    assert fields["request_ids"] == [str(n) for n in range(MAX_IDS)]
+    assert told(record("x", **fields))["requests"] == 1000
+
+
+@given(st.text(), st.integers(100, 1000))
+def test_a_text_that_is_cut_keeps_its_ends(text: str, most: int) -> None:
+    text *= 50
+    cut = fit(text, most)
+    assert len(json.dumps(cut)) <= most
+    if len(json.dumps(text)) <= most:
+        assert cut == text
+    else:
+        assert (cut[0], cut[-1]) == (text[0], text[-1])
+
+
+# --- stderr --------------------------------------------------------------------------------------
+
+
+def test_what_is_printed_becomes_one_line_for_each_write() -> None:
+    lines: list[str] = []
+    stream = Lines(lines.append)
+    print("one", file=stream)
+    stream.write("two\nlines\n")
+    print("not ", end="", file=stream)
+    assert lines == ["one", "two\nlines"]
+    print("yet\n\n", file=stream)
+    stream.write("\n")
+    assert lines == ["one", "two\nlines", "not yet\n"]
+
+
+def test_what_telling_prints_is_not_told_again() -> None:
+    stream = Lines(lambda text: print("handler failed", file=stream))
+    print("one", file=stream)
+
+
+def test_bytes_are_no_text() -> None:
+    with pytest.raises(TypeError):
+        Lines(print).write(b"x")  # type: ignore[arg-type]
+
+
+def test_an_exception_that_nobody_catches_is_one_line(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", stderr._on_uncaught_in_thread)
+
+    def fail() -> None:
+        raise ValueError("lost")
+
+    thread = threading.Thread(target=fail, name="loser")
+    thread.start()
+    thread.join(10)
+    stderr._on_uncaught(*raised(TypeError("main")))
+    assert [each.getMessage() for each in caplog.records] == [
+        "uncaught ValueError in loser", "uncaught TypeError",
+    ]  # fmt: skip
+    assert "lost" in told(caplog.records[0])["exception"]
+
+
+# --- floods --------------------------------------------------------------------------------------
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_burst_passes_and_the_rest_is_counted_in_the_next_line_that_does() -> None:
+    clock = Clock()
+    flood = Flood(clock)
+    assert sum(flood.filter(record("bad %s", n)) for n in range(BURST + 7)) == BURST
+    clock.now += WINDOW_S
+    after = record("bad %s", "one")
+    assert flood.filter(after)
+    assert after.getMessage() == "bad one (and 7 more like it before)"
+    assert told(after)["left_out"] == 7
+    again = record("bad %s", "one")
+    assert flood.filter(again)
+    assert again.getMessage() == "bad one"
+
+
+def test_each_kind_of_line_has_its_own_burst() -> None:
+    flood = Flood(Clock())
+    for made in (
+        {"text": "a"}, {"text": "b"}, {"text": "a", "level": logging.INFO},
+        {"text": "a", "model": "m"},
+    ):  # fmt: skip
+        assert sum(flood.filter(record(**made)) for _ in range(2 * BURST)) == BURST
+
+
+def test_debug_lines_all_pass() -> None:
+    flood = Flood(Clock())
+    assert all(flood.filter(record("x", level=logging.DEBUG)) for _ in range(10 * BURST))
+
+
+def test_kinds_that_never_end_take_no_memory() -> None:
+    flood = Flood(Clock())
+    for n in range(10 * MAX_KINDS):
+        assert flood.filter(record(f"bad {n}"))
+    assert len(flood._seen) == MAX_KINDS

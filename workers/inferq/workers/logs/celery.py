@@ -1,0 +1,65 @@
+"""How a Celery worker of ours logs: JSON lines instead of text if asked for, and no flood.
+
+Text is left as Celery formats it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any, Final
+
+from celery import signals
+
+from inferq.workers import celery_private
+from inferq.workers.logs.flood import Flood
+from inferq.workers.logs.json_lines import JsonLines
+from inferq.workers.logs.stderr import write_json
+
+#: Loggers of lines that whoever may push a message can cause, one by one.
+CLIENT_CAUSED: Final = (
+    "celery.app.trace",
+    "celery.worker.consumer.consumer",
+    "celery.worker.request",
+    "celery.worker.strategy",
+    "inferq.workers.canvas",
+    "inferq.workers.celery_private",
+    "inferq.workers.lanes",
+    "inferq.workers.ledger",
+    "inferq.workers.link",
+    "inferq.workers.plane",
+    "inferq.workers.receiving",
+    "inferq.workers.results",
+    "inferq.workers.settling",
+)
+
+
+def stand_by(log_format: str) -> None:
+    """Have Celery's worker, should this process become one, log as `log_format` says."""
+    if log_format == "json":
+        formatter = JsonLines()
+
+        def begin(sender: str, instance: Any, **_: object) -> None:
+            celery_private.be_quiet(instance, lambda text: _write_at_once(formatter, text))
+            write_json(formatter, sender)
+
+        def adopt(logger: logging.Logger, **_: object) -> None:
+            for each in (logger, logging.getLogger("multiprocessing")):
+                for handler in each.handlers:
+                    handler.setFormatter(formatter)
+
+        signals.celeryd_init.connect(begin, weak=False)
+        signals.after_setup_logger.connect(adopt, weak=False)
+        signals.after_setup_task_logger.connect(adopt, weak=False)
+    signals.celeryd_init.connect(_dam, weak=False)
+
+
+def _dam(**_: object) -> None:
+    for name in CLIENT_CAUSED:
+        logging.getLogger(name).addFilter(Flood())
+
+
+def _write_at_once(formatter: JsonLines, text: str) -> None:
+    """From a signal handler, which may have interrupted a handler of logging's."""
+    record = logging.LogRecord("celery.worker", logging.INFO, "", 0, text, (), None)
+    os.write(2, formatter.format(record).encode() + b"\n")
