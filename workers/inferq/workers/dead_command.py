@@ -24,6 +24,9 @@ from inferq.workers.printing import age, plain, print_table
 FIRST_BYTES = 200
 _COLUMNS = ("model", "id", "reason", "attempts", "age", "worker", "size")
 
+#: What became of a letter: as a line, and as fields of JSON.
+_Done = tuple[str, dict[str, Any]]
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -47,6 +50,7 @@ def _selection(command: F) -> F:
         click.option("--all", "everything", is_flag=True, help="All letters of --model."),
         click.option("--model", callback=_check_model, help="Look at this model's letters only."),
         click.argument("ids", nargs=-1, metavar="[ID]..."),
+        _as_json,
         _redis_url,
     ):
         command = decorate(command)
@@ -107,30 +111,44 @@ def show(request_id: str, model: str | None, as_json: bool, redis_url: str | Non
 @dead.command()
 @_selection
 def replay(
-    ids: tuple[str, ...], model: str | None, everything: bool, yes: bool, redis_url: str | None
+    ids: tuple[str, ...],
+    model: str | None,
+    everything: bool,
+    yes: bool,
+    as_json: bool,
+    redis_url: str | None,
 ) -> None:
     """Put the requests of dead letters back into their queues, behind what waits there."""
 
-    def act(letters: DeadLetters, letter: Letter) -> str:
+    def act(letters: DeadLetters, letter: Letter) -> _Done:
         done = letters.replay(letter)
+        queue = queue_of(letter.model)
         dropped = f"; dropped its passed {' and '.join(done.dropped)}" if done.dropped else ""
-        return f"replayed {letter.name} to {queue_of(letter.model)}, priority {done.step}{dropped}"
+        return (
+            f"replayed {letter.name} to {queue}, priority {done.step}{dropped}",
+            {"queue": queue, "priority": done.step, "dropped": list(done.dropped)},
+        )
 
-    _each(ids, model, everything, yes, redis_url, "replay", act)
+    _each(ids, model, everything, yes, as_json, redis_url, "replay", act)
 
 
 @dead.command()
 @_selection
 def drop(
-    ids: tuple[str, ...], model: str | None, everything: bool, yes: bool, redis_url: str | None
+    ids: tuple[str, ...],
+    model: str | None,
+    everything: bool,
+    yes: bool,
+    as_json: bool,
+    redis_url: str | None,
 ) -> None:
     """Delete dead letters and their payloads. The results that are stored stay."""
 
-    def act(letters: DeadLetters, letter: Letter) -> str:
+    def act(letters: DeadLetters, letter: Letter) -> _Done:
         letters.drop(letter)
-        return f"dropped {letter.name} of {letter.model}"
+        return f"dropped {letter.name} of {letter.model}", {}
 
-    _each(ids, model, everything, yes, redis_url, "drop", act)
+    _each(ids, model, everything, yes, as_json, redis_url, "drop", act)
 
 
 def _each(
@@ -138,9 +156,10 @@ def _each(
     model: str | None,
     everything: bool,
     yes: bool,
+    as_json: bool,
     redis_url: str | None,
     verb: str,
-    act: Callable[[DeadLetters, Letter], str],
+    act: Callable[[DeadLetters, Letter], _Done],
 ) -> None:
     """`act` on each letter that was named; exit status 1 if one is unknown or refused."""
     if everything == bool(ids):
@@ -148,6 +167,7 @@ def _each(
     if everything and model is None:
         raise click.UsageError("--all; expected --model with it")
     failed = False
+    told: list[dict[str, Any]] = []
     with _letters(redis_url) as letters:
         named: dict[str, set[bytes]] = {}
         known: set[str] = set()
@@ -162,13 +182,21 @@ def _each(
         count = sum(map(len, named.values()))
         if everything:
             _confirm(f"{verb} {count} dead letters of {model}?", yes)
-        for each, digests in named.items():
-            for letter in letters.pick(each, digests):
+        try:
+            for letter in (
+                one for each, digests in named.items() for one in letters.pick(each, digests)
+            ):
                 try:
-                    click.echo(plain(act(letters, letter)))
+                    text, details = act(letters, letter)
+                    told.append({"model": letter.model, "id": letter.name, **details})
+                    if not as_json:
+                        click.echo(plain(text))
                 except InferqError as problem:
                     click.echo(f"Error: {plain(letter.name)}: {plain(problem.message)}", err=True)
                     failed = True
+        finally:  # also of a Redis that was lost half way
+            if as_json:
+                click.echo(json.dumps(told, indent=2))
     if failed:
         raise SystemExit(1)
 

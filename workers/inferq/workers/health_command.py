@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
@@ -26,7 +27,7 @@ from inferq.workers.health import LOADS, Beat, default_folder, problem_of, read_
     "--redis-url", envvar=["INFERQ_REDIS_URL", "CELERY_BROKER_URL"],
     help="Asked if a worker has not heard from Redis. Also: INFERQ_REDIS_URL, CELERY_BROKER_URL.",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a worker.")
+@click.option("--json", "as_json", is_flag=True, help="JSON, for programs.")
 def health(path: Path | None, redis_url: str | None, as_json: bool) -> None:
     """Exit status 0 if every worker here consumes, else 1, with the reason.
 
@@ -41,11 +42,17 @@ def health(path: Path | None, redis_url: str | None, as_json: bool) -> None:
     if not paths:
         raise click.ClickException(f"no worker's heartbeat in {folder}; expected one")
     healthy = True
+    told = []
     for each in paths:
         beat = read_beat(each)
         problem, remark = _judge(beat, redis_url)
         healthy = healthy and problem is None
-        _tell(each, beat, problem, remark, as_json)
+        if as_json:
+            told.append(_told(each, beat, problem))
+        else:
+            _tell(each, beat, problem, remark)
+    if as_json:
+        click.echo(json.dumps(told, indent=2))
     raise SystemExit(0 if healthy else 1)
 
 
@@ -69,12 +76,12 @@ def _judge(beat: Beat | None, redis_url: str | None) -> tuple[str | None, str]:
     return problem, ""
 
 
-def _tell(path: Path, beat: Beat | None, problem: str | None, remark: str, as_json: bool) -> None:
-    if as_json:
-        known = msgspec.to_builtins(beat) if beat is not None else {}
-        verdict = {"file": os.fspath(path), "healthy": problem is None, "problem": problem}
-        click.echo(json.dumps({**verdict, **known}))
-        return
+def _told(path: Path, beat: Beat | None, problem: str | None) -> dict[str, Any]:
+    known = msgspec.to_builtins(beat) if beat is not None else {}
+    return {"file": os.fspath(path), "healthy": problem is None, "problem": problem, **known}
+
+
+def _tell(path: Path, beat: Beat | None, problem: str | None, remark: str) -> None:
     who = beat.node if beat is not None else os.fspath(path)
     if beat is not None and problem is not None:
         remark = os.fspath(path)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import click
+import msgspec
 
 from inferq.shared.errors import ConfigError
 from inferq.workers.repository import ModelSpec, load_model, model_names
@@ -12,20 +15,26 @@ from inferq.workers.repository import ModelSpec, load_model, model_names
 
 @click.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-def models(folder: Path) -> None:
+@click.option("--json", "as_json", is_flag=True, help="JSON, for programs.")
+def models(folder: Path, as_json: bool) -> None:
     """List the models of the repository DIR; exit status 1 if one of them cannot be served."""
     good: list[ModelSpec] = []
     problems: list[str] = []
+    told: list[dict[str, Any]] = []
     try:
         names = model_names(folder)
     except ConfigError as problem:
-        names, problems = [], [problem.message]
+        raise click.ClickException(problem.message) from problem
     for name in names:
         try:
             good.append(load_model(folder, name))
+            told.append(_told(good[-1]))
         except ConfigError as problem:
             problems.append(problem.message)
-    if good:
+            told.append({"name": name, "problem": problem.message})
+    if as_json:
+        click.echo(json.dumps(told, indent=2))
+    elif good:
         _print(good)
     elif not problems:
         click.echo(f"no models in {folder}; expected {folder}/<name>/<version>/model.onnx")
@@ -33,6 +42,27 @@ def models(folder: Path) -> None:
         click.echo(f"inferq: {line}", err=True)
     if problems:
         raise SystemExit(1)
+
+
+def _told(spec: ModelSpec) -> dict[str, Any]:
+    changed = spec.config.changed()
+    return {
+        "name": spec.name,
+        "problem": None,
+        "version": spec.version,
+        "versions": list(spec.versions),
+        "engine": spec.config.engine,
+        "path": str(spec.path) if spec.path is not None else None,
+        "batchable": spec.batchable,
+        "why_not_batchable": spec.why_not_batchable,
+        "max_batch_size": spec.max_batch_size,
+        "inputs": msgspec.to_builtins(spec.signature.inputs),
+        "outputs": msgspec.to_builtins(spec.signature.outputs),
+        "labels": len(spec.labels),
+        # What model.toml sets, and in the engine's own table.
+        "knobs": msgspec.to_builtins(changed, str_keys=True),
+        "engine_table": msgspec.to_builtins(dict(spec.engine_table), str_keys=True),
+    }
 
 
 def _print(specs: list[ModelSpec]) -> None:

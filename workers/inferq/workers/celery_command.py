@@ -1,0 +1,74 @@
+"""``celery -A proj inferq …``: inferq's commands as a sub-command of Celery's.
+
+They look where `proj` has its queues, unless the environment or their own options say otherwise.
+Every ``celery`` command of an environment with inferq imports this, so it imports little itself.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Final
+from urllib.parse import parse_qsl, urlsplit
+
+import click
+
+from inferq.workers.extras import NamesExtras
+
+#: Option of kombu's Redis transport → our setting's variable.
+_OPTIONS: Final = {
+    "global_keyprefix": "INFERQ_GLOBAL_KEYPREFIX",
+    "master_name": "INFERQ_SENTINEL_MASTER",
+    "priority_steps": "INFERQ_PRIORITY_STEPS",
+    "sep": "INFERQ_PRIORITY_SEP",
+}
+
+
+class _Commands(NamesExtras):
+    """The sub-commands of `cli`, imported when they are asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        from inferq.workers import cli  # noqa: PLC0415 (heavy)
+
+        return cli.inferq.list_commands(ctx)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        from inferq.workers import cli  # noqa: PLC0415
+
+        return cli.inferq.get_command(ctx, cmd_name)
+
+
+@click.group("inferq", cls=_Commands)
+@click.pass_context
+def inferq(ctx: click.Context) -> None:
+    """Batched deep-learning inference behind a Redis queue."""
+    from inferq.shared.settings import URL_VARIABLES  # noqa: PLC0415
+
+    if any(os.environ.get(variable) for variable in URL_VARIABLES):
+        return
+    conf = getattr(getattr(ctx.obj, "app", None), "conf", None)
+    if conf is not None and conf.broker_url:
+        for variable, value in _settings(conf).items():
+            os.environ.setdefault(variable, value)
+
+
+def _settings(conf: Any) -> dict[str, str]:
+    """The environment variables by which we find the queues of a Celery app so configured."""
+    found = {"INFERQ_REDIS_URL": _our_url(str(conf.broker_url))}
+    transport = conf.broker_transport_options or {}
+    given = {variable: transport.get(option) for option, variable in _OPTIONS.items()}
+    backend = conf.result_backend_transport_options or {}
+    given["INFERQ_RESULT_KEYPREFIX"] = backend.get("global_keyprefix")
+    for variable, value in given.items():
+        if value is not None:
+            listed = isinstance(value, list | tuple)
+            found[variable] = ",".join(map(str, value)) if listed else str(value)
+    return found
+
+
+def _our_url(url: str) -> str:
+    """Celery's URL of a Redis as redis-py writes it: they differ for Unix sockets."""
+    parts = urlsplit(url)
+    if parts.scheme != "redis+socket":
+        return url
+    db = dict(parse_qsl(parts.query)).get("virtual_host", "0")
+    return f"unix://{parts.netloc}{parts.path}?db={db}"
