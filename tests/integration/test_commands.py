@@ -166,7 +166,8 @@ def test_models_tells_signatures_knobs_and_what_is_wrong(run: Run, tmp_path: Pat
 def _entry_point() -> EntryPoint:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (declared,) = project["entry-points"]["celery.commands"].items()
-    return EntryPoint(*declared, "celery.commands")
+    name, value = declared
+    return EntryPoint(name=name, value=value, group="celery.commands")
 
 
 @pytest.fixture

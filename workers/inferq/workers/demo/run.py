@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -22,6 +22,7 @@ from inferq.shared.schema import Tensors
 from inferq.shared.settings import Settings
 from inferq.workers.demo import models, report
 from inferq.workers.demo.files import Files, find_files
+from inferq.workers.demo.flower import NOT_INSTALLED, FlowerProcess, running_flower
 from inferq.workers.demo.photos import Photos
 from inferq.workers.demo.stats import Tally
 from inferq.workers.demo.worker import WorkerProcess, running_worker, watched
@@ -31,6 +32,8 @@ from inferq.workers.embedded import EmbeddedRedis
 IN_FLIGHT: Final = 64
 #: Seconds without any result after which the demo gives up.
 STALL_S: Final = 60.0
+#: Seconds between looks whether the worker still runs, while all stays.
+STAY_POLL_S: Final = 0.25
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Options:
     #: Kind of Redis to embed where `redis_url` is None.
     redis_kind: str
     redis_url: str | None
+    #: Whether all goes on running afterwards, until Ctrl-C or SIGTERM.
+    stay: bool = False
 
 
 class Feed(Protocol):
@@ -71,26 +76,56 @@ def run(options: Options, console: Console) -> bool:
         models.prepare(repository)
         files, photos = Files(paths, models.read_labels(repository)), Photos()
         settings = stack.enter_context(_redis(options, console))
+        flower = stack.enter_context(running_flower(settings.redis_url))
         began = time.monotonic()
         worker = stack.enter_context(running_worker(repository, settings.redis_url))
         with console.status("starting a worker, loading and measuring both models"):
             _await_models(worker, settings)
         console.print(f"worker  ready after {time.monotonic() - began:.1f} s")
+        _announce(flower, console)
         client = stack.enter_context(Client(settings=settings))
         # A closed client ends every wait for a worker that will not answer any more.
         with watched(worker, client.close), _progress(console) as progress:
             tallies = {
                 feed.model: _drive(client, feed, worker, progress) for feed in (files, photos)
             }
+        parts = {model: tally.figures() for model, tally in tallies.items()}
+        whole = Tally.of(list(tallies.values())).figures()
+        for table in report.tables(files, photos, whole, parts):
+            console.print()
+            console.print(table)
+        if options.json_file is not None:
+            _write_json(options.json_file, report.as_json(files, photos, whole, parts))
+        if options.stay:
+            client.close()
+            _stay(worker, settings, flower, console)
         console.print("stopping")
-    parts = {model: tally.figures() for model, tally in tallies.items()}
-    whole = Tally.of(list(tallies.values())).figures()
-    for table in report.tables(files, photos, whole, parts):
-        console.print()
-        console.print(table)
-    if options.json_file is not None:
-        _write_json(options.json_file, report.as_json(files, photos, whole, parts))
     return whole.errors == 0 and photos.right
+
+
+def _announce(flower: FlowerProcess | None, console: Console) -> None:
+    """Say where Flower is, or why it is not. The demo does without it."""
+    if flower is None:
+        console.print(f"flower  {NOT_INSTALLED}", markup=False, soft_wrap=True)
+        return
+    with console.status("starting Flower"):
+        problem = flower.await_answer()
+    said = flower.address if problem is None else f"did not start: {problem}"
+    console.print(f"flower  {said}", markup=False, soft_wrap=True)
+
+
+def _stay(
+    worker: WorkerProcess, settings: Settings, flower: FlowerProcess | None, console: Console
+) -> None:
+    """Until Ctrl-C or SIGTERM. WorkerFailed if the worker ends before that."""
+    console.print(f"\nall of it runs on, until Ctrl-C:\nredis   {redact(settings.redis_url)}")
+    if flower is not None:
+        console.print(f"flower  {flower.address}", markup=False, soft_wrap=True)
+    console.print("ask it  INFERQ_REDIS_URL=<that URL> inferq queues", markup=False, soft_wrap=True)
+    with suppress(KeyboardInterrupt, SystemExit):
+        while not worker.ended:
+            time.sleep(STAY_POLL_S)
+        raise worker.failure("the worker ended")
 
 
 @contextmanager
