@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import urllib.request
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import redis as redis_py
 from helpers.wait import until
 
+from inferq.producer import Client
 from inferq.workers.children import end_child
 from inferq.workers.demo.models import MODELS
 from inferq.workers.repository import load_repository
@@ -136,6 +141,36 @@ def test_ctrl_c_ends_everything_it_started(tmp_path: Path) -> None:
         demo.process.send_signal(signal.SIGINT)
         assert demo.wait() != 0
     assert demo.left_behind() == []
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_with_stay_all_runs_on_until_it_is_ended(
+    tmp_path: Path, files: Path, end: signal.Signals
+) -> None:
+    with running(tmp_path, files, "--stay") as demo:
+        until(lambda: "until Ctrl-C" in demo.output, 120, "the demo stays")
+        (url,) = set(re.findall(r"^redis   (redis://\S+/0)", demo.output, re.MULTILINE))
+        flowers = set(re.findall(r"^flower  (http://\S+)", demo.output, re.MULTILINE))
+        with Client(url) as client:
+            nothing = {"bytes": np.zeros((1, 2048), np.int32)}
+            assert client.infer("magika", nothing, timeout=60).outputs
+        for flower in flowers:
+            with urllib.request.urlopen(f"{flower}/healthcheck", timeout=10) as answer:
+                assert answer.read() == b"OK"
+        assert bool(flowers) == (importlib.util.find_spec("inferq.workers.flower") is not None)
+        demo.process.send_signal(end)
+        assert demo.wait() == 0, demo.output
+    assert demo.left_behind() == []
+
+
+def test_with_stay_a_worker_that_dies_ends_it(tmp_path: Path, files: Path) -> None:
+    with running(tmp_path, files, "--stay") as demo:
+        until(lambda: "until Ctrl-C" in demo.output, 120, "the demo stays")
+        for pid in demo.pids("inferq.workers.cli worker"):
+            os.kill(pid, signal.SIGKILL)
+        assert demo.wait() == 1
+    assert "the worker ended" in demo.output
+    assert demo.pids() == set()
 
 
 def test_ctrl_c_while_the_worker_starts_ends_everything_too(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +15,12 @@ import pytest
 from rich.console import Console
 
 from inferq.producer import EngineError, Receipt, Result
+from inferq.workers.demo import flower as flower_module
 from inferq.workers.demo import report
 from inferq.workers.demo.files import Files, find_files
+from inferq.workers.demo.flower import FlowerProcess, running_flower
 from inferq.workers.demo.photos import CROPS, JUDGED, SHOWN, Photos, expected
+from inferq.workers.demo.run import _announce
 from inferq.workers.demo.stats import Tally
 
 
@@ -227,3 +233,43 @@ def test_the_tables_print_when_nothing_succeeded() -> None:
         for table in report.tables(files, photos, whole, {"magika": whole}):
             console.print(table)
     assert "no answer" in captured.get()
+
+
+# --- Flower --------------------------------------------------------------------------------------
+
+
+def _announced(flower: FlowerProcess | None) -> str:
+    console = Console(file=io.StringIO(), width=40)
+    assert _announce(flower, console) is None
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_without_flower_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flower", None)
+    with running_flower("redis://127.0.0.1:1/0") as flower:
+        assert flower is None
+    assert _announced(None).count("\n") == 1
+    assert "pip install 'inferq[flower]'" in _announced(None)
+
+
+def test_a_flower_that_does_not_start_is_one_line_and_no_failure() -> None:
+    flower = FlowerProcess("nonsense://")
+    try:
+        flower.start()
+        said = _announced(flower)
+    finally:
+        flower.stop()
+    assert said.startswith("flower  did not start: Error: ")
+    assert said.count("\n") == 1
+
+
+def test_a_flower_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flower_module, "START_TIMEOUT_S", 0.2)
+    flower = FlowerProcess("redis://127.0.0.1:1/0")
+    try:
+        flower._process = subprocess.Popen(["sleep", "60"])
+        assert flower.await_answer() == "no answer within 0.2 s"
+    finally:
+        flower.stop()
+    assert flower._process.poll() is not None

@@ -82,7 +82,7 @@ def run(options: Options, console: Console) -> bool:
         with console.status("starting a worker, loading and measuring both models"):
             _await_models(worker, settings)
         console.print(f"worker  ready after {time.monotonic() - began:.1f} s")
-        _announce(flower, console)
+        address = _announce(flower, console)
         client = stack.enter_context(Client(settings=settings))
         # A closed client ends every wait for a worker that will not answer any more.
         with watched(worker, client.close), _progress(console) as progress:
@@ -98,30 +98,33 @@ def run(options: Options, console: Console) -> bool:
             _write_json(options.json_file, report.as_json(files, photos, whole, parts))
         if options.stay:
             client.close()
-            _stay(worker, settings, flower, console)
+            _stay(worker, settings, address, console)
         console.print("stopping")
     return whole.errors == 0 and photos.right
 
 
-def _announce(flower: FlowerProcess | None, console: Console) -> None:
-    """Say where Flower is, or why it is not. The demo does without it."""
+def _announce(flower: FlowerProcess | None, console: Console) -> str | None:
+    """Say where Flower is, and return it; or say why it is not. The demo does without it."""
     if flower is None:
-        console.print(f"flower  {NOT_INSTALLED}", markup=False, soft_wrap=True)
-        return
+        _say(console, f"flower  {NOT_INSTALLED}")
+        return None
     with console.status("starting Flower"):
         problem = flower.await_answer()
-    said = flower.address if problem is None else f"did not start: {problem}"
-    console.print(f"flower  {said}", markup=False, soft_wrap=True)
+    if problem is not None:
+        _say(console, f"flower  did not start: {problem}")
+        return None
+    _say(console, f"flower  {flower.address}")
+    return flower.address
 
 
-def _stay(
-    worker: WorkerProcess, settings: Settings, flower: FlowerProcess | None, console: Console
-) -> None:
+def _stay(worker: WorkerProcess, settings: Settings, flower: str | None, console: Console) -> None:
     """Until Ctrl-C or SIGTERM. WorkerFailed if the worker ends before that."""
-    console.print(f"\nall of it runs on, until Ctrl-C:\nredis   {redact(settings.redis_url)}")
+    url = redact(settings.redis_url)
+    _say(console, f"\nredis   {url}")
     if flower is not None:
-        console.print(f"flower  {flower.address}", markup=False, soft_wrap=True)
-    console.print("ask it  INFERQ_REDIS_URL=<that URL> inferq queues", markup=False, soft_wrap=True)
+        _say(console, f"flower  {flower}")
+    _say(console, f"look    inferq queues --redis-url {url}")
+    _say(console, "all of it runs on, until Ctrl-C")
     with suppress(KeyboardInterrupt, SystemExit):
         while not worker.ended:
             time.sleep(STAY_POLL_S)
@@ -144,6 +147,11 @@ def _await_models(worker: WorkerProcess, settings: Settings) -> None:
     with redis_client(settings.redis_url, sentinel_master=settings.sentinel_master) as client:
         check_server(client)
         worker.await_models(client, settings.names(), models.MODELS)
+
+
+def _say(console: Console, line: str) -> None:
+    """Addresses and commands are to be copied: as they are, in one line."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _progress(console: Console) -> Progress:
