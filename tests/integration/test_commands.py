@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from helpers.repository import fake_model, message, numbered, push
+from helpers.wait import until
 from helpers.worker import Worker
 from redis import Redis
 
@@ -95,6 +97,8 @@ def test_what_each_prints_is_one_json_document(
     with Worker(redis_url, models, env={"INFERQ_HEARTBEAT_FILE": str(beat)}):
         result = told("m", tmp_path / "x.npz", path=("infer",))
         assert result["outputs"]["x"]["data"] == [[7.0] * 4]
+        healthy = partial(run, "health", "--file", beat)
+        until(lambda: healthy().exit_code == 0, what="its heartbeat says that it serves")
         (health,) = told("--file", beat, path=("health",))
         assert (health["healthy"], health["problem"]) == (True, None)
         (queue,) = told(path=("queues",))["models"]
@@ -115,6 +119,12 @@ def test_what_each_prints_is_one_json_document(
         assert sorted(each["id"] for each in dropped) == ["three", "two"]
     read = {path for path in _commands(inferq) if path[0] not in NO_DATA | READ_ELSEWHERE}
     assert tried == read
+
+
+def test_the_docs_tell_each_shape() -> None:
+    text = (ROOT / "docs" / "commands.md").read_text()
+    told = {path for path in _commands(inferq) if path[0] not in NO_DATA | {"bench"}}
+    assert [path for path in told if f"| `inferq {' '.join(path)}` |" not in text] == []
 
 
 def test_errors_are_one_line_on_stderr_and_status_1(run: Run, tmp_path: Path) -> None:

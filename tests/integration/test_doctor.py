@@ -288,6 +288,7 @@ def test_a_package_that_is_missing_or_too_old_is_named_with_what_installs_it(
     )
     assert found["package onnxruntime"].level == "warning"
     assert 'pip install "inferq[torch]"' in found["package torch"].found
+    assert 'pip install "inferq[flower]"' in found["package flower"].found
     assert found["package tensorrt-rtx"].level == "ok"
 
 

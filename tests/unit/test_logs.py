@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferq.workers.logs import stderr
-from inferq.workers.logs.fields import MAX_IDS, about
+from inferq.workers.logs.fields import FIELDS, MAX_IDS, about
 from inferq.workers.logs.flood import BURST, MAX_KINDS, WINDOW_S, Flood
 from inferq.workers.logs.json_lines import MAX_LINE, JsonLines, fit
 from inferq.workers.logs.stderr import Lines
@@ -105,6 +106,12 @@ def test_a_text_that_is_cut_keeps_its_ends(text: str, most: int) -> None:
         assert cut == text
     else:
         assert (cut[0], cut[-1]) == (text[0], text[-1])
+
+
+def test_the_docs_name_every_field() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "logs.md").read_text()
+    always = ("time", "level", "logger", "message", "node", "exception")
+    assert [name for name in (*always, *FIELDS) if f"`{name}`" not in text] == []
 
 
 # --- stderr --------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ OPTIONAL: Final = (
     (("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "tensorrt", "engine tensorrt"),
     (("tensorrt-rtx", "tensorrt-rtx-cu13"), "tensorrt-rtx", "engine tensorrt, flavour rtx"),
     (("pycuda",), "tensorrt", "engine tensorrt"),
+    (("flower",), "flower", "inferq flower"),
 )
 
 
