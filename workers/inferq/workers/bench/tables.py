@@ -1,0 +1,136 @@
+"""How a run goes, and what it came to, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from inferq.shared.schema import ModelAdvert
+from inferq.workers.bench.compare import Ratio
+from inferq.workers.bench.figures import Report, Request, StepFigures, WindowFigures
+from inferq.workers.bench.loads import Load, kind_title
+from inferq.workers.printing import plain, print_table
+
+if TYPE_CHECKING:
+    from rich.status import Status
+
+
+class Progress:
+    """A run's `Watcher`: lines on stderr, and on a terminal one that moves."""
+
+    def __init__(self, steps: int, max_windows: int) -> None:
+        self._steps = steps
+        self._max_windows = max_windows
+        self._doing = ""
+        self._status: Status | None = None
+
+    def __enter__(self) -> Progress:
+        from rich.console import Console  # noqa: PLC0415 (comes with an extra)
+
+        console = Console(stderr=True)
+        if console.is_terminal:
+            self._status = console.status("")
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def begun(self, advert: ModelAdvert, request: Request) -> None:
+        """See `Watcher`."""
+        inputs = ", ".join(
+            f"{one.name} {one.dtype}[{','.join(map(str, one.shape))}]" for one in request.inputs
+        )
+        self._say(
+            f"{advert.name} version {advert.version} on {advert.engine}, batches of at most "
+            f"{advert.max_batch_size}; {request.data} requests of {request.rows} "
+            f"row{'s'[: request.rows != 1]}, {request.bytes:,} bytes: {inputs}"
+        )
+
+    def step_begins(self, load: Load, number: int) -> None:
+        """See `Watcher`."""
+        self._doing = f"{load} ({number + 1} of {self._steps})"
+        self._move("warm-up")
+
+    def window(self, windows: Sequence[WindowFigures]) -> None:
+        """See `Watcher`."""
+        if windows:
+            last = windows[-1]
+            self._move(
+                f"window {len(windows)} of at most {self._max_windows}: "
+                f"{last.requests_per_s:,.0f} requests/s, p95 {ms(last.p95_ms)} ms"
+            )
+
+    def step_ended(self, step: StepFigures) -> None:
+        """See `Watcher`."""
+        latency = step.latency_ms
+        shown = "no answers"
+        if latency is not None:
+            shown = f"p50 {ms(latency.p50)} ms, p99 {ms(latency.p99)} ms"
+        self._say(f"{self._doing}: {step.requests_per_s:,.1f} requests/s, {shown}")
+        for note in step.notes:
+            self._say(f"  {note}")
+
+    def _move(self, what: str) -> None:
+        if self._status is not None:
+            self._status.update(plain(f"{self._doing}: {what}"))
+
+    def _say(self, line: str) -> None:
+        if self._status is not None:
+            self._status.console.print(plain(line), markup=False, highlight=False)
+        else:
+            click.echo(plain(line), err=True)
+
+
+_COLUMNS = (
+    "requests/s", "rows/s", "p50 ms", "p90", "p95", "p99", "max", "queue ms", "form", "compute",
+    "settle", "late", "other", "batch rows", "CPU µs", "failed", "refused", "not sent",
+)  # fmt: skip
+
+
+def print_report(report: Report) -> None:
+    """A table of all steps, on stdout."""
+    print_table((kind_title(report.how.kind), *_COLUMNS), [_row(step) for step in report.steps])
+
+
+def _row(step: StepFigures) -> list[str]:
+    latency, split, batch = step.latency_ms, step.time_ms, step.batch
+    cells = [
+        f"{step.load:g}" + ("" if step.stable else " (not stable)"),
+        f"{step.requests_per_s:.1f}",
+        f"{step.rows_per_s:.1f}",
+    ]
+    latencies = (latency.p50, latency.p90, latency.p95, latency.p99, latency.max) if latency else ()
+    cells += [ms(value) for value in latencies] or ["-"] * 5
+    times = (
+        (split.queue, split.form, split.compute, split.settle, split.late, split.other)
+        if split
+        else ()
+    )
+    cells += [ms(value) for value in times] or ["-"] * 6
+    cells.append(f"{batch.rows:.1f}" if batch else "-")
+    cells.append("-" if step.generator_cpu_us is None else f"{step.generator_cpu_us:.0f}")
+    counts = step.counts
+    cells += [str(counts.failed + counts.unanswered), str(counts.refused), str(counts.not_sent)]
+    return cells
+
+
+def print_ratios(ratios: Sequence[Ratio], kind: str, notes: Sequence[str]) -> None:
+    """A table of what changed, on stdout."""
+    rows = [
+        [f"{one.load:g}", *(f"{value:.3f}" if value else "-" for value in one.values())]
+        for one in ratios
+    ]
+    columns = ("requests/s", "p50", "p95", "p99", "queue", "compute", "CPU")
+    click.echo("now ÷ before")
+    print_table((kind, *columns), rows)
+    for note in notes:
+        click.echo(plain(note))
+
+
+def ms(value: float) -> str:
+    """Milliseconds with the digits that they are worth."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
