@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from inferq.workers.bench.figures import Percentiles, Report, StepFigures
 from inferq.workers.bench.loads import kind_title
@@ -29,6 +30,8 @@ _PARTS: Final = (
 _WIDE: Final = 20
 #: Most loads that are named beside their points and bars.
 _NAMED: Final = 24
+#: Height of the bars' panel over the highest: there is the legend.
+_HEADROOM: Final = 1.22
 _INCHES: Final = (12.0, 5.6)
 _DPI: Final = 100
 
@@ -89,7 +92,9 @@ def _curves(axes: Axes, report: Report, older: Report | None) -> None:
     every = [latency for _, latency in points + old]
     if every and max(one.p99 for one in every) > _WIDE * min(one.p50 for one in every):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylim(bottom=0)
     if len({step.requests_per_s for step, _ in points}) > 1:
@@ -112,7 +117,7 @@ def _name_points(axes: Axes, points: Sequence[tuple[StepFigures, Percentiles]]) 
         axes.annotate(
             f"{step.load:g}" + ("" if step.stable else "*"),
             (step.requests_per_s, latency.p99),
-            xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8,
+            xytext=(-3, 6), textcoords="offset points", ha="right", fontsize=8,
         )  # fmt: skip
 
 
@@ -137,9 +142,9 @@ def _bars(axes: Axes, report: Report) -> None:
     )
     if len(steps) == 1:
         axes.set_xlim(-1, 1)
-    axes.set_ylim(0, max(bottom, default=1.0) * 1.05 or 1.0)
+    axes.set_ylim(0, (max(bottom, default=0.0) or 1.0) * _HEADROOM)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     if steps:
         handles, names = axes.get_legend_handles_labels()
-        axes.legend(handles[::-1], names[::-1], loc="upper left", fontsize=8)
+        axes.legend(handles[::-1], names[::-1], loc="upper center", fontsize=8, ncols=2)

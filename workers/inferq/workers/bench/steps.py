@@ -96,7 +96,8 @@ class StepRun:
             self._crew.tell(Stop(INTERRUPTED_DRAIN_S))
             self._finish(INTERRUPTED_DRAIN_S)
             measured = bool(self._windows) or self._trace
-            raise Interrupted(self._figures(stable=False) if measured else None) from None
+            cut = self._figures(stable=False, interrupted=True) if measured else None
+            raise Interrupted(cut) from None
         return self._figures(stable=self._trace or figures.is_stable(self._windows))
 
     def _begin(self) -> None:
@@ -142,7 +143,7 @@ class StepRun:
         if not self._trace:
             self._windows = windows  # what ended while they stopped is of no measured window
 
-    def _figures(self, *, stable: bool) -> StepFigures:
+    def _figures(self, *, stable: bool, interrupted: bool = False) -> StepFigures:
         rules, seen = self._rules, self._seen
         whole = Tally()
         for done in seen.done:
@@ -162,6 +163,8 @@ class StepRun:
             seconds = len(measured) * rules.window_s
             ended = [seen.ended[number][1] for number in measured]
             succeeded = sum(one.succeeded for one in ended)
+        end = "" if stable else f"not stable after {len(self._windows)} windows"
+        end = "interrupted" if interrupted else end
         answers = sum(one.succeeded + one.failed for one in ended)
         cpu_s = sum(one.cpu_s for one in ended)
         return StepFigures(
@@ -183,20 +186,18 @@ class StepRun:
             workers=sorted(tally.workers),
             engines=sorted(tally.engines),
             windows=self._windows,
-            notes=_notes(tally, stable=stable, windows=len(self._windows)),
+            notes=_notes(tally, end),
         )
 
 
-def _notes(tally: Tally, *, stable: bool, windows: int) -> list[str]:
-    """What a reader must know before believing the figures."""
-    notes = []
-    if not stable:
-        notes.append(f"not stable after {windows} windows")
+def _notes(tally: Tally, end: str) -> list[str]:
+    """What a reader must know before believing the figures; first, if anything, how it ended."""
+    notes = [end] if end else []
     late = tally.late.percentile(99)
     if late > LATE_S:
         notes.append(
-            f"the generator fell behind: 1 % was sent {late * 1000:.0f} ms late or more "
-            "(more --processes may help)"
+            f"1 % was sent {late * 1000:.0f} ms late or more: the generator (more --processes "
+            "may help), its machine or Redis fell behind"
         )
     if tally.not_sent:
         notes.append(
