@@ -386,10 +386,12 @@ def test_files_are_cut_into_requests(tmp_path: Path) -> None:
 
 
 def test_arrays_travel_to_a_process_as_they_are() -> None:
-    items = [{"x": np.arange(6, dtype=np.int16).reshape(2, 3).T, "s": np.float32(3.0)[...]}]
+    items = [{"x": np.arange(6, dtype=np.int16).reshape(2, 3).T, "s": np.array(3.0, np.float32)}]
     (back,) = unpacked(packed(items))
     assert back["x"].tolist() == items[0]["x"].tolist()
-    assert (back["x"].dtype, back["s"].shape, back["s"].dtype) == (np.int16, (), np.float32)
+    assert back["x"].dtype == np.dtype(np.int16)
+    assert back["s"].shape == ()
+    assert back["s"].dtype == np.dtype(np.float32)
 
 
 # --- what it came to --------------------------------------------------------------------------
