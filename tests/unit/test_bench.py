@@ -23,7 +23,7 @@ from inferq.shared.errors import (
     InvalidInput,
     ResultTimeout,
 )
-from inferq.shared.schema import ModelAdvert, Receipt, Signature, TensorSpec
+from inferq.shared.schema import Array, ModelAdvert, Receipt, Signature, TensorSpec
 from inferq.workers.bench import arrays, compare, figures, loads
 from inferq.workers.bench.figures import Report, StepFigures, WindowFigures
 from inferq.workers.bench.histogram import Histogram
@@ -386,7 +386,9 @@ def test_files_are_cut_into_requests(tmp_path: Path) -> None:
 
 
 def test_arrays_travel_to_a_process_as_they_are() -> None:
-    items = [{"x": np.arange(6, dtype=np.int16).reshape(2, 3).T, "s": np.array(3.0, np.float32)}]
+    items: list[dict[str, Array]] = [
+        {"x": np.arange(6, dtype=np.int16).reshape(2, 3).T, "s": np.array(3.0, np.float32)}
+    ]
     (back,) = unpacked(packed(items))
     assert back["x"].tolist() == items[0]["x"].tolist()
     assert back["x"].dtype == np.dtype(np.int16)

@@ -24,6 +24,8 @@ from inferq.workers.bench.sources import ClosedLoop, OpenLoop, Source
 
 #: Seconds without a push after which Redis is asked whether it is there.
 ASK_S: Final = 1.0
+#: Seconds that a schedule which is behind may take to send what was due in a window that is over.
+CATCH_UP_S: Final = 1.0
 #: Seconds that taking back what was not answered may take.
 TAKE_BACK_S: Final = 2.0
 
@@ -141,14 +143,19 @@ class _Run:
         return Done(self._recorder.tallies(), self._recorder.last_at)
 
     def _tell_windows(self) -> float:
+        """Report the windows that are over; the time now."""
         now = time.monotonic()
-        while now >= self._recorder.end_of(self._window):
+        while self._is_over(self._recorder.end_of(self._window), now):
             ended = self._recorder.take(self._window)
             cpu_s = time.process_time()
             ended.cpu_s, self._cpu_s = cpu_s - self._cpu_s, cpu_s
             self._report(Window(self._window, ended))
             self._window += 1
         return now
+
+    def _is_over(self, end: float, now: float) -> bool:
+        behind = not self._source.closed and self._source.next_due() < end
+        return now >= end + (CATCH_UP_S if behind else 0.0)
 
     def _carry(self, dialogue: Dialogue[bool]) -> None:
         if self._session.carry(dialogue):
