@@ -39,11 +39,14 @@ types: $(READY)
 imports: $(READY)
 	$(BIN)/lint-imports
 
-# Only looks at the files; tests/unit/test_deploy.py does the rest.
+# Only looks at the files, by Compose's own eyes, too, where it is; tests/unit/test_deploy.py does the
+# rest. No Docker is needed.
 deploy: $(READY)
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 	$(BIN)/hadolint --failure-threshold style deploy/Dockerfile
 	$(BIN)/yamllint --strict .
+	@! docker compose version >/dev/null 2>&1 || INFERQ_REDIS_PASSWORD=x INFERQ_FLOWER_PASSWORD=x \
+		docker compose --profile '*' config --quiet
 
 gpu:
 	@$(PYTHON) -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null || \
