@@ -176,8 +176,9 @@ def recoveries(ledger: Ledger, record: Record, restarts: Sequence[Restart]) -> l
     return [recovery for recovery in found.values() if recovery.request_id in timed]
 
 
-#: What may stand in Redis when all workers are gone: results, announcements, dead letters.
-_MAY_STAY = ("model:", "serving:", "attempts:", "dead:", "payload:")
+#: What may stand in Redis when all workers are gone: results, announcements, dead letters, and the
+#: figures of one that was killed as it published them, which expire.
+_MAY_STAY = ("model:", "serving:", "attempts:", "dead:", "payload:", "stats:")
 
 
 def leftovers(store: redis.Redis) -> list[str]:

@@ -194,20 +194,21 @@ def test_what_ends_without_being_computed_counts_and_what_goes_on_does_not(
     assert seen("inferq_batch_rows_sum") == 2
 
 
-def test_a_request_that_was_cancelled_while_it_computed_is_overtaken(
-    redis_url: str, tmp_path: Path
+def test_a_cancelled_request_that_is_computed_all_the_same_is_overtaken(
+    redis_url: str, worker: Worker
 ) -> None:
-    fake_model(tmp_path / "slow", "m", fake="delay_ms = 300", knobs="warm_up = false")
-    with (
-        Worker(redis_url, tmp_path / "slow", env=ANY_PORT) as worker,
-        Client(redis_url) as client,
-    ):
-        url = metrics_url(worker)
-        pending = client.submit("m", {"x": numbered(1)})
-        until(lambda: scrape(url)("inferq_requests_computing") == 1, what="it computes")
-        assert scrape(url)("inferq_lanes_busy") == 1
-        assert pending.cancel()
-        assert outcomes(once_counted(worker, 1)) == {"overtaken": 1}
+    url = metrics_url(worker)
+    with Client(redis_url) as client:
+        client.infer("m", {"x": numbered(0)}, timeout=30)
+        worker.pause()
+        try:
+            pending = client.submit("m", {"x": numbered(1)})
+            assert pending.cancel()
+        finally:
+            worker.resume()
+        assert outcomes(once_counted(worker, 2)) == {"success": 1, "overtaken": 1}
+        seen = scrape(url)
+        assert seen("inferq_request_settle_seconds_count") == 2
 
 
 def test_a_result_whose_answer_was_lost_is_sent_again_and_counts_once(
@@ -314,7 +315,9 @@ def test_of_several_gpus_the_port_counts_up(redis: Redis, redis_url: str, models
 
 
 def test_health_is_told_while_it_loads_serves_and_stops(redis_url: str, tmp_path: Path) -> None:
-    fake_model(tmp_path / "slow", "m", fake="delay_ms = 700", knobs="max_batch_size = 1")
+    fake_model(
+        tmp_path / "slow", "m", fake="delay_ms = 5000", knobs="max_batch_size = 1\nwarm_up = false"
+    )
 
     def health(url: str) -> tuple[int, str]:
         try:

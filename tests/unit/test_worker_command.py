@@ -184,3 +184,23 @@ def test_without_a_driver_it_is_one_line(options: list[str], tmp_path: Path) -> 
     assert done.stderr.startswith("Error: no GPU can be used: ")
     assert done.stderr.endswith("; `inferq worker --cpu` serves on the CPU\n")
     assert done.stderr.count("\n") == 1
+
+
+def test_metrics_of_several_gpus_are_at_ports_in_a_row(
+    worker: _Commanded, nvml: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(*options: str) -> list[str | None]:
+        return [child.environment.get("INFERQ_METRICS") for child in worker(*options)]
+
+    assert told("--gpu", "1,0", "--metrics", "[::]:9100") == ["[::]:9100", "[::]:9101"]
+    assert told("--gpu", "0,1", "--metrics", "h:0") == ["h:0", "h:0"]
+    assert told("--cpu") == [None]
+    monkeypatch.setenv("INFERQ_METRICS", "127.0.0.1:65534")
+    assert told("--gpu", "all") == ["127.0.0.1:65534", "127.0.0.1:65535"]
+    assert worker.fails("--gpu", "all", "--metrics", "h:65535") == (
+        "Error: --metrics is 'h:65535'; expected a port of at most 65534, since 2 workers have one "
+        "each\n"
+    )
+    assert worker.fails("--metrics", "9100") == (
+        "Error: setting 'metrics' is '9100'; expected HOST:PORT, PORT from 0 to 65535\n"
+    )

@@ -138,6 +138,7 @@ class Recoverer:
         # kill point: recovery-accused
         moved = give_back(self._client, names, incarnation)
         # kill point: recovery-moved
+        self._client.delete(names.stats(incarnation))
         self._client.zrem(names.leases, incarnation)
         if moved:
             told = about(requests=moved, incarnation=incarnation)
