@@ -9,8 +9,9 @@ import click
 
 from inferq.shared.errors import InferqError
 
-_OWN = "--conf refused: inferq flower brings a configuration of its own; expected, in a file for "
-_OWN += "celery's flower command, `from inferq.workers.flower.configure import configure; configure()`"
+_OWN = """\
+--conf refused: inferq flower has a configuration of its own; expected, in a file for Celery's
+flower command: from inferq.workers.flower.configure import configure; configure()"""
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
