@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Concatenate, Final, ParamSpec
 
@@ -219,24 +219,27 @@ class TaskEvents:
         return self._enabled
 
 
-def _beginning(ticket: Ticket, arguments: str, received: float) -> Iterator[Event]:
+def _beginning(ticket: Ticket, arguments: str, received: float) -> list[Event]:
     """What is told of a request that was claimed. `received`: Unix s."""
-    if ticket.attempts:
-        lost = f"WorkerLostError('its worker died computing it, {ticket.attempts} so far')"
-        yield {
-            "type": "task-retried", "uuid": ticket.id, "timestamp": received, "exception": lost,
-            "traceback": lost,
-        }  # fmt: skip
     expires = ticket.expires_ms
-    yield {
+    event: Event = {
         "type": "task-received", "uuid": ticket.id, "timestamp": received, "name": TASK,
         "args": "()", "kwargs": arguments, "retries": ticket.attempts,
-        "root_id": ticket.root_id, "parent_id": (ticket.extra or {}).get("parent_id"),
+        "root_id": ticket.root_id,
+        "parent_id": ticket.extra.get("parent_id") if ticket.extra else None,
         "eta": ticket.eta and _short(ticket.eta),
         "expires": None if expires is None
         else datetime.fromtimestamp(expires / 1000, UTC).isoformat(),
         "exchange": "", "routing_key": queue_of(ticket.model), "priority": ticket.priority,
     }  # fmt: skip
+    if not ticket.attempts:
+        return [event]
+    lost = f"WorkerLostError('its worker died computing it, {ticket.attempts} so far')"
+    retried: Event = {
+        "type": "task-retried", "uuid": ticket.id, "timestamp": received, "exception": lost,
+        "traceback": lost,
+    }  # fmt: skip
+    return [retried, event]
 
 
 def _started(request_id: str, at: float) -> Event:
