@@ -38,11 +38,16 @@ class Doubler:
         self.addresses: dict[str, int] = {}
         self.shapes: Mapping[str, Shape] = {}
         self.set_count = 0
-        self.capturable = True
+        #: The fewest and the most rows of a run.
+        self.least, self.most = 1, 1 << 20
         #: Raised by the next runs of more rows than that.
         self.fails_above: tuple[float, Exception] | None = None
 
+    def rows(self, shapes: Mapping[str, Shape]) -> int:
+        return min(max(self.least, shapes["x"][0]), self.most)
+
     def set_shapes(self, shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
+        assert self.least <= shapes["x"][0] <= self.most, "TensorRT would refuse it"
         self.shapes = dict(shapes)
         self.set_count += 1
         return {"y": shapes["x"]}
@@ -83,7 +88,7 @@ def lane(
 ) -> CudaLane:
     return CudaLane(
         gpu, executor, {"x": "float32", "k": "int8"}, {"y": "float32"},
-        {"x": (rows, width), "k": (rows, 1)}, limit or RowLimit(), buckets=BUCKETS, graphs=graphs,
+        [{"x": (rows, width), "k": (rows, 1)}], limit or RowLimit(), buckets=BUCKETS, graphs=graphs,
     )  # fmt: skip
 
 
@@ -300,6 +305,60 @@ def short_memory_counts_the_rows_that_are_run() -> None:
     executor.set_shapes = another_lane_is_short_meanwhile  # type: ignore[method-assign]
     check(one, batch(7, bucket=8))
     assert limit.rows == 4
+    one.close()
+    device.release()
+
+
+def a_batch_that_no_run_holds_is_padded_or_split() -> None:
+    """Each request gets its rows, whichever sizes of a batch the executor takes."""
+    gpu = device.acquire()
+    executor = Doubler()
+    executor.least, executor.most = 3, 5
+    one = lane(gpu, executor, rows=5)
+    for seed in range(2):
+        check(one, batch(1, bucket=1, seed=seed))
+        check(one, batch(1, 4, seed=seed))
+        check(one, batch(3, 3, 1, bucket=8, seed=seed))
+        check(one, batch(4, bucket=8, seed=seed))
+    one.close()
+    device.release()
+
+
+def pieces_are_padded_up_to_the_smallest_run() -> None:
+    """Memory that is short splits a batch, whose pieces may have fewer rows than a run takes."""
+    gpu = device.acquire()
+    executor, limit = Doubler(), RowLimit()
+    executor.least = 3
+    one = lane(gpu, executor, limit=limit, graphs=False)
+    executor.fails_above = (4, OutOfDeviceMemory("cuMemAlloc failed"))
+    check(one, batch(2, 3, bucket=5))
+    assert limit.rows == 3
+    check(one, batch(1, 2, 1, 3, 1, bucket=8))
+    executor.fails_above = (2, OutOfDeviceMemory("cuMemAlloc failed"))
+    limit.rows = 8
+    with pytest.raises(OutOfDeviceMemory):
+        one.run(batch(2, bucket=4))
+    assert limit.rows == 3, "less cannot be asked of it"
+    executor.fails_above = None
+    limit.rows = 2  # found out by a lane whose runs may be of two rows
+    check(one, batch(8))
+    one.close()
+    device.release()
+
+
+def any_of_the_largest_shapes_has_room() -> None:
+    """A tall one and a wide one: neither holds the other."""
+    gpu = device.acquire()
+    executor = Doubler()
+    shapes = [{"x": (32, 2), "k": (32, 1)}, {"x": (2, 100), "k": (2, 1)}]
+    one = CudaLane(
+        gpu, executor, {"x": "float32", "k": "int8"}, {"y": "float32"}, shapes, RowLimit(),
+        buckets=(), graphs=True,
+    )  # fmt: skip
+    assert CONTROL.count("device_bytes") >= 2 * 200 * 4 + 32
+    for seed in range(3):
+        check(one, batch(16, 16, width=2, seed=seed))
+        check(one, batch(1, 1, width=100, seed=seed))
     one.close()
     device.release()
 

@@ -15,6 +15,7 @@ from helpers import onnx_models
 from helpers.trt import REASON, rtx
 
 from inferq.shared.errors import ConfigError
+from inferq.workers.ranges import InputRange
 from inferq.workers.trt import flavours
 from inferq.workers.trt.flavours import (
     AUTO,
@@ -22,7 +23,6 @@ from inferq.workers.trt.flavours import (
     TENSORRT,
     BuildStopped,
     Flavour,
-    InputRange,
     find_flavour,
     used,
 )
@@ -64,8 +64,8 @@ def test_the_table_names_all_that_the_module_uses() -> None:
               for name in names}  # fmt: skip
     listed |= {cls for flavour in flavours.MODULES for cls in used(flavour)}
     plain = set(dir(str)) | set(dir(tuple)) | set(dir(dict)) | set(dir(list)) | {"clear"}
-    # Of Python's logging, and of our errors.
-    plain |= {"DEBUG", "message"}
+    # Of Python's logging, of our errors, and of our ranges.
+    plain |= {"DEBUG", "message", "min", "opt", "max"}
     assert sorted((accessed & theirs) - own - listed - plain) == []
 
 

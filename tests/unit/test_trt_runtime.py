@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from inferq.shared.errors import ConfigError, EngineError
-from inferq.workers.trt.flavours import RTX, TENSORRT, Context, Flavour, InputRange, Loaded
+from inferq.workers.ranges import InputRange
+from inferq.workers.trt.flavours import RTX, TENSORRT, Context, Flavour, Loaded
 
 
 class _Blob(bytes):

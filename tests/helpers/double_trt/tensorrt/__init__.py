@@ -216,7 +216,7 @@ class Builder:
         return _Profile()
 
     def build_serialized_network(self, network: _Network, config: _Config) -> bytes:
-        shapes = config.profiles[0].shapes if config.profiles else {}
+        shapes = [profile.shapes for profile in config.profiles] or [{}]
         return MAGIC + json.dumps(shapes).encode() + b"\n" + network.model
 
 
@@ -233,10 +233,10 @@ class Runtime:
 
 class _Engine:
     device_memory_size_v2 = CONTEXT_BYTES
-    num_optimization_profiles = 1
 
-    def __init__(self, ranges: dict[str, Any], model: _Model) -> None:
+    def __init__(self, ranges: list[dict[str, Any]], model: _Model) -> None:
         self._ranges = ranges
+        self.num_optimization_profiles = len(ranges)
         self.model = model
         self.tensors = [*model.inputs, *model.outputs]
         self._by_name = {tensor.name: tensor for tensor in self.tensors}
@@ -256,8 +256,8 @@ class _Engine:
     def get_tensor_shape(self, name: str) -> Sequence[int]:
         return self._by_name[name].shape
 
-    def get_tensor_profile_shape(self, name: str, _profile: int) -> list[Any]:
-        return list(self._ranges.get(name) or [self._by_name[name].shape] * 3)
+    def get_tensor_profile_shape(self, name: str, profile: int) -> list[Any]:
+        return list(self._ranges[profile].get(name) or [self._by_name[name].shape] * 3)
 
     def create_runtime_config(self) -> object:
         return object()
@@ -274,12 +274,14 @@ class _Context:
         self._model = engine.model
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
+        self._profile = 0
 
-    def set_optimization_profile_async(self, _index: int, _stream: int) -> bool:
-        return True
+    def set_optimization_profile_async(self, index: int, _stream: int) -> bool:
+        self._profile = index
+        return index < self._engine.num_optimization_profiles
 
     def set_input_shape(self, name: str, shape: Sequence[int]) -> bool:
-        least, _, most = self._engine.get_tensor_profile_shape(name, 0)
+        least, _, most = self._engine.get_tensor_profile_shape(name, self._profile)
         if len(shape) != len(least) or not all(
             low <= dim <= high for low, dim, high in zip(least, shape, most, strict=True)
         ):

@@ -18,8 +18,8 @@ from inferq.workers.cuda.graphs import CaptureFailed
 from inferq.workers.cuda.lane import CudaLane, RowLimit, Shape
 from inferq.workers.engines.base import OutOfDeviceMemory
 from inferq.workers.engines.torch_program import FlatFunction, Layout, flat_function
+from inferq.workers.ranges import input_ranges, profile_sizes
 from inferq.workers.repository import ModelSpec
-from inferq.workers.trt.profiles import input_ranges, symbol_sizes
 
 
 class CudaProgram:
@@ -38,7 +38,8 @@ class CudaProgram:
         """Move the program there and open `count` lanes. ConfigError, or what PyTorch raises."""
         self._device = gpu = device.acquire()
         try:
-            ranges = input_ranges(self._spec, symbol_sizes(self._spec))
+            profiles = [input_ranges(self._spec, each) for each in profile_sizes(self._spec)]
+            largest = [{span.name: span.max for span in ranges} for ranges in profiles]
             signature, limit = self._layout.signature, RowLimit()
             with gpu:
                 moved = move_to_device_pass(self._program, "cuda")
@@ -49,8 +50,7 @@ class CudaProgram:
                             gpu, _Executor(function, self._layout),
                             {tensor.name: tensor.dtype for tensor in signature.inputs},
                             {tensor.name: tensor.dtype for tensor in signature.outputs},
-                            {span.name: span.max for span in ranges},
-                            limit, buckets=buckets, graphs=graphs,
+                            largest, limit, buckets=buckets, graphs=graphs,
                         )
                     )  # fmt: skip
         except BaseException:
@@ -80,6 +80,11 @@ class _Executor:
         }
         self._outputs = [spec.name for spec in layout.signature.outputs]
         self._shapes: dict[str, Shape] = {}
+
+    def rows(self, shapes: Mapping[str, Shape]) -> int:
+        (asked, *_) = (shape[0] for shape in shapes.values())
+        least, most = self._layout.rows or (1, None)
+        return max(least, asked if most is None else min(asked, most))
 
     def set_shapes(self, shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
         """Runs once, on zeros: some sizes of outputs are only known to the program."""

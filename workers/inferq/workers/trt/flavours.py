@@ -22,11 +22,11 @@ import numpy as np
 
 from inferq.shared.errors import ConfigError, EngineError
 from inferq.shared.schema import TensorSpec
+from inferq.workers.ranges import InputRange, Shape
 
 logger = logging.getLogger(__name__)
 
 FlavourName = Literal["tensorrt", "tensorrt-rtx"]
-Shape = tuple[int, ...]
 
 TENSORRT: Final = "tensorrt"
 RTX: Final = "tensorrt-rtx"
@@ -126,16 +126,6 @@ class Progress(Protocol):
 
 class BuildStopped(Exception):
     """`Progress.stopped` broke a build off."""
-
-
-@dataclass(frozen=True)
-class InputRange:
-    """The shapes of one input in an optimization profile."""
-
-    name: str
-    min: Shape
-    opt: Shape
-    max: Shape
 
 
 @dataclass(frozen=True)

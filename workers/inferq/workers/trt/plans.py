@@ -28,7 +28,7 @@ from typing import Any, Final
 import msgspec
 
 from inferq.shared.errors import ConfigError
-from inferq.workers.trt.flavours import InputRange
+from inferq.workers.ranges import InputRange
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,8 @@ class PlanKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     #: Of the GPU that it was built for, as "9.0"; "any": bound to none.
     capability: str
     precision: str
-    ranges: tuple[InputRange, ...]
+    #: The shapes of all inputs, of each optimization profile.
+    profiles: tuple[tuple[InputRange, ...], ...]
     format: int = FORMAT
 
     @property

@@ -40,7 +40,8 @@ class Session:
         self._device: device.Device | None = None
         self._loaded: Loaded | None = None
         self._plan: Plan | None = None
-        self._context: Context | None = None
+        #: The first lane's, one for each profile.
+        self._contexts: Sequence[Context] = ()
         self.lanes: list[CudaLane] = []
 
     def open(self) -> None:
@@ -56,13 +57,16 @@ class Session:
                 self._loaded = self._flavour.deserialize(plan.load())
                 # With both, TensorRT would capture what is being captured.
                 own = self._flavour.has_own_graphs
-                self._context = open_lanes(
+                self._contexts = open_lanes(
                     gpu, self._loaded, self.lanes,
                     count=self._count,
                     buckets=self._buckets,
                     own_graphs=self._graphs and own,
                     cuda_graphs=self._graphs and not own,
-                    runtime_cache=self._folder.read_cache(self._cache_name(plan)),
+                    runtime_caches=[
+                        self._folder.read_cache(self._cache_name(plan, profile))
+                        for profile in range(self._loaded.profiles)
+                    ],
                 )  # fmt: skip
             if not plan.record.verified:
                 run = runs_on(self.lanes[0], batchable=self._spec.batchable)
@@ -89,7 +93,7 @@ class Session:
         for lane in self.lanes:
             lane.close()
         self.lanes = []
-        self._context = None
+        self._contexts = ()
         with gpu:
             if self._loaded is not None:
                 self._loaded.close()
@@ -98,10 +102,11 @@ class Session:
 
     def _keep_compiled(self) -> None:
         """For the next process: what TensorRT-RTX compiled for this GPU."""
-        compiled = self._context.runtime_cache() if self._context is not None else None
-        if compiled is not None and self._plan is not None:
-            self._folder.write_cache(self._cache_name(self._plan), compiled)
+        for profile, context in enumerate(self._contexts):
+            compiled = context.runtime_cache()
+            if compiled is not None and self._plan is not None:
+                self._folder.write_cache(self._cache_name(self._plan, profile), compiled)
 
     @staticmethod
-    def _cache_name(plan: Plan) -> str:
-        return f"runtime.{plan.path.stem}"
+    def _cache_name(plan: Plan, profile: int) -> str:
+        return f"runtime.{plan.path.stem}.{profile}"
