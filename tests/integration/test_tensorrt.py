@@ -207,6 +207,21 @@ def test_several_profiles_take_contexts_of_their_own_and_hold_together(
                 client.infer("wide", {"x": _rows(0, 1, width)}, timeout=TIMEOUT_S)
 
 
+def test_memory_that_is_short_in_tensorrt_splits_batches_and_loses_none(
+    redis_url: str, models: Path, on_gpu: Environment
+) -> None:
+    knobs = "preferred_batch_sizes = [8]\nmax_queue_delay_ms = 200\n"
+    (models / "double" / "model.toml").write_text(TOML + knobs)
+    env = on_gpu() | {"DOUBLE_TRT_ROWS": "4"}
+    with Worker(redis_url, models, ["double"], env=env) as worker, Client(redis_url) as client:
+        items = [{"x": _rows(n, 1 + n % 2, 3)} for n in range(40)]
+        for item, result in zip(items, client.map("double", items, in_flight=40), strict=True):
+            assert np.array_equal(result.outputs["y"], 2 * item["x"])
+            assert result.receipt is not None
+            assert result.receipt.requests > 1, "it is the lane that splits, not the batch"
+        assert "out of GPU memory at 8 rows: runs are of at most 4 now" in worker.log
+
+
 def test_contexts_that_do_not_fit_are_counted_with_the_lanes(
     redis_url: str, models: Path, on_gpu: Environment
 ) -> None:

@@ -73,13 +73,14 @@ def build(
     """
     from inferq.workers.cuda.libcuda import compute_capability  # noqa: PLC0415
     from inferq.workers.repository import load_model  # noqa: PLC0415 (heavy)
-    from inferq.workers.trt import flavours  # noqa: PLC0415
+    from inferq.workers.trt import flavours, logs  # noqa: PLC0415
     from inferq.workers.trt.builder import Order, ensure_plan  # noqa: PLC0415
     from inferq.workers.trt.plans import PlanFolder  # noqa: PLC0415
     from inferq.workers.trt.profiles import parse_batch  # noqa: PLC0415
 
     # What goes wrong is told once, by the exception.
-    logging.getLogger(flavours.__name__).addHandler(logging.NullHandler())
+    for module in (flavours, logs):
+        logging.getLogger(module.__name__).addHandler(logging.NullHandler())
     try:
         spec = load_model(repository, model)
         table = spec.engine_table if spec.config.engine == "tensorrt" else {}

@@ -2,7 +2,8 @@
 
 A "plan" is the ONNX file; an execution context runs it by ONNX Runtime on the memory of the fake
 driver's device, in stream order. Only what inferq uses of TensorRT is here. With
-DOUBLE_TRT_FACTOR its answers of floats are off by that factor.
+DOUBLE_TRT_FACTOR its answers of floats are off by that factor; with DOUBLE_TRT_ROWS it has memory
+to run that many rows.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ MAGIC = b"double plan "
 #: Device memory that a context says it takes.
 CONTEXT_BYTES = 1_000_000
 FACTOR = float(os.environ.get("DOUBLE_TRT_FACTOR", "1"))
+ROWS = int(os.environ.get("DOUBLE_TRT_ROWS", "1000000"))
 
 
 class DataType(Enum):
@@ -221,20 +223,21 @@ class Builder:
 
 
 class Runtime:
-    def __init__(self, _logger: Any) -> None:
-        pass
+    def __init__(self, logger: Any) -> None:
+        self._logger = logger
 
     def deserialize_cuda_engine(self, plan: bytes) -> Any:
         if not plan.startswith(MAGIC):
             return None
         head, _, model = plan.partition(b"\n")
-        return _Engine(json.loads(head.removeprefix(MAGIC)), _Model(model))
+        return _Engine(json.loads(head.removeprefix(MAGIC)), _Model(model), self._logger)
 
 
 class _Engine:
     device_memory_size_v2 = CONTEXT_BYTES
 
-    def __init__(self, ranges: list[dict[str, Any]], model: _Model) -> None:
+    def __init__(self, ranges: list[dict[str, Any]], model: _Model, logger: Any) -> None:
+        self.logger = logger
         self._ranges = ranges
         self.num_optimization_profiles = len(ranges)
         self.model = model
@@ -301,6 +304,10 @@ class _Context:
 
     def execute_async_v3(self, stream: int) -> bool:
         model, addresses, shapes = self._model, dict(self._addresses), dict(self._shapes)
+        if max(shape[0] for shape in shapes.values()) > ROWS:
+            text = "[resize.cpp::grow::7] Error Code 2: OutOfMemory (no further information)"
+            self._engine.logger.log(ILogger.ERROR, text)
+            return False
 
         def kernel() -> int:
             inputs = {

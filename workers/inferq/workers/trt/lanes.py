@@ -17,7 +17,8 @@ from inferq.workers.cuda.graphs import Graph
 from inferq.workers.cuda.lane import CudaLane, RowLimit, Shape, tensor_bytes
 from inferq.workers.engines.base import Batch, Lane
 from inferq.workers.ranges import InputRange
-from inferq.workers.trt.flavours import Context, Flavour, Loaded
+from inferq.workers.trt.flavours import Flavour
+from inferq.workers.trt.running import Context, Loaded
 from inferq.workers.trt.verify import Run
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,10 @@ from inferq.workers.cuda import device
 from inferq.workers.cuda.lane import CudaLane
 from inferq.workers.repository import ModelSpec
 from inferq.workers.trt.builder import Order, ensure_plan
-from inferq.workers.trt.flavours import Context, Flavour, Loaded
+from inferq.workers.trt.flavours import Flavour
 from inferq.workers.trt.lanes import open_lanes, runs_on
 from inferq.workers.trt.plans import Plan, PlanFolder
+from inferq.workers.trt.running import Context, Loaded
 from inferq.workers.trt.verify import verify_plan
 
 logger = logging.getLogger(__name__)
