@@ -25,7 +25,9 @@ from helpers.worker import SupervisedWorker, Worker
 from redis import Redis
 
 from inferq.producer import Client
+from inferq.shared.codec import decode_advert
 from inferq.shared.errors import InvalidInput
+from inferq.shared.names import Names
 from inferq.workers.demo.models import MAGIKA, prepare
 from inferq.workers.health import EX_FATAL_ENGINE
 from inferq.workers.repository import load_model
@@ -262,11 +264,13 @@ def test_without_a_gpu_one_line_says_what_is_missing(redis_url: str, models: Pat
 
 
 def test_a_shape_beyond_the_profile_is_the_requests_fault_and_others_are_served(
-    redis_url: str, models: Path, on_gpu: Environment
+    redis_url: str, redis: Redis, models: Path, on_gpu: Environment
 ) -> None:
     onnx_models.double(models / "wide" / "1" / "model.onnx", ("batch", "width"))
     (models / "wide" / "model.toml").write_text(TOML + "[profile]\nwidth = [2, 4, 8]\n")
     with Worker(redis_url, models, ["wide"], env=on_gpu()), Client(redis_url) as client:
+        known = decode_advert(redis.get(Names().model("wide")))
+        assert known.seconds_per_row > 0, "its usual shape was measured"
         for width in (9, 1):
             with pytest.raises(InvalidInput, match=rf"'x': dim 1 is {width}; expected 2 to 8, for"):
                 client.infer("wide", {"x": _rows(0, 2, width)}, timeout=TIMEOUT_S)

@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from inferq.shared.errors import ConfigError
 from inferq.shared.schema import TensorSpec
-from inferq.workers.repository import ModelSpec
+
+if TYPE_CHECKING:
+    from inferq.workers.repository import ModelSpec
 
 Shape = tuple[int, ...]
 #: The smallest, the usual and the largest size of one symbol.
@@ -39,6 +41,16 @@ class InputRange:
             least <= size <= most
             for least, size, most in zip(self.min, shape, self.max, strict=True)
         )
+
+
+@dataclass(frozen=True)
+class Usual:
+    """The usual inputs of one profile."""
+
+    #: Of all symbols.
+    sizes: Mapping[str, int]
+    #: The largest batch.
+    rows: int
 
 
 def profile_sizes(spec: ModelSpec, batch: Sizes | None = None) -> tuple[dict[str, Sizes], ...]:
@@ -68,6 +80,19 @@ def input_ranges(spec: ModelSpec, sizes: Mapping[str, Sizes]) -> tuple[InputRang
     ConfigError: one is too large.
     """
     return tuple(_range(tensor, sizes) for tensor in spec.signature.inputs)
+
+
+def usual_inputs(spec: ModelSpec) -> tuple[Usual, ...]:
+    """Of each profile of `spec`, those of the largest batches first. ConfigError: as above."""
+    batch = spec.signature.batch_symbol
+    found = [
+        Usual(
+            {symbol: usual for symbol, (_, usual, _) in sizes.items()},
+            1 if batch is None else sizes[batch][2],
+        )
+        for sizes in profile_sizes(spec)
+    ]
+    return tuple(sorted(found, key=lambda each: -each.rows))
 
 
 def _symbols(spec: ModelSpec) -> list[str]:
