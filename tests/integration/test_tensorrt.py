@@ -269,7 +269,7 @@ def test_a_shape_beyond_the_profile_is_the_requests_fault_and_others_are_served(
     onnx_models.double(models / "wide" / "1" / "model.onnx", ("batch", "width"))
     (models / "wide" / "model.toml").write_text(TOML + "[profile]\nwidth = [2, 4, 8]\n")
     with Worker(redis_url, models, ["wide"], env=on_gpu()), Client(redis_url) as client:
-        known = decode_advert(redis.get(Names().model("wide")))
+        known = decode_advert(bytes(redis.get(Names().model("wide")) or b""))  # type: ignore[arg-type]
         assert known.seconds_per_row > 0, "its usual shape was measured"
         for width in (9, 1):
             with pytest.raises(InvalidInput, match=rf"'x': dim 1 is {width}; expected 2 to 8, for"):
