@@ -7,6 +7,7 @@ stand in the lane's buffers; what lies between is in memory of PyTorch's allocat
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -31,40 +32,38 @@ class CudaProgram:
         self._program = program
         self._layout = layout
         self._spec = spec
-        self._device: device.Device | None = None
+        #: What is to be freed.
+        self._stack = ExitStack()
         self.lanes: list[CudaLane] = []
 
     def open(self, count: int, buckets: tuple[int, ...], *, graphs: bool) -> None:
-        """Move the program there and open `count` lanes. ConfigError, or what PyTorch raises."""
-        self._device = gpu = device.acquire()
-        try:
+        """Move the program there and open `count` lanes. ConfigError, EngineError, FatalEngineError
+        or what PyTorch raises.
+        """
+        with ExitStack() as stack:
+            gpu = stack.enter_context(device.acquired())
             profiles = [input_ranges(self._spec, each) for each in profile_sizes(self._spec)]
             largest = [{span.name: span.max for span in ranges} for ranges in profiles]
             signature, limit = self._layout.signature, RowLimit()
+            lanes: list[CudaLane] = []
             with gpu:
-                moved = move_to_device_pass(self._program, "cuda")
-                function = flat_function(moved)
+                function = flat_function(move_to_device_pass(self._program, "cuda"))
                 for _ in range(count):
-                    self.lanes.append(
-                        CudaLane(
-                            gpu, _Executor(function, self._layout),
-                            {tensor.name: tensor.dtype for tensor in signature.inputs},
-                            {tensor.name: tensor.dtype for tensor in signature.outputs},
-                            largest, limit, buckets=buckets, graphs=graphs,
-                        )
+                    lane = CudaLane(
+                        gpu, _Executor(function, self._layout),
+                        {tensor.name: tensor.dtype for tensor in signature.inputs},
+                        {tensor.name: tensor.dtype for tensor in signature.outputs},
+                        largest, limit, buckets=buckets, graphs=graphs,
                     )  # fmt: skip
-        except BaseException:
-            self.close()
-            raise
+                    stack.callback(lane.close)
+                    lanes.append(lane)
+            self.lanes = lanes
+            self._stack = stack.pop_all()
 
     def close(self) -> None:
         """Idempotent."""
-        gpu, self._device = self._device, None
-        for lane in self.lanes:
-            lane.close()
         self.lanes = []
-        if gpu is not None:
-            device.release()
+        self._stack.close()
 
 
 class _Executor:

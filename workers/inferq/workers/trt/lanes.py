@@ -1,22 +1,20 @@
-"""Lanes of a loaded plan: execution contexts, one for each profile, and the memory they take."""
+"""Lanes of a loaded plan, and the memory that they take."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Final
 
-from pycuda import driver
-
-from inferq.shared.errors import ConfigError, EngineError, InvalidInput
+from inferq.shared.errors import ConfigError
 from inferq.shared.schema import Array, Tensors
 from inferq.workers.cuda import device
 from inferq.workers.cuda.device import Device
-from inferq.workers.cuda.graphs import Graph
-from inferq.workers.cuda.lane import CudaLane, RowLimit, Shape, tensor_bytes
+from inferq.workers.cuda.lane import CudaLane, RowLimit, tensor_bytes
 from inferq.workers.engines.base import Batch, Lane
-from inferq.workers.ranges import InputRange
+from inferq.workers.trt.executor import ProfileExecutor
 from inferq.workers.trt.flavours import Flavour
 from inferq.workers.trt.running import Context, Loaded
 from inferq.workers.trt.verify import Run
@@ -24,34 +22,78 @@ from inferq.workers.trt.verify import Run
 logger = logging.getLogger(__name__)
 
 _MB: Final = 1e6
-_NON_BLOCKING: Final = 1
 
 
-def open_lanes(
+@dataclass(frozen=True)
+class Opened:
+    """A plan on the GPU."""
+
+    lanes: Sequence[CudaLane]
+    #: The first lane's, one for each profile.
+    contexts: Sequence[Context]
+
+
+def _no_cache(_profile: int) -> None:
+    return None
+
+
+@contextmanager
+def opened(
+    gpu: Device,
+    flavour: Flavour,
+    plan: bytes,
+    *,
+    count: int,
+    buckets: Sequence[int],
+    own_graphs: bool = False,
+    cuda_graphs: bool = False,
+    runtime_cache: Callable[[int], bytes | None] = _no_cache,
+) -> Iterator[Opened]:
+    """`plan`, loaded, with `count` lanes, until the end.
+
+    `buckets`: the batch sizes that it runs at, ascending; empty: any. `own_graphs`: TensorRT
+    captures CUDA graphs by itself; `cuda_graphs`: the lanes do. `runtime_cache`: by profile, see
+    `Loaded.context`. Raises ConfigError, saying what would fit, if the GPU's memory does not
+    suffice; EngineError.
+    """
+    lanes: list[CudaLane] = []
+    with gpu:
+        loaded = flavour.deserialize(plan)
+    try:
+        with gpu:
+            contexts = _open_lanes(
+                gpu, loaded, lanes, count=count, buckets=buckets, own_graphs=own_graphs,
+                cuda_graphs=cuda_graphs, runtime_cache=runtime_cache,
+            )  # fmt: skip
+        yield Opened(lanes, contexts)
+    finally:
+        for lane in lanes:
+            lane.close()
+        with gpu:
+            loaded.close()
+
+
+def _open_lanes(
     gpu: Device,
     loaded: Loaded,
     lanes: list[CudaLane],
     *,
     count: int,
     buckets: Sequence[int],
-    own_graphs: bool = False,
-    cuda_graphs: bool = False,
-    runtime_caches: Sequence[bytes | None] = (),
+    own_graphs: bool,
+    cuda_graphs: bool,
+    runtime_cache: Callable[[int], bytes | None],
 ) -> Sequence[Context]:
-    """Add `count` lanes for the plan to `lanes`; what it takes is logged before it is taken.
-
-    `buckets`: the batch sizes that it runs at, ascending; empty: any. `own_graphs`: TensorRT
-    captures CUDA graphs by itself; `cuda_graphs`: the lanes do. `runtime_caches`: for each profile,
-    see `Loaded.context`. Returns the first lane's contexts, one for each profile. Raises
-    ConfigError, saying what would fit, if the GPU's memory does not suffice.
+    """Add them to `lanes`; what it takes is logged before it is taken. Returns the first one's
+    contexts.
     """
     inputs = {tensor.name: tensor.dtype.name for tensor in loaded.tensors if tensor.is_input}
     outputs = {tensor.name: tensor.dtype.name for tensor in loaded.tensors if not tensor.is_input}
     profiles = [[loaded.range(name, n) for name in inputs] for n in range(loaded.profiles)]
-    caches = runtime_caches or [None] * len(profiles)
+    caches = [runtime_cache(profile) for profile in range(loaded.profiles)]
 
-    def executor() -> _Executor:
-        made = _Executor(profiles, list(outputs))
+    def executor() -> ProfileExecutor:
+        made = ProfileExecutor(profiles, list(outputs))
         try:
             made.open(loaded, own_graphs, caches)
         except BaseException:
@@ -126,121 +168,5 @@ def loaded_once(flavour: Flavour, plan: bytes, *, batchable: bool) -> Iterator[R
     """A function that runs `plan` on a lane of its own, until the end. ConfigError, EngineError,
     FatalEngineError.
     """
-    gpu = device.acquire()
-    lanes: list[CudaLane] = []
-    loaded: Loaded | None = None
-    try:
-        with gpu:
-            loaded = flavour.deserialize(plan)
-            open_lanes(gpu, loaded, lanes, count=1, buckets=())
-        yield runs_on(lanes[0], batchable=batchable)
-    except Exception as problem:
-        judged = gpu.judge_loading(problem)
-        if judged is problem:
-            raise
-        raise judged from problem
-    finally:
-        for lane in lanes:
-            lane.close()
-        with gpu:
-            if loaded is not None:
-                loaded.close()
-        device.release()
-
-
-class _Executor:
-    """An execution context for each optimization profile; `profiles`: what the inputs may be.
-
-    A run takes the first profile that holds its shapes: they come the smallest first.
-    """
-
-    def __init__(self, profiles: Sequence[Sequence[InputRange]], outputs: Sequence[str]) -> None:
-        self.contexts: list[Context] = []
-        self._profiles = profiles
-        self._outputs = outputs
-        #: The one whose shapes were set last.
-        self._current: Context
-
-    def open(self, loaded: Loaded, graphs: bool, caches: Sequence[bytes | None]) -> None:
-        """Take the device memory of all contexts. EngineError; `close` in any case."""
-        stream = driver.Stream(_NON_BLOCKING)
-        for number, cache in enumerate(caches):
-            context = loaded.context(graphs=graphs, runtime_cache=cache)
-            self.contexts.append(context)
-            if len(caches) > 1:  # a context begins with the first one
-                context.set_profile(number, stream.handle)
-        stream.synchronize()  # from here on it is in force on any stream
-
-    def rows(self, shapes: Mapping[str, Shape]) -> int:
-        (asked, *_) = (shape[0] for shape in shapes.values())
-        held = [
-            (ranges[0].min[0], ranges[0].max[0])
-            for ranges in self._profiles
-            if all(span.holds((span.min[0], *shapes[span.name][1:])) for span in ranges)
-        ]
-        if not held:
-            raise _not_held(shapes, self._profiles)
-        enough = [max(least, asked) for least, most in held if asked <= most]
-        return min(enough) if enough else max(most for _, most in held)
-
-    def set_shapes(self, shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
-        context = self._current = self._holding(shapes)
-        for name, shape in shapes.items():
-            context.set_shape(name, shape)
-        context.infer_shapes()
-        found = {name: context.shape(name) for name in self._outputs}
-        for name, shape in found.items():
-            if any(dim < 0 for dim in shape):
-                raise EngineError(f"the shape of output {name!r} depends on the inputs' values")
-        return found
-
-    def set_address(self, name: str, address: int) -> None:
-        for context in self.contexts:
-            context.set_address(name, address)
-
-    def enqueue(self, stream: int) -> None:
-        self._current.execute(stream)
-
-    def capture(self, stream: int) -> Graph:
-        context = self._current
-        return Graph(stream, lambda: context.execute(stream))
-
-    def close(self) -> None:
-        for context in self.contexts:
-            context.close()
-
-    def _holding(self, shapes: Mapping[str, Shape]) -> Context:
-        for context, ranges in zip(self.contexts, self._profiles, strict=True):
-            if all(span.holds(shapes[span.name]) for span in ranges):
-                return context
-        raise _not_held(shapes, self._profiles)
-
-
-def _not_held(
-    shapes: Mapping[str, Shape], profiles: Sequence[Sequence[InputRange]]
-) -> InvalidInput:
-    """The plan was not built for them. [profile] is not told to clients otherwise."""
-    if len(profiles) == 1:
-        for span in profiles[0]:
-            axes = zip(span.min, shapes[span.name], span.max, strict=True)
-            for axis, (least, size, most) in enumerate(axes):
-                if not least <= size <= most:
-                    return InvalidInput(
-                        f"input {span.name!r}: dim {axis} is {size}; expected {least} to {most}, "
-                        "for which the model was built ([profile] of model.toml)"
-                    )
-    given = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
-    held = " or ".join(", ".join(map(_shown, ranges)) for ranges in profiles)
-    return InvalidInput(
-        f"inputs are {given}; expected {held}, for which the model was built "
-        "([[profile]] of model.toml)"
-    )
-
-
-def _shown(span: InputRange) -> str:
-    """``x [1-8, 3]``"""
-    dims = (
-        str(most) if least == most else f"{least}-{most}"
-        for least, most in zip(span.min, span.max, strict=True)
-    )
-    return f"{span.name} [{', '.join(dims)}]"
+    with device.acquired() as gpu, opened(gpu, flavour, plan, count=1, buckets=()) as made:
+        yield runs_on(made.lanes[0], batchable=batchable)
