@@ -177,7 +177,7 @@ class CudaLane:
             self._limit.rows = min(self._limit.rows, most)
             logger.warning("out of GPU memory at %d rows: runs are of at most %d now",
                            rows, self._limit.rows)  # fmt: skip
-            return self._run_split(batch, most)
+            return self._run_split(batch, self._rows(batch, int(self._limit.rows)))
 
     def repeat(self, batch: Batch, times: int) -> float:
         """How many ms `batch` takes if it is computed `times` times in a row without copies, each.

@@ -30,13 +30,13 @@ class ProfileExecutor:
 
     def open(self, loaded: Loaded, graphs: bool, caches: Sequence[bytes | None]) -> None:
         """Take the device memory of all contexts. EngineError; `close` in any case."""
-        stream = driver.Stream(_NON_BLOCKING)
-        for number, cache in enumerate(caches):
-            context = loaded.context(graphs=graphs, runtime_cache=cache)
-            self.contexts.append(context)
-            if len(caches) > 1:  # a context begins with the first one
+        for cache in caches:
+            self.contexts.append(loaded.context(graphs=graphs, runtime_cache=cache))
+        if len(caches) > 1:  # a context begins with the first one
+            stream = driver.Stream(_NON_BLOCKING)
+            for number, context in enumerate(self.contexts):
                 context.set_profile(number, stream.handle)
-        stream.synchronize()  # from here on it is in force on any stream
+            stream.synchronize()  # from here on they are in force on any stream
 
     def rows(self, shapes: Mapping[str, Shape]) -> int:
         (asked, *_) = (shape[0] for shape in shapes.values())
