@@ -105,6 +105,10 @@ def batch(*rows: int, bucket: int | None = None, width: int = WIDTH, seed: int =
     return Batch(parts, sum(rows), bucket or sum(rows))
 
 
+#: One row's inputs.
+ROW = batch(1).parts[0]
+
+
 def answer(of: Batch) -> Array:
     x = np.concatenate([part["x"] for part in of.parts])
     k = np.concatenate([part["k"] for part in of.parts])
@@ -271,7 +275,7 @@ def short_memory_splits_the_batch_and_those_after_it() -> None:
     for each in executors:
         each.fails_above = (4, OutOfDeviceMemory("cuMemAlloc failed"))
     check(one, batch(1, 2, 1, 1, 2, bucket=8))
-    assert limit.rows == 4
+    assert limit.rows(ROW) == 4
     before = executors[1].set_count
     check(other, batch(8))
     assert executors[1].set_count == before + 1, "it did not try 8 rows first"
@@ -284,6 +288,24 @@ def short_memory_splits_the_batch_and_those_after_it() -> None:
     device.release()
 
 
+def short_memory_for_large_rows_does_not_split_small_ones() -> None:
+    gpu = device.acquire()
+    executor, limit = Doubler(), RowLimit()
+    one = lane(gpu, executor, limit=limit, width=100, graphs=False)
+    executor.fails_above = (4, OutOfDeviceMemory("cuMemAlloc failed"))
+    check(one, batch(8, width=100))
+    assert limit.rows(batch(1, width=100).parts[0]) == 4
+    executor.fails_above = None
+    before = executor.set_count
+    check(one, batch(8, width=49))
+    assert executor.set_count == before + 1, "it is as large as what was found to fit"
+    check(one, batch(8, width=60))
+    assert executor.set_count == before + 2, "in two pieces of the same bucket, 4"
+    assert limit.rows(batch(1, width=4000).parts[0]) == 1
+    one.close()
+    device.release()
+
+
 def short_memory_counts_the_rows_that_are_run() -> None:
     """Padding included: a bucket that does not fit is not tried again for fewer requests."""
     gpu = device.acquire()
@@ -291,20 +313,20 @@ def short_memory_counts_the_rows_that_are_run() -> None:
     one = lane(gpu, executor, limit=limit, graphs=False)
     executor.fails_above = (4, OutOfDeviceMemory("cuMemAlloc failed"))
     check(one, batch(1, bucket=8))
-    assert limit.rows == 4
+    assert limit.rows(ROW) == 4
     before = executor.set_count
     check(one, batch(2, 1, bucket=8))
     assert executor.set_count == before + 1, "it did not try 8 rows first"
     gpu_of_others = executor.set_shapes
 
     def another_lane_is_short_meanwhile(shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
-        limit.rows = 4
+        limit.lower(ROW, 4)
         return gpu_of_others(shapes)
 
-    limit.rows = 8
+    one._limit = limit = RowLimit()
     executor.set_shapes = another_lane_is_short_meanwhile  # type: ignore[method-assign]
     check(one, batch(7, bucket=8))
-    assert limit.rows == 4
+    assert limit.rows(ROW) == 4
     one.close()
     device.release()
 
@@ -332,15 +354,15 @@ def pieces_are_padded_up_to_the_smallest_run() -> None:
     one = lane(gpu, executor, limit=limit, graphs=False)
     executor.fails_above = (4, OutOfDeviceMemory("cuMemAlloc failed"))
     check(one, batch(2, 3, bucket=5))
-    assert limit.rows == 3
+    assert limit.rows(ROW) == 3
     check(one, batch(1, 2, 1, 3, 1, bucket=8))
     executor.fails_above = (2, OutOfDeviceMemory("cuMemAlloc failed"))
-    limit.rows = 8
+    one._limit = limit = RowLimit()
     with pytest.raises(OutOfDeviceMemory):
         one.run(batch(2, bucket=4))
-    assert limit.rows == 3, "less cannot be asked of it"
+    assert limit.rows(ROW) == 3, "less cannot be asked of it"
     executor.fails_above = None
-    limit.rows = 2  # found out by a lane whose runs may be of two rows
+    limit.lower(ROW, 2)  # found out by a lane whose runs may be of two rows
     check(one, batch(8))
     one.close()
     device.release()

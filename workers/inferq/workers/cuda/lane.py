@@ -84,11 +84,24 @@ class Executor(Protocol):
 class RowLimit:
     """How many rows fit the GPU's memory, as far as it was found out. Shared by a model's lanes.
 
-    Padding counts: what a run takes depends on its bucket.
+    It is counted in elements of the inputs: of small rows more fit than of large ones. Padding
+    counts: what a run takes depends on its bucket.
     """
 
     def __init__(self) -> None:
-        self.rows = math.inf
+        self._elements = math.inf
+
+    def rows(self, of: Tensors) -> float:
+        """So many rows as those of the inputs `of`, at least one."""
+        return max(1.0, self._elements / _row_elements(of))
+
+    def lower(self, of: Tensors, rows: int) -> None:
+        """No more than `rows` such rows fit."""
+        self._elements = min(self._elements, rows * _row_elements(of))
+
+
+def _row_elements(of: Tensors) -> int:
+    return max(1, sum(math.prod(array.shape[1:]) for array in of.values()))
 
 
 def tensor_bytes(
@@ -166,18 +179,20 @@ class CudaLane:
         if not batch.batchable:
             return self._run(batch)
         rows = self._rows(batch, batch.bucket)
-        if rows < batch.rows or batch.bucket > self._limit.rows:
-            return self._run_split(batch, self._rows(batch, int(min(rows, self._limit.rows))))
+        fitting = self._limit.rows(batch.parts[0])
+        if rows < batch.rows or batch.bucket > fitting:
+            return self._run_split(batch, self._rows(batch, int(min(rows, fitting))))
         try:
             return self._run(replace(batch, bucket=rows) if rows != batch.bucket else batch)
         except OutOfDeviceMemory:
             most = self._rows(batch, (rows + 1) // 2)
             if most >= rows:
                 raise
-            self._limit.rows = min(self._limit.rows, most)
+            self._limit.lower(batch.parts[0], most)
+            fitting = int(self._limit.rows(batch.parts[0]))
             logger.warning("out of GPU memory at %d rows: runs are of at most %d now",
-                           rows, self._limit.rows)  # fmt: skip
-            return self._run_split(batch, self._rows(batch, int(self._limit.rows)))
+                           rows, fitting)  # fmt: skip
+            return self._run_split(batch, self._rows(batch, fitting))
 
     def repeat(self, batch: Batch, times: int) -> float:
         """How many ms `batch` takes if it is computed `times` times in a row without copies, each.
@@ -209,7 +224,10 @@ class CudaLane:
         return {name: (rows, *first[name].shape[1:]) for name in self._inputs}
 
     def _run_split(self, batch: Batch, most: int) -> Mapping[str, Array]:
-        """In pieces of `most` rows, padded where no run has as few as the last one."""
+        """In pieces of at most `most` rows, padded where no run has as few as the last one."""
+        usual = max((size for size in self._buckets if size <= most), default=most)
+        if self._rows(batch, usual) == usual:
+            most = usual
         names = list(batch.parts[0])
         rows = {name: np.concatenate([part[name] for part in batch.parts]) for name in names}
         pieces = []
