@@ -27,7 +27,8 @@ from inferq.shared.errors import InferqError
 from inferq.workers.cuda import device
 from inferq.workers.demo.models import MODELS
 from inferq.workers.repository import ModelSpec, load_model
-from inferq.workers.trt.flavours import MODULES, Flavour, find_flavour
+from inferq.workers.trt.api import MODULES
+from inferq.workers.trt.flavours import Flavour, find_flavour
 
 OUT = Path("build") / "gpu.json"
 PACKAGES = ("inferq", "tensorrt", "tensorrt-rtx-cu13", "pycuda", "cuda-bindings", "torch", "numpy")

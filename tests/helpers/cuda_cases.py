@@ -38,11 +38,16 @@ class Doubler:
         self.addresses: dict[str, int] = {}
         self.shapes: Mapping[str, Shape] = {}
         self.set_count = 0
-        self.capturable = True
+        #: The fewest and the most rows of a run.
+        self.least, self.most = 1, 1 << 20
         #: Raised by the next runs of more rows than that.
         self.fails_above: tuple[float, Exception] | None = None
 
+    def rows(self, shapes: Mapping[str, Shape]) -> int:
+        return min(max(self.least, shapes["x"][0]), self.most)
+
     def set_shapes(self, shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
+        assert self.least <= shapes["x"][0] <= self.most, "TensorRT would refuse it"
         self.shapes = dict(shapes)
         self.set_count += 1
         return {"y": shapes["x"]}
@@ -83,7 +88,7 @@ def lane(
 ) -> CudaLane:
     return CudaLane(
         gpu, executor, {"x": "float32", "k": "int8"}, {"y": "float32"},
-        {"x": (rows, width), "k": (rows, 1)}, limit or RowLimit(), buckets=BUCKETS, graphs=graphs,
+        [{"x": (rows, width), "k": (rows, 1)}], limit or RowLimit(), buckets=BUCKETS, graphs=graphs,
     )  # fmt: skip
 
 
@@ -98,6 +103,10 @@ def batch(*rows: int, bucket: int | None = None, width: int = WIDTH, seed: int =
         for n in rows
     ]
     return Batch(parts, sum(rows), bucket or sum(rows))
+
+
+#: One row's inputs.
+ROW = batch(1).parts[0]
 
 
 def answer(of: Batch) -> Array:
@@ -266,7 +275,7 @@ def short_memory_splits_the_batch_and_those_after_it() -> None:
     for each in executors:
         each.fails_above = (4, OutOfDeviceMemory("cuMemAlloc failed"))
     check(one, batch(1, 2, 1, 1, 2, bucket=8))
-    assert limit.rows == 4
+    assert limit.rows(ROW) == 4
     before = executors[1].set_count
     check(other, batch(8))
     assert executors[1].set_count == before + 1, "it did not try 8 rows first"
@@ -279,6 +288,24 @@ def short_memory_splits_the_batch_and_those_after_it() -> None:
     device.release()
 
 
+def short_memory_for_large_rows_does_not_split_small_ones() -> None:
+    gpu = device.acquire()
+    executor, limit = Doubler(), RowLimit()
+    one = lane(gpu, executor, limit=limit, width=100, graphs=False)
+    executor.fails_above = (4, OutOfDeviceMemory("cuMemAlloc failed"))
+    check(one, batch(8, width=100))
+    assert limit.rows(batch(1, width=100).parts[0]) == 4
+    executor.fails_above = None
+    before = executor.set_count
+    check(one, batch(8, width=49))
+    assert executor.set_count == before + 1, "it is as large as what was found to fit"
+    check(one, batch(8, width=60))
+    assert executor.set_count == before + 2, "in two pieces of the same bucket, 4"
+    assert limit.rows(batch(1, width=4000).parts[0]) == 1
+    one.close()
+    device.release()
+
+
 def short_memory_counts_the_rows_that_are_run() -> None:
     """Padding included: a bucket that does not fit is not tried again for fewer requests."""
     gpu = device.acquire()
@@ -286,20 +313,74 @@ def short_memory_counts_the_rows_that_are_run() -> None:
     one = lane(gpu, executor, limit=limit, graphs=False)
     executor.fails_above = (4, OutOfDeviceMemory("cuMemAlloc failed"))
     check(one, batch(1, bucket=8))
-    assert limit.rows == 4
+    assert limit.rows(ROW) == 4
     before = executor.set_count
     check(one, batch(2, 1, bucket=8))
     assert executor.set_count == before + 1, "it did not try 8 rows first"
     gpu_of_others = executor.set_shapes
 
     def another_lane_is_short_meanwhile(shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
-        limit.rows = 4
+        limit.lower(ROW, 4)
         return gpu_of_others(shapes)
 
-    limit.rows = 8
+    one._limit = limit = RowLimit()
     executor.set_shapes = another_lane_is_short_meanwhile  # type: ignore[method-assign]
     check(one, batch(7, bucket=8))
-    assert limit.rows == 4
+    assert limit.rows(ROW) == 4
+    one.close()
+    device.release()
+
+
+def a_batch_that_no_run_holds_is_padded_or_split() -> None:
+    """Each request gets its rows, whichever sizes of a batch the executor takes."""
+    gpu = device.acquire()
+    executor = Doubler()
+    executor.least, executor.most = 3, 5
+    one = lane(gpu, executor, rows=5)
+    for seed in range(2):
+        check(one, batch(1, bucket=1, seed=seed))
+        check(one, batch(1, 4, seed=seed))
+        check(one, batch(3, 3, 1, bucket=8, seed=seed))
+        check(one, batch(4, bucket=8, seed=seed))
+    one.close()
+    device.release()
+
+
+def pieces_are_padded_up_to_the_smallest_run() -> None:
+    """Memory that is short splits a batch, whose pieces may have fewer rows than a run takes."""
+    gpu = device.acquire()
+    executor, limit = Doubler(), RowLimit()
+    executor.least = 3
+    one = lane(gpu, executor, limit=limit, graphs=False)
+    executor.fails_above = (4, OutOfDeviceMemory("cuMemAlloc failed"))
+    check(one, batch(2, 3, bucket=5))
+    assert limit.rows(ROW) == 3
+    check(one, batch(1, 2, 1, 3, 1, bucket=8))
+    executor.fails_above = (2, OutOfDeviceMemory("cuMemAlloc failed"))
+    one._limit = limit = RowLimit()
+    with pytest.raises(OutOfDeviceMemory):
+        one.run(batch(2, bucket=4))
+    assert limit.rows(ROW) == 3, "less cannot be asked of it"
+    executor.fails_above = None
+    limit.lower(ROW, 2)  # found out by a lane whose runs may be of two rows
+    check(one, batch(8))
+    one.close()
+    device.release()
+
+
+def any_of_the_largest_shapes_has_room() -> None:
+    """A tall one and a wide one: neither holds the other."""
+    gpu = device.acquire()
+    executor = Doubler()
+    shapes = [{"x": (32, 2), "k": (32, 1)}, {"x": (2, 100), "k": (2, 1)}]
+    one = CudaLane(
+        gpu, executor, {"x": "float32", "k": "int8"}, {"y": "float32"}, shapes, RowLimit(),
+        buckets=(), graphs=True,
+    )  # fmt: skip
+    assert CONTROL.count("device_bytes") >= 2 * 200 * 4 + 32
+    for seed in range(3):
+        check(one, batch(16, 16, width=2, seed=seed))
+        check(one, batch(1, 1, width=100, seed=seed))
     one.close()
     device.release()
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from inferq.workers.repository import load_model
+from inferq.workers.trt.api import RTX
 from inferq.workers.trt.builder import Order
-from inferq.workers.trt.flavours import RTX, Flavour, find_flavour
+from inferq.workers.trt.flavours import Flavour, find_flavour
 
 REASON = "TensorRT-RTX is not installed: pip install tensorrt-rtx-cu13"
 

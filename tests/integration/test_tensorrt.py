@@ -25,7 +25,9 @@ from helpers.worker import SupervisedWorker, Worker
 from redis import Redis
 
 from inferq.producer import Client
+from inferq.shared.codec import decode_advert
 from inferq.shared.errors import InvalidInput
+from inferq.shared.names import Names
 from inferq.workers.demo.models import MAGIKA, prepare
 from inferq.workers.health import EX_FATAL_ENGINE
 from inferq.workers.repository import load_model
@@ -199,6 +201,62 @@ def test_lanes_that_do_not_fit_are_refused_with_what_would(
     worker.close()
 
 
+def test_several_profiles_take_contexts_of_their_own_and_hold_together(
+    redis_url: str, models: Path, on_gpu: Environment
+) -> None:
+    """Short requests in large batches, long ones in small batches; none between, none beyond."""
+    onnx_models.double(models / "wide" / "1" / "model.onnx", ("batch", "width"))
+    profiles = (
+        "[[profile]]\nbatch = [2, 2, 2]\nwidth = [100, 200, 400]\n"
+        "[[profile]]\nbatch = [1, 8, 8]\nwidth = [1, 4, 8]\n"
+    )
+    toml = TOML + "preferred_batch_sizes = [8]\nmax_queue_delay_ms = 50\n" + profiles
+    (models / "wide" / "model.toml").write_text(toml)
+    with Worker(redis_url, models, ["wide"], env=on_gpu()) as worker, Client(redis_url) as client:
+        # x and y of 2 x 400 or 8 x 8 float32 each; a context takes 1 MB.
+        assert "2 lanes of 2.0 MB of GPU memory each (0.0 MB for tensors, 2.0 MB for 2 of" in (
+            worker.log
+        )
+        items = [{"x": _rows(n, 1 + n % 3, (4, 8, 200, 400)[n % 4])} for n in range(80)]
+        results = list(client.map("wide", items, in_flight=40))
+        for item, result in zip(items, results, strict=True):
+            assert np.array_equal(result.outputs["y"], 2 * item["x"])
+        for width in (50, 401):
+            wanted = (
+                rf"inputs are x \[1, {width}\]; expected x \[1-8, 1-8\] or x \[2, 100-400\], for w"
+            )
+            with pytest.raises(InvalidInput, match=wanted):
+                client.infer("wide", {"x": _rows(0, 1, width)}, timeout=TIMEOUT_S)
+
+
+def test_memory_that_is_short_in_tensorrt_splits_batches_and_loses_none(
+    redis_url: str, models: Path, on_gpu: Environment
+) -> None:
+    knobs = "preferred_batch_sizes = [8]\nmax_queue_delay_ms = 200\n"
+    (models / "double" / "model.toml").write_text(TOML + knobs)
+    env = on_gpu() | {"DOUBLE_TRT_ROWS": "4"}
+    with Worker(redis_url, models, ["double"], env=env) as worker, Client(redis_url) as client:
+        items = [{"x": _rows(n, 1 + n % 2, 3)} for n in range(40)]
+        for item, result in zip(items, client.map("double", items, in_flight=40), strict=True):
+            assert np.array_equal(result.outputs["y"], 2 * item["x"])
+            assert result.receipt is not None
+            assert result.receipt.requests > 1, "it is the lane that splits, not the batch"
+        assert "out of GPU memory at 8 rows: runs are of at most 4 now" in worker.log
+
+
+def test_contexts_that_do_not_fit_are_counted_with_the_lanes(
+    redis_url: str, models: Path, on_gpu: Environment
+) -> None:
+    profiles = "".join(f"[[profile]]\nbatch = [1, {n}, 8]\n" for n in range(1, 9))
+    (models / "double" / "model.toml").write_text(TOML + "lanes = 8\n" + profiles)
+    worker = Worker(redis_url, models, ["double"], env=on_gpu(memory_mb=50))
+    worker.start()
+    assert worker.process.wait(TIMEOUT_S) == os.EX_CONFIG
+    assert "model 'double': 8 lanes take 8.0 MB of GPU memory each, " in worker.log
+    assert "expected in model.toml: lanes = 6" in worker.log
+    worker.close()
+
+
 def test_a_plan_is_verified_where_it_is_built_and_one_that_differs_fails(
     models: Path, on_gpu: Environment
 ) -> None:
@@ -230,11 +288,13 @@ def test_without_a_gpu_one_line_says_what_is_missing(redis_url: str, models: Pat
 
 
 def test_a_shape_beyond_the_profile_is_the_requests_fault_and_others_are_served(
-    redis_url: str, models: Path, on_gpu: Environment
+    redis_url: str, redis: Redis, models: Path, on_gpu: Environment
 ) -> None:
     onnx_models.double(models / "wide" / "1" / "model.onnx", ("batch", "width"))
     (models / "wide" / "model.toml").write_text(TOML + "[profile]\nwidth = [2, 4, 8]\n")
     with Worker(redis_url, models, ["wide"], env=on_gpu()), Client(redis_url) as client:
+        known = decode_advert(bytes(redis.get(Names().model("wide")) or b""))  # type: ignore[arg-type]
+        assert known.seconds_per_row > 0, "its usual shape was measured"
         for width in (9, 1):
             with pytest.raises(InvalidInput, match=rf"'x': dim 1 is {width}; expected 2 to 8, for"):
                 client.infer("wide", {"x": _rows(0, 2, width)}, timeout=TIMEOUT_S)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Iterator
 from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from helpers.gpus import fake_nvml
+from helpers.wait import until
 
 from inferq.shared.errors import ConfigError
 from inferq.workers.cuda import telemetry
@@ -17,6 +21,7 @@ from inferq.workers.cuda.telemetry import GpuTelemetry, Reading
 @pytest.fixture
 def nvml(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(telemetry, "FRESH_S", 0.0)
+    monkeypatch.setattr(telemetry, "WAIT_S", 60.0)  # however busy the machine is
     return fake_nvml(monkeypatch)
 
 
@@ -126,6 +131,59 @@ def test_closed_it_keeps_the_last_reading_and_leaves_nothing_open(nvml: Any) -> 
     gpu.close()
     assert nvml.OPEN == 0
     assert gpu.read() == last
+
+
+@pytest.fixture
+def hung(nvml: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """The driver answers nothing before this is set."""
+    answers = threading.Event()
+    rates = nvml.nvmlDeviceGetUtilizationRates
+
+    def hang(handle: object) -> object:
+        assert answers.wait(60)
+        return rates(handle)
+
+    monkeypatch.setattr(telemetry, "WAIT_S", 0.05)
+    monkeypatch.setattr(nvml, "nvmlDeviceGetUtilizationRates", hang)
+    yield answers
+    answers.set()
+
+
+def test_a_driver_that_does_not_answer_is_not_waited_for(
+    nvml: Any, hung: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = GpuTelemetry(0)
+    began = time.monotonic()
+    assert gpu.read() == Reading(), "nothing was ever told"
+    monkeypatch.setattr(telemetry, "WAIT_S", 0.0)
+    for _ in range(100):
+        assert gpu.info()["inferq_gpu_utilisation_percent"] is None
+    assert time.monotonic() - began < 20, "of the 60 s that the driver takes"
+    hung.set()
+    until(lambda: gpu.read().utilisation_percent == 40, what="it answers again")
+    gpu.close()
+
+
+def test_the_last_reading_is_kept_for_a_while_and_its_xid_for_good(
+    nvml: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    gpu = GpuTelemetry(0)
+    _xid(nvml, 79)
+    last = gpu.read()
+    request.getfixturevalue("hung")
+    assert gpu.read() == last
+    monkeypatch.setattr(telemetry, "KEPT_S", 0.0)
+    assert gpu.read() == Reading(last_xid=79)
+
+
+def test_it_closes_though_the_driver_hangs(nvml: Any, hung: threading.Event) -> None:
+    gpu = GpuTelemetry(0)
+    gpu.read()
+    gpu.close()
+    assert nvml.OPEN == 1
+    assert gpu.read() == Reading()
+    hung.set()
+    until(lambda: nvml.OPEN == 0, what="the thread gives NVML back as soon as it can")
 
 
 def test_there_is_none_without_its_gpu(nvml: Any) -> None:

@@ -65,10 +65,10 @@ def rtx() -> str:
 
 @pytest.fixture(scope="module")
 def used() -> Mapping[str, Sequence[str]]:
-    flavours = pytest.importorskip(
-        "inferq.workers.trt.flavours", reason="this version has no TensorRT engine"
+    api = pytest.importorskip(
+        "inferq.workers.trt.api", reason="this version has no TensorRT engine"
     )
-    names: Mapping[str, Sequence[str]] = flavours.USED
+    names: Mapping[str, Sequence[str]] = api.USED
     assert names
     return names
 

@@ -253,4 +253,19 @@ def test_a_model_without_an_onnx_file_is_refused(models: Path, folder: PlanFolde
 
 def test_the_order_says_its_shapes(models: Path) -> None:
     assert isinstance(order(models, "double"), Order)
-    assert order(models, "double", batch=(1, 8, 64)).ranges[0].max == (64, 3)
+    assert order(models, "double", batch=(1, 8, 64)).profiles[0][0].max == (64, 3)
+
+
+def test_a_plan_of_several_profiles_is_another_one(models: Path, folder: PlanFolder) -> None:
+    """Built by the real builder; what it is keyed by does not depend on their order."""
+    toml = models / "double" / "model.toml"
+    ensure_plan(order(models, "double"), folder)
+    tables = ["[[profile]]\nbatch = [1, 1, 1]\n", "[[profile]]\nbatch = [2, 16, 32]\n"]
+    toml.write_text("".join(tables))
+    built = ensure_plan(order(models, "double"), folder)
+    assert not built.from_cache
+    assert [ranges[0].max for ranges in built.record.key.profiles] == [(1, 3), (32, 3)]
+    toml.write_text("".join(reversed(tables)))
+    assert ensure_plan(order(models, "double"), folder).path == built.path
+    toml.write_text(tables[1].replace("[2", "[1"))
+    assert not ensure_plan(order(models, "double"), folder).from_cache

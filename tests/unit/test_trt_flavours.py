@@ -15,17 +15,10 @@ from helpers import onnx_models
 from helpers.trt import REASON, rtx
 
 from inferq.shared.errors import ConfigError
-from inferq.workers.trt import flavours
-from inferq.workers.trt.flavours import (
-    AUTO,
-    RTX,
-    TENSORRT,
-    BuildStopped,
-    Flavour,
-    InputRange,
-    find_flavour,
-    used,
-)
+from inferq.workers.ranges import InputRange
+from inferq.workers.trt import flavours, logs, running
+from inferq.workers.trt.api import MODULES, RTX, TENSORRT, used
+from inferq.workers.trt.flavours import AUTO, BuildStopped, Flavour, find_flavour
 
 SPAN = InputRange("x", (1, 3), (4, 3), (8, 3))
 
@@ -47,7 +40,7 @@ def test_every_name_that_is_used_is_there() -> None:
 
 def test_the_table_names_all_that_the_module_uses() -> None:
     """Attributes in the source that TensorRT has, too, and that are none of the module's own."""
-    tree = ast.parse(inspect.getsource(flavours))
+    tree = ast.parse("\n".join(map(inspect.getsource, (flavours, running, logs))))
     accessed = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     own |= {
@@ -60,18 +53,18 @@ def test_the_table_names_all_that_the_module_uses() -> None:
     module = _module()
     classes = {name for name in dir(module) if inspect.isclass(getattr(module, name))}
     theirs = classes | {name for cls in classes for name in dir(getattr(module, cls))}
-    listed = {name for flavour in flavours.MODULES for names in used(flavour).values()
+    listed = {name for flavour in MODULES for names in used(flavour).values()
               for name in names}  # fmt: skip
-    listed |= {cls for flavour in flavours.MODULES for cls in used(flavour)}
+    listed |= {cls for flavour in MODULES for cls in used(flavour)}
     plain = set(dir(str)) | set(dir(tuple)) | set(dir(dict)) | set(dir(list)) | {"clear"}
-    # Of Python's logging, and of our errors.
-    plain |= {"DEBUG", "message"}
+    # Of Python's logging, of our errors, and of our ranges.
+    plain |= {"DEBUG", "message", "min", "opt", "max"}
     assert sorted((accessed & theirs) - own - listed - plain) == []
 
 
 def test_no_flavour_is_imported_before_it_is_asked_for() -> None:
-    source = inspect.getsource(flavours)
-    assert "import tensorrt" not in source
+    for module in (flavours, running, logs):
+        assert "import tensorrt" not in inspect.getsource(module)
 
 
 def test_a_flavour_that_is_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +221,7 @@ def test_the_log_goes_to_python_and_errors_into_exceptions_as_well(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     flavour = rtx()
-    with caplog.at_level(logging.INFO, "inferq.workers.trt.flavours"):
+    with caplog.at_level(logging.INFO, "inferq.workers.trt.logs"):
         network = flavour.parse(onnx_models.double(tmp_path / "model.onnx"))
         flavour.build(network, [[SPAN]])
         assert not caplog.records
@@ -244,7 +237,7 @@ def test_the_timing_cache_is_handed_on_where_the_flavour_has_one(tmp_path: Path)
     module = _module()
     # A copy of its own: TensorRT takes one logger per process, so the logger is shared.
     flavour = Flavour(RTX, module)
-    flavour._logger, flavour._errors = rtx()._logger, rtx()._errors
+    flavour._logger, flavour.errors = rtx()._logger, rtx().errors
     flavour.name = TENSORRT
     network = flavour.parse(onnx_models.double(tmp_path / "model.onnx"))
     with pytest.warns(DeprecationWarning, match="no-ops"):

@@ -14,8 +14,8 @@ import pytest
 from helpers import onnx_models
 
 from inferq.shared.errors import ConfigError
+from inferq.workers.ranges import InputRange
 from inferq.workers.trt import plan_record
-from inferq.workers.trt.flavours import InputRange
 from inferq.workers.trt.model_digest import model_digest
 from inferq.workers.trt.plan_record import PlanKey, new_record
 from inferq.workers.trt.plans import Plan, PlanFolder, default_folder
@@ -26,7 +26,7 @@ KEY = PlanKey(
     flavour_version="1.7",
     capability="any",
     precision="fp32",
-    ranges=(InputRange("x", (1, 3), (4, 3), (8, 3)),),
+    profiles=((InputRange("x", (1, 3), (4, 3), (8, 3)),),),
 )
 CONTENT = bytes(range(256)) * 40
 
@@ -61,7 +61,8 @@ def test_what_is_stored_is_found_and_loaded(folder: PlanFolder, plan: Plan) -> N
         {"flavour_version": "1.8"},
         {"capability": "9.0"},
         {"precision": "fp16"},
-        {"ranges": (InputRange("x", (1, 3), (4, 3), (16, 3)),)},
+        {"profiles": ((InputRange("x", (1, 3), (4, 3), (16, 3)),),)},
+        {"profiles": (*KEY.profiles, (InputRange("x", (1, 3), (4, 3), (16, 3)),))},
         {"format": plan_record.FORMAT + 1},
     ],
     ids=lambda change: next(iter(change)),

@@ -8,15 +8,15 @@ import pytest
 from helpers import onnx_models
 
 from inferq.shared.errors import ConfigError
+from inferq.workers.ranges import InputRange, Sizes, input_ranges, profile_sizes
 from inferq.workers.repository import ModelSpec, load_model
-from inferq.workers.trt.flavours import InputRange
-from inferq.workers.trt.profiles import (
-    as_toml,
-    input_ranges,
-    open_ranges,
-    parse_batch,
-    symbol_sizes,
-)
+from inferq.workers.trt.profiles import as_toml, open_ranges, parse_batch
+
+
+def symbol_sizes(spec: ModelSpec, batch: Sizes | None = None) -> dict[str, Sizes]:
+    """Of the one profile."""
+    (sizes,) = profile_sizes(spec, batch)
+    return sizes
 
 
 def _pooled(root: Path, toml: str = "") -> ModelSpec:
@@ -139,5 +139,84 @@ def test_a_wrong_batch_option_is_refused(text: str) -> None:
 
 def test_sizes_are_shown_as_the_table_that_gives_them(tmp_path: Path) -> None:
     assert parse_batch("1,8,64") == (1, 8, 64)
-    shown = as_toml({"batch": (1, 8, 64), "a b": (1, 1, 2)})
+    shown = as_toml([{"batch": (1, 8, 64), "a b": (1, 1, 2)}])
     assert shown == '[profile]\nbatch = [1, 8, 64]\n"a b" = [1, 1, 2]'
+
+
+SEVERAL = """
+max_batch_size = 16
+[[profile]]
+batch = [1, 8, 16]
+seq = [1, 32, 64]
+[[profile]]
+batch = [1, 1, 2]
+seq = [65, 256, 512]
+"""
+
+
+def test_several_profiles_come_the_smallest_first_whatever_their_order(tmp_path: Path) -> None:
+    small = {"batch": (1, 8, 16), "seq": (1, 32, 64)}
+    large = {"batch": (1, 1, 2), "seq": (65, 256, 512)}
+    given = _pooled(tmp_path, SEVERAL)
+    assert profile_sizes(given) == (small, large)
+    larger = {**large, "batch": (1, 1, 3)}
+    for tables in ([small, larger], [larger, small]):
+        spec = _pooled(tmp_path, "max_batch_size = 16\n" + as_toml(tables))
+        assert profile_sizes(spec) == (small, larger)
+
+
+def test_on_what_a_profile_is_silent_the_knobs_decide(tmp_path: Path) -> None:
+    toml = "max_batch_size = 4\n[[profile]]\nseq = [1, 2, 4]\n[[profile]]\nseq = [4, 8, 8]\n"
+    first, second = profile_sizes(_pooled(tmp_path, toml))
+    assert first == {"batch": (1, 4, 4), "seq": (1, 2, 4)}
+    assert second == {"batch": (1, 4, 4), "seq": (4, 8, 8)}
+    with pytest.raises(ConfigError, match="nothing says how large 'seq'"):
+        profile_sizes(_pooled(tmp_path, "[[profile]]\nseq = [1, 2, 4]\n[[profile]]\n"))
+
+
+def test_profiles_that_differ_in_nothing_are_one(tmp_path: Path) -> None:
+    toml = "[[profile]]\nbatch = [1, 1, 1]\n[[profile]]\nbatch = [2, 8, 32]\n"
+    assert len(profile_sizes(_double(tmp_path, toml))) == 2
+    assert profile_sizes(_double(tmp_path, toml), (1, 8, 64)) == ({"batch": (1, 8, 64)},)
+
+
+@pytest.mark.parametrize(
+    ("toml", "problem"),
+    [
+        (
+            "[[profile]]\nbatch = [1, 4, 4]\n[[profile]]\nbatch = [4, 8, 31]",
+            r"profile.batch is \[1, 4, 4\] and \[4, 8, 31\]; expected the last of one to be at l",
+        ),
+        (
+            "[[profile]]\nbatch = [2, 4, 4]\n[[profile]]\nbatch = [4, 8, 32]",
+            "expected the first of one to be at most 1",
+        ),
+        (
+            "[pad.seq]\nbuckets = [8, 16, 32]\n"
+            "[[profile]]\nseq = [8, 8, 8]\n[[profile]]\nseq = [17, 32, 32]",
+            "expected one to hold 16, which can occur",
+        ),
+    ],
+)
+def test_several_profiles_hold_together_all_that_can_occur(
+    tmp_path: Path, toml: str, problem: str
+) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        profile_sizes(_pooled(tmp_path, toml))
+
+
+def test_a_wrong_one_of_several_profiles_is_named(tmp_path: Path) -> None:
+    good = "[[profile]]\nbatch = [1, 4, 32]\n"
+    with pytest.raises(ConfigError, match=r"profile.1.batch.0 is 0; expected at least 1"):
+        _double(tmp_path, good + "[[profile]]\nbatch = [0, 4, 32]")
+    with pytest.raises(ConfigError, match=r"profile.rows names no dim"):
+        _double(tmp_path, good + "[[profile]]\nrows = [1, 4, 32]")
+    with pytest.raises(ConfigError, match=r"profile is .*; expected at most 8 of them"):
+        _double(tmp_path, "".join(f"[[profile]]\nbatch = [1, 1, {n}]\n" for n in range(32, 41)))
+    with pytest.raises(ConfigError, match=r"profile is 3; expected a list"):
+        _double(tmp_path, "profile = 3")
+
+
+def test_several_profiles_are_shown_as_the_tables_that_give_them(tmp_path: Path) -> None:
+    shown = as_toml(profile_sizes(_pooled(tmp_path, SEVERAL)))
+    assert shown == SEVERAL.strip().partition("\n")[2]

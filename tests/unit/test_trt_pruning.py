@@ -15,7 +15,7 @@ from helpers.trt import order
 from inferq.shared.errors import ConfigError
 from inferq.workers.trt.builder import Order, ensure_plan
 from inferq.workers.trt.plan_record import PlanKey, new_record
-from inferq.workers.trt.plans import Plan, PlanFolder
+from inferq.workers.trt.plans import Plan, PlanFolder, runtime_cache_name
 from inferq.workers.trt.pruning import prune
 
 
@@ -49,15 +49,15 @@ def _other(folder: PlanFolder, key: PlanKey, name: str = "double", **change: Any
 
 @pytest.mark.parametrize(
     "change",
-    [{"model": "cd" * 32}, {"flavour_version": "0.1"}, {"precision": "fp16"}, {"ranges": ()}],
+    [{"model": "cd" * 32}, {"flavour_version": "0.1"}, {"precision": "fp16"}, {"profiles": ()}],
     ids=lambda change: next(iter(change)),
 )
 def test_what_is_not_asked_for_any_more_is_deleted(
     folder: PlanFolder, wanted: Order, keep: Plan, change: dict[str, Any]
 ) -> None:
     old = _other(folder, keep.record.key, **change)
-    cache = f"runtime.{old.path.stem}"
-    folder.write_cache(cache, b"compiled")
+    for profile in range(2):
+        folder.write_cache(runtime_cache_name(old.path, profile), b"compiled")
     (found,) = prune(folder, wanted, keep)
     assert (found.path, found.bytes, found.in_use) == (old.path, len(b"a plan"), False)
     assert not list(folder.path.glob(f"*{old.path.stem}*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import types
 from typing import Any
 
@@ -9,7 +10,11 @@ import numpy as np
 import pytest
 
 from inferq.shared.errors import ConfigError, EngineError
-from inferq.workers.trt.flavours import RTX, TENSORRT, Context, Flavour, InputRange, Loaded
+from inferq.workers.engines.base import OutOfDeviceMemory
+from inferq.workers.ranges import InputRange
+from inferq.workers.trt.api import RTX, TENSORRT
+from inferq.workers.trt.flavours import Flavour
+from inferq.workers.trt.running import Context, Loaded
 
 
 class _Blob(bytes):
@@ -24,13 +29,15 @@ class _Double:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.refuses: set[str] = set()
+        #: What is logged of it.
+        self.says = "refused"
         self.log: Any = None
         double = self
 
         def called(name: str, *given: Any, answer: Any = True) -> Any:
             double.calls.append((name, *given))
             if name in double.refuses:
-                double.log.log("error", f"{name}\n  refused")
+                double.log.log("error", f"{name}\n  {double.says}")
                 return None if answer is not True else False
             return answer
 
@@ -184,6 +191,24 @@ def test_a_refusal_is_an_engine_error_with_what_was_logged(
     double.refuses.add(refused)
     with pytest.raises(EngineError, match=problem):
         call(context)
+
+
+def test_memory_that_is_short_while_it_runs_is_told_as_that(double: _Double) -> None:
+    """So the batch is split; the error of an earlier call, or of another lane, does not count."""
+    context = double.context()
+    double.refuses.add("execute_async_v3")
+    double.says = "Error Code 2: OutOfMemory (no further information)"
+    with pytest.raises(OutOfDeviceMemory, match=r"tensorrt-rtx: execute_async_v3 Error Code 2: Ou"):
+        context.execute(7)
+    double.says = "refused"
+    with pytest.raises(EngineError, match=r"execute_async_v3 refused$") as raised:
+        context.execute(7)
+    assert not isinstance(raised.value, OutOfDeviceMemory)
+    thread = threading.Thread(target=double.log.log, args=("error", "out of memory"))
+    thread.start()
+    thread.join()
+    with pytest.raises(EngineError, match=r"rtx: execute_async_v3 refused$"):
+        context.execute(7)
 
 
 def test_no_context_is_an_engine_error(double: _Double) -> None:

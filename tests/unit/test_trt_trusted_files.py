@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 
 from inferq.shared.errors import ConfigError
+from inferq.workers.ranges import InputRange
 from inferq.workers.trt import trusted_files
-from inferq.workers.trt.flavours import InputRange
 from inferq.workers.trt.plan_record import PlanKey, new_record
 from inferq.workers.trt.plans import PlanFolder
 
 SOMEBODY, NOBODY = 4242, 65534
 INSTEAD = "set INFERQ_PLANS to another folder"
-KEY = PlanKey("ab" * 32, "tensorrt-rtx", "1.7", "any", "fp32", (InputRange("x", (1,), (4,), (8,)),))
+KEY = PlanKey(
+    "ab" * 32, "tensorrt-rtx", "1.7", "any", "fp32", ((InputRange("x", (1,), (4,), (8,)),),)
+)
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others")
 
 

@@ -15,9 +15,9 @@ from helpers import onnx_models
 from inferq.shared.errors import ConfigError
 from inferq.shared.schema import Array, Tensors
 from inferq.workers.build_progress import Steps
+from inferq.workers.ranges import input_ranges, profile_sizes
 from inferq.workers.repository import ModelSpec, load_model
 from inferq.workers.trt.flavours import BuildStopped
-from inferq.workers.trt.profiles import input_ranges, symbol_sizes
 from inferq.workers.trt.verify import FLOOR, PER_MISMATCH, load_samples, make_samples, verify
 
 #: y = x + x, of rows of three.
@@ -40,7 +40,7 @@ def _off_by(error: float) -> Any:
 
 
 def test_the_same_answers_have_no_error(spec: ModelSpec) -> None:
-    samples = make_samples(spec, input_ranges(spec, symbol_sizes(spec)))
+    samples = make_samples(spec, input_ranges(spec, profile_sizes(spec)[0]))
     assert verify(_off_by(0), spec, samples) == 0
 
 
@@ -139,11 +139,11 @@ def test_each_answer_is_a_step_and_may_be_the_last(spec: ModelSpec) -> None:
 
 
 def test_samples_have_the_profiles_shapes(spec: ModelSpec) -> None:
-    samples = make_samples(spec, input_ranges(spec, symbol_sizes(spec, (1, 4, 8))))
+    samples = make_samples(spec, input_ranges(spec, profile_sizes(spec, (1, 4, 8))[0]))
     assert [sample["x"].shape for sample in samples] == [(1, 3), (1, 3), (4, 3), (8, 3)]
     assert not samples[0]["x"].any()
     assert all(sample["x"].any() for sample in samples[1:])
-    again = make_samples(spec, input_ranges(spec, symbol_sizes(spec, (1, 4, 8))))
+    again = make_samples(spec, input_ranges(spec, profile_sizes(spec, (1, 4, 8))[0]))
     np.testing.assert_array_equal(samples[3]["x"], again[3]["x"])
 
 

@@ -12,6 +12,7 @@ import pytest
 from inferq.shared.schema import Array, Signature, TensorSpec
 from inferq.workers.batching.padding import PadRule
 from inferq.workers.engines.base import Batch, Lane
+from inferq.workers.ranges import Usual
 from inferq.workers.tuning import Tuning, measure, sample, sizes
 
 PLAIN = Signature(
@@ -27,8 +28,9 @@ PLAIN = Signature(
         (12, (), [1, 2, 4, 8, 12]),
         (16, (), [1, 2, 4, 8, 16]),
         (8, (1, 4, 8), [1, 4, 8]),
-        (8, (4, 16), [4]),
+        (8, (4, 16), [4, 8]),
         (8, (16,), [8]),
+        (9, (4, 16, 32), [4, 9]),
     ],
 )
 def test_buckets_or_powers_of_two_are_tried_up_to_the_largest(
@@ -75,16 +77,25 @@ def test_without_a_known_size_there_is_no_sample_and_no_tuning(dim: str | None) 
     assert measure([Timed(lambda rows: 0.0)], signature, [1, 2], {}) is None
 
 
+def test_a_dim_has_its_usual_size_where_one_is_known() -> None:
+    signature = Signature((TensorSpec("x", "float32", ("batch", "n", "m")),), PLAIN.outputs)
+    found = sample(signature, 2, {"m": PadRule((4, 8), 0.0)}, {"n": 5, "batch": 9})
+    assert found is not None
+    assert found["x"].shape == (2, 5, 8)
+
+
 class Timed(Lane):
     """A lane whose runs take what `seconds` says of a batch's size."""
 
     def __init__(self, seconds: Callable[[int], float]) -> None:
         self._seconds = seconds
         self.ran: list[int] = []
+        self.shapes: set[tuple[int, ...]] = set()
         self.threads: set[int] = set()
 
     def run(self, batch: Batch) -> Mapping[str, Array]:
         self.ran.append(batch.bucket)
+        self.shapes.add(batch.parts[0]["x"].shape)
         self.threads.add(threading.get_ident())
         time.sleep(self._seconds(batch.bucket))
         return {"y": np.zeros((batch.rows, 3), np.float32)}
@@ -132,3 +143,26 @@ def test_what_the_engine_raises_is_raised() -> None:
 
     with pytest.raises(ValueError, match="no room for two"):
         measure([Timed(fail)], PLAIN, [1, 2], {})
+
+
+def test_the_bucket_of_the_largest_batch_runs_and_is_never_aimed_at() -> None:
+    lane = Timed(lambda bucket: 0.02)
+    tried = sizes(9, (4, 16, 32))
+    tuning = measure([lane], PLAIN, tried, {}, (4, 16, 32))
+    assert set(lane.ran) == {4, 16}, "32 is never run"
+    assert tuning is not None
+    assert tuning.best == 9
+    assert set(tuning.rows_per_s) == {4, 9}
+    assert tuning.rows_per_s[9] < 9 / 0.02, "padding does not count"
+
+
+def test_usual_inputs_of_every_profile_run_on_every_lane_and_the_first_are_measured() -> None:
+    signature = Signature((TensorSpec("x", "float32", ("batch", "n")),), PLAIN.outputs)
+    lanes = [Timed(lambda rows: 0.02), Timed(lambda rows: 0.02)]
+    usual = [Usual({"n": 3}, 8), Usual({"n": 70}, 2)]
+    tuning = measure(lanes, signature, [1, 2, 4, 8], {}, (), usual)
+    assert tuning is not None
+    assert tuning.best == 8
+    for lane in lanes:
+        assert {shape for shape in lane.shapes if shape[1] == 70} == {(1, 70), (2, 70)}
+        assert {shape for shape in lane.shapes if shape[1] == 3} == {(n, 3) for n in (1, 2, 4, 8)}

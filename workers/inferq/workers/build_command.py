@@ -80,7 +80,7 @@ def build(
     """
     from inferq.workers.cuda.libcuda import compute_capability  # noqa: PLC0415
     from inferq.workers.repository import load_model  # noqa: PLC0415 (heavy)
-    from inferq.workers.trt import flavours  # noqa: PLC0415
+    from inferq.workers.trt import flavours, logs  # noqa: PLC0415
     from inferq.workers.trt.builder import Order, ensure_plan  # noqa: PLC0415
     from inferq.workers.trt.phases import phase  # noqa: PLC0415
     from inferq.workers.trt.plans import PlanFolder  # noqa: PLC0415
@@ -88,7 +88,8 @@ def build(
     from inferq.workers.trt.pruning import prune  # noqa: PLC0415
 
     # What goes wrong is told once, by the exception.
-    logging.getLogger(flavours.__name__).addHandler(logging.NullHandler())
+    for module in (flavours, logs):
+        logging.getLogger(module.__name__).addHandler(logging.NullHandler())
     try:
         with closing(PlanFolder(plans)) as folder:
             with shown() as progress:
@@ -212,14 +213,34 @@ def _print(order: Order, plan: Plan) -> None:
         f"{plan.path}: {record.bytes / 1e6:.1f} MB, {origin} in {record.seconds:.1f} s by "
         f"{order.flavour.name} {order.flavour.version} as {record.key.precision}; {known}"
     )
+    click.echo("\n".join(_profile_lines(plan)))
     told = _to_be_told(order)
     if told:
         click.echo("\n".join(["workers take this plan if model.toml says:", *told]))
 
 
+def _profile_lines(plan: Plan) -> list[str]:
+    """The shapes that it was built for: the smallest, the usual and the largest."""
+    profiles = plan.record.key.profiles
+    shown = [
+        ", ".join(f"{span.name} {_shapes(span.min, span.opt, span.max)}" for span in ranges)
+        for ranges in profiles
+    ]
+    if len(shown) == 1:
+        return [f"profile: {shown[0]}"]
+    return [f"profile {number} of {len(shown)}: {each}" for number, each in enumerate(shown, 1)]
+
+
+def _shapes(*shapes: tuple[int, ...]) -> str:
+    """``1x3 … 8x3 … 8x3``; one for all of them if they are the same."""
+    different = shapes if len(set(shapes)) > 1 else shapes[:1]
+    return " … ".join("x".join(map(str, shape)) or "scalar" for shape in different)
+
+
 def _to_be_told(order: Order) -> list[str]:
     """What model.toml lacks that was an option here: workers know no options."""
-    from inferq.workers.trt.profiles import as_toml, symbol_sizes  # noqa: PLC0415
+    from inferq.workers.ranges import profile_sizes  # noqa: PLC0415
+    from inferq.workers.trt.profiles import as_toml  # noqa: PLC0415
 
     spec = order.spec
     is_engine = spec.config.engine == "tensorrt"
@@ -235,7 +256,7 @@ def _to_be_told(order: Order) -> list[str]:
     if knobs:
         lines += ["[tensorrt]", *knobs]
     if order.batch is not None and _differs(order):
-        lines.append(as_toml(symbol_sizes(spec, order.batch)))
+        lines.append(as_toml(profile_sizes(spec, order.batch)))
     return lines
 
 
@@ -251,9 +272,9 @@ def _is_flavour(name: str, order: Order) -> bool:
 
 def _differs(order: Order) -> bool:
     """Whether workers, who know no --batch, would look for another plan."""
-    from inferq.workers.trt.profiles import symbol_sizes  # noqa: PLC0415
+    from inferq.workers.ranges import profile_sizes  # noqa: PLC0415
 
     try:
-        return symbol_sizes(order.spec) != symbol_sizes(order.spec, order.batch)
+        return profile_sizes(order.spec) != profile_sizes(order.spec, order.batch)
     except InferqError:
         return True

@@ -1,4 +1,4 @@
-"""The devices that ``inferq worker`` serves on: one worker process for each."""
+"""Where ``inferq worker`` serves: one worker process for each device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CHOICE: Final = ("INFERQ_DEVICE", "INFERQ_GPU")
 
 
 @dataclass(frozen=True)
-class Device:
+class Place:
     """Where one worker process serves."""
 
     #: What its node is called, if nothing else is said: ``gpu0``.
@@ -32,7 +32,7 @@ class Device:
         return {**kept, **self.environment}
 
 
-def chosen_devices(gpu: str | None, cpu: bool) -> list[Device]:
+def chosen_devices(gpu: str | None, cpu: bool) -> list[Place]:
     """What ``--gpu`` or ``--cpu`` says, or else INFERQ_GPU or INFERQ_DEVICE. ConfigError."""
     if gpu is not None and cpu:
         raise ConfigError("--cpu and --gpu are both given; expected one of them")
@@ -43,6 +43,6 @@ def chosen_devices(gpu: str | None, cpu: bool) -> list[Device]:
                 f"INFERQ_DEVICE is 'cpu' and INFERQ_GPU is {gpu!r}; expected one of them"
             )
     if gpu is not None:
-        return [Device(f"gpu{g.index}", environment_of(g), g.index) for g in select(gpu)]
+        return [Place(f"gpu{g.index}", environment_of(g), g.index) for g in select(gpu)]
     # Several workers of one host serve on the CPU: they need names of their own.
-    return [Device(f"cpu{os.getpid()}", {"INFERQ_DEVICE": "cpu"} if cpu else {})]
+    return [Place(f"cpu{os.getpid()}", {"INFERQ_DEVICE": "cpu"} if cpu else {})]

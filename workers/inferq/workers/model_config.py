@@ -38,6 +38,8 @@ MAX_REQUEST_BYTES: Final = (1 << 32) - 1
 DEFAULT_REQUEST_BYTES: Final = 64 << 20
 DEFAULT_MAX_BATCH_SIZE: Final = 32
 MAX_LABELS: Final = 1_000_000
+#: Each costs memory on every lane.
+MAX_PROFILES: Final = 8
 #: Reading a dotted key takes time by the square of its parts.
 MAX_KEY_PARTS: Final = 100
 _LONG_KEY: Final = re.compile(rb"""(?<![\w"'-])(?:[\w"'-]++[ \t]*+\.[ \t]*+){%d}""" % MAX_KEY_PARTS)
@@ -61,6 +63,10 @@ def _names(labels: object) -> object:
     return labels
 
 
+def _tables(profile: object) -> object:
+    return [profile] if isinstance(profile, dict) else profile
+
+
 def _from_least_to_most(sizes: tuple[int, int, int]) -> tuple[int, int, int]:
     if list(sizes) != sorted(sizes):
         raise ValueError("the smallest, the usual and the largest size, in this order")
@@ -71,6 +77,11 @@ def _from_least_to_most(sizes: tuple[int, int, int]) -> tuple[int, int, int]:
 DimSize = Annotated[int, Field(strict=True, ge=1, le=1 << 24)]
 Sizes = Annotated[tuple[Rows, ...], Field(max_length=MAX_SIZES), AfterValidator(_ascending)]
 ProfileSizes = Annotated[tuple[DimSize, DimSize, DimSize], AfterValidator(_from_least_to_most)]
+Profiles = Annotated[
+    tuple[Annotated[dict[str, ProfileSizes], Field(max_length=64)], ...],
+    Field(max_length=MAX_PROFILES),
+    BeforeValidator(_tables),
+]
 Labels = Annotated[tuple[str, ...] | str, BeforeValidator(_names)]
 
 
@@ -122,9 +133,10 @@ class ModelConfig(TomlTable):
     #: What the outputs' classes are called: a list, or a file in the model's folder, one a line.
     labels: Labels = ()
     pad: dict[str, PadTable] = Field(default_factory=dict, max_length=64)
-    #: Symbol → its smallest, usual and largest size: what TensorRT builds for. Where it is silent
-    #: the batch knobs and `pad` say it (`trt.profiles`).
-    profile: dict[str, ProfileSizes] = Field(default_factory=dict, max_length=64)
+    #: Symbol → its smallest, usual and largest size: what TensorRT builds for; ``[profile]``, or
+    #: several of them, ``[[profile]]``. Where one is silent the batch knobs and `pad` say it
+    #: (`ranges`).
+    profile: Profiles = ()
 
     @property
     def default_max_batch_size(self) -> int:
@@ -172,9 +184,19 @@ def read_toml(path: Path) -> ModelToml:
             tables[key] = value
         else:
             raise ConfigError(f"{key} is {value!r}; expected a table, [{key}]")
-    config = validate(ModelConfig, knobs)
+    config = _validated(knobs)
     _check_sizes(config)
     return ModelToml(config, tables)
+
+
+def _validated(knobs: Mapping[str, Any]) -> ModelConfig:
+    try:
+        return validate(ModelConfig, knobs)
+    except ConfigError as problem:
+        if not isinstance(knobs.get("profile"), dict):
+            raise
+        # As it stands there, not as the first of several.
+        raise ConfigError(problem.message.replace("profile.0", "profile")) from None
 
 
 def _check_sizes(config: ModelConfig) -> None:
@@ -204,10 +226,10 @@ def check_pad(pad: Mapping[str, PadRule], signature: Signature) -> None:
             )
 
 
-def check_profile(profile: Collection[str], signature: Signature) -> None:
-    """ConfigError unless each symbol of ``[profile]`` is a dim of an input."""
+def check_profile(profiles: Collection[Collection[str]], signature: Signature) -> None:
+    """ConfigError unless each symbol of each profile is a dim of an input."""
     known = {dim for spec in signature.inputs for dim in spec.shape if isinstance(dim, str)}
-    for symbol in profile:
+    for symbol in (symbol for profile in profiles for symbol in profile):
         if symbol not in known:
             expected = ", ".join(sorted(known)) or "none: all dims of this model are fixed"
             raise ConfigError(

@@ -137,7 +137,9 @@ class ServedModel:
         if self.spec.batchable:
             tried = sizes(self.spec.max_batch_size, self._buckets)
         try:
-            return measure(engine.lanes, self.spec.signature, tried, dict(config.pad))
+            return measure(
+                engine.lanes, self.spec.signature, tried, config.pad, self._buckets, engine.usual
+            )
         except FatalEngineError:
             raise
         except Exception as problem:

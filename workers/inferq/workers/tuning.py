@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,6 +17,7 @@ import numpy as np
 from inferq.shared.schema import Array, Signature
 from inferq.workers.batching.padding import PadRule
 from inferq.workers.engines.base import Batch, Lane
+from inferq.workers.ranges import Usual
 
 #: Seconds spent on one measurement of one size, at least one run in any case.
 PER_SIZE_S: Final = 0.1
@@ -54,24 +55,36 @@ class Tuning:
 
 
 def sizes(max_batch_size: int, buckets: Sequence[int]) -> list[int]:
-    """The sizes to try: the buckets, or the powers of two up to and with `max_batch_size`."""
+    """The sizes to try: the buckets, or the powers of two, up to and with `max_batch_size`."""
     if buckets:
-        return [size for size in buckets if size <= max_batch_size] or [max_batch_size]
+        return [*(size for size in buckets if size < max_batch_size), max_batch_size]
     powers = [2**n for n in range(max_batch_size.bit_length()) if 2**n < max_batch_size]
     return [*powers, max_batch_size]
 
 
-def sample(signature: Signature, rows: int, pads: dict[str, PadRule]) -> dict[str, Array] | None:
-    """Zeros that fit `signature`; None if a dim varies freely, so that no size can be known."""
-    batch = signature.batch_symbol
+def sample(
+    signature: Signature,
+    rows: int,
+    pads: Mapping[str, PadRule],
+    usual: Mapping[str, int] | None = None,
+) -> dict[str, Array] | None:
+    """Zeros that fit `signature`; None if nothing says how large a dim is.
+
+    `usual`: symbol → size; it wins over the largest bucket of `pads`.
+    """
+    batch, known = signature.batch_symbol, usual or {}
     arrays: dict[str, Array] = {}
     for spec in signature.inputs:
         shape: list[int] = []
         for dim in spec.shape:
             if isinstance(dim, int):
                 shape.append(dim)
-            elif dim is not None and dim == batch:
+            elif dim is None:
+                return None
+            elif dim == batch:
                 shape.append(rows)
+            elif dim in known:
+                shape.append(known[dim])
             elif dim in pads:
                 shape.append(pads[dim].buckets[-1])
             else:
@@ -81,22 +94,38 @@ def sample(signature: Signature, rows: int, pads: dict[str, PadRule]) -> dict[st
 
 
 def measure(
-    lanes: Sequence[Lane], signature: Signature, tried: Sequence[int], pads: dict[str, PadRule]
+    lanes: Sequence[Lane],
+    signature: Signature,
+    tried: Sequence[int],
+    pads: Mapping[str, PadRule],
+    buckets: Sequence[int] = (),
+    usual: Sequence[Usual] = (),
 ) -> Tuning | None:
     """Run each size in `tried`, measure the promising ones. None: no sample input can be made.
 
-    Whatever an engine raises here is raised: a model that cannot run zeros is not served.
+    Each is padded to its bucket, as it will be. With several `usual` inputs the first are measured;
+    of the others each lane runs what they allow. Whatever an engine raises here is raised: a model
+    that cannot run zeros is not served.
     """
+
+    def made(size: int, of: Usual) -> Batch | None:
+        arrays = sample(signature, size, pads, of.sizes)
+        if arrays is None:
+            return None
+        bucket = next((bucket for bucket in buckets if bucket >= size), size)
+        return Batch([arrays], size, bucket, signature.batch_symbol is not None)
+
+    first, *others = usual or [Usual({}, tried[-1])]
     batches: dict[int, Batch] = {}
     rates: dict[int, float] = {}
     began = time.monotonic()
     falling = 0
     for size in tried:
-        arrays = sample(signature, size, pads)
-        if arrays is None:
+        batch = made(size, first)
+        if batch is None:
             return None
-        batches[size] = Batch([arrays], size, size, signature.batch_symbol is not None)
-        lanes[0].run(batches[size])
+        batches[size] = batch
+        lanes[0].run(batch)
         if rates and (falling == 2 or time.monotonic() - began > BUDGET_S):
             continue
         rates[size] = _rate(lanes, batches[size])
@@ -105,6 +134,11 @@ def measure(
         fastest = sorted(rates, key=lambda size: -rates[size])[:AGAIN]
         for size in fastest * ROUNDS:
             rates[size] = max(rates[size], _rate(lanes, batches[size]))
+    for other in others:
+        allowed = [made(size, other) for size in tried if size <= other.rows]
+        for lane in lanes:
+            for batch in filter(None, allowed):
+                lane.run(batch)
     return Tuning(rates)
 
 

@@ -17,7 +17,7 @@ from inferq.shared.errors import ConfigError, InferqError
 from inferq.shared.names import model_of, queue_of
 
 if TYPE_CHECKING:
-    from inferq.workers.devices import Device
+    from inferq.workers.devices import Place
 
 #: Seconds that the supervisor waits for Redis: it has signals to pass on meanwhile.
 REDIS_TIMEOUT_S = 2.0
@@ -155,7 +155,7 @@ def _log_json() -> None:
     write_json(JsonLines(), "supervisor")
 
 
-def _nodes(name: str | None, devices: Sequence[Device]) -> list[str]:
+def _nodes(name: str | None, devices: Sequence[Place]) -> list[str]:
     """The node name of each device. ConfigError if they would not differ."""
     if name and len(devices) > 1 and "%i" not in name:
         raise ConfigError(

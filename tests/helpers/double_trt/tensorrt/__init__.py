@@ -2,7 +2,8 @@
 
 A "plan" is the ONNX file; an execution context runs it by ONNX Runtime on the memory of the fake
 driver's device, in stream order. Only what inferq uses of TensorRT is here. With
-DOUBLE_TRT_FACTOR its answers of floats are off by that factor.
+DOUBLE_TRT_FACTOR its answers of floats are off by that factor; with DOUBLE_TRT_ROWS it has memory
+to run that many rows.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ MAGIC = b"double plan "
 #: Device memory that a context says it takes.
 CONTEXT_BYTES = 1_000_000
 FACTOR = float(os.environ.get("DOUBLE_TRT_FACTOR", "1"))
+ROWS = int(os.environ.get("DOUBLE_TRT_ROWS", "1000000"))
 
 
 class DataType(Enum):
@@ -216,27 +218,28 @@ class Builder:
         return _Profile()
 
     def build_serialized_network(self, network: _Network, config: _Config) -> bytes:
-        shapes = config.profiles[0].shapes if config.profiles else {}
+        shapes = [profile.shapes for profile in config.profiles] or [{}]
         return MAGIC + json.dumps(shapes).encode() + b"\n" + network.model
 
 
 class Runtime:
-    def __init__(self, _logger: Any) -> None:
-        pass
+    def __init__(self, logger: Any) -> None:
+        self._logger = logger
 
     def deserialize_cuda_engine(self, plan: bytes) -> Any:
         if not plan.startswith(MAGIC):
             return None
         head, _, model = plan.partition(b"\n")
-        return _Engine(json.loads(head.removeprefix(MAGIC)), _Model(model))
+        return _Engine(json.loads(head.removeprefix(MAGIC)), _Model(model), self._logger)
 
 
 class _Engine:
     device_memory_size_v2 = CONTEXT_BYTES
-    num_optimization_profiles = 1
 
-    def __init__(self, ranges: dict[str, Any], model: _Model) -> None:
+    def __init__(self, ranges: list[dict[str, Any]], model: _Model, logger: Any) -> None:
+        self.logger = logger
         self._ranges = ranges
+        self.num_optimization_profiles = len(ranges)
         self.model = model
         self.tensors = [*model.inputs, *model.outputs]
         self._by_name = {tensor.name: tensor for tensor in self.tensors}
@@ -256,8 +259,8 @@ class _Engine:
     def get_tensor_shape(self, name: str) -> Sequence[int]:
         return self._by_name[name].shape
 
-    def get_tensor_profile_shape(self, name: str, _profile: int) -> list[Any]:
-        return list(self._ranges.get(name) or [self._by_name[name].shape] * 3)
+    def get_tensor_profile_shape(self, name: str, profile: int) -> list[Any]:
+        return list(self._ranges[profile].get(name) or [self._by_name[name].shape] * 3)
 
     def create_runtime_config(self) -> object:
         return object()
@@ -274,12 +277,14 @@ class _Context:
         self._model = engine.model
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
+        self._profile = 0
 
-    def set_optimization_profile_async(self, _index: int, _stream: int) -> bool:
-        return True
+    def set_optimization_profile_async(self, index: int, _stream: int) -> bool:
+        self._profile = index
+        return index < self._engine.num_optimization_profiles
 
     def set_input_shape(self, name: str, shape: Sequence[int]) -> bool:
-        least, _, most = self._engine.get_tensor_profile_shape(name, 0)
+        least, _, most = self._engine.get_tensor_profile_shape(name, self._profile)
         if len(shape) != len(least) or not all(
             low <= dim <= high for low, dim, high in zip(least, shape, most, strict=True)
         ):
@@ -299,6 +304,10 @@ class _Context:
 
     def execute_async_v3(self, stream: int) -> bool:
         model, addresses, shapes = self._model, dict(self._addresses), dict(self._shapes)
+        if max(shape[0] for shape in shapes.values()) > ROWS:
+            text = "[resize.cpp::grow::7] Error Code 2: OutOfMemory (no further information)"
+            self._engine.logger.log(ILogger.ERROR, text)
+            return False
 
         def kernel() -> int:
             inputs = {

@@ -12,15 +12,14 @@ from inferq.shared.schema import Array
 
 
 class Buffer:
-    """Pinned host memory and as much device memory, for one tensor of at most `shape`.
+    """Pinned host memory and as much device memory, for one tensor of at most `size` bytes.
 
     Made, and freed, while the device's context is current. MemoryError of PyCUDA's: one of both is
     full.
     """
 
-    def __init__(self, dtype: str, shape: Sequence[int]) -> None:
+    def __init__(self, dtype: str, size: int) -> None:
         self._dtype = np.dtype(dtype)
-        size = nbytes(dtype, shape)
         self._host: Array = driver.pagelocked_empty(size, np.uint8)
         try:
             self._device = driver.mem_alloc(size)

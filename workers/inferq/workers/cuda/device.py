@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from pycuda import driver
@@ -122,3 +124,21 @@ def acquire() -> Device:
 def release() -> None:
     """Undo one `acquire`."""
     _shared.release()
+
+
+@contextmanager
+def acquired() -> Iterator[Device]:
+    """The process's device, to load a model on, until the end. ConfigError: it cannot be used.
+
+    What CUDA raises within is judged: see `Device.judge_loading`.
+    """
+    gpu = acquire()
+    try:
+        yield gpu
+    except Exception as problem:
+        judged = gpu.judge_loading(problem)
+        if judged is problem:
+            raise
+        raise judged from problem
+    finally:
+        release()

@@ -17,6 +17,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Final, Protocol
 
 import numpy as np
@@ -24,7 +25,7 @@ from pycuda import driver
 
 from inferq.shared.errors import RequestError
 from inferq.shared.schema import Array, GpuTimes, Tensors
-from inferq.workers.cuda.buffers import Buffer
+from inferq.workers.cuda.buffers import Buffer, nbytes
 from inferq.workers.cuda.device import Device
 from inferq.workers.cuda.graphs import CaptureFailed
 from inferq.workers.engines.base import Batch, OutOfDeviceMemory, without_padding
@@ -54,6 +55,12 @@ class Replay(Protocol):
 class Executor(Protocol):
     """What computes on the device's memory; each belongs to one lane. Errors are any Exception."""
 
+    def rows(self, shapes: Mapping[str, Shape]) -> int:
+        """At how many rows a batch of inputs of these shapes runs: as many; or more, to which it is
+        padded; or fewer, so that it has to be split. RequestError: at none.
+        """
+        ...
+
     def set_shapes(self, shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
         """The next runs' inputs have these shapes; return the outputs'. RequestError: too large."""
         ...
@@ -78,11 +85,36 @@ class Executor(Protocol):
 class RowLimit:
     """How many rows fit the GPU's memory, as far as it was found out. Shared by a model's lanes.
 
-    Padding counts: what a run takes depends on its bucket.
+    It is counted in elements of the inputs: of small rows more fit than of large ones. Padding
+    counts: what a run takes depends on its bucket.
     """
 
     def __init__(self) -> None:
-        self.rows = math.inf
+        self._elements = math.inf
+
+    def rows(self, of: Tensors) -> float:
+        """So many rows as those of the inputs `of`, at least one."""
+        return max(1.0, self._elements / _row_elements(of))
+
+    def lower(self, of: Tensors, rows: int) -> None:
+        """No more than `rows` such rows fit."""
+        self._elements = min(self._elements, rows * _row_elements(of))
+
+
+def _row_elements(of: Tensors) -> int:
+    return max(1, sum(math.prod(array.shape[1:]) for array in of.values()))
+
+
+def tensor_bytes(
+    executor: Executor, dtypes: Mapping[str, str], largest: Sequence[Mapping[str, Shape]]
+) -> dict[str, int]:
+    """Name of each tensor of `dtypes` → the most bytes that it has with any of the sets of inputs'
+    shapes in `largest`.
+    """
+    sets = [{**shapes, **executor.set_shapes(shapes)} for shapes in largest]
+    return {
+        name: max(nbytes(dtype, shapes[name]) for shapes in sets) for name, dtype in dtypes.items()
+    }
 
 
 class _Bound:
@@ -99,10 +131,10 @@ class _Bound:
 class CudaLane:
     """Made, run and closed by any thread, one at a time.
 
-    `inputs`, `outputs`: name → dtype. `largest`: the inputs' largest shapes, for which memory is
-    taken here. PyCUDA's MemoryError: there is not enough; nothing is kept then, and `executor` is
-    closed. `buckets`: the usual batch sizes,
-    ascending. `graphs`: whether runs are captured.
+    `inputs`, `outputs`: name → dtype. `largest`: sets of the inputs' largest shapes, for any of
+    which memory is taken here. PyCUDA's MemoryError: there is not enough; nothing is kept then, and
+    `executor` is closed. `buckets`: the usual batch sizes, ascending. `graphs`: whether runs are
+    captured.
     """
 
     def __init__(
@@ -111,7 +143,7 @@ class CudaLane:
         executor: Executor,
         inputs: Mapping[str, str],
         outputs: Mapping[str, str],
-        largest: Mapping[str, Shape],
+        largest: Sequence[Mapping[str, Shape]],
         limit: RowLimit,
         *,
         buckets: Sequence[int],
@@ -136,27 +168,32 @@ class CudaLane:
                 self._free()
                 raise
 
-    def _take(self, dtypes: Mapping[str, str], largest: Mapping[str, Shape]) -> None:
+    def _take(self, dtypes: Mapping[str, str], largest: Sequence[Mapping[str, Shape]]) -> None:
         flags = driver.event_flags.BLOCKING_SYNC  # a lane that waits leaves its core to others
         self._events += [driver.Event(flags) for _ in range(4)]
-        shapes = {**largest, **self._executor.set_shapes(largest)}
-        for name, dtype in dtypes.items():
-            self._buffers[name] = Buffer(dtype, shapes[name])
+        for name, size in tensor_bytes(self._executor, dtypes, largest).items():
+            self._buffers[name] = Buffer(dtypes[name], size)
             self._executor.set_address(name, self._buffers[name].address)
 
     def run(self, batch: Batch) -> Mapping[str, Array]:
         """As in `Lane`. Where memory is short the batch is split, and those after it."""
-        if batch.batchable and batch.bucket > self._limit.rows:
-            return self._run_split(batch)
-        try:
+        if not batch.batchable:
             return self._run(batch)
+        rows = self._rows(batch, batch.bucket)
+        fitting = self._limit.rows(batch.parts[0])
+        if rows < batch.rows or batch.bucket > fitting:
+            return self._run_split(batch, self._rows(batch, int(min(rows, fitting))))
+        try:
+            return self._run(replace(batch, bucket=rows) if rows != batch.bucket else batch)
         except OutOfDeviceMemory:
-            if not batch.batchable or batch.bucket == 1:
+            most = self._rows(batch, (rows + 1) // 2)
+            if most >= rows:
                 raise
-            self._limit.rows = min(self._limit.rows, (batch.bucket + 1) // 2)
+            self._limit.lower(batch.parts[0], most)
+            fitting = int(self._limit.rows(batch.parts[0]))
             logger.warning("out of GPU memory at %d rows: runs are of at most %d now",
-                           batch.bucket, self._limit.rows)  # fmt: skip
-            return self._run_split(batch)
+                           rows, fitting)  # fmt: skip
+            return self._run_split(batch, self._rows(batch, fitting))
 
     def repeat(self, batch: Batch, times: int) -> float:
         """How many ms `batch` takes if it is computed `times` times in a row without copies, each.
@@ -176,23 +213,34 @@ class CudaLane:
             taken: float = ended.time_since(began)
         return taken / times
 
-    def _run_split(self, batch: Batch) -> Mapping[str, Array]:
+    def _rows(self, batch: Batch, rows: int) -> int:
+        """At how many rows `rows` of `batch` run: see `Executor.rows`."""
+        shapes = self._shapes(batch, rows)
+        return rows if tuple(shapes.values()) in self._bound else self._executor.rows(shapes)
+
+    def _shapes(self, batch: Batch, rows: int) -> dict[str, Shape]:
+        first = batch.parts[0]
+        if not batch.batchable:
+            return {name: first[name].shape for name in self._inputs}
+        return {name: (rows, *first[name].shape[1:]) for name in self._inputs}
+
+    def _run_split(self, batch: Batch, most: int) -> Mapping[str, Array]:
+        """In pieces of at most `most` rows, padded where no run has as few as the last one."""
+        usual = max((size for size in self._buckets if size <= most), default=most)
+        if self._rows(batch, usual) == usual:
+            most = usual
         names = list(batch.parts[0])
         rows = {name: np.concatenate([part[name] for part in batch.parts]) for name in names}
-        most = int(self._limit.rows)
         pieces = []
         for begin in range(0, batch.rows, most):
             part: Tensors = {name: array[begin : begin + most] for name, array in rows.items()}
             count = min(most, batch.rows - begin)
             bucket = next((size for size in self._buckets if count <= size <= most), count)
-            pieces.append(self._run(Batch([part], count, bucket)))
+            pieces.append(self._run(Batch([part], count, self._rows(batch, bucket))))
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in self._outputs}
 
     def _run(self, batch: Batch) -> Mapping[str, Array]:
-        first = batch.parts[0]
-        shapes = {name: first[name].shape for name in self._inputs}
-        if batch.batchable:
-            shapes = {name: (batch.bucket, *shape[1:]) for name, shape in shapes.items()}
+        shapes = self._shapes(batch, batch.bucket)
         with self._device:
             try:
                 bound = self._bind(shapes)

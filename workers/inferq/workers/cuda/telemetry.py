@@ -1,7 +1,12 @@
-"""How the GPU is: load, memory, heat, clocks and errors, read through NVML."""
+"""How the GPU is: load, memory, heat, clocks and errors, read through NVML.
+
+A driver may take its time, or never answer again. So a thread of its own asks it, when somebody
+wants to know, and nobody waits for it for long.
+"""
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from contextlib import suppress
@@ -12,6 +17,10 @@ from inferq.workers.cuda.gpus import gpu_at, open_nvml
 
 #: Seconds for which a reading is good.
 FRESH_S: Final = 1.0
+#: Seconds that the driver is waited for; once, and no more while it still owes that answer.
+WAIT_S: Final = 0.5
+#: Seconds for which a reading is better than none, while the driver does not answer.
+KEPT_S: Final = 10.0
 #: Most Xid events taken in one reading.
 MAX_EVENTS: Final = 64
 #: NVML's names of what holds the clocks down, and ours. An idle GPU is none of it.
@@ -48,25 +57,45 @@ class Reading:
 
 
 class GpuTelemetry:
-    """Reads one GPU. Safe from any thread; raises nothing once it is made. ConfigError: no GPU."""
+    """Reads one GPU. Safe from any thread; raises nothing once it is made. ConfigError: no GPU.
+
+    The thread begins with this object, owns NVML from then on, and ends with `close`.
+    """
 
     def __init__(self, index: int) -> None:
         self.gpu = gpu_at(index)
-        self._lock = threading.Lock()
         self._nvml: Any = open_nvml()
         self._handle: Any = self._ask("nvmlDeviceGetHandleByIndex", index)
         self._events: Any = self._register()
         self._xid: int | None = None
         self._reading = Reading()
-        self._read_at = -FRESH_S
+        self._read_at = -math.inf
+        self._changed = threading.Condition()
+        self._wanted = self._closed = False
+        #: When the reading that is under way was begun; readings that have ended.
+        self._began: float | None = None
+        self._ended = 0
+        self._thread = threading.Thread(target=self._run, name="inferq-gpu", daemon=True)
+        self._thread.start()
 
     def read(self) -> Reading:
-        """At most `FRESH_S` seconds old; after `close` the last one."""
-        with self._lock:
+        """At most `FRESH_S` seconds old, after at most `WAIT_S`; after `close` the last one.
+
+        Where the driver does not answer in time, it is the last one for `KEPT_S` seconds, and then
+        one that tells nothing but the last Xid.
+        """
+        with self._changed:
             now = time.monotonic()
-            if self._nvml is not None and now - self._read_at >= FRESH_S:
-                self._reading, self._read_at = self._read(self._nvml), now
-            return self._reading
+            if self._closed or now - self._read_at < FRESH_S:
+                return self._reading
+            before, until = self._ended, (self._began or now) + WAIT_S
+            if self._began is None:
+                self._wanted = True
+                self._changed.notify_all()
+            self._changed.wait_for(lambda: self._ended > before or self._closed, until - now)
+            if self._closed or time.monotonic() - self._read_at < KEPT_S:
+                return self._reading
+            return Reading(last_xid=self._reading.last_xid)
 
     def info(self) -> dict[str, Any]:
         """Flat keys, for ``celery inspect stats`` and Flower's worker page."""
@@ -89,16 +118,30 @@ class GpuTelemetry:
         return {key: n for key, n in told.items() if isinstance(n, int | float)}
 
     def close(self) -> None:
-        """Idempotent."""
-        with self._lock:
-            nvml, self._nvml = self._nvml, None
-            if nvml is None:
-                return
-            with suppress(Exception):
-                if self._events is not None:
-                    nvml.nvmlEventSetFree(self._events)
-            with suppress(Exception):
-                nvml.nvmlShutdown()
+        """Idempotent. A driver that does not answer is left to itself."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join(WAIT_S)
+
+    def _run(self) -> None:
+        nvml = self._nvml
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._wanted or self._closed)
+                if self._closed:
+                    break
+                self._wanted, self._began = False, time.monotonic()
+            reading = self._read(nvml)
+            with self._changed:
+                self._reading, self._read_at = reading, time.monotonic()
+                self._ended, self._began = self._ended + 1, None
+                self._changed.notify_all()
+        with suppress(Exception):
+            if self._events is not None:
+                nvml.nvmlEventSetFree(self._events)
+        with suppress(Exception):
+            nvml.nvmlShutdown()
 
     def _read(self, nvml: Any) -> Reading:
         load = self._of("nvmlDeviceGetUtilizationRates")

@@ -22,6 +22,7 @@ from inferq.shared.errors import EngineError
 from inferq.shared.schema import Array, GpuTimes, Signature, Tensors
 
 if TYPE_CHECKING:
+    from inferq.workers.ranges import Usual
     from inferq.workers.repository import ModelSpec
 
 #: Libraries' messages can hold whole shapes and stack traces.
@@ -107,6 +108,11 @@ class Engine(ABC):
     def buckets(self) -> tuple[int, ...]:
         """Batch sizes at which it runs, ascending; empty: any."""
         return self.options.buckets
+
+    @property
+    def usual(self) -> Sequence[Usual]:
+        """The usual inputs that it was told of, those of the largest batches first; empty: none."""
+        return ()
 
     @property
     @abstractmethod

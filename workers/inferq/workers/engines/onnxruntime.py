@@ -40,6 +40,7 @@ from inferq.workers.engines.base import (
     without_padding,
 )
 from inferq.workers.engines.cores import usable_cores
+from inferq.workers.engines.on_gpu import LANES
 from inferq.workers.signatures import with_batch_dim
 from inferq.workers.validation import TomlTable, validate
 
@@ -47,8 +48,6 @@ logger = logging.getLogger(__name__)
 
 #: Protobuf's own limit. Larger models keep their weights in files of their own.
 MAX_ONNX_BYTES: Final = (1 << 31) - 1
-#: One batch's copies hide behind the other's compute.
-CUDA_LANES: Final = 2
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 #: Log errors only; warnings about every unused initialiser are of no use to who serves the model.
@@ -107,7 +106,7 @@ class OnnxRuntimeEngine(Engine):
         if provider == "cuda" and not on_cuda:
             raise ConfigError("onnxruntime.provider is 'cuda', but no CUDA device could be used")
         self.parallel_lanes = not on_cuda
-        count = self.options.lanes or (CUDA_LANES if on_cuda else usable_cores())
+        count = self.options.lanes or (LANES if on_cuda else usable_cores())
         self._lanes = [OnnxRuntimeLane(session) for _ in range(count)]
 
     @property

@@ -14,19 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from inferq.shared.errors import ConfigError
 from inferq.shared.schema import Signature
 from inferq.workers.engines.base import Engine, EngineOptions, Lane
-from inferq.workers.tuning import sizes
+from inferq.workers.engines.on_gpu import LANES, gpu_buckets
+from inferq.workers.ranges import Usual, usual_inputs
 from inferq.workers.validation import Flag, TomlTable, validate
 
 if TYPE_CHECKING:
     from inferq.workers.trt.session import Session
-
-#: One lane's copies hide behind the other's compute.
-LANES: Final = 2
 
 
 class _Table(TomlTable):
@@ -57,8 +55,11 @@ class TensorRTEngine(Engine):
 
     @property
     def buckets(self) -> tuple[int, ...]:
-        """Powers of two where model.toml names none: shapes, and CUDA graphs, are to be few."""
-        return self.options.buckets or tuple(sizes(self.options.max_batch_size, ()))
+        return gpu_buckets(self.options)
+
+    @property
+    def usual(self) -> Sequence[Usual]:
+        return usual_inputs(self.options.spec) if self.options.spec is not None else ()
 
     def load(self) -> None:
         spec = self.options.spec

@@ -22,7 +22,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -40,10 +40,11 @@ from inferq.workers.engines.base import (
     without_padding,
 )
 from inferq.workers.engines.cores import usable_cores
+from inferq.workers.engines.on_gpu import LANES, gpu_buckets
 from inferq.workers.engines.pt2 import check_archive
 from inferq.workers.engines.torch_program import FlatFunction, Layout, flat_function, read_layout
+from inferq.workers.ranges import Usual, usual_inputs
 from inferq.workers.signatures import with_batch_dim
-from inferq.workers.tuning import sizes
 from inferq.workers.validation import Flag, TomlTable, validate
 
 if TYPE_CHECKING:
@@ -51,9 +52,6 @@ if TYPE_CHECKING:
 
 # Inputs may be views of a message, which nobody may write to; a program that would is given copies.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-
-#: One lane's copies hide behind the other's compute.
-CUDA_LANES: Final = 2
 
 
 class _Table(TomlTable):
@@ -112,16 +110,19 @@ class TorchEngine(Engine):
                 "pip install 'inferq[tensorrt]'"
             ) from problem
         opened = CudaProgram(program, layout, spec)
-        lanes = self.options.lanes or CUDA_LANES
+        lanes = self.options.lanes or LANES
         opened.open(lanes, self.buckets, graphs=self._table.cuda_graphs)
         self._on_cuda = opened
 
     @property
     def buckets(self) -> tuple[int, ...]:
-        """On CUDA powers of two where model.toml names none: graphs are to be few."""
-        if self.options.buckets or self._table.device != "cuda":
-            return self.options.buckets
-        return tuple(sizes(self.options.max_batch_size, ()))
+        return gpu_buckets(self.options) if self._table.device == "cuda" else self.options.buckets
+
+    @property
+    def usual(self) -> Sequence[Usual]:
+        if self._table.device != "cuda" or self.options.spec is None:
+            return ()
+        return usual_inputs(self.options.spec)
 
     @property
     def lanes(self) -> Sequence[Lane]:

@@ -7,6 +7,7 @@ stand in the lane's buffers; what lies between is in memory of PyTorch's allocat
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from inferq.workers.cuda.graphs import CaptureFailed
 from inferq.workers.cuda.lane import CudaLane, RowLimit, Shape
 from inferq.workers.engines.base import OutOfDeviceMemory
 from inferq.workers.engines.torch_program import FlatFunction, Layout, flat_function
+from inferq.workers.ranges import input_ranges, profile_sizes
 from inferq.workers.repository import ModelSpec
-from inferq.workers.trt.profiles import input_ranges, symbol_sizes
 
 
 class CudaProgram:
@@ -31,40 +32,38 @@ class CudaProgram:
         self._program = program
         self._layout = layout
         self._spec = spec
-        self._device: device.Device | None = None
+        #: What is to be freed.
+        self._stack = ExitStack()
         self.lanes: list[CudaLane] = []
 
     def open(self, count: int, buckets: tuple[int, ...], *, graphs: bool) -> None:
-        """Move the program there and open `count` lanes. ConfigError, or what PyTorch raises."""
-        self._device = gpu = device.acquire()
-        try:
-            ranges = input_ranges(self._spec, symbol_sizes(self._spec))
+        """Move the program there and open `count` lanes. ConfigError, EngineError, FatalEngineError
+        or what PyTorch raises.
+        """
+        with ExitStack() as stack:
+            gpu = stack.enter_context(device.acquired())
+            profiles = [input_ranges(self._spec, each) for each in profile_sizes(self._spec)]
+            largest = [{span.name: span.max for span in ranges} for ranges in profiles]
             signature, limit = self._layout.signature, RowLimit()
+            lanes: list[CudaLane] = []
             with gpu:
-                moved = move_to_device_pass(self._program, "cuda")
-                function = flat_function(moved)
+                function = flat_function(move_to_device_pass(self._program, "cuda"))
                 for _ in range(count):
-                    self.lanes.append(
-                        CudaLane(
-                            gpu, _Executor(function, self._layout),
-                            {tensor.name: tensor.dtype for tensor in signature.inputs},
-                            {tensor.name: tensor.dtype for tensor in signature.outputs},
-                            {span.name: span.max for span in ranges},
-                            limit, buckets=buckets, graphs=graphs,
-                        )
+                    lane = CudaLane(
+                        gpu, _Executor(function, self._layout),
+                        {tensor.name: tensor.dtype for tensor in signature.inputs},
+                        {tensor.name: tensor.dtype for tensor in signature.outputs},
+                        largest, limit, buckets=buckets, graphs=graphs,
                     )  # fmt: skip
-        except BaseException:
-            self.close()
-            raise
+                    stack.callback(lane.close)
+                    lanes.append(lane)
+            self.lanes = lanes
+            self._stack = stack.pop_all()
 
     def close(self) -> None:
         """Idempotent."""
-        gpu, self._device = self._device, None
-        for lane in self.lanes:
-            lane.close()
         self.lanes = []
-        if gpu is not None:
-            device.release()
+        self._stack.close()
 
 
 class _Executor:
@@ -80,6 +79,11 @@ class _Executor:
         }
         self._outputs = [spec.name for spec in layout.signature.outputs]
         self._shapes: dict[str, Shape] = {}
+
+    def rows(self, shapes: Mapping[str, Shape]) -> int:
+        (asked, *_) = (shape[0] for shape in shapes.values())
+        least, most = self._layout.rows or (1, None)
+        return max(least, asked if most is None else min(asked, most))
 
     def set_shapes(self, shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
         """Runs once, on zeros: some sizes of outputs are only known to the program."""

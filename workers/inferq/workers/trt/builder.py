@@ -9,14 +9,15 @@ from typing import Final
 
 from inferq.shared.errors import ConfigError
 from inferq.shared.schema import TensorSpec
+from inferq.workers.ranges import InputRange, Sizes, input_ranges, profile_sizes
 from inferq.workers.repository import ModelSpec
-from inferq.workers.trt.flavours import ANY_GPU, Flavour, InputRange, Network, Progress
+from inferq.workers.trt.flavours import ANY_GPU, Flavour, Network, Progress
 from inferq.workers.trt.model_digest import model_digest
 from inferq.workers.trt.phases import phase
 from inferq.workers.trt.plan_record import PlanKey, new_record
 from inferq.workers.trt.plans import VARIABLE, Plan, PlanFolder
 from inferq.workers.trt.precision import check_precision, prepare
-from inferq.workers.trt.profiles import Sizes, input_ranges, open_ranges, symbol_sizes
+from inferq.workers.trt.profiles import open_ranges
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +40,13 @@ class Order:
     workspace_bytes: int | None = None
 
     @property
-    def ranges(self) -> tuple[InputRange, ...]:
-        """The shapes of all inputs. ConfigError: nothing says how large they may be."""
-        return input_ranges(self.spec, symbol_sizes(self.spec, self.batch))
+    def profiles(self) -> tuple[tuple[InputRange, ...], ...]:
+        """The shapes of all inputs, of each optimization profile, the smallest profile first.
+
+        ConfigError: nothing says how large they may be.
+        """
+        sizes = profile_sizes(self.spec, self.batch)
+        return tuple(input_ranges(self.spec, each) for each in sizes)
 
 
 def ensure_plan(
@@ -95,7 +100,7 @@ def plan_key(order: Order) -> PlanKey:
         flavour_version=flavour.version,
         capability=order.capability or ANY_GPU,
         precision=order.precision,
-        ranges=order.ranges,
+        profiles=order.profiles,
     )
 
 
@@ -113,7 +118,7 @@ def _acceptable(order: Order, key: PlanKey) -> list[PlanKey]:
         return [key]
     return [
         key,
-        PlanKey(key.model, key.flavour, key.flavour_version, ANY_GPU, key.precision, key.ranges),
+        PlanKey(key.model, key.flavour, key.flavour_version, ANY_GPU, key.precision, key.profiles),
     ]
 
 
@@ -126,12 +131,12 @@ def _build(order: Order, key: PlanKey, folder: PlanFolder, progress: Progress | 
         model = prepare(spec.path, order.precision)
         network = flavour.parse(spec.path, model)
     _check_tensors(spec, network)
-    _check_shapes(spec, flavour, network, key.ranges)
-    open_ones = open_ranges(spec, key.ranges)
+    _check_shapes(spec, flavour, network, key.profiles)
+    open_ones = [open_ranges(spec, ranges) for ranges in key.profiles]
     cache_name = f"timing.{flavour.name}.{flavour.version}.{key.capability}"
     plan, measured = flavour.build(
         network,
-        [open_ones] if open_ones else [],
+        open_ones if any(open_ones) else [],
         capability=key.capability,
         workspace_bytes=order.workspace_bytes,
         timing_cache=folder.read_cache(cache_name) if flavour.has_timing_cache else None,
@@ -172,14 +177,17 @@ def _check_tensor(spec: ModelSpec, kind: str, ours: TensorSpec, theirs: TensorSp
 
 
 def _check_shapes(
-    spec: ModelSpec, flavour: Flavour, network: Network, ranges: tuple[InputRange, ...]
+    spec: ModelSpec,
+    flavour: Flavour,
+    network: Network,
+    profiles: tuple[tuple[InputRange, ...], ...],
 ) -> None:
     if network.shape_inputs:
         raise ConfigError(
             f"{spec.path}: the values of input {network.shape_inputs[0]!r} are used as a shape; "
             "expected shapes that follow from the inputs' shapes"
         )
-    found = flavour.data_dependent(network, {span.name: span.opt for span in ranges})
+    found = flavour.data_dependent(network, {span.name: span.opt for span in profiles[0]})
     if found:
         raise ConfigError(
             f"{spec.path}: the shape of output {found[0]!r} depends on the inputs' values, so that "

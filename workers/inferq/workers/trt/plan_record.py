@@ -10,8 +10,8 @@ from typing import Final
 import msgspec
 
 from inferq.shared.errors import ConfigError
+from inferq.workers.ranges import InputRange
 from inferq.workers.trt import trusted_files
-from inferq.workers.trt.flavours import InputRange
 
 #: Raised when the same model comes to be built otherwise: older plans do not match any more.
 FORMAT: Final = 1
@@ -28,7 +28,8 @@ class PlanKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     #: Of the GPU that it was built for, as "9.0"; "any": bound to none.
     capability: str
     precision: str
-    ranges: tuple[InputRange, ...]
+    #: The shapes of all inputs, of each optimization profile.
+    profiles: tuple[tuple[InputRange, ...], ...]
     format: int = FORMAT
 
     @property

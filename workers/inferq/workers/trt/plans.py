@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import logging
 import os
@@ -87,9 +88,17 @@ def _absolute(path: Path) -> Path:
     return found
 
 
-def runtime_cache_name(plan: Path) -> str:
-    """What the runtime cache of the plan in the file `plan` is called, for `read_cache`."""
-    return f"runtime.{plan.stem}"
+def runtime_cache_name(plan: Path, profile: int) -> str:
+    """What a runtime cache of the plan in the file `plan` is called, for `read_cache`.
+
+    Each optimization profile of a plan has one.
+    """
+    return f"runtime.{plan.stem}.{profile}"
+
+
+def runtime_caches(plan: Path) -> list[Path]:
+    """The files of all runtime caches of the plan in the file `plan`."""
+    return list(plan.parent.glob(f"runtime.{glob.escape(plan.stem)}.*.cache"))
 
 
 class PlanFolder:

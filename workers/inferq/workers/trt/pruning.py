@@ -14,7 +14,7 @@ from inferq.shared.errors import ConfigError
 from inferq.workers.trt.builder import Order
 from inferq.workers.trt.plan_lock import StillLocked, locked
 from inferq.workers.trt.plan_record import read_record
-from inferq.workers.trt.plans import Plan, PlanFolder, runtime_cache_name
+from inferq.workers.trt.plans import Plan, PlanFolder, runtime_caches
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +74,8 @@ def _delete(folder: PlanFolder, path: Path) -> Other:
                 )
             if _is_used(path):
                 return Other(path, size, in_use=True)
-            cache = folder.path / f"{runtime_cache_name(path)}.cache"
             # The record first: a plan without one is none.
-            for each in (path.with_suffix(".json"), path, cache, lock):
+            for each in (path.with_suffix(".json"), path, *runtime_caches(path), lock):
                 each.unlink(missing_ok=True)
     except StillLocked:
         return Other(path, size, in_use=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -22,9 +23,10 @@ from inferq.shared.errors import ConfigError, RequestError
 from inferq.shared.schema import Array, Tensors, check_inputs
 from inferq.workers.engines.base import Batch, EngineOptions
 from inferq.workers.engines.onnxruntime import OnnxRuntimeEngine
+from inferq.workers.ranges import InputRange
 from inferq.workers.repository import ModelSpec
 from inferq.workers.trt.builder import Order
-from inferq.workers.trt.flavours import InputRange, Progress
+from inferq.workers.trt.flavours import Progress
 from inferq.workers.trt.phases import phase, stepped
 from inferq.workers.trt.plans import Plan, PlanFolder
 
@@ -90,11 +92,13 @@ def verify_plan(
     *,
     progress: Progress | None = None,
 ) -> Plan:
-    """Verify that `run` runs `plan` of `order` right, on `make_samples` and on what is `given`.
+    """Verify that `run` runs `plan` of `order` right, on `make_samples` of each of its profiles and
+    on what is `given`.
 
     Returns the plan with its record saying so. Raises what `verify` raises.
     """
-    samples = [*make_samples(order.spec, order.ranges), *given]
+    made = (make_samples(order.spec, ranges) for ranges in order.profiles)
+    samples = [*chain.from_iterable(made), *given]
     error = verify(run, order.spec, samples, precision=order.precision, progress=progress)
     return folder.verified(plan, error)
 
