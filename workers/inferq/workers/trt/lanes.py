@@ -59,6 +59,7 @@ def opened(
     lanes: list[CudaLane] = []
     with gpu:
         loaded = flavour.deserialize(plan)
+    del plan  # gigabytes, maybe
     try:
         with gpu:
             contexts = _open_lanes(

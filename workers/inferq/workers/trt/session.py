@@ -53,6 +53,7 @@ class Session:
         """
         with ExitStack() as stack:
             gpu = stack.enter_context(device.acquired())
+            stack.callback(self._folder.close)
             order = Order(self._spec, self._flavour, self._precision, capability=gpu.capability)
             with gpu:  # a build measures kernels on it
                 plan = ensure_plan(order, self._folder)
@@ -87,7 +88,6 @@ class Session:
             self._keep_compiled()
         self.lanes = self._contexts = ()
         self._stack.close()
-        self._folder.close()
 
     def _keep_compiled(self) -> None:
         """For the next process: what TensorRT-RTX compiled for this GPU."""
