@@ -169,7 +169,7 @@
       fact(
         "Lanes busy", "lanes",
         model.lanes ? model.lanes_busy + " of " + model.lanes : null,
-        rates && rates.busy !== null && model.lanes ? percent(rates.busy) + " of the time" : null
+        rates && rates.busy !== null && model.lanes ? percent(rates.busy) + " of time" : null
       )
     );
   }
