@@ -166,4 +166,4 @@ def _poisson(rate: float, seed: Sequence[int]) -> Iterator[float]:
 
 def kind_title(kind: Kind) -> str:
     """What a step's number says."""
-    return {"concurrency": "in flight", "rate": "rate/s", "trace": "trace, mean rate/s"}[kind]
+    return {"concurrency": "in flight", "rate": "rate/s", "trace": "mean/s"}[kind]

@@ -85,37 +85,50 @@ class Progress:
             click.echo(plain(line), err=True)
 
 
-_COLUMNS = (
-    "requests/s", "rows/s", "p50 ms", "p90", "p95", "p99", "max", "queue ms", "form", "compute",
-    "settle", "late", "other", "batch rows", "CPU µs", "failed", "refused", "not sent",
-)  # fmt: skip
-
-
 def print_report(report: Report) -> None:
-    """A table of all steps, on stdout."""
-    print_table((kind_title(report.how.kind), *_COLUMNS), [_row(step) for step in report.steps])
+    """Two tables of all steps, on stdout; each fits 80 columns as long as nothing failed."""
+    loads = [_load(step) for step in report.steps]
+    _print(report, loads, [_done(report, step) for step in report.steps])
+    click.echo("where the time of an answer went, in ms; rows of a batch")
+    _print(report, loads, [_spent(step) for step in report.steps])
+    if not all(step.stable for step in report.steps):
+        click.echo("*: not stable")
 
 
-def _row(step: StepFigures) -> list[str]:
-    latency, split, batch = step.latency_ms, step.time_ms, step.batch
-    cells = [
-        f"{step.load:g}" + ("" if step.stable else " (not stable)"),
-        f"{step.requests_per_s:.1f}",
-        f"{step.rows_per_s:.1f}",
-    ]
-    latencies = (latency.p50, latency.p90, latency.p95, latency.p99, latency.max) if latency else ()
-    cells += [ms(value) for value in latencies] or ["-"] * 5
-    times = (
-        (split.queue, split.form, split.compute, split.settle, split.late, split.other)
-        if split
-        else ()
-    )
-    cells += [ms(value) for value in times] or ["-"] * 6
-    cells.append(f"{batch.rows:.1f}" if batch else "-")
-    cells.append("-" if step.generator_cpu_us is None else f"{step.generator_cpu_us:.0f}")
-    counts = step.counts
-    cells += [str(counts.failed + counts.unanswered), str(counts.refused), str(counts.not_sent)]
+def _print(report: Report, loads: Sequence[str], rows: Sequence[dict[str, str]]) -> None:
+    headings = (kind_title(report.how.kind), *rows[0])
+    print_table(headings, [(load, *row.values()) for load, row in zip(loads, rows, strict=True)])
+
+
+def _load(step: StepFigures) -> str:
+    return f"{step.load:g}" + ("" if step.stable else "*")
+
+
+def _done(report: Report, step: StepFigures) -> dict[str, str]:
+    """What it came to. Columns that say nothing in any step are left out."""
+    latency = step.latency_ms
+    cells = {"requests/s": f"{step.requests_per_s:.1f}"}
+    if report.request.rows > 1:
+        cells["rows/s"] = f"{step.rows_per_s:.1f}"
+    for name in ("p50", "p90", "p95", "p99", "max"):
+        heading = "p50 ms" if name == "p50" else name
+        cells[heading] = ms(getattr(latency, name)) if latency else "-"
+    cells["CPU µs"] = "-" if step.generator_cpu_us is None else f"{step.generator_cpu_us:.0f}"
+    for heading, field in (
+        ("failed", "failed"), ("unanswered", "unanswered"), ("refused", "refused"),
+        ("not sent", "not_sent"),
+    ):  # fmt: skip
+        if any(getattr(one.counts, field) for one in report.steps):
+            cells[heading] = str(getattr(step.counts, field))
     return cells
+
+
+def _spent(step: StepFigures) -> dict[str, str]:
+    """Where the time went."""
+    split, batch = step.time_ms, step.batch
+    names = ("late", "queue", "form", "compute", "settle", "other")
+    times = {name: ms(getattr(split, name)) if split else "-" for name in names}
+    return {**times, "rows": f"{batch.rows:.1f}" if batch else "-"}
 
 
 def print_ratios(ratios: Sequence[Ratio], kind: str, notes: Sequence[str]) -> None:
