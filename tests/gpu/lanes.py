@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ import numpy as np
 from inferq.shared.schema import Array
 from inferq.workers.cuda import device
 from inferq.workers.cuda.lane import CudaLane
-from inferq.workers.engines.base import Batch, EngineOptions
+from inferq.workers.engines.base import Batch
 from inferq.workers.repository import ModelSpec
 from inferq.workers.trt.flavours import Flavour
 from inferq.workers.trt.session import Session
@@ -71,8 +71,8 @@ def open_session(spec: ModelSpec, setup: Setup) -> Opened:
         from inferq.workers.engines.torch import TorchEngine  # noqa: PLC0415
 
         table = {"device": "cuda", "cuda_graphs": setup.graphs}
-        options = EngineOptions(setup.lanes, spec.max_batch_size, spec.config.buckets, table, spec)
-        engine = TorchEngine(spec.path, options)
+        config = spec.config.model_copy(update={"lanes": setup.lanes})
+        engine = TorchEngine(replace(spec, config=config, engine_table=table))
         engine.load()
         return engine
     session = Session(

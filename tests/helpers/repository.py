@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import redis as redis_py
 
 from inferq.shared import codec
 from inferq.shared.names import Names, queue_of
-from inferq.shared.schema import Array
+from inferq.shared.schema import Array, Signature
+from inferq.workers.model_config import ModelConfig
+from inferq.workers.repository import ModelSpec
 
 FAKE = """\
 engine = "fake"
@@ -28,6 +30,22 @@ def fake_model(root: Path, name: str, *, knobs: str = "", fake: str = "", width:
     folder = root / name
     folder.mkdir(parents=True)
     (folder / "model.toml").write_text(FAKE.format(knobs=knobs, fake=fake, width=width))
+
+
+def spec_of(
+    path: Path | None,
+    table: Mapping[str, Any],
+    *,
+    lanes: int = 1,
+    most: int = 8,
+    buckets: tuple[int, ...] = (),
+) -> ModelSpec:
+    """What an engine needs to know of the model in `path`, without a repository."""
+    return ModelSpec(
+        name="model", version=1, versions=(1,), path=path,
+        config=ModelConfig(lanes=lanes, buckets=buckets), engine_table=table,
+        signature=Signature((), ()), max_batch_size=most, labels=(),
+    )  # fmt: skip
 
 
 def numbered(n: float, width: int = 4) -> Array:

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import onnx_models
+from helpers.repository import spec_of
 
 from inferq.shared.errors import EngineError
 from inferq.shared.schema import Array, Tensors
 from inferq.workers.demo.models import package_folder
 from inferq.workers.engines import engine_class
-from inferq.workers.engines.base import Batch, Engine, EngineOptions
+from inferq.workers.engines.base import Batch, Engine
 
 FAKE = {"inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", 3]}]}
 
@@ -102,8 +103,7 @@ def engine(case: Case, path: Path | None) -> Iterator[Engine]:
 
 
 def _new(case: Case, path: Path | None, lanes: int) -> Engine:
-    options = EngineOptions(lanes=lanes, max_batch_size=8, buckets=(), table=case.table)
-    return engine_class(case.engine)(path, options)
+    return engine_class(case.engine)(spec_of(path, case.table, lanes=lanes))
 
 
 def _batch(parts: list[Tensors], bucket: int | None = None) -> Batch:

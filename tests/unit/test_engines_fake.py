@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.repository import spec_of
 
 from inferq.shared.errors import ConfigError, FatalEngineError
 from inferq.shared.schema import Tensors
 from inferq.workers.engines import fake
-from inferq.workers.engines.base import Batch, EngineOptions, Lane
+from inferq.workers.engines.base import Batch, Lane
 
 INPUTS = [{"name": "x", "dtype": "float32", "shape": ["batch", 2]}]
 
 
 def _lane(**table: Any) -> Lane:
-    options = EngineOptions(0, 8, (), {"inputs": INPUTS, **table})
-    engine = fake.FakeEngine(None, options)
+    engine = fake.FakeEngine(spec_of(None, {"inputs": INPUTS, **table}))
     engine.load()
     return engine.lanes[0]
 
@@ -77,10 +77,14 @@ def test_only_the_first_row_of_a_request_can_be_a_fault() -> None:
 def _process(fault: int) -> subprocess.Popen[str]:
     code = (
         "import numpy as np\n"
-        "from inferq.workers.engines.base import Batch, EngineOptions\n"
+        "from inferq.shared.schema import Signature\n"
+        "from inferq.workers.engines.base import Batch\n"
         "from inferq.workers.engines.fake import FakeEngine\n"
+        "from inferq.workers.model_config import ModelConfig\n"
+        "from inferq.workers.repository import ModelSpec\n"
         f"table = {{'inputs': {INPUTS!r}, 'faults': True}}\n"
-        "engine = FakeEngine(None, EngineOptions(1, 8, (), table))\n"
+        "known = ModelConfig(), table, Signature((), ()), 8, ()\n"
+        "engine = FakeEngine(ModelSpec('m', 1, (1,), None, *known))\n"
         "engine.load()\n"
         "print('running', flush=True)\n"
         f"engine.lanes[0].run(Batch([{{'x': np.full((1, 2), {fault}, np.float32)}}], 1, 1))\n"

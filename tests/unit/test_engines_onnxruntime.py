@@ -12,11 +12,12 @@ import onnxruntime as ort
 import pytest
 from helpers import onnx_models
 from helpers.onnx_models import FLOAT, node
+from helpers.repository import spec_of
 
 from inferq.shared.errors import ConfigError, EngineError
 from inferq.shared.schema import Signature
 from inferq.workers.engines import cores, onnxruntime
-from inferq.workers.engines.base import Batch, EngineOptions
+from inferq.workers.engines.base import Batch
 from inferq.workers.engines.cores import usable_cores
 from inferq.workers.engines.onnxruntime import OnnxRuntimeEngine
 from inferq.workers.signatures import why_not_batchable
@@ -32,7 +33,7 @@ def _read(path: Path) -> Signature:
 
 
 def _engine(path: Path, lanes: int = 1, **table: Any) -> OnnxRuntimeEngine:
-    engine = OnnxRuntimeEngine(path, EngineOptions(lanes, 8, (), table))
+    engine = OnnxRuntimeEngine(spec_of(path, table, lanes=lanes))
     engine.load()
     return engine
 

@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.repository import spec_of
 
 from inferq.shared.errors import ConfigError, EngineError
 from inferq.shared.schema import DTYPES, Signature
 from inferq.workers.engines import pt2
-from inferq.workers.engines.base import Batch, EngineOptions
+from inferq.workers.engines.base import Batch
 from inferq.workers.engines.cores import usable_cores
 from inferq.workers.repository import load_model
 from inferq.workers.signatures import why_not_batchable
@@ -47,7 +48,7 @@ def _read(path: Path) -> Signature:
 def _engine(
     path: Path, lanes: int = 1, most: int = 8, buckets: tuple[int, ...] = (), **table: Any
 ) -> TorchEngine:
-    engine = TorchEngine(path, EngineOptions(lanes, most, buckets, table))
+    engine = TorchEngine(spec_of(path, table, lanes=lanes, most=most, buckets=buckets))
     engine.load()
     return engine
 

@@ -16,7 +16,7 @@ from inferq.workers.batching.policy import Knobs, Leave, Wait, decide
 from inferq.workers.batching.waiting import Waiting, WaitingRequests, rows_by_priority
 from inferq.workers.clock import RedisClock
 from inferq.workers.engines import engine_class
-from inferq.workers.engines.base import Engine, EngineOptions
+from inferq.workers.engines.base import Engine
 from inferq.workers.intake import Intake
 from inferq.workers.lanes import Finished, Job, Lanes
 from inferq.workers.metrics.counts import ModelCounts, ModelStats
@@ -78,12 +78,7 @@ class ServedModel:
         self._steps = names.priority_steps
         spec = self.spec
         config = spec.config
-        engine = engine_class(config.engine)(
-            spec.path,
-            EngineOptions(
-                config.lanes, spec.max_batch_size, config.buckets, spec.engine_table, spec
-            ),
-        )
+        engine = engine_class(config.engine)(spec)
         began = time.monotonic()
         self._load(engine)
         self._engine = engine

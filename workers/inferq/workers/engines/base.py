@@ -67,21 +67,6 @@ class Lane(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class EngineOptions:
-    """What an engine is told besides the model's file."""
-
-    #: Lanes to open; 0: as many as suit the device (usable cores on a CPU).
-    lanes: int
-    max_batch_size: int
-    #: Allowed batch sizes, ascending; empty: any.
-    buckets: tuple[int, ...]
-    #: The engine's own table of model.toml, validated by the engine itself.
-    table: Mapping[str, Any]
-    #: The whole model, for an engine that builds something of it first.
-    spec: ModelSpec | None = None
-
-
 class Engine(ABC):
     """One loaded model. The constructor assigns; `load` reads the model and opens the lanes."""
 
@@ -91,9 +76,9 @@ class Engine(ABC):
     #: sooner than one of twice the size on one. `load` may set it.
     parallel_lanes: bool = False
 
-    def __init__(self, path: Path | None, options: EngineOptions) -> None:
-        self.path = path
-        self.options = options
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self.path = spec.path
 
     @classmethod
     @abstractmethod
@@ -107,7 +92,7 @@ class Engine(ABC):
     @property
     def buckets(self) -> tuple[int, ...]:
         """Batch sizes at which it runs, ascending; empty: any."""
-        return self.options.buckets
+        return self.spec.config.buckets
 
     @property
     def usual(self) -> Sequence[Usual]:

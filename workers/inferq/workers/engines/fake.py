@@ -20,14 +20,17 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Field
 
 from inferq.shared.errors import ConfigError, FatalEngineError
 from inferq.shared.schema import DTYPES, MAX_DIMS, MAX_TENSORS, Array, Signature, TensorSpec
-from inferq.workers.engines.base import Batch, Engine, EngineOptions, Lane, check_inputs, gather
+from inferq.workers.engines.base import Batch, Engine, Lane, check_inputs, gather
 from inferq.workers.validation import Flag, Milliseconds, Text, TomlTable, validate
+
+if TYPE_CHECKING:
+    from inferq.workers.repository import ModelSpec
 
 #: With ``faults = true``, what the first element of a request's first input makes of its batch.
 FAULT_RAISE: Final = -1
@@ -94,9 +97,9 @@ class FakeEngine(Engine):
 
     name = "fake"
 
-    def __init__(self, path: Path | None, options: EngineOptions) -> None:
-        super().__init__(path, options)
-        self._table = _read(options.table)
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        self._table = _read(spec.engine_table)
         self._lanes: list[FakeLane] = []
 
     @classmethod
@@ -106,7 +109,7 @@ class FakeEngine(Engine):
         return Signature(specs, specs)
 
     def load(self) -> None:
-        self._lanes = [FakeLane(self._table) for _ in range(self.options.lanes or 1)]
+        self._lanes = [FakeLane(self._table) for _ in range(self.spec.config.lanes or 1)]
 
     @property
     def lanes(self) -> Sequence[Lane]:

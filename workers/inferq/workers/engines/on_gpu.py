@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from inferq.workers.engines.base import EngineOptions
 from inferq.workers.tuning import sizes
+
+if TYPE_CHECKING:
+    from inferq.workers.repository import ModelSpec
 
 #: One lane's copies hide behind the other's compute.
 LANES: Final = 2
 
 
-def gpu_buckets(options: EngineOptions) -> tuple[int, ...]:
+def gpu_buckets(spec: ModelSpec) -> tuple[int, ...]:
     """Powers of two where model.toml names none: shapes, and CUDA graphs, are to be few."""
-    return options.buckets or tuple(sizes(options.max_batch_size, ()))
+    return spec.config.buckets or tuple(sizes(spec.max_batch_size, ()))

@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 # Official builds since 1.29 report what they run to their maker unless this is set beforehand.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -33,7 +33,6 @@ from inferq.shared.schema import (
 from inferq.workers.engines.base import (
     Batch,
     Engine,
-    EngineOptions,
     Lane,
     gather,
     reason,
@@ -43,6 +42,9 @@ from inferq.workers.engines.cores import usable_cores
 from inferq.workers.engines.on_gpu import LANES
 from inferq.workers.signatures import with_batch_dim
 from inferq.workers.validation import TomlTable, validate
+
+if TYPE_CHECKING:
+    from inferq.workers.repository import ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +69,9 @@ class OnnxRuntimeEngine(Engine):
 
     name = "onnxruntime"
 
-    def __init__(self, path: Path | None, options: EngineOptions) -> None:
-        super().__init__(path, options)
-        self._table = validate(_Table, options.table, "onnxruntime.")
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        self._table = validate(_Table, spec.engine_table, "onnxruntime.")
         self._lanes: list[OnnxRuntimeLane] = []
 
     @classmethod
@@ -106,7 +108,7 @@ class OnnxRuntimeEngine(Engine):
         if provider == "cuda" and not on_cuda:
             raise ConfigError("onnxruntime.provider is 'cuda', but no CUDA device could be used")
         self.parallel_lanes = not on_cuda
-        count = self.options.lanes or (LANES if on_cuda else usable_cores())
+        count = self.spec.config.lanes or (LANES if on_cuda else usable_cores())
         self._lanes = [OnnxRuntimeLane(session) for _ in range(count)]
 
     @property

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from inferq.shared.errors import ConfigError
 from inferq.shared.schema import Signature
-from inferq.workers.engines.base import Engine, EngineOptions, Lane
+from inferq.workers.engines.base import Engine, Lane
 from inferq.workers.engines.on_gpu import LANES, gpu_buckets
 from inferq.workers.ranges import Usual, usual_inputs
 from inferq.workers.validation import Flag, TomlTable, validate
 
 if TYPE_CHECKING:
+    from inferq.workers.repository import ModelSpec
     from inferq.workers.trt.session import Session
 
 
@@ -40,9 +41,9 @@ class TensorRTEngine(Engine):
 
     name = "tensorrt"
 
-    def __init__(self, path: Path | None, options: EngineOptions) -> None:
-        super().__init__(path, options)
-        self._table = validate(_Table, options.table, "tensorrt.")
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        self._table = validate(_Table, spec.engine_table, "tensorrt.")
         self._session: Session | None = None
 
     @classmethod
@@ -55,16 +56,13 @@ class TensorRTEngine(Engine):
 
     @property
     def buckets(self) -> tuple[int, ...]:
-        return gpu_buckets(self.options)
+        return gpu_buckets(self.spec)
 
     @property
     def usual(self) -> Sequence[Usual]:
-        return usual_inputs(self.options.spec) if self.options.spec is not None else ()
+        return usual_inputs(self.spec)
 
     def load(self) -> None:
-        spec = self.options.spec
-        if spec is None:
-            raise ConfigError("engine 'tensorrt' was given no model of a repository")
         try:
             from inferq.workers.trt.flavours import find_flavour  # noqa: PLC0415
             from inferq.workers.trt.session import Session  # noqa: PLC0415
@@ -74,10 +72,10 @@ class TensorRTEngine(Engine):
                 "pip install 'inferq[tensorrt]' (`inferq worker --cpu` serves on the CPU)"
             ) from problem
         session = Session(
-            spec,
+            self.spec,
             find_flavour(self._table.flavour),
             self._table.precision,
-            lanes=self.options.lanes or LANES,
+            lanes=self.spec.config.lanes or LANES,
             buckets=self.buckets,
             graphs=self._table.cuda_graphs,
         )

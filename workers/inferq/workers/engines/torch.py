@@ -32,7 +32,6 @@ from inferq.shared.schema import DTYPES, Array, Signature, Tensors
 from inferq.workers.engines.base import (
     Batch,
     Engine,
-    EngineOptions,
     Lane,
     check_inputs,
     gather,
@@ -49,6 +48,7 @@ from inferq.workers.validation import Flag, TomlTable, validate
 
 if TYPE_CHECKING:
     from inferq.workers.engines.torch_cuda import CudaProgram
+    from inferq.workers.repository import ModelSpec
 
 # Inputs may be views of a message, which nobody may write to; a program that would is given copies.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -66,9 +66,9 @@ class TorchEngine(Engine):
 
     name = "torch"
 
-    def __init__(self, path: Path | None, options: EngineOptions) -> None:
-        super().__init__(path, options)
-        self._table = validate(_Table, options.table, "torch.")
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        self._table = validate(_Table, spec.engine_table, "torch.")
         self._lanes: list[TorchLane] = []
         self._on_cuda: CudaProgram | None = None
 
@@ -93,15 +93,12 @@ class TorchEngine(Engine):
         function = flat_function(program)
         self.parallel_lanes = True
         self._lanes = [
-            TorchLane(function, layout) for _ in range(self.options.lanes or usable_cores())
+            TorchLane(function, layout) for _ in range(self.spec.config.lanes or usable_cores())
         ]
 
     def _load_on_cuda(self, program: torch.export.ExportedProgram, layout: Layout) -> None:
         if not torch.cuda.is_available():
             raise ConfigError("torch.device is 'cuda', but no CUDA device could be used")
-        spec = self.options.spec
-        if spec is None:
-            raise ConfigError("engine 'torch' was given no model of a repository")
         try:
             from inferq.workers.engines.torch_cuda import CudaProgram  # noqa: PLC0415
         except ImportError as problem:
@@ -109,20 +106,18 @@ class TorchEngine(Engine):
                 f"torch.device is 'cuda', which needs PyCUDA ({problem}); expected: "
                 "pip install 'inferq[tensorrt]'"
             ) from problem
-        opened = CudaProgram(program, layout, spec)
-        lanes = self.options.lanes or LANES
+        opened = CudaProgram(program, layout, self.spec)
+        lanes = self.spec.config.lanes or LANES
         opened.open(lanes, self.buckets, graphs=self._table.cuda_graphs)
         self._on_cuda = opened
 
     @property
     def buckets(self) -> tuple[int, ...]:
-        return gpu_buckets(self.options) if self._table.device == "cuda" else self.options.buckets
+        return gpu_buckets(self.spec) if self._table.device == "cuda" else self.spec.config.buckets
 
     @property
     def usual(self) -> Sequence[Usual]:
-        if self._table.device != "cuda" or self.options.spec is None:
-            return ()
-        return usual_inputs(self.options.spec)
+        return usual_inputs(self.spec) if self._table.device == "cuda" else ()
 
     @property
     def lanes(self) -> Sequence[Lane]:
@@ -138,15 +133,15 @@ class TorchEngine(Engine):
         if layout.rows is None:
             return
         least, most = layout.rows
-        sizes = self.options.buckets or (1,)
-        if most is not None and self.options.max_batch_size > most:
+        sizes = self.spec.config.buckets or (1,)
+        if most is not None and self.spec.max_batch_size > most:
             raise ConfigError(
-                f"max_batch_size is {self.options.max_batch_size}; expected at most {most}, "
+                f"max_batch_size is {self.spec.max_batch_size}; expected at most {most}, "
                 "the largest batch that the program was exported for"
             )
         if sizes[0] < least:
             raise ConfigError(
-                f"buckets is {list(self.options.buckets)}; expected the first to be at least "
+                f"buckets is {list(self.spec.config.buckets)}; expected the first to be at least "
                 f"{least}, the smallest batch that the program was exported for"
             )
 

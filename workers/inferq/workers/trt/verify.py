@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Final
@@ -21,7 +22,7 @@ import numpy as np
 
 from inferq.shared.errors import ConfigError, RequestError
 from inferq.shared.schema import Array, Tensors, check_inputs
-from inferq.workers.engines.base import Batch, EngineOptions
+from inferq.workers.engines.base import Batch
 from inferq.workers.engines.onnxruntime import OnnxRuntimeEngine
 from inferq.workers.ranges import InputRange
 from inferq.workers.repository import ModelSpec
@@ -157,7 +158,7 @@ def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[np
 
 
 def _reference(spec: ModelSpec, samples: Sequence[Tensors]) -> Iterator[Mapping[str, Array]]:
-    engine = OnnxRuntimeEngine(spec.path, EngineOptions(1, 1, (), {"provider": "cpu"}))
+    engine = OnnxRuntimeEngine(replace(spec, engine_table={"provider": "cpu"}))
     engine.load()
     try:
         for sample in samples:
