@@ -16,3 +16,12 @@ def held_open(pid: int) -> tuple[int, int]:
         except OSError:  # closed meanwhile
             continue
     return len(list((folder / "task").iterdir())), sockets
+
+
+def stopped(pid: int) -> bool:
+    """Whether all threads of a process stand still after SIGSTOP."""
+    states = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        # The command, in parentheses, may hold spaces; the state follows it.
+        states.append((task / "stat").read_text().rpartition(")")[2].split()[0])
+    return set(states) == {"T"}

@@ -15,6 +15,7 @@ from typing import Self
 
 import redis
 
+from helpers.process import stopped
 from helpers.wait import until
 from inferq.shared.names import Names, queue_of
 from inferq.workers.children import end_child, start_child
@@ -136,8 +137,9 @@ class Worker:
         self.process.wait(STOP_TIMEOUT_S)
 
     def pause(self) -> None:
-        """SIGSTOP."""
+        """SIGSTOP, and wait until no thread runs any more: on a busy machine that takes a while."""
         self.process.send_signal(signal.SIGSTOP)
+        until(lambda: stopped(self.pid), what=f"worker {self.name} stands still")
 
     def resume(self) -> None:
         """SIGCONT."""

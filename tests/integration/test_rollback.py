@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.aof import AOF_ARGS, after_last, aof_size, crash_back_to
+from helpers.metrics import metrics_url, scrape
 from helpers.repository import fake_model, message, numbered
 from helpers.results import held_by, meta_of, nothing_is_held, outputs_of
 from helpers.wait import until
@@ -40,8 +41,9 @@ def models(tmp_path: Path) -> Path:
 def test_results_that_redis_forgot_are_stored_again_as_they_were(
     server: EmbeddedRedis, redis: Redis, models: Path
 ) -> None:
-    """Also of a claim that was settled whole: nothing of it runs again."""
-    with Worker(server.url, models, ["m"]) as worker:
+    """Also of a claim that was settled whole: nothing of it runs again. No result counts again."""
+    env = {"INFERQ_METRICS": "127.0.0.1:0"}
+    with Worker(server.url, models, ["m"], env=env) as worker:
         sent = dict(message("m", numbered(n)) for n in range(10))
         redis.lpush(NAMES.queue("m"), *sent.values())
         before = aof_size(server)
@@ -50,6 +52,9 @@ def test_results_that_redis_forgot_are_stored_again_as_they_were(
         crash_back_to(server, before)
         assert {request_id: meta_of(redis, request_id) for request_id in sent} == stored
         until(partial(nothing_is_held, redis), what="nothing is held any more")
+        seen = scrape(metrics_url(worker))
+        assert seen("inferq_requests_total", outcome="success") == 10
+        assert seen("inferq_requests_total", outcome="failure") == 0
         assert worker.alive
 
 

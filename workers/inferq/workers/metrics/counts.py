@@ -192,9 +192,11 @@ class ModelCounts:
     ) -> None:
         """Redis has answered for those `places` of `sent`, all of this model; see `count_settled`.
 
-        What is the same for all requests of a run is counted once for all of them.
+        What is the same for all requests of a run is counted once for all of them. Outcomes come
+        last, and first in a snapshot: of a request that has one, all else is counted.
         """
-        outcomes, queue_s, total_s = self.outcomes, self.queue_s, self.total_s
+        queue_s, total_s = self.queue_s, self.total_s
+        endings: list[str] = []
         run: Run | None = None
         requests, since_s = 0, 0.0
         for place in places:
@@ -203,9 +205,9 @@ class ModelCounts:
             if ending is None:
                 continue
             if overtaken and place in overtaken:
-                outcomes[OVERTAKEN] += 1
+                endings.append(OVERTAKEN)
             else:
-                outcomes[ending] += 1
+                endings.append(ending)
                 if ending == FAILURE:
                     self.errors[done.error_code] += 1
             if done.attempts:
@@ -230,6 +232,8 @@ class ModelCounts:
             queue_s.sum += queue
         if run is not None:
             self._computed(run, requests, now_ms)
+        for ending, count in Counter(endings).items():
+            self.outcomes[ending] += count
 
     def _computed(self, run: Run, requests: int, now_ms: float) -> None:
         input_s, infer_s, output_s = run.split_s
@@ -244,9 +248,10 @@ class ModelCounts:
 
     def stats(self, model: str, version: int, engine: str) -> ModelStats:
         """A snapshot, for any thread."""
+        outcomes = dict(self.outcomes)
         return ModelStats(
             model=model, version=version, engine=engine, lanes=0, max_batch_size=0,
-            target_batch_size=0, outcomes=dict(self.outcomes), errors=dict(self.errors),
+            target_batch_size=0, outcomes=outcomes, errors=dict(self.errors),
             attempts=self.attempts, batches=self.batches, rows=self.rows,
             padding_rows=self.padding_rows, batch_size=self.batch_size.copied(),
             padding=self.padding.copied(),
