@@ -214,8 +214,8 @@ def test_what_redis_says_is_text_and_never_markup(
     attack = "<img src=x onerror='window.attacked=1'><script>window.attacked=1</script>"
     stats = WorkerStats(
         incarnation="evil", node=attack, host=attack, pid=1, started_at=0.0, at=1.0, state=attack,
-        redis_up=True, device=attack, versions={attack: attack}, gpu=None,
-        models=[],
+        redis_up=True, device=attack, versions={attack: attack}, models=[],
+        gpu={"memory_used_bytes": 3.5 * 2**30, "memory_total_bytes": 24 * 2**30, "index": 0},
     )  # fmt: skip
     raw = msgspec.to_builtins(stats)
     histogram = {"counts": [1], "sum": 1.0}
@@ -229,11 +229,12 @@ def test_what_redis_says_is_text_and_never_markup(
         ),
     }]  # fmt: skip
     store.zadd(NAMES.leases, {"evil": 9e15})
-    store.set(NAMES.stats("evil"), msgspec.msgpack.encode(raw))
+    store.set(NAMES.stats("evil"), msgspec.msgpack.encode(raw), ex=600)
     store.lpush(f"inferq.{attack}", "x")
     page = visitor.open(f"{flower.url}/inference")
     shows(page.locator("[data-worker] .inference-name"), attack)
     shows(page.locator("[data-model] .inference-name"), attack)
+    shows(page.locator('[data-field="gpu-memory"]'), "3.5 of 24 GiB")
     assert page.locator("#inference img, #inference script").count() == 0
     assert page.evaluate("window.attacked") is None
     page.goto(f"{flower.url}/broker")

@@ -143,6 +143,23 @@ def test_the_pages_say_that_redis_is_away_and_come_back_with_it(
         until(lambda: flower.get("/api/queues/length").status == 200)
 
 
+def test_flower_starts_without_a_redis_and_finds_it_later(
+    new_redis: Callable[..., EmbeddedRedis],
+) -> None:
+    server = new_redis(appendonly=True)
+    server.kill()
+    with FlowerProcess(server.url) as flower:
+        told = flower.get("/inference/data").json()
+        assert "Redis" in told["problem"]
+        assert (told["age_s"], told["models"]) == (None, [])
+        assert flower.get("/inference").status == flower.get("/broker").status == 200
+        assert "inferq_redis_up 0.0" in flower.get("/metrics").body
+        server.start()
+        with redis_py.Redis.from_url(server.url) as store:
+            enqueue(store, "m", [0])
+        until(lambda: [m["depth"] for m in flower.get("/inference/data").json()["models"]] == [1])
+
+
 def test_a_redis_that_hangs_holds_up_no_other_page(
     new_redis: Callable[..., EmbeddedRedis],
 ) -> None:
@@ -266,7 +283,7 @@ def test_a_bad_option_is_one_line_and_shows_no_password(args: list[str], said: s
 
 
 def test_flower_needs_no_engine_and_no_models(server: EmbeddedRedis, tmp_path: Path) -> None:
-    heavy = ["onnx", "onnxruntime", "torch", "tensorrt", "tensorrt_rtx", "pycuda", "pynvml"]
+    heavy = ["onnx", "onnxruntime", "torch", "tensorrt", "pycuda", "pynvml", "rich"]
     code = f"import sys\nsys.modules.update(dict.fromkeys({heavy!r}))\n"  # None: not importable
     with FlowerProcess(server.url, folders=[_patched(tmp_path, code)]) as flower:
         assert flower.get("/broker").status == 200

@@ -17,7 +17,7 @@ from inferq.workers.flower.figures import (
     Figures,
     ModelRow,
 )
-from inferq.workers.flower.readings import Reading
+from inferq.workers.flower.readings import MODELS, Reading
 from inferq.workers.metrics.counts import (
     PADDING,
     ROWS,
@@ -152,7 +152,11 @@ def test_rates_are_of_the_last_seconds_and_what_is_kept_is_bounded() -> None:
     page = figures.page(reading(600.0, *crowd), None, 600.0)
     assert len(page.workers) == len(figures._known) == WORKERS
     assert page.notes == ["5 more workers are not shown."]
-    see(figures, reading(602.0))
+    many = worker(602.0, *(model(f"m{n}") for n in range(MODELS + 3)), name="many")
+    page = figures.page(reading(602.0, many, depths=(depth("m0"), depth("other"))), None, 602.0)
+    assert len(page.models) == len(figures._courses) == MODELS
+    assert page.notes == ["4 more models that workers serve are not shown."]
+    see(figures, reading(604.0))
     assert not figures._known
     assert not figures._courses
 
@@ -161,10 +165,10 @@ def test_what_does_not_fit_or_goes_backwards_is_passed_over() -> None:
     figures = Figures()
     hostile = model("<b>", done=5, total_s=Histogram([1, 2], float("nan")), lanes=0)
     see(figures, reading(0.0, worker(5.0, model("<b>", done=9))))
-    rows = see(figures, reading(2.0, worker(7.0, hostile)), reading(4.0, worker(1.0, hostile)))
-    rates = rows["<b>"].rates
+    rates = see(figures, reading(2.0, worker(7.0, hostile)))["<b>"].rates
     assert rates is not None
     assert (rates.requests_per_s, rates.p50_s, rates.busy) == (0.0, None, 0.0)
+    assert see(figures, reading(4.0, worker(1.0, hostile)))["<b>"].rates is None
     page = figures.page(reading(6.0, worker(9.0, hostile, gpu={"index": float("inf")})), None, 6.0)
     assert b"null" in msgspec.json.encode(page)
 

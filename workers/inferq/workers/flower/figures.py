@@ -15,7 +15,7 @@ from typing import Final
 import msgspec
 
 from inferq.workers.depths import Depth
-from inferq.workers.flower.readings import Reading
+from inferq.workers.flower.readings import MODELS, Reading
 from inferq.workers.metrics.counts import ROWS, SECONDS, Histogram, ModelStats, WorkerStats
 from inferq.workers.settle import DEAD_LETTER, FAILURE, REVOKED, SUCCESS
 
@@ -150,7 +150,7 @@ class Figures:
         self._point_at = float("-inf")
         self._models: list[ModelRow] = []
         self._workers: list[WorkerRow] = []
-        self._left_out = 0
+        self._notes: list[str] = []
 
     def page(self, reading: Reading | None, problem: str | None, now: float) -> Page:
         """`now`: of time.monotonic()."""
@@ -164,18 +164,21 @@ class Figures:
             workers=self._workers,
             age_s=round(max(0.0, now - reading.at), 1),
             problem=problem,
-            notes=reading.notes() + self._notes(),
+            notes=self._notes,
         )
 
     def _see(self, reading: Reading) -> None:
         stats = reading.stats[:WORKERS]
-        self._left_out = len(reading.stats) - len(stats)
         self._know(stats, reading.at)
         depths = {depth.model: depth for depth in reading.depths.models}
         served: dict[str, list[ModelStats]] = {name: [] for name in depths}
+        others: set[str] = set()
         for worker in stats:
             for model in worker.models:
-                served.setdefault(model.model, []).append(model)
+                if model.model in served or len(served) < MODELS:
+                    served.setdefault(model.model, []).append(model)
+                else:
+                    others.add(model.model)
         add_point = reading.at - self._point_at >= POINT_S
         if add_point:
             self._point_at = reading.at
@@ -191,19 +194,21 @@ class Figures:
             rows.append(_row(name, depths.get(name), stats_of_model, rates, course))
         self._models = sorted(rows, key=lambda row: row.model)
         self._workers = [self._worker(worker, reading) for worker in stats]
-
-    def _notes(self) -> list[str]:
-        return [f"{self._left_out} more workers are not shown."] if self._left_out else []
+        self._notes = [
+            *reading.notes(),
+            *_note(len(others), "models that workers serve"),
+            *_note(len(reading.stats) - len(stats), "workers"),
+        ]
 
     def _know(self, stats: Sequence[WorkerStats], now: float) -> None:
         live = {worker.incarnation for worker in stats}
         self._known = {name: known for name, known in self._known.items() if name in live}
         for worker in stats:
             known = self._known.get(worker.incarnation)
-            if known is None:
+            if known is None or worker.at < known.latest.at:  # its clock may have been set back
                 kept = deque([worker], maxlen=int(WINDOW_S / SPACING_S) + 2)
                 self._known[worker.incarnation] = _Known(worker, now, kept)
-            elif worker.at > known.latest.at:
+            elif worker.at != known.latest.at:
                 known.latest, known.since = worker, now
                 while len(known.earlier) > 1 and worker.at - known.earlier[0].at > WINDOW_S:
                     known.earlier.popleft()
@@ -237,6 +242,10 @@ class Figures:
             gpu=worker.gpu,
             versions=worker.versions,
         )
+
+
+def _note(left_out: int, what: str) -> list[str]:
+    return [f"{left_out} more {what} are not shown."] if left_out else []
 
 
 def _course() -> _Course:
