@@ -56,7 +56,11 @@ class Control:
         return found
 
     def set(self, name: str, value: float) -> None:
-        """Set ``ns_per_byte``, ``kernel_us`` or ``memory_mb`` of all that is queued from now on."""
+        """Set ``ns_per_byte``, ``kernel_us`` or ``memory_mb`` of all that is queued from now on.
+
+        ``hosts``: as long as it is not 0, times are simulated. The timeline, which ``timeline_us``
+        counts, goes on whenever so many threads wait for events.
+        """
         if self._library.fakecuda_set(name.encode(), value):
             raise KeyError(name)
 

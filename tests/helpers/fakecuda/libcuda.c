@@ -9,6 +9,8 @@
  * A device has one copy engine per direction and one compute engine. An operation begins when the
  * one before it in its stream has ended and its engine is free, and takes the time that is set for
  * it. These times are kept on a timeline of their own: a sleep that ends late delays nothing else.
+ * With "hosts" set, that timeline is simulated: nobody sleeps, and it goes on to the next end of an
+ * operation once so many threads of the host wait for events, as if they took no time themselves.
  *
  * As on a card: pageable memory is copied while the caller waits; the null stream and blocking
  * streams wait for each other; an event that is recorded during a capture is seen by nobody outside
@@ -118,6 +120,9 @@ typedef struct Stream {
     Op *head, *tail;
     uint64_t queued, finished;
     double clock; /* timeline: the end of its last operation */
+    double asleep_until; /* simulated; 0: it is not asleep */
+    Engine *held_by; /* the engine that it waits for, with this ticket */
+    uint64_t ticket;
     Graph *capture;
     CUstreamCaptureMode mode;
     int capture_broken;
@@ -159,6 +164,46 @@ static void sleep_until(double when) {
     if (when > now())
         while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &t, NULL)) {
         }
+}
+
+/* A thread of the host that waits for an event. */
+typedef struct Waiter {
+    struct Waiter *next_waiter;
+    const Event *event;
+    uint64_t target;
+} Waiter;
+
+static Waiter *waiters;
+static int hosts; /* 0: the timeline is that of the clock */
+static double simulated;
+
+static double timeline(void) { return hosts ? simulated : now(); }
+
+/* Let the simulated timeline go on to the next end of an operation, if there is nobody who may
+ * still do something before that; with the lock held. */
+static void go_on(void) {
+    double next = 0;
+    int waiting = 0;
+    if (!hosts || sticky)
+        return;
+    for (Waiter *w = waiters; w; w = w->next_waiter, waiting++)
+        if (w->event->done >= w->target)
+            return;
+    if (waiting < hosts)
+        return;
+    for (Stream *s = streams; s; s = s->next_stream) {
+        if (s->asleep_until) {
+            if (s->asleep_until <= simulated)
+                return;
+            if (!next || s->asleep_until < next)
+                next = s->asleep_until;
+        } else if (s->head && !(s->held_by && s->held_by->serving != s->ticket))
+            return;
+    }
+    if (next) {
+        simulated = next;
+        pthread_cond_broadcast(&changed);
+    }
 }
 
 static double setting(const char *name, double otherwise) {
@@ -397,21 +442,33 @@ static void run(Stream *s, Op *op) {
     Engine *engine = op->engine < 0 ? NULL : &devices[s->device].engines[op->engine];
     if (engine) {
         pthread_mutex_lock(&lock);
-        uint64_t ticket = engine->next++;
-        while (engine->serving != ticket)
+        s->ticket = engine->next++;
+        s->held_by = engine;
+        while (engine->serving != s->ticket) {
+            go_on();
             pthread_cond_wait(&changed, &lock);
+        }
+        s->held_by = NULL;
         if (engine->free_at > begin)
             begin = engine->free_at;
         pthread_mutex_unlock(&lock);
     }
     double began = now();
     work(op);
-    double end = begin + (now() - began);
+    double end = begin + (hosts ? 0 : now() - began);
     if (end < begin + op->least_s)
         end = begin + op->least_s;
-    if (!sticky)
+    if (!sticky && !hosts)
         sleep_until(end);
     pthread_mutex_lock(&lock);
+    s->asleep_until = end;
+    while (hosts && simulated < end && !sticky) {
+        double before = simulated;
+        go_on();
+        if (simulated == before)
+            pthread_cond_wait(&changed, &lock);
+    }
+    s->asleep_until = 0;
     s->clock = end;
     if (engine) {
         engine->free_at = end;
@@ -545,7 +602,7 @@ static CUresult submit(CUstream h, const Op *made, int waits) {
     *op = *made;
     op->next = NULL;
     op->number = ++numbered;
-    op->queued_at = now();
+    op->queued_at = timeline();
     if (s->capture) {
         if (s->capture->last)
             s->capture->last->next = op;
@@ -625,12 +682,28 @@ EXPORT long long fakecuda_count(const char *name) {
     if (!strcmp(name, #each))                                                                      \
         found = counts.each;
     COUNTS(FIND)
+    if (!strcmp(name, "timeline_us"))
+        found = (long long)(timeline() * 1e6);
     pthread_mutex_unlock(&lock);
     return found;
 }
 
-/* Change "ns_per_byte", "kernel_us" or "memory_mb" of what is queued from now on; 0, or -1 if there
- * is no such setting. */
+/* Have the timeline simulated for so many threads of the host; 0: not any more. With the lock. */
+static void set_hosts(int count) {
+    double present = now();
+    if (!hosts)
+        simulated = present;
+    hosts = count;
+    for (Stream *s = count ? NULL : streams; s; s = s->next_stream)
+        s->clock = present;
+    for (int n = 0; !count && n < device_count; n++)
+        for (int each = 0; each < ENGINES; each++)
+            devices[n].engines[each].free_at = present;
+    pthread_cond_broadcast(&changed);
+}
+
+/* Change "ns_per_byte", "kernel_us" or "memory_mb" of what is queued from now on, or "hosts", while
+ * nothing is queued; 0, or -1 if there is no such setting. */
 EXPORT int fakecuda_set(const char *name, double value) {
     if (!strcmp(name, "ns_per_byte"))
         ns_per_byte = value;
@@ -638,7 +711,11 @@ EXPORT int fakecuda_set(const char *name, double value) {
         kernel_us = value;
     else if (!strcmp(name, "memory_mb"))
         memory = (size_t)(value * (1 << 20));
-    else
+    else if (!strcmp(name, "hosts")) {
+        pthread_mutex_lock(&lock);
+        set_hosts((int)value);
+        pthread_mutex_unlock(&lock);
+    } else
         return -1;
     return 0;
 }
@@ -1214,9 +1291,19 @@ CUresult CUDAAPI cuEventSynchronize(CUevent event) {
     if (!e)
         return leave(CUDA_ERROR_INVALID_HANDLE);
     uint64_t target = e->recorded;
+    Waiter self = {waiters, e, target};
+    waiters = &self;
     e->users++;
-    while (e->done < target && !sticky)
-        pthread_cond_wait(&changed, &lock);
+    while (e->done < target && !sticky) {
+        go_on();
+        if (e->done < target)
+            pthread_cond_wait(&changed, &lock);
+    }
+    for (Waiter **at = &waiters; *at; at = &(*at)->next_waiter)
+        if (*at == &self) {
+            *at = self.next_waiter;
+            break;
+        }
     e->users--;
     put_event(e);
     return leave(sticky);
