@@ -115,7 +115,8 @@ def test_a_receipt_says_where_the_time_went(client: Client, redis: Redis) -> Non
         assert receipt.compute_ms >= DELAY_MS
         assert (receipt.queue_ms + receipt.form_ms > DELAY_MS / 4) == waited
         parts = receipt.queue_ms + receipt.form_ms + receipt.compute_ms + receipt.settle_ms
-        assert parts <= result.latency_ms + 5
+        # Each side knows Redis' clock to within a round trip, which a busy machine makes long.
+        assert parts <= result.latency_ms + 50
         assert (receipt.model, receipt.engine, receipt.version, receipt.attempt) == (
             "plain", "fake", 1, 1,
         )  # fmt: skip
