@@ -54,7 +54,10 @@ class StatsPublisher:
 
     def _run(self) -> None:
         while True:
-            self._publish()
+            try:
+                self._publish()
+            except Exception:
+                logger.exception("stats are not published this time")
             if self._ended.wait(EVERY_S):
                 return
 
