@@ -142,7 +142,7 @@ def test_workers_stay_online_under_load_and_say_what_they_serve(
     assert busy.done > began
     expect(row).to_contain_text("Online")
     keep(page, "workers")
-    row.get_by_role("link").click()
+    row.get_by_role("link", name="Worker busy@").click()
     page.get_by_role("tab", name="Other").click()
     other = page.locator("#tab-other")
     for line in ("busy:1", "serving"):
