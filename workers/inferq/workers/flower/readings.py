@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, TypeVar
 
 import redis
 from redis.exceptions import RedisError
 
-from inferq.shared.names import Names, model_of
+from inferq.shared.names import Names, is_model_name, model_of
 from inferq.workers.depths import DepthReader, Depths
 from inferq.workers.metrics.counts import WorkerStats
 from inferq.workers.metrics.published import read_stats
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: Of the connection to Redis, in s: a page says that it is away rather than wait longer.
 CONNECT_TIMEOUT_S: Final = 1.0
@@ -31,9 +34,10 @@ FRESH_S: Final = 1.0
 MODELS: Final = 500
 FOREIGN: Final = 200
 #: Looking for models goes through all keys of Redis. So it is done every `LOOK_EVERY_S` seconds,
-#: and where it takes long, for one part in `LOOK_SHARE` of the time.
+#: and where it takes long, for one part in `LOOK_SHARE` of the time. Models that a worker serves
+#: are known without.
 LOOK_EVERY_S: Final = 2.0
-LOOK_SHARE: Final = 20
+LOOK_SHARE: Final = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +71,6 @@ class Told:
     problem: str | None = None
 
 
-@dataclass
-class _Look:
-    models: list[str] = field(default_factory=list)
-    left_out: int = 0
-    next_at: float = 0.0
-
-
 class Readings:
     """Reads at most once per `FRESH_S`, whoever asks. Use it from one event loop."""
 
@@ -84,32 +81,53 @@ class Readings:
         self._names = names
         self._reader = DepthReader(client, names)
         self._clock = clock
-        # One thread: a Redis that hangs holds no more than that.
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="inferq-readings")
-        self._look = _Look()
+        # One thread reads and one looks for models: a Redis that hangs holds no more than that.
+        self._executor = ThreadPoolExecutor(2, thread_name_prefix="inferq-readings")
         self._last: Reading | None = None
         self._problem: str | None = None
-        self._tried = -FRESH_S
-        self._running: asyncio.Future[None] | None = None
+        self._read_at = -math.inf
+        self._reading: asyncio.Future[None] | None = None
+        #: All that have a queue or the like; None: that was not found out yet.
+        self._models: list[str] | None = None
+        self._look_at = -math.inf
+        self._looking: asyncio.Future[None] | None = None
 
     async def latest(self, queues: Collection[str] = ()) -> Told:
         """What is known now; `queues` names others, foreign to inferq, to be counted too.
 
         Never raises for Redis' sake, and waits `PATIENCE_S` at most.
         """
-        if self._running is None and self._clock() - self._tried >= FRESH_S:
+        now = self._clock()
+        if self._looking is None and now >= self._look_at:
+            self._looking = asyncio.ensure_future(self._look())
+        if self._reading is None and now >= self._read_at:
             foreign = sorted(queue for queue in queues if model_of(queue) is None)[:FOREIGN]
-            self._running = asyncio.ensure_future(self._read(foreign))
-        if self._running is not None:
-            waited, _ = await asyncio.wait({self._running}, timeout=PATIENCE_S)
+            self._reading = asyncio.ensure_future(self._read(foreign))
+        if self._reading is not None:
+            waited, _ = await asyncio.wait({self._reading}, timeout=PATIENCE_S)
             if not waited:
                 return Told(self._last, f"Redis has not answered for {PATIENCE_S:g} s")
         return Told(self._last, self._problem)
 
-    async def _read(self, foreign: Sequence[str]) -> None:
-        loop = asyncio.get_running_loop()
+    async def _look(self) -> None:
+        """Find all models, which may take long: readings go on with those known before."""
+        began, wait_s = self._clock(), LOOK_EVERY_S
         try:
-            self._last = await loop.run_in_executor(self._executor, self._look_at_redis, foreign)
+            self._models = await self._in_thread(self._reader.models)
+            wait_s = max(wait_s, LOOK_SHARE * (self._clock() - began))
+        except RedisError as problem:
+            logger.debug("models were not looked for: %s", problem)  # the reading says so
+        except Exception:
+            logger.exception("models could not be looked for")
+        finally:
+            self._look_at = self._clock() + wait_s
+            self._looking = None
+
+    async def _read(self, foreign: Sequence[str]) -> None:
+        try:
+            if self._models is None and self._looking is not None:
+                await self._looking
+            self._last = await self._in_thread(self._ask, self._models or (), foreign)
             self._problem = None
         except RedisError as problem:
             self._problem = f"Redis: {problem}"
@@ -117,28 +135,23 @@ class Readings:
             logger.exception("the queues could not be read")
             self._problem = "the queues could not be read; Flower's log says why"
         finally:
-            self._tried = self._clock()
-            self._running = None
+            self._read_at = self._clock() + FRESH_S
+            self._reading = None
 
-    def _look_at_redis(self, foreign: Sequence[str]) -> Reading:
-        self._look_for_models()
-        depths = self._reader.read(self._look.models)
+    async def _in_thread(self, ask: Callable[..., T], *given: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, ask, *given)
+
+    def _ask(self, known: Sequence[str], foreign: Sequence[str]) -> Reading:
+        stats = read_stats(self._client, self._names)
+        served = {model.model for worker in stats for model in worker.models}
+        models = sorted({*known, *filter(is_model_name, served)})
         return Reading(
-            depths=depths,
+            depths=self._reader.read(models[:MODELS]),
             foreign=self._lengths(foreign),
-            stats=read_stats(self._client, self._names),
-            left_out=self._look.left_out,
+            stats=stats,
+            left_out=max(0, len(models) - MODELS),
             at=self._clock(),
         )
-
-    def _look_for_models(self) -> None:
-        look, began = self._look, self._clock()
-        if began < look.next_at:
-            return
-        found = self._reader.models()
-        look.models, look.left_out = found[:MODELS], max(0, len(found) - MODELS)
-        now = self._clock()
-        look.next_at = now + max(LOOK_EVERY_S, LOOK_SHARE * (now - began))
 
     def _lengths(self, queues: Sequence[str]) -> dict[str, int]:
         names = self._names
