@@ -266,7 +266,7 @@ def test_stats_are_published_while_the_worker_lives(
         stranger = msgspec.msgpack.encode({"of": "another version"})
         for raw in (b"\xc1 no msgpack", stranger):
             redis.zadd(NAMES.leases, {f"stranger{len(raw)}": 9e15})
-            redis.set(NAMES.stats(f"stranger{len(raw)}"), raw)
+            redis.set(NAMES.stats(f"stranger{len(raw)}"), raw, ex=EXPIRES_S)
         assert len(read_stats(redis, NAMES)) == 2
         assert one.stop() == 0
         assert not redis.exists(key)
