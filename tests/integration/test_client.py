@@ -211,6 +211,7 @@ def test_a_callers_wait_ends_and_the_request_goes_on(echo: redis_py.Redis, redis
 def test_many_threads_share_a_client_and_may_wait_for_one_request(
     echo: redis_py.Redis, redis_url: str
 ) -> None:
+    before = set(threading.enumerate())
     with Responder(redis_url), Client(redis_url) as client, ThreadPoolExecutor(16) as pool:
 
         def one(n: int) -> float:
@@ -221,7 +222,8 @@ def test_many_threads_share_a_client_and_may_wait_for_one_request(
         pending = client.submit("echo", {"x": X})
         waits = [pool.submit(pending.result, 20) for _ in range(8)]
         assert {id(wait.result(20)) for wait in waits} == {id(pending.result(0))}
-    assert sum(name.startswith("inferq") for name in thread_names()) == 0
+    left = set(threading.enumerate()) - before
+    assert not [thread for thread in left if thread.name.startswith("inferq")]
 
 
 def thread_names() -> list[str]:

@@ -222,7 +222,7 @@ def _left(redis: Redis, models: list[str]) -> set[str]:
     """Queues, claims, payloads, counts and fences, but for what one living worker needs."""
     living = [str(i, "utf-8") for i in redis.zrange(NAMES.leases, 0, -1) if isinstance(i, bytes)]
     keys = {str(key, "utf-8") for key in redis.keys("*inferq*") if isinstance(key, bytes)}
-    known = {NAMES.leases, *map(NAMES.fence, living)}
+    known = {NAMES.leases, *map(NAMES.fence, living), *map(NAMES.stats, living)}
     known |= {name for model in models for name in (NAMES.model(model), NAMES.serving(model))}
     known |= {key for key in keys if key.startswith("_kombu.")}
     return (keys - known) | set(living[1:])
