@@ -216,11 +216,22 @@ def test_each_kind_of_model_that_cannot_be_served_is_an_error_with_its_remedy(
     assert set(levels.values()) == {"error"}
     assert len(levels) == 6
     assert "lane is not a known key; did you mean 'lanes'?" in found["model typo"].found
-    assert found["model typo"].todo == "correct it; docs/models.md has every knob"
+    assert found["model typo"].todo.startswith("correct the file that it names")
     assert "model.toml" in found["model broken"].found
     assert "corrupt/1/model.onnx" in found["model corrupt"].found
     assert "engine 'torch' cannot be imported" in found["model extra"].found
     assert found["model extra"].todo == 'pip install "inferq[torch]"'
+
+
+def test_a_model_whose_engine_lacks_its_gpu_is_an_error(tmp_path: Path) -> None:
+    onnx_models.double(tmp_path / "m" / "1" / "model.onnx")
+    (tmp_path / "m" / "model.toml").write_text('engine = "tensorrt"')
+    (found,) = models(tmp_path, False)
+    assert found.level is Level.ERROR
+    assert found.found.startswith("its engine, tensorrt, cannot run here: no GPU (")
+    assert "inferq worker --cpu" in found.todo
+    (found,) = models(tmp_path, True)
+    assert found.level is Level.OK
 
 
 def test_a_file_or_folder_that_may_not_be_read_is_an_error() -> None:

@@ -119,7 +119,7 @@ def test_what_was_not_computed_is_told_with_its_id_at_debug(
         failed, third = message("m", numbered(FAULT_RAISE))
         redis.lpush(QUEUE, third)
         until(lambda: _with(worker, "1 failed"), what="the failed one is told")
-        named = {tuple(each["request_ids"]): each for each in lines(worker) if "model" in each}
+        named = {tuple(each.get("request_ids", ())): each for each in lines(worker)}
         (batch,) = _with(worker, "1 failed")
     assert late in named[(late,)]["message"]
     assert named[(wrong,)]["error"] == "invalid_input"

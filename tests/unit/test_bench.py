@@ -105,6 +105,14 @@ def test_what_ran_out_of_time_counts_as_long_as_was_waited_and_other_errors_do_n
     assert tally.errors == {"deadline_exceeded": 1, "result_timeout": 1, "engine_error": 1}
 
 
+@pytest.mark.parametrize(("queue_ms", "counted"), [(40.0, 12.5), (-3.0, 0.0)])
+def test_a_wait_that_clocks_made_too_long_is_cut(queue_ms: float, counted: float) -> None:
+    tally = Tally()
+    tally.succeed(_receipt(queue_ms=queue_ms), 0.001, 0.020)
+    assert tally.split.queue == pytest.approx(counted)
+    assert tally.split.other == pytest.approx(12.5 - counted)
+
+
 def test_the_parts_of_the_time_add_up_to_the_mean_latency() -> None:
     tally = Tally()
     tally.succeed(_receipt(), 0.001, 0.020)

@@ -164,6 +164,12 @@ def test_a_gpu_that_is_not_there(worker: _Commanded, nvml: Any) -> None:
     )
 
 
+def test_a_url_that_is_none_is_one_line(worker: _Commanded) -> None:
+    (line,) = worker.fails("--redis-url", "http://x").splitlines()
+    assert line.startswith("Error: Redis URL 'http://x'; expected one of redis://")
+    assert worker.children == []
+
+
 def test_the_repository_is_still_required(tmp_path: Path) -> None:
     done = CliRunner().invoke(inferq, ["worker", "--redis-url", "redis://nowhere"])
     assert done.exit_code == 2

@@ -40,7 +40,10 @@ def health(path: Path | None, redis_url: str | None, as_json: bool) -> None:
         raise click.ClickException(error.message) from error
     paths = [path] if path else sorted(folder.glob("*.json"))
     if not paths:
-        raise click.ClickException(f"no worker's heartbeat in {folder}; expected one")
+        raise click.ClickException(
+            f"no worker's heartbeat in {folder}; expected one: start inferq worker here, or name "
+            "with --file what a worker of `celery worker` has as INFERQ_HEARTBEAT_FILE"
+        )
     healthy = True
     told = []
     for each in paths:

@@ -21,6 +21,7 @@ from inferq.shared.names import is_model_name
 from inferq.shared.schema import ModelAdvert, Signature
 from inferq.workers.engines import ENGINES, engine_class, registered
 from inferq.workers.engines.on_cpu import cpu_engine
+from inferq.workers.logs.fields import about
 from inferq.workers.model_config import ModelConfig, ModelToml, check_pad, check_profile, read_toml
 from inferq.workers.signatures import why_not_batchable
 from inferq.workers.validation import TableError
@@ -132,7 +133,9 @@ def load_model(root: Path, name: str, *, on_cpu: bool = False) -> ModelSpec:
         named = engine
         engine, table = cpu_engine(named, toml.tables)
         instead = f", in place of {named}" if engine != named else ""
-        logger.info("model %r is served on the CPU by %s%s", name, engine, instead)
+        logger.info(
+            "model %r is served on the CPU by %s%s", name, engine, instead, extra=about(model=name)
+        )
     with _naming(toml_path):
         entry, cls = registered(engine), engine_class(engine)
     path = _model_file(root, version_folder, entry.files) if entry.files else None

@@ -19,6 +19,7 @@ from inferq.workers.engines import engine_class
 from inferq.workers.engines.base import Engine
 from inferq.workers.intake import Intake
 from inferq.workers.lanes import Finished, Job, Lanes
+from inferq.workers.logs.fields import about
 from inferq.workers.metrics.counts import ModelCounts, ModelStats
 from inferq.workers.repository import ModelSpec
 from inferq.workers.results import Results
@@ -110,7 +111,7 @@ class ServedModel:
         logger.info(
             "model %s version %d: %s, %d lanes, batches of %d, ready in %.1f s",
             self.name, spec.version, config.engine, len(self._lanes), self.knobs.target,
-            time.monotonic() - began,
+            time.monotonic() - began, extra=about(model=self.name),
         )  # fmt: skip
 
     def _load(self, engine: Engine) -> None:

@@ -112,6 +112,10 @@ def worker(
         folder = None if settings.heartbeat_file else default_folder()
         if folder:
             forget_the_dead(folder)
+        client = redis_client(
+            settings.redis_url, sentinel_master=settings.sentinel_master,
+            socket_timeout=REDIS_TIMEOUT_S,
+        )  # fmt: skip
     except InferqError as problem:
         raise click.ClickException(problem.message) from problem
     if not served:
@@ -137,9 +141,6 @@ def worker(
         logging.basicConfig(
             level=logging.INFO, format="[%(asctime)s: %(levelname)s/supervisor] %(message)s"
         )
-    client = redis_client(
-        settings.redis_url, sentinel_master=settings.sentinel_master, socket_timeout=REDIS_TIMEOUT_S
-    )
     status = Supervisor(children, client, settings.names()).run()
     if folder:
         with suppress(OSError):  # others' heartbeats are in it

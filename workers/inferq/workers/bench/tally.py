@@ -43,8 +43,10 @@ class Split(msgspec.Struct):
 
     def add(self, receipt: Receipt, late_ms: float, latency_ms: float) -> None:
         """Count one answer in: handed over `late_ms` after it was due, answered `latency_ms`."""
-        queue = receipt.queue_ms or 0.0
-        inside = queue + receipt.form_ms + receipt.compute_ms + receipt.settle_ms
+        computed = receipt.form_ms + receipt.compute_ms + receipt.settle_ms
+        # By Redis' clock as two machines know it, so it may come out longer than there was time.
+        queue = max(0.0, min(receipt.queue_ms or 0.0, latency_ms - late_ms - computed))
+        inside = queue + computed
         self.receipts += 1
         self.late += late_ms
         self.queue += queue

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -123,7 +126,12 @@ def _stay(worker: WorkerProcess, settings: Settings, flower: str | None, console
     _say(console, f"\nredis   {url}")
     if flower is not None:
         _say(console, f"flower  {flower}")
-    _say(console, f"look    inferq queues --redis-url {url}")
+    command = (
+        "inferq"
+        if shutil.which("inferq")
+        else shlex.join([sys.executable, "-m", "inferq.workers.cli"])
+    )
+    _say(console, f"look    {command} queues --redis-url {url}")
     _say(console, "all of it runs on, until Ctrl-C")
     with suppress(KeyboardInterrupt, SystemExit):
         while not worker.ended:

@@ -47,6 +47,21 @@ def gpus(asked_for: int | None) -> Iterator[Finding]:
         yield ok("gpu", f"{gpu.index}: {gpu.name}{memory}, compute capability {capability}")
 
 
+def tensorrt_lacks() -> tuple[str, str] | None:
+    """Why the engine tensorrt cannot run on this host, and what to do; None: it can."""
+    try:
+        select("all")
+    except InferqError as problem:
+        todo = "serve it where there is a GPU, or on the CPU: inferq worker --cpu"
+        return f"no GPU ({problem.message})", todo
+    flavours = [name for names, *_ in OPTIONAL if names[0].startswith("tensorrt") for name in names]
+    lacking = [] if any(_installed(name) for name in flavours) else ["tensorrt"]
+    lacking += [] if _installed("pycuda") else ["pycuda"]
+    if lacking:
+        return f"{' and '.join(lacking)} not installed", 'pip install "inferq[tensorrt]"'
+    return None
+
+
 def packages() -> Iterator[Finding]:
     """The versions of what inferq is built on."""
     bounds = _bounds()

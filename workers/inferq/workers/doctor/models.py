@@ -7,6 +7,7 @@ from pathlib import Path
 
 from inferq.shared.errors import ConfigError
 from inferq.workers.doctor.finding import Finding, error, ok, warning
+from inferq.workers.doctor.host import tensorrt_lacks
 from inferq.workers.repository import load_model, model_names
 
 
@@ -33,8 +34,14 @@ def models(root: Path | None, on_cpu: bool) -> Iterator[Finding]:
         except OSError as problem:
             yield error(check, f"cannot be read: {problem}", "let the worker's user read it")
         else:
+            engine = spec.config.engine
+            lacks = tensorrt_lacks() if engine == "tensorrt" else None
+            if lacks is not None:
+                why, todo = lacks
+                yield error(check, f"its engine, {engine}, cannot run here: {why}", todo)
+                continue
             rows = f"batches of up to {spec.max_batch_size}" if spec.batchable else "no batches"
-            yield ok(check, f"version {spec.version}, {spec.config.engine}, {rows}")
+            yield ok(check, f"version {spec.version}, {engine}, {rows}")
 
 
 def _read_a_little(folder: Path) -> None:
@@ -51,4 +58,4 @@ def _read_a_little(folder: Path) -> None:
 
 def _todo(problem: ConfigError) -> str:
     _, found, install = problem.message.partition("to install what it needs: ")
-    return install if found else "correct it; docs/models.md has every knob"
+    return install if found else "correct the file that it names; docs/models.md has every knob"

@@ -67,9 +67,11 @@ class TensorRTEngine(Engine):
             from inferq.workers.trt.flavours import find_flavour  # noqa: PLC0415
             from inferq.workers.trt.session import Session  # noqa: PLC0415
         except ImportError as problem:
+            driver = "libcuda" in str(problem)
+            todo = "NVIDIA's driver" if driver else "pip install 'inferq[tensorrt]'"
             raise ConfigError(
                 f"engine 'tensorrt' needs a GPU, its driver and PyCUDA ({problem}); expected: "
-                "pip install 'inferq[tensorrt]' (`inferq worker --cpu` serves on the CPU)"
+                f"{todo} (`inferq worker --cpu` serves on the CPU)"
             ) from problem
         session = Session(
             self.spec,
