@@ -76,6 +76,20 @@ def test_metrics_are_told_in_either_format(ask: Ask) -> None:
     assert int(answer.headers["Content-Length"]) > 0
 
 
+@pytest.mark.parametrize("version", ["x", "1.x", "\u00b2.0.0", "2.\nX-Made-Up: 1", "99"])
+@pytest.mark.parametrize("kind", ["application/openmetrics-text", "text/plain"])
+def test_a_format_that_nobody_knows_is_answered_in_some_format(
+    at: tuple[str, int], kind: str, version: str
+) -> None:
+    with socket.create_connection(at, timeout=10) as odd, odd.makefile("rb") as answers:
+        asked = f"GET /metrics HTTP/1.1\r\nAccept: {kind};version={version}\r\n\r\n"
+        odd.sendall(asked.encode("latin-1"))
+        answer = answers.read().decode()
+    assert answer.startswith("HTTP/1.1 200 OK\r\n")
+    assert "answer 42.0" in answer
+    assert "\nX-Made-Up" not in answer
+
+
 def test_health_is_told_with_its_reason(ask: Ask, problems: list[str]) -> None:
     answer, text = ask("/healthz")
     assert (answer.status, text) == (200, "ok\n")

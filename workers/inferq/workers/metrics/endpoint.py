@@ -133,12 +133,21 @@ class Endpoint:
             value for name, _, value in (h.partition(":") for h in headers)
             if name.lower() == "accept"
         ]  # fmt: skip
-        encode, kind = choose_encoder(",".join(accepted))
+        encode, kind = _format(",".join(accepted))
         try:
             return 200, kind, encode(self._registry)
         except Exception:
             logger.exception("no metrics this time")
             return 500, _TEXT, b"see the worker's log\n"
+
+
+def _format(accepted: str) -> tuple[Callable[[CollectorRegistry], bytes], str]:
+    """How to write metrics, and its content type: the oldest format for an odd Accept header."""
+    try:
+        encode, kind = choose_encoder(accepted)
+    except Exception:  # noqa: BLE001 - versions that are none raise what they happen to
+        return choose_encoder("")
+    return (encode, kind) if kind.isprintable() else choose_encoder("")
 
 
 def _listen(address: str) -> socket.socket:
