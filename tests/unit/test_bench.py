@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from inferq.shared.errors import (
     ConfigError,
@@ -25,6 +26,7 @@ from inferq.shared.errors import (
 )
 from inferq.shared.schema import Array, ModelAdvert, Receipt, Signature, TensorSpec
 from inferq.workers.bench import arrays, compare, figures, loads
+from inferq.workers.bench.command import bench
 from inferq.workers.bench.figures import Report, StepFigures, WindowFigures
 from inferq.workers.bench.histogram import Histogram
 from inferq.workers.bench.loads import Load, due_times
@@ -182,9 +184,9 @@ def test_a_rate_need_not_be_whole() -> None:
         ("nan", "'nan'", "expected a number"),
         ("1:2", "'1:2'", "expected a number, or START:END:STEP"),
         ("1:2:3:4", "'1:2:3:4'", "expected a number, or START:END:STEP"),
-        ("4,0", "'0'", "expected above 0, at most 65536"),
-        ("-1", "-1", "expected above 0"),
-        ("70000", "70000", "at most 65536"),
+        ("4,0", "'0'", "expected 1 to 65536"),
+        ("-1", "-1", "expected 1 to 65536"),
+        ("70000", "70000", "expected 1 to 65536"),
         ("9:3:1", "9 to 3", "expected the smaller first"),
         ("1:9:0", "0", "expected a step above 0"),
         ("1:9:1x", "1", "expected a factor above 1"),
@@ -207,6 +209,29 @@ def test_a_trace_begins_at_its_first_time(tmp_path: Path) -> None:
     load = loads.read_trace(tmp_path / "trace")
     assert load.times == (0.0, 0.5, 2.0, 2.0)
     assert load.value == 2.0
+
+
+@pytest.mark.parametrize("text", ["1e-320", "0", "0.001:2000000:1000x"])
+def test_a_rate_that_nobody_could_send_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"expected 0\.001 to 1e\+06$"):
+        loads.rates(text, "constant")
+
+
+def test_a_trace_that_lasts_no_time_has_a_mean_that_json_can_tell(tmp_path: Path) -> None:
+    (tmp_path / "trace").write_text("0\n0\n1e-320\n")
+    assert loads.read_trace(tmp_path / "trace").value == 3
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--window", "nan"), ("--warmup", "nan"), ("--timeout", "nan"), ("--timeout-ms", "nan"),
+        ("--seed", str(2**63)),
+    ],
+)  # fmt: skip
+def test_a_number_that_is_none_or_too_large_is_a_usage_error(option: str, value: str) -> None:
+    result = CliRunner().invoke(bench, ["m", option, value, "--redis-url", "redis://127.0.0.1:1"])
+    assert (result.exit_code, value in result.output) == (2, True), result.output
 
 
 @pytest.mark.parametrize(

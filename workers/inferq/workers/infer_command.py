@@ -12,6 +12,7 @@ import click
 import msgspec
 
 from inferq.shared.errors import ConfigError, InferqError
+from inferq.workers.numbers_given import NumberRange
 from inferq.workers.printing import plain
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ MAX_VALUES: Final = 100_000
     help="Write the outputs there.",
 )  # fmt: skip
 @click.option(
-    "--timeout", type=click.FloatRange(min=0, min_open=True, max=86_400), default=60.0,
+    "--timeout", type=NumberRange(min=0, min_open=True, max=86_400), default=60.0,
     show_default=True, metavar="S", help="Seconds to wait; what is computed later is dropped.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="JSON, for programs.")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from inferq.shared.errors import ConfigError, InferqError
+from inferq.workers.numbers_given import NumberRange
 from inferq.workers.printing import plain
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CONCURRENCY: Final = "1:16:2x"
 MAX_PROCESSES: Final = 64
+MAX_SEED: Final = 2**63 - 1
 #: Exit status after Ctrl-C, as shells have it.
 INTERRUPTED: Final = 130
 
@@ -60,15 +62,15 @@ INTERRUPTED: Final = 130
     "--priority", type=click.IntRange(0, 9), help="0 (first) to 9.  [default: the model's]"
 )
 @click.option(
-    "--timeout-ms", type=click.FloatRange(min=0, min_open=True, max=86_400_000), metavar="MS",
+    "--timeout-ms", type=NumberRange(min=0, min_open=True, max=86_400_000), metavar="MS",
     help="Each request's deadline.  [default: the model's]",
 )  # fmt: skip
 @click.option(
-    "--timeout", type=click.FloatRange(min=0, min_open=True, max=3600), default=60.0,
+    "--timeout", type=NumberRange(min=0, min_open=True, max=3600), default=60.0,
     show_default=True, metavar="S", help="Seconds that answers are waited for at a step's end.",
 )  # fmt: skip
 @click.option(
-    "--window", type=click.FloatRange(min=0.1, max=600), default=2.0, show_default=True,
+    "--window", type=NumberRange(min=0.1, max=600), default=2.0, show_default=True,
     metavar="S", help="Seconds of one measurement.",
 )  # fmt: skip
 @click.option(
@@ -76,7 +78,7 @@ INTERRUPTED: Final = 130
     help="Measurements of a step until it counts as not stable.",
 )  # fmt: skip
 @click.option(
-    "--warmup", type=click.FloatRange(min=0, max=600), default=1.0, show_default=True,
+    "--warmup", type=NumberRange(min=0, max=600), default=1.0, show_default=True,
     metavar="S", help="Seconds of load before a step is measured.",
 )  # fmt: skip
 @click.option(
@@ -87,7 +89,9 @@ INTERRUPTED: Final = 130
     "--processes", type=click.IntRange(1, MAX_PROCESSES), default=1, show_default=True,
     metavar="N", help="Producer processes that share the load.",
 )  # fmt: skip
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of inputs and Poisson times.")
+@click.option(
+    "--seed", type=click.IntRange(0, MAX_SEED), default=0, help="Of inputs and Poisson times."
+)
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
     metavar="FILE|-", help="Write all figures there; -: to stdout, instead of the table.",

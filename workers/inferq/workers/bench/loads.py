@@ -22,12 +22,15 @@ Distribution = Literal["poisson", "constant"]
 
 MAX_CONCURRENCY: Final = 65_536
 #: Requests/s.
+MIN_RATE: Final = 0.001
 MAX_RATE: Final = 1_000_000.0
 MAX_STEPS: Final = 100
 #: Bytes and lines of a trace; its last time, in seconds.
 MAX_TRACE_BYTES: Final = 128 * 1024 * 1024
 MAX_TRACE: Final = 2_000_000
 MAX_TRACE_S: Final = 86_400.0
+#: A trace that lasts less is sent at once.
+SHORTEST_S: Final = 1e-6
 #: Gaps drawn at once.
 _DRAWN: Final = 256
 
@@ -48,7 +51,7 @@ class Load(msgspec.Struct, frozen=True):
 
 def concurrencies(text: str) -> list[Load]:
     """The loads of ``--concurrency``. ConfigError."""
-    values = _values("--concurrency", text, MAX_CONCURRENCY)
+    values = _values("--concurrency", text, 1, MAX_CONCURRENCY)
     for value in values:
         if value != int(value):
             raise ConfigError(f"--concurrency {text!r}: {value:g}; expected whole numbers")
@@ -57,7 +60,8 @@ def concurrencies(text: str) -> list[Load]:
 
 def rates(text: str, distribution: Distribution) -> list[Load]:
     """The loads of ``--rate``. ConfigError."""
-    return [Load("rate", value, distribution) for value in _values("--rate", text, MAX_RATE)]
+    values = _values("--rate", text, MIN_RATE, MAX_RATE)
+    return [Load("rate", value, distribution) for value in values]
 
 
 def read_trace(path: Path) -> Load:
@@ -89,7 +93,7 @@ def read_trace(path: Path) -> Load:
     if lasts > MAX_TRACE_S:
         raise ConfigError(f"--trace {path} lasts {lasts:g} s; expected at most {MAX_TRACE_S:g} s")
     shifted = tuple(time - times[0] for time in times)
-    return Load("trace", len(times) / lasts if lasts else len(times), times=shifted)
+    return Load("trace", len(times) / lasts if lasts >= SHORTEST_S else len(times), times=shifted)
 
 
 def _number(text: str) -> float | None:
@@ -100,18 +104,18 @@ def _number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _values(option: str, text: str, most: float) -> list[float]:
+def _values(option: str, text: str, least: float, most: float) -> list[float]:
     """``8``, ``1,2,4``, ``100:500:100`` and ``1:64:2x``, and lists of those."""
     values: list[float] = []
     for part in text.split(","):
         where = f"{option} {text!r}: {part!r}"
-        values += _range(where, part, most)
+        values += _range(where, part, least, most)
         if len(values) > MAX_STEPS:
             raise ConfigError(f"{where} makes too many steps; expected at most {MAX_STEPS}")
     return values
 
 
-def _range(where: str, part: str, most: float) -> list[float]:
+def _range(where: str, part: str, least: float, most: float) -> list[float]:
     expected = "expected a number, or START:END:STEP as in 100:500:100 or 1:64:2x"
     pieces = part.strip().split(":")
     if len(pieces) not in (1, 3):
@@ -124,8 +128,8 @@ def _range(where: str, part: str, most: float) -> list[float]:
     if start is None or end is None or step is None:
         raise ConfigError(f"{where}; {expected}")
     for value in (start, end):
-        if not 0 < value <= most:
-            raise ConfigError(f"{where}: {value:g}; expected above 0, at most {most:g}")
+        if not least <= value <= most:
+            raise ConfigError(f"{where}: {value:g}; expected {least:g} to {most:g}")
     if start > end:
         raise ConfigError(f"{where}: {start:g} to {end:g}; expected the smaller first")
     if step <= (1 if times else 0):
