@@ -63,6 +63,41 @@ def test_depths_are_right_without_a_worker_for_all_priorities(redis: Redis, queu
     assert list(_of(queues, "nobody", "m")) == ["nobody", "m"]
 
 
+def test_one_message_that_lies_of_its_time_hides_no_queue(redis: Redis, queues: Queues) -> None:
+    redis.lpush("inferq.m", '{"inferq_sent_ms": 1.2.3}')
+    redis.lpush("inferq.n", '{"inferq_sent_ms": .}', "x")
+    found = _of(queues)
+    assert {name: each["depth"] for name, each in found.items()} == {"m": 1, "n": 2}
+    assert [each["oldest_age_s"] for each in found.values()] == [None, None]
+
+
+@pytest.mark.parametrize(
+    "amiss",
+    [
+        lambda redis: redis.set(NAMES.queue("amiss", 3), 1),
+        lambda redis: redis.set(NAMES.dead("amiss"), 1),
+        lambda redis: redis.set(NAMES.serving("amiss"), 1),
+        lambda redis: redis.lpush(NAMES.model("amiss"), 1),
+        lambda redis: redis.lpush(NAMES.stats("w"), 1),
+        lambda redis: redis.set(NAMES.stats("w"), b"\xdc\x00\x10" * 9, ex=15),
+        lambda redis: redis.set(NAMES.claims("w"), 1),
+        lambda redis: redis.hset(NAMES.claims("w"), "no claim", 1),
+        lambda redis: redis.zadd(NAMES.leases, {b"\xff\xfe": 9e15}),
+        lambda redis: redis.set(NAMES.later, 1),
+        lambda redis: (redis.delete(NAMES.leases), redis.set(NAMES.leases, 1)),
+    ],
+)
+def test_a_key_that_is_amiss_hides_no_queue(
+    redis: Redis, queues: Queues, amiss: Callable[[Redis], object]
+) -> None:
+    redis.lpush("inferq.m", "x")
+    redis.lpush("inferq.amiss", "x")
+    redis.zadd(NAMES.leases, {"w": 9e15})
+    amiss(redis)
+    found = _of(queues)
+    assert {name: each["depth"] for name, each in found.items()} == {"amiss": 1, "m": 1}
+
+
 def test_a_stock_message_has_no_age_and_its_content_does_not_pass_for_one(
     redis_url: str, redis: Redis, queues: Queues
 ) -> None:

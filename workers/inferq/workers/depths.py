@@ -2,14 +2,15 @@
 
 A reading takes four round trips at most, however many requests wait: lengths are asked for, and no
 message leaves Redis (see oldest.lua). Where requests with an ETA stand is read, of the first
-`LATER_PLACES`.
+`LATER_PLACES`. A key that holds something else than ours do counts as empty.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import msgspec
@@ -18,8 +19,9 @@ import redis
 from inferq.shared import codec
 from inferq.shared.errors import ConfigError
 from inferq.shared.lua import source
-from inferq.shared.names import Names, is_model_name, model_of
+from inferq.shared.names import ClaimName, Names, is_model_name, model_of
 from inferq.shared.schema import ModelAdvert
+from inferq.workers import replies
 
 #: Most requests with an ETA whose model is looked at: those that are due first.
 LATER_PLACES: Final = 10_000
@@ -81,8 +83,10 @@ class DepthReader:
             heads = (names.dead(""), names.model(""), names.serving(""))
             for key in self._scan(names.root, "[dms]*"):
                 found |= {key.removeprefix(head) for head in heads if key.startswith(head)}
-            places: list[bytes] = self._client.zrange(names.later, 0, LATER_PLACES - 1)  # type: ignore[assignment]
-            found |= {_model_of_place(place) for place in places}
+            with self._client.pipeline(transaction=False) as pipe:
+                pipe.zrange(names.later, 0, LATER_PLACES - 1)
+                [places] = replies.of_each(pipe)
+            found |= {_model_of_place(place) for place in places or ()}
         return sorted(model for model in found if model is not None and is_model_name(model))
 
     def read(self, models: Sequence[str] | None = None) -> Depths:
@@ -105,21 +109,22 @@ class DepthReader:
                 for each in spoken:
                     pipe.llen(each.dead(model))
                     pipe.zrange(each.serving(model), 0, -1, withscores=True)
-            replies = iter(pipe.execute())
-        now_ms = _ms(next(replies))
+            told_of = iter(replies.of_each(pipe))
+        now_ms = _ms(next(told_of))
         later: Counter[str] = Counter()
         unread = 0
         holders: list[tuple[Names, str]] = []
         for each in spoken:
-            total, places, leases = (next(replies) for _ in range(3))
+            total = next(told_of) or 0
+            places, leases = next(told_of) or (), next(told_of) or ()
             later.update(_model_of_place(place) for place in places)
             unread += total - len(places)
-            holders += [(each, incarnation.decode()) for incarnation in leases]
+            holders += [(each, incarnation.decode(errors="replace")) for incarnation in leases]
         told = {}
         for model in wanted:
-            depths = [next(replies) for _ in steps]
-            sent, advert = next(replies), next(replies)
-            by_protocol = [(next(replies), next(replies)) for _ in spoken]
+            depths = [next(told_of) or 0 for _ in steps]
+            sent, advert = next(told_of) or (), next(told_of)
+            by_protocol = [(next(told_of) or 0, next(told_of) or ()) for _ in spoken]
             told[model] = depths, sent, advert, by_protocol
         claimed = self._claimed(holders)
         return Depths(
@@ -135,20 +140,21 @@ class DepthReader:
         with self._client.pipeline(transaction=False) as pipe:
             for names, incarnation in holders:
                 pipe.hkeys(names.claims(incarnation))
-            held = pipe.execute()
+            held = replies.of_each(pipe)
         keys = [
-            (names.parse_claim(key.decode()).model, key)
+            (claim.model, key)
             for (names, _), claims in zip(holders, held, strict=True)
-            for key in claims
+            for key in claims or ()
+            if (claim := _claim(names, key)) is not None
         ]
         with self._client.pipeline(transaction=False) as pipe:
             for _, key in keys:
                 pipe.llen(key)
                 pipe.lpos(key, "", count=0)
-            replies = pipe.execute()
+            sizes = replies.of_each(pipe)
         claimed: Counter[str] = Counter()
-        for (model, _), size, blank in zip(keys, replies[::2], replies[1::2], strict=True):
-            claimed[model] += max(0, size - len(blank or ()))
+        for (model, _), size, blank in zip(keys, sizes[::2], sizes[1::2], strict=True):
+            claimed[model] += max(0, (size or 0) - len(blank or ()))
         return claimed
 
     def _scan(self, prefix: str, pattern: str, kind: str | None = None) -> list[str]:
@@ -177,7 +183,7 @@ def _depth(
     by_protocol: Sequence[tuple[int, Sequence[tuple[bytes, float]]]],
 ) -> Depth:
     depth = sum(depths)
-    times = [float(ms) for ms in sent if ms not in {b"", _EMPTY}]
+    times = list(_times(sent))
     advert = _advert(announced)
     limit = (advert.max_queue_depth if advert is not None else 0) or None
     live = {i for _, serving in by_protocol for i, lease_ends in serving if lease_ends > now_ms}
@@ -193,6 +199,21 @@ def _depth(
         max_queue_depth=limit,
         near_limit=limit is not None and depth >= NEAR * limit,
     )
+
+
+def _times(sent: Sequence[bytes]) -> Iterator[float]:
+    """Those that are times; whoever may push a message says what it likes."""
+    for ms in sent:
+        if ms not in {b"", _EMPTY}:
+            with suppress(ValueError):
+                yield float(ms)
+
+
+def _claim(names: Names, key: bytes) -> ClaimName | None:
+    try:
+        return names.parse_claim(key.decode())
+    except ValueError:
+        return None
 
 
 def _advert(announced: bytes | None) -> ModelAdvert | None:

@@ -7,7 +7,9 @@ the last time.
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
@@ -17,6 +19,7 @@ import redis
 from redis.exceptions import RedisError
 
 from inferq.shared.names import Names
+from inferq.workers import replies
 from inferq.workers.metrics.counts import WorkerStats
 
 logger = logging.getLogger(__name__)
@@ -36,9 +39,9 @@ class StatsPublisher:
         self._take = take
         #: The incarnation under which something was written.
         self._written = ""
-        #: Model → requests answered by then (Unix s); 0: not taken yet.
+        #: Model → requests answered by then (monotonic s); None: not taken yet.
         self._answered: dict[str, int] = {}
-        self._answered_at = 0.0
+        self._answered_at: float | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="inferq-stats", daemon=True)
 
@@ -76,12 +79,12 @@ class StatsPublisher:
             self._written = stats.incarnation
 
     def _rates(self, stats: WorkerStats) -> dict[str, float]:
-        took = stats.at - self._answered_at
-        before, known = self._answered, self._answered_at > 0 and took > 0
+        before, since = self._answered, self._answered_at
         self._answered = {model.model: model.answered for model in stats.models}
-        self._answered_at = stats.at
-        if not known:
+        self._answered_at = now = time.monotonic()  # the other clock may be set meanwhile
+        if since is None or now <= since:
             return {}
+        took = now - since
         return {name: (count - before[name]) / took for name, count in self._answered.items()}
 
     def _forget(self, incarnation: str) -> None:
@@ -103,17 +106,17 @@ def read_stats(
     with client.pipeline(transaction=False) as pipe:
         for each in names.spoken():
             pipe.zrange(each.leases, 0, -1)
-        leases = pipe.execute()
+        leases = replies.of_each(pipe)
     with client.pipeline(transaction=False) as pipe:
         for each, incarnations in zip(names.spoken(), leases, strict=True):
-            for incarnation in incarnations:
-                key = each.stats(incarnation.decode())
+            for incarnation in incarnations or ():
+                key = each.stats(incarnation.decode(errors="replace"))
                 pipe.pttl(key)
                 pipe.getrange(key, 0, MAX_BYTES - 1)
-        replies = pipe.execute()
+        told = replies.of_each(pipe)
     oldest_ms = (EXPIRES_S - within_s) * 1000
-    fresh = [raw for ttl, raw in zip(replies[::2], replies[1::2], strict=True) if ttl >= oldest_ms]
-    stats = (_decode(raw) for raw in fresh)
+    fresh = [raw for ttl, raw in zip(told[::2], told[1::2], strict=True) if ttl >= oldest_ms]
+    stats = (_decode(raw) for raw in fresh if raw)
     return sorted((each for each in stats if each is not None), key=lambda each: each.node)
 
 
@@ -132,6 +135,7 @@ def read_rates(client: redis.Redis, names: Names) -> dict[str, float]:
 
 def _decode(raw: bytes) -> WorkerStats | None:
     try:
-        return msgspec.msgpack.decode(raw, type=WorkerStats)
-    except msgspec.DecodeError:  # nothing there yet, or of another version
+        stats = msgspec.msgpack.decode(raw, type=WorkerStats)
+    except (msgspec.DecodeError, UnicodeDecodeError):  # of another version, or not a worker's
         return None
+    return stats if math.isfinite(stats.at) and math.isfinite(stats.started_at) else None
