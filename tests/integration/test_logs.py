@@ -142,6 +142,23 @@ def test_bad_messages_do_not_fill_the_log(redis_url: str, redis: Redis, models: 
         assert 0 < len(found) <= 2 * BURST, text
 
 
+def test_no_client_writes_a_line_of_its_own(redis_url: str, redis: Redis, models: Path) -> None:
+    forged = "x\n[2026-01-01 00:00:00,000: CRITICAL/MainProcess] forged \x1b[31m"
+    foreign = {**FOREIGN, "headers": {"id": forged, "task": forged}}
+    with Worker(redis_url, models, args=["-l", "DEBUG"]) as worker:
+        for x, request_id in ((numbered(FAULT_RAISE), "one"), (numbered(0)[None], "two")):
+            told = json.loads(message("m", x, request_id)[1])
+            told["headers"]["id"] = f"{request_id} {forged}"
+            redis.lpush(QUEUE, json.dumps(told))
+        redis.lpush(QUEUE, json.dumps(foreign), forged)
+        for text in ("raised on one", "refused two", "unregistered task", "quarantined"):
+            until(lambda text=text: text in worker.log, what=text)
+        worker.stop()
+        assert "] forged" in worker.log
+        assert "\n[2026-01-01" not in worker.log
+        assert "\x1b" not in worker.log
+
+
 def test_text_stays_as_celery_formats_it(redis_url: str, models: Path) -> None:
     with Worker(redis_url, models) as worker:
         until(lambda: "ready." in worker.log, what="Celery is up")

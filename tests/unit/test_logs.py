@@ -17,6 +17,7 @@ from inferq.workers.logs import stderr
 from inferq.workers.logs.fields import FIELDS, MAX_IDS, about
 from inferq.workers.logs.flood import BURST, MAX_KINDS, WINDOW_S, Flood
 from inferq.workers.logs.json_lines import MAX_LINE, JsonLines, fit
+from inferq.workers.logs.one_line import OneLine
 from inferq.workers.logs.stderr import Lines
 
 FORMATTER = JsonLines("cpu1@host")
@@ -200,3 +201,19 @@ def test_kinds_that_never_end_take_no_memory() -> None:
     for n in range(10 * MAX_KINDS):
         assert flood.filter(record(f"bad {n}"))
     assert len(flood._seen) == MAX_KINDS
+
+
+def test_what_is_filled_in_begins_no_line_of_its_own() -> None:
+    def line(text: str, *args: object) -> str:
+        made = record(text, *args)
+        assert OneLine().filter(made)
+        return str(made.getMessage())
+
+    forged = "a\n[now: CRITICAL] \x1b[31mforged\r\u2028"
+    escaped = r"a\n[now: CRITICAL] \x1b[31mforged\r\u2028"
+    assert line("refused %s:\n%s, %d", forged, ValueError(forged), 3) == (
+        f"refused {escaped}:\n{escaped}, 3"
+    )
+    assert line("%(id)s %(count)05.1f", {"id": forged, "count": 2.5}) == f"{escaped} 002.5"
+    assert line("50 %") == "50 %"
+    assert line("%r", [forged]) == repr([forged])

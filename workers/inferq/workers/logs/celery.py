@@ -1,6 +1,6 @@
 """How a Celery worker of ours logs: JSON lines instead of text if asked for, and no flood.
 
-Text is left as Celery formats it.
+Text is left as Celery formats it, but for line breaks in what clients write.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from celery import signals
 from inferq.workers import celery_private
 from inferq.workers.logs.flood import Flood
 from inferq.workers.logs.json_lines import JsonLines
+from inferq.workers.logs.one_line import OneLine
 from inferq.workers.logs.stderr import write_json
 
 #: Loggers of lines that whoever may push a message can cause, one by one.
@@ -33,6 +34,9 @@ CLIENT_CAUSED: Final = (
     "inferq.workers.settling",
 )
 
+#: Loggers of other lines that hold what clients write.
+CLIENT_WORDED: Final = ("inferq.workers.recovery",)
+
 
 def stand_by(log_format: str) -> None:
     """Have Celery's worker, should this process become one, log as `log_format` says."""
@@ -51,7 +55,14 @@ def stand_by(log_format: str) -> None:
         signals.celeryd_init.connect(begin, weak=False)
         signals.after_setup_logger.connect(adopt, weak=False)
         signals.after_setup_task_logger.connect(adopt, weak=False)
+    else:
+        signals.celeryd_init.connect(_keep_to_lines, weak=False)
     signals.celeryd_init.connect(_dam, weak=False)
+
+
+def _keep_to_lines(**_: object) -> None:
+    for name in (*CLIENT_CAUSED, *CLIENT_WORDED):
+        logging.getLogger(name).addFilter(OneLine())
 
 
 def _dam(**_: object) -> None:
