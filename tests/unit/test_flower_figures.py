@@ -161,6 +161,20 @@ def test_rates_are_of_the_last_seconds_and_what_is_kept_is_bounded() -> None:
     assert not figures._courses
 
 
+@pytest.mark.parametrize("jump", [WINDOW_S + 2, 3600.0, -3600.0])
+def test_after_a_long_time_unseen_or_a_clock_that_jumps_rates_begin_anew(jump: float) -> None:
+    figures = Figures()
+    see(figures, reading(0.0, worker(10_000.0, model())))
+    see(figures, reading(2.0, worker(10_002.0, model(done=20))))
+    later = 10_002.0 + jump
+    seen = see(figures, reading(30.0, worker(later, model(done=900))))
+    assert seen["m"].rates is None
+    seen = see(figures, reading(32.0, worker(later + 2, model(done=1000))))
+    rates = seen["m"].rates
+    assert rates is not None
+    assert (rates.window_s, rates.requests_per_s) == (2.0, 50.0)
+
+
 def test_what_does_not_fit_or_goes_backwards_is_passed_over() -> None:
     figures = Figures()
     hostile = model("<b>", done=5, total_s=Histogram([1, 2], float("nan")), lanes=0)

@@ -205,7 +205,8 @@ class Figures:
         self._known = {name: known for name, known in self._known.items() if name in live}
         for worker in stats:
             known = self._known.get(worker.incarnation)
-            if known is None or worker.at < known.latest.at:  # its clock may have been set back
+            # Its clock may have been set, and nobody may have looked for long.
+            if known is None or not 0 <= worker.at - known.latest.at <= WINDOW_S:
                 kept = deque([worker], maxlen=int(WINDOW_S / SPACING_S) + 2)
                 self._known[worker.incarnation] = _Known(worker, now, kept)
             elif worker.at != known.latest.at:
