@@ -151,8 +151,8 @@ def test_no_client_writes_a_line_of_its_own(redis_url: str, redis: Redis, models
             told["headers"]["id"] = f"{request_id} {forged}"
             redis.lpush(QUEUE, json.dumps(told))
         redis.lpush(QUEUE, json.dumps(foreign), forged)
-        for text in ("raised on one", "refused two", "unregistered task", "quarantined"):
-            until(lambda text=text: text in worker.log, what=text)
+        texts = ("raised on one", "refused two", "unregistered task", "quarantined")
+        until(lambda: all(text in worker.log for text in texts), what="all are told of")
         worker.stop()
         assert "] forged" in worker.log
         assert "\n[2026-01-01" not in worker.log
