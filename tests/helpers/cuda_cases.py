@@ -282,8 +282,12 @@ def short_memory_splits_the_batch_and_those_after_it() -> None:
     assert executors[1].set_count == before + 1, "it did not try 8 rows first"
     for each in executors:
         each.fails_above = (1, OutOfDeviceMemory("cuMemAlloc failed"))
+    check(one, batch(8))  # of one request, which nobody else could split
+    assert limit.rows(ROW) == 1
+    for each in executors:
+        each.fails_above = (0, OutOfDeviceMemory("cuMemAlloc failed"))
     with pytest.raises(OutOfDeviceMemory):
-        one.run(batch(8))  # it is split once
+        one.run(batch(8))
     for opened in (one, other):
         opened.close()
     device.release()

@@ -180,9 +180,15 @@ class CudaLane:
         if not batch.batchable:
             return self._run(batch)
         rows = self._rows(batch, batch.bucket)
-        fitting = self._limit.rows(batch.parts[0])
-        if rows < batch.rows or batch.bucket > fitting:
-            return self._run_split(batch, self._rows(batch, int(min(rows, fitting))))
+        if rows < batch.rows:
+            return self._run_split(batch, rows)
+        return self._run_fitting(batch, rows)
+
+    def _run_fitting(self, batch: Batch, rows: int) -> Mapping[str, Array]:
+        """At `rows` rows, or in smaller pieces for as long as memory is too short for them."""
+        fitting = self._rows(batch, int(min(rows, self._limit.rows(batch.parts[0]))))
+        if fitting < rows:
+            return self._run_split(batch, fitting)
         try:
             return self._run(replace(batch, bucket=rows) if rows != batch.bucket else batch)
         except OutOfDeviceMemory:
@@ -236,7 +242,8 @@ class CudaLane:
             part: Tensors = {name: array[begin : begin + most] for name, array in rows.items()}
             count = min(most, batch.rows - begin)
             bucket = next((size for size in self._buckets if count <= size <= most), count)
-            pieces.append(self._run(Batch([part], count, self._rows(batch, bucket))))
+            ran = self._rows(batch, bucket)
+            pieces.append(self._run_fitting(Batch([part], count, ran), ran))
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in self._outputs}
 
     def _run(self, batch: Batch) -> Mapping[str, Array]:
