@@ -158,7 +158,7 @@ def test_options_say_what_workers_have_to_be_told(
     [
         (["--batch", "8,1"], "--batch is '8,1'; expected three ascending sizes"),
         (["--precision", "int8"], "Invalid value for '--precision'"),
-        (["--verify", "/no/such/file"], "/no/such/file cannot be read as .npz"),
+        (["--verify", "/no/such/file"], "/no/such/file cannot be read: No such file"),
     ],
 )
 def test_wrong_options_are_named(

@@ -171,7 +171,7 @@ def test_inputs_can_be_given_in_a_file(spec: ModelSpec, tmp_path: Path) -> None:
         ({"x": np.ones((2, 3))}, "dtype float64; expected float32"),
         ({"x": np.ones((2, 4), np.float32)}, "has 4 at dim 1; expected 3"),
         ({"x": np.ones((9, 3), np.float32)}, "have 9 rows; expected 1 to 8"),
-        ({"x": np.array([{}])}, r"cannot be read as \.npz: Object arrays"),
+        ({"x": np.array([{}])}, "holds Python objects; expected numbers"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(
@@ -183,17 +183,20 @@ def test_inputs_that_do_not_fit_are_refused(
         load_samples(path, spec)
 
 
-def test_a_file_that_is_no_npz_is_refused(
-    spec: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_is_no_npz_is_refused(spec: ModelSpec, tmp_path: Path) -> None:
     path = tmp_path / "inputs.npz"
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"inputs\.npz cannot be read: No such file"):
         load_samples(path, spec)
-    path.write_bytes(b"junk")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        load_samples(path, spec)
-    monkeypatch.setattr("inferq.workers.trt.verify.MAX_FILE_BYTES", 10_000)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("x.npy", bytes(1_000_000))
-    with pytest.raises(ConfigError, match="unpacks to 1000000 bytes; expected at most 10000"):
+    np.savez_compressed(path, x=ONES["x"])
+    locked = bytearray(path.read_bytes())
+    for place in (locked.find(b"PK\x03\x04") + 6, locked.find(b"PK\x01\x02") + 8):
+        locked[place] |= 1
+    for content in (b"junk", bytes(locked)):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"inputs\.npz is no \.npz"):
+            load_samples(path, spec)
+    endless = b"\x93NUMPY\x01\x00\x05\x00((((\n"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x.npy", endless)
+    with pytest.raises(ConfigError, match=r"inputs\.npz: x is no \.npy"):
         load_samples(path, spec)

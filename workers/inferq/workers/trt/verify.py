@@ -11,7 +11,6 @@ error.
 from __future__ import annotations
 
 import math
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -22,6 +21,7 @@ import numpy as np
 
 from inferq.shared.errors import ConfigError, RequestError
 from inferq.shared.schema import Array, Tensors, check_inputs
+from inferq.workers.array_files import read_npz
 from inferq.workers.engines.base import Batch
 from inferq.workers.engines.onnxruntime import OnnxRuntimeEngine
 from inferq.workers.ranges import InputRange
@@ -40,7 +40,6 @@ FLOOR: Final = 1e-3
 PER_MISMATCH: Final = 0.1
 #: Elements of all inputs of one sample: 256 MB of float32.
 MAX_SAMPLE_ELEMENTS: Final = 1 << 26
-MAX_FILE_BYTES: Final = 1 << 30
 #: What is shown while both compute.
 REFERENCE_PHASE: Final = "Verifying: ONNX Runtime"
 PLAN_PHASE: Final = "Verifying: the plan"
@@ -129,20 +128,7 @@ def make_samples(spec: ModelSpec, ranges: Sequence[InputRange]) -> list[dict[str
 
 def load_samples(path: Path, spec: ModelSpec) -> list[dict[str, Array]]:
     """One request's inputs from an .npz file. ConfigError naming what does not fit the model."""
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(
-                f"{path} is larger than {MAX_FILE_BYTES} bytes; expected at most that"
-            )
-        # An array of zeros may be packed by a thousand.
-        with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-        if size > MAX_FILE_BYTES:
-            raise ConfigError(f"{path} unpacks to {size} bytes; expected at most {MAX_FILE_BYTES}")
-        with np.load(path, allow_pickle=False) as file:
-            sample = {name: np.asarray(file[name]) for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as problem:
-        raise ConfigError(f"{path} cannot be read as .npz: {problem}") from problem
+    sample = read_npz(path)
     try:
         check_inputs(spec.advert(0.0, 1), sample)
     except RequestError as problem:
