@@ -7,9 +7,17 @@ if [ -e .env ]; then
     echo ".env is there already; expected none" >&2
     exit 1
 fi
+trap 'rm -f .env.new' EXIT
 while IFS= read -r line; do
     case "$line" in
-        *=) echo "$line$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')" ;;
+        *=)
+            value=$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')
+            if [ ${#value} -ne 48 ]; then
+                echo "no random value came of od and /dev/urandom; .env is not written" >&2
+                exit 1
+            fi
+            echo "$line$value"
+            ;;
         *) echo "$line" ;;
     esac
 done < .env.example > .env.new

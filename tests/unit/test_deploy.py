@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import shlex
+import shutil
 import stat
 import subprocess
 from collections.abc import Sequence
@@ -232,11 +234,19 @@ def test_new_env_writes_random_passwords_for_the_owner_alone(tmp_path: Path) -> 
     script.write_bytes((ROOT / "deploy" / "new-env.sh").read_bytes())
     (tmp_path / ".env.example").write_bytes(ENV_EXAMPLE.read_bytes())
 
-    def run() -> int:
-        return subprocess.run(["sh", script], capture_output=True, timeout=30).returncode
+    def run(**env: str) -> int:
+        return subprocess.run(
+            ["sh", script], env={**os.environ, **env}, capture_output=True, timeout=30
+        ).returncode
 
-    assert run() == 0
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("sh", "dirname", "mv", "rm", "tr"):
+        (tools / name).symlink_to(str(shutil.which(name)))
     written = tmp_path / ".env"
+    assert run(PATH=str(tools)) == 1, "it makes no random values"
+    assert not list(tmp_path.glob(".env*[!e]")), "none is written"
+    assert run() == 0
     assert stat.S_IMODE(written.stat().st_mode) == 0o600
     told = read_env(written)
     passwords = [told[name] for name in SECRETS]
