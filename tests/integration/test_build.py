@@ -170,6 +170,21 @@ def test_wrong_options_are_named(
     assert not list(plans.glob("*.plan")), "it is refused before minutes are spent"
 
 
+def test_the_variable_means_the_same_to_builds_and_workers(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    arguments = [ORIENTATION, "--models", str(models), "--flavour", "tensorrt-rtx", "--json"]
+    monkeypatch.setenv("INFERQ_PLANS", "~/mine")
+    built = CliRunner().invoke(build, arguments)
+    assert Path(json.loads(built.stdout)["path"]).parent == tmp_path / "mine" == PlanFolder().path
+    monkeypatch.setenv("INFERQ_PLANS", "mine")
+    assert (
+        "INFERQ_PLANS is 'mine'; expected an absolute"
+        in CliRunner().invoke(build, arguments).stderr
+    )
+
+
 def test_a_network_trained_on_digits_is_built_from_torchs_export(
     tmp_path: Path, plans: Path
 ) -> None:

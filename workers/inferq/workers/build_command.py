@@ -47,7 +47,7 @@ UNVERIFIED = "unverified: no GPU here; the first worker that loads it verifies i
     help="Default: [tensorrt] in model.toml, or else the one that is installed.",
 )  # fmt: skip
 @click.option(
-    "--plans", envvar="INFERQ_PLANS", type=click.Path(file_okay=False, path_type=Path),
+    "--plans", type=click.Path(file_okay=False, path_type=Path),
     help="Where plans are kept. Default: ~/.cache/inferq/plans. Also: INFERQ_PLANS.",
 )  # fmt: skip
 @click.option(
