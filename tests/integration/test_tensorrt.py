@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -160,6 +161,24 @@ def test_a_worker_says_whose_build_it_waits_for_and_then_serves(
             assert np.array_equal(outputs["y"], 2 * given)
     finally:
         worker.close()
+
+
+@pytest.mark.parametrize("kind", [Worker, SupervisedWorker])
+def test_a_worker_that_is_told_to_stop_while_it_loads_ends_as_it_was_told(
+    redis_url: str, models: Path, tmp_path: Path, on_gpu: Environment, kind: type[Worker]
+) -> None:
+    """And not by PyCUDA's abort(): its loading thread has a context pushed."""
+    with Worker(redis_url, models, ["double"], env=on_gpu()):
+        (lock,) = (tmp_path / "plans").glob("*.lock")
+    worker = kind(redis_url, models, ["double"], env=on_gpu())
+    with locked(lock):
+        worker.start()
+        until(lambda: "waiting for process" in worker.log, TIMEOUT_S, what="it waits")
+        until(lambda: " ready." in worker.log, TIMEOUT_S, what="Celery's own side is up")
+        worker.process.send_signal(signal.SIGTERM)
+        assert worker.process.wait(TIMEOUT_S) == os.EX_OK
+    assert "PyCUDA" not in worker.log
+    worker.close()
 
 
 def test_a_sticky_error_ends_the_process_and_its_successor_serves_everything(

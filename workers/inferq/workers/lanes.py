@@ -211,7 +211,12 @@ class Lanes:
             self._inbox.put(None)
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads)
+        return not self.is_alive
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether one of the threads has not ended."""
+        return any(thread.is_alive() for thread in self._threads)
 
     def _run(self, number: int, lane: Lane) -> None:
         while (job := self._inbox.get()) is not None:

@@ -24,6 +24,7 @@ from inferq.workers.canvas import Canvas
 from inferq.workers.celery_side import CelerySide
 from inferq.workers.clock import RedisClock
 from inferq.workers.cuda.telemetry import GpuTelemetry
+from inferq.workers.ending import end_at_once
 from inferq.workers.events import TaskEvents
 from inferq.workers.health import EX_FATAL_ENGINE, LOADING, LOADS, OVERDUE, SERVING, STOPPING
 from inferq.workers.heartbeat import UNANSWERED_S, Heartbeat
@@ -225,6 +226,12 @@ class Service:
             self._heartbeat.stop()
         if self._gpu is not None:
             self._gpu.close()
+        if self._is_busy():
+            end_at_once(self._is_busy, lambda: int(self._worker.exitcode or 0))
+
+    def _is_busy(self) -> bool:
+        """Whether a thread loads a model, or is a lane's."""
+        return self._loader.is_alive() or any(model.is_driven for model in self._models)
 
     def _drain(self, plane: DataPlane, grace_s: float) -> None:
         plane.drain(grace_s)

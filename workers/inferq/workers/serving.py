@@ -301,6 +301,11 @@ class ServedModel:
         now = time.monotonic() * 1000
         return any(now - began_ms > limit for _, began_ms in self.computing())
 
+    @property
+    def is_driven(self) -> bool:
+        """Whether a lane's thread is there."""
+        return self._lanes.is_alive
+
     def close(self, timeout: float) -> None:
         """End the lanes and free the engine, unless a lane does not end in time."""
         if self._lanes.stop(timeout) and self._engine is not None:
