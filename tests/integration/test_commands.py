@@ -243,9 +243,10 @@ def test_celery_inferq_finds_the_keys_that_the_app_prefixes(
         f"import celery\napp = celery.Celery(broker={redis_url!r})\n"
         f"app.conf.broker_transport_options = {transport!r}\n"
     )
-    done = celery("-A", "proj", "inferq", "queues", "m", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["models"][0]["by_priority"] == {"0": 0, "5": 1}
+    for env in ({}, {"CELERY_BROKER_URL": redis_url}):
+        done = celery("-A", "proj", "inferq", "queues", "m", "--json", **env)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["models"][0]["by_priority"] == {"0": 0, "5": 1}
 
 
 def test_celery_inferq_without_an_app_says_what_it_lacks(

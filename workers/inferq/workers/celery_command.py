@@ -47,10 +47,9 @@ class _Commands(click.Group):
 @click.pass_context
 def inferq(ctx: click.Context) -> None:
     """Batched deep-learning inference behind a Redis queue."""
-    from inferq.shared.settings import URL_VARIABLES  # noqa: PLC0415
-
-    if any(os.environ.get(variable) for variable in URL_VARIABLES):
+    if os.environ.get("INFERQ_REDIS_URL"):
         return
+    # CELERY_BROKER_URL is Celery's own variable: the app takes it, and keeps its prefix.
     conf = getattr(getattr(ctx.obj, "app", None), "conf", None)
     if conf is not None and conf.broker_url:
         for variable, value in _settings(conf).items():
