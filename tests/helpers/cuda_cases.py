@@ -418,6 +418,22 @@ def memory_that_is_short_at_the_start_is_said() -> None:
     check(lane(gpu, Doubler()), batch(3))
 
 
+def a_lane_that_gets_no_stream_closes_its_executor() -> None:
+    gpu = device.acquire()
+    executor = Doubler()
+    executor.set_address("x", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "Stream", _full)
+        with pytest.raises(driver.MemoryError):
+            lane(gpu, executor)
+    assert not executor.addresses, "it is closed"
+    check(lane(gpu, Doubler()), batch(3))
+
+
+def _full(*_: object) -> None:
+    raise driver.MemoryError("cuStreamCreate failed: out of memory")
+
+
 def nothing_is_left_after_a_thousand_lanes() -> None:
     """Opened and run by threads that end, closed by another."""
     names = ("contexts", "streams", "events", "device_bytes", "pinned_bytes", "graph_execs")

@@ -161,7 +161,11 @@ class CudaLane:
         self._buffers: dict[str, Buffer] = {}
         self._events: list[driver.Event] = []
         with device:
-            self._stream = driver.Stream(_NON_BLOCKING)
+            try:
+                self._stream = driver.Stream(_NON_BLOCKING)
+            except BaseException:
+                executor.close()
+                raise
             try:
                 self._take({**inputs, **outputs}, largest)
             except BaseException:
