@@ -210,3 +210,9 @@ def test_metrics_of_several_gpus_are_at_ports_in_a_row(
     assert worker.fails("--metrics", "9100") == (
         "Error: setting 'metrics' is '9100'; expected HOST:PORT, PORT from 0 to 65535\n"
     )
+
+
+def test_a_node_is_called_as_a_file_may_be(worker: _Commanded) -> None:
+    """`inferq health` looks for its heartbeat in one folder."""
+    for name in ("../../etc/x", "a/b@%h"):
+        assert f"Error: -n is {name!r}; expected no /" in worker.fails("-n", name)

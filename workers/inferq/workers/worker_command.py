@@ -157,7 +157,9 @@ def _log_json() -> None:
 
 
 def _nodes(name: str | None, devices: Sequence[Place]) -> list[str]:
-    """The node name of each device. ConfigError if they would not differ."""
+    """The node name of each device. ConfigError if they would not differ, or name no file."""
+    if name and "/" in name:
+        raise ConfigError(f"-n is {name!r}; expected no /: a file is called so, too")
     if name and len(devices) > 1 and "%i" not in name:
         raise ConfigError(
             f"-n is {name!r}; expected %i in it, the GPU's number, since {len(devices)} GPUs are "
