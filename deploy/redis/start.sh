@@ -4,7 +4,7 @@
 set -eu
 : "${REDISCLI_AUTH:?expected the password of Redis, letters and digits}"
 case "$REDISCLI_AUTH" in
-    *[!A-Za-z0-9]*) echo "REDISCLI_AUTH: expected letters and digits only" >&2 && exit 1 ;;
+    *[!A-Za-z0-9]*) echo "REDISCLI_AUTH: expected letters and digits only" >&2; exit 1 ;;
 esac
 folder=$(cd "$(dirname "$0")" && pwd)
 exec valkey-server - <<CONFIGURATION
