@@ -101,6 +101,19 @@ def test_a_plan_that_is_being_built_is_left(folder: PlanFolder, wanted: Order, k
         assert old.path.exists()
 
 
+def test_a_link_is_deleted_and_not_what_it_leads_to(
+    folder: PlanFolder, wanted: Order, keep: Plan, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_bytes(b"mine")
+    for name, target in (("aa", elsewhere), ("bb", tmp_path / "nowhere")):
+        (folder.path / f"double.1.fp32.{name}.plan").symlink_to(target)
+    old = _other(folder, keep.record.key, model="cd" * 32)
+    assert old.path in {found.path for found in prune(folder, wanted, keep) if not found.in_use}
+    assert {path.name for path in folder.path.glob("*.plan")} == {keep.path.name}
+    assert elsewhere.read_bytes() == b"mine"
+
+
 def test_halves_are_deleted_and_what_cannot_be_read_is_left(
     folder: PlanFolder, wanted: Order, keep: Plan, caplog: pytest.LogCaptureFixture
 ) -> None:

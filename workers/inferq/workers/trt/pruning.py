@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -66,7 +67,7 @@ def _delete(folder: PlanFolder, path: Path) -> Other:
     """Delete the plan in `path`, unless somebody uses it. ConfigError."""
     lock = path.with_suffix(".lock")
     try:
-        size = path.stat().st_size if path.exists() else 0
+        size = path.lstat().st_size if os.path.lexists(path) else 0
         with locked(lock, wait_s=0) as writable:
             if not writable:
                 raise ConfigError(
@@ -88,8 +89,10 @@ def _is_used(path: Path) -> bool:
     """Whether a process holds the plan in `path`, as `PlanFolder` does until it is closed."""
     try:
         file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
+    except OSError as problem:
+        if problem.errno in {errno.ENOENT, errno.ELOOP}:  # a link: nobody loads such
+            return False
+        raise
     try:
         with suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
