@@ -93,7 +93,7 @@ def test_a_request_whose_workers_are_all_away_is_queued_and_says_so(
         worker.stop()
     with Client(redis_url) as client:
         pending = client.submit("echo", {"x": numbered(1)})
-        assert pending.state is State.QUEUED_NO_WORKER
+        until(lambda: pending.state is State.QUEUED_NO_WORKER, what="that is known")
         with Worker(redis_url, models, name="second"):
             assert pending.result(timeout=WAIT_S).outputs["x"].tolist() == [[1.0] * 4]
         until(lambda: pending.state is State.DONE)

@@ -133,8 +133,8 @@ def _range(where: str, part: str, least: float, most: float) -> list[float]:
     if start > end:
         raise ConfigError(f"{where}: {start:g} to {end:g}; expected the smaller first")
     if step <= (1 if times else 0):
-        least = "a factor above 1" if times else "a step above 0"
-        raise ConfigError(f"{where}: {pieces[2]}; expected {least}")
+        wanted = "a factor above 1" if times else "a step above 0"
+        raise ConfigError(f"{where}: {pieces[2]}; expected {wanted}")
     values = []
     for place in range(MAX_STEPS + 1):
         value = start * step**place if times else start + step * place
