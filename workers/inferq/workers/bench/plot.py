@@ -97,8 +97,9 @@ def _curves(axes: Axes, report: Report, older: Report | None) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylim(bottom=0)
-    if len({step.requests_per_s for step, _ in points}) > 1:
-        axes.set_xlim(left=0)
+    rates = {step.requests_per_s for step, _ in points + old}
+    if len(rates) > 1:
+        axes.set_xlim(0, 1.08 * max(rates))
     if len(points) <= _NAMED:
         _name_points(axes, points)
     what = kind_title(report.how.kind)
