@@ -146,7 +146,7 @@ class TaskEvents:
             known = told.get(outcome.item.ticket.id)
             if known is not None:
                 self._note(known, outcome)
-            elif outcome.error is not None:
+            elif outcome.error is not None and self._enabled:
                 behind = time.time() - time.monotonic()
                 received = behind + outcome.item.arrived_ms / 1000
                 told[outcome.item.ticket.id] = _Open(
