@@ -1,0 +1,68 @@
+"""Two runs agree but for rounding; what they differ by is told."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from inferq.workers.agreement import difference
+
+BASE = np.linspace(-3, 10, 1000).reshape(10, 100)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "complex64", "complex128"])
+def test_rounding_is_no_difference(dtype: str) -> None:
+    exact = BASE.astype(dtype)
+    epsilon = np.finfo(dtype).eps
+    assert difference({"y": exact}, {"y": (exact * (1 + 2 * epsilon)).astype(dtype)}) is None
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "complex64"])
+def test_a_twentieth_of_a_mean_is_a_difference(dtype: str) -> None:
+    exact = BASE.astype(dtype)
+    found = difference({"y": exact}, {"y": (exact + 0.05 * exact.mean()).astype(dtype)})
+    assert found is not None
+    assert found.share == pytest.approx(0.05 * BASE.mean() / 10, rel=0.1)
+    assert found.cosine is not None
+    assert 0.99 < found.cosine < 1
+
+
+def test_runs_of_equal_shapes_may_be_held_to_less() -> None:
+    exact = BASE.astype(np.float32)
+    off = exact + np.float32(1e-4)
+    assert difference({"y": exact}, {"y": off}) is None
+    assert difference({"y": exact}, {"y": off}, scale=0.01) is not None
+
+
+def test_integers_and_flags_are_compared_by_value() -> None:
+    found = difference({"y": np.array([1, 2, 3])}, {"y": np.array([1, 2, 4])})
+    assert found is not None
+    assert str(found) == "output 'y' differs in 1 of 3 values"
+    assert difference({"y": np.array([True])}, {"y": np.array([False])}) is not None
+    assert difference({"y": np.array([7], "u8")}, {"y": np.array([7], "u8")}) is None
+
+
+def test_shapes_and_places_of_nan_must_be_the_same() -> None:
+    found = difference({"y": np.zeros((2, 3))}, {"y": np.zeros((1, 3))})
+    assert found is not None
+    assert str(found) == "output 'y' differs in shape: [1, 3] in place of [2, 3]"
+    assert found.share == math.inf
+    one, other = np.array([1.0, np.nan]), np.array([np.nan, 1.0])
+    assert difference({"y": one}, {"y": one.copy()}) is None
+    assert difference({"y": one}, {"y": other}) is not None
+    assert difference({"y": np.array([np.inf])}, {"y": np.array([-np.inf])}) is not None
+    assert difference({"y": np.array([1.0])}, {"y": np.array([np.inf])}) is not None
+
+
+def test_the_largest_difference_of_several_outputs_is_told() -> None:
+    alone = {"a": np.ones(3), "b": np.ones(3)}
+    found = difference(alone, {"a": np.full(3, 1.1), "b": np.full(3, 1.5)})
+    assert found is not None
+    assert found.output == "b"
+
+
+def test_nothing_is_equal_to_nothing() -> None:
+    empty = {"y": np.zeros((0, 4), np.float32)}
+    assert difference(empty, {"y": np.zeros((0, 4), np.float32)}) is None

@@ -1,0 +1,107 @@
+"""Whether two runs of a model gave the same answer, and if not, by how much they differ.
+
+A row is computed again in other company, or with other padding; what it comes to must not change.
+Integers, flags and shapes are compared by value. Floats may differ by rounding, since an engine may
+add in another order when it runs another number of rows: `ROUNDING` says by how much, by dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from inferq.shared.schema import Array, Tensors
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest difference that is taken for rounding: ``of_value · |a| + of_largest · max |a|``."""
+
+    of_value: float
+    of_largest: float
+
+
+#: By NumPy name. A network of 50 layers of float32 differs by 1e-6 of its largest value.
+ROUNDING: Final[Mapping[str, Tolerance]] = {
+    "float16": Tolerance(1e-2, 2e-3),
+    "float32": Tolerance(1e-4, 2e-5),
+    "float64": Tolerance(1e-4, 2e-5),  # often computed in float32, and cast
+    "complex64": Tolerance(1e-4, 2e-5),
+    "complex128": Tolerance(1e-4, 2e-5),
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How one output of one run differs from that of another."""
+
+    output: str
+    #: Largest difference, as a share of the output's largest value; inf: of shape or of NaNs.
+    share: float
+    #: Cosine of the angle between both, of floats of one shape.
+    cosine: float | None
+    #: In words: ``shape [3] in place of [4]``, ``by 0.19 of values up to 10``.
+    what: str
+
+    def __str__(self) -> str:
+        cosine = "" if self.cosine is None else f" (cosine {self.cosine:.4g})"
+        return f"output {self.output!r} differs {self.what}{cosine}"
+
+
+def difference(expected: Tensors, got: Tensors, scale: float = 1.0) -> Difference | None:
+    """The largest difference of any output, beyond rounding; None if there is none.
+
+    `scale`: multiplies what is taken for rounding; runs of equal shapes round alike (0.01, say).
+    """
+    found = [_compare(name, expected[name], got[name], scale) for name in expected]
+    differing = [each for each in found if each is not None]
+    return max(differing, key=lambda each: each.share, default=None)
+
+
+def _compare(name: str, expected: Array, got: Array, scale: float) -> Difference | None:
+    if expected.shape != got.shape:
+        what = f"in shape: {list(got.shape)} in place of {list(expected.shape)}"
+        return Difference(name, math.inf, None, what)
+    if expected.dtype.kind not in "fc":
+        return _compare_exactly(name, expected, got)
+    rounding = ROUNDING[expected.dtype.newbyteorder("=").name]
+    a, b = _widened(expected), _widened(got)
+    finite = np.isfinite(a)
+    if (
+        not np.array_equal(a[~finite], b[~finite], equal_nan=True)
+        or not np.isfinite(b[finite]).all()
+    ):
+        return Difference(name, math.inf, None, "in NaN or infinite values")
+    a, b = a[finite], b[finite]
+    if not a.size:
+        return None
+    apart = np.abs(a - b)
+    largest = float(np.abs(a).max())
+    allowed = scale * (rounding.of_value * np.abs(a) + rounding.of_largest * largest)
+    if (apart <= allowed).all():
+        return None
+    most = float(apart.max())
+    share = most / largest if largest else math.inf
+    return Difference(name, share, _cosine(a, b), f"by {most:.3g} of values up to {largest:.3g}")
+
+
+def _compare_exactly(name: str, expected: Array, got: Array) -> Difference | None:
+    wrong = int(np.count_nonzero(expected != got))
+    if not wrong:
+        return None
+    what = f"in {wrong} of {expected.size} values"
+    return Difference(name, wrong / expected.size, None, what)
+
+
+def _widened(array: Array) -> Array:
+    wide: type[Any] = np.complex128 if array.dtype.kind == "c" else np.float64
+    return array.astype(wide)
+
+
+def _cosine(a: Array, b: Array) -> float | None:
+    lengths = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(np.real(np.vdot(a, b))) / lengths if lengths else None
