@@ -19,6 +19,7 @@ from inferq.shared.schema import Array, Tensors
 from inferq.workers.demo.models import package_folder
 from inferq.workers.engines import engine_class
 from inferq.workers.engines.base import Batch, Engine
+from inferq.workers.signatures import examine
 
 FAKE = {"inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", 3]}]}
 
@@ -136,8 +137,9 @@ def test_it_opens_as_many_lanes_as_asked_and_at_least_one(case: Case, path: Path
 
 
 def test_outputs_are_those_of_its_signature(case: Case, path: Path | None, engine: Engine) -> None:
-    signature = type(engine).read_signature(path, case.table)
-    assert signature.batch_symbol is not None
+    examined = examine(type(engine).read(path, case.table))
+    assert examined.why_not_batchable is None
+    signature = examined.signature
     outputs = engine.lanes[0].run(_batch([case.sample(2, 0)]))
     assert list(outputs) == [spec.name for spec in signature.outputs]
     for spec in signature.outputs:

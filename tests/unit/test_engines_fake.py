@@ -143,5 +143,5 @@ def test_a_bad_table_is_refused_by_key_value_and_expectation(
     table: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        fake.FakeEngine.read_signature(None, table)
+        fake.FakeEngine.read(None, table)
     assert message in str(caught.value)

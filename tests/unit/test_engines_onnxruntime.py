@@ -15,12 +15,11 @@ from helpers.onnx_models import FLOAT, node
 from helpers.repository import spec_of
 
 from inferq.shared.errors import ConfigError, EngineError
-from inferq.shared.schema import Signature
 from inferq.workers.engines import cores, onnxruntime
 from inferq.workers.engines.base import Batch
 from inferq.workers.engines.cores import usable_cores
 from inferq.workers.engines.onnxruntime import OnnxRuntimeEngine
-from inferq.workers.signatures import why_not_batchable
+from inferq.workers.signatures import Examined, examine
 
 
 @pytest.fixture
@@ -28,8 +27,8 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "1" / "model.onnx"
 
 
-def _read(path: Path) -> Signature:
-    return OnnxRuntimeEngine.read_signature(path, {})
+def _read(path: Path, batchable: bool | None = None) -> Examined:
+    return examine(OnnxRuntimeEngine.read(path, {}), batchable)
 
 
 def _engine(path: Path, lanes: int = 1, **table: Any) -> OnnxRuntimeEngine:
@@ -88,9 +87,9 @@ def test_a_model_whose_outputs_follow_the_rows_is_batchable(
     file: Path, make: Callable[[Path], Path], signature: str
 ) -> None:
     read = _read(make(file))
-    assert str(read) == signature
-    assert read.batch_symbol is not None
-    assert why_not_batchable(read) is None
+    assert str(read.signature) == signature
+    assert read.signature.batch_symbol is not None
+    assert read.why_not_batchable is None
 
 
 @pytest.mark.parametrize(
@@ -112,11 +111,11 @@ def test_a_model_whose_outputs_follow_the_rows_is_batchable(
         (onnx_models.total, "dim 0 of output 'y' is fixed at 1"),
         (
             onnx_models.first_row,
-            "the rows of output 'y' were not shown to follow those of the inputs",
+            "the rows of output 'y' do not follow those of the inputs: [1, 3] of 3 rows",
         ),
         (
             onnx_models.mixed_rows,
-            "the rows of output 'y' were not shown to follow those of the inputs",
+            "answers depend on the rows beside them: output 'y' of a row differs by ",
         ),
     ],
     ids=[
@@ -127,22 +126,29 @@ def test_a_model_whose_outputs_follow_the_rows_is_batchable(
 def test_any_other_model_runs_request_by_request_and_says_why(
     file: Path, make: Callable[[Path], Path], reason: str
 ) -> None:
-    read = _read(make(file))
-    assert read.batch_symbol is None
-    assert why_not_batchable(read) == reason
+    why = _read(make(file)).why_not_batchable
+    assert why is not None
+    assert why.startswith(reason)
 
 
-def test_a_model_that_the_probe_cannot_run_is_taken_at_its_word(file: Path) -> None:
-    # 40 × 40 reshaped: none of the sizes tried for the open dims fits.
-    shape = onnx_models.ints("shape", [2], [-1, 1600])
+def _square(path: Path) -> Path:
+    """41 × 41 reshaped: none of the sizes tried for the open dims fits."""
+    shape = onnx_models.ints("shape", [2], [-1, 1681])
     nodes = [node("Reshape", ["x", "shape"], ["y"])]
-    inputs: onnx_models.Tensors = {"x": (FLOAT, ("batch", "h", 40))}
+    inputs: onnx_models.Tensors = {"x": (FLOAT, ("batch", "h", 41))}
+    return onnx_models.write(path, nodes, inputs, {"y": (FLOAT, ("batch", 1681))}, [shape])
 
-    def read(first: str) -> Signature:
-        return _read(onnx_models.write(file, nodes, inputs, {"y": (FLOAT, (first, 1600))}, [shape]))
 
-    assert read("batch").batch_symbol == "batch"
-    assert read("other").batch_symbol is None
+def test_a_model_that_no_example_fits_runs_request_by_request_and_says_what_to_write(
+    file: Path,
+) -> None:
+    why = _read(_square(file)).why_not_batchable
+    assert why is not None
+    assert why.startswith("no example could be run to see whether its rows are independent (")
+    assert "batchable = true" in why
+    assert _read(_square(file), batchable=True).why_not_batchable is None
+    known = examine(OnnxRuntimeEngine.read(file, {}), None, {"h": 41})
+    assert known.why_not_batchable is None
 
 
 def test_a_model_that_is_not_batchable_is_run_as_it_is(file: Path) -> None:
@@ -269,5 +275,5 @@ def test_cuda_is_refused_where_the_build_has_none(file: Path) -> None:
 )
 def test_a_bad_table_is_refused(file: Path, table: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        OnnxRuntimeEngine.read_signature(onnx_models.double(file), table)
+        OnnxRuntimeEngine.read(onnx_models.double(file), table)
     assert message in str(caught.value)

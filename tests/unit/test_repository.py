@@ -174,7 +174,7 @@ def test_a_repository_with_bad_models_names_all_of_them(tmp_path: Path) -> None:
     ("toml", "message"),
     [
         ("max_batchsize = 4", "max_batchsize is not a known key; did you mean 'max_batch_size'?"),
-        ("zzz = 4", "zzz is not a known key; expected one of buckets, engine, fake, "),
+        ("zzz = 4", "zzz is not a known key; expected one of batchable, buckets, engine, fake, "),
         (
             "engine = 'tensorflow'",
             "engine is 'tensorflow'; expected one of onnxruntime, torch, tensorrt, fake",

@@ -52,17 +52,22 @@ class Difference:
         return f"output {self.output!r} differs {self.what}{cosine}"
 
 
-def difference(expected: Tensors, got: Tensors, scale: float = 1.0) -> Difference | None:
+def difference(
+    expected: Tensors, got: Tensors, scale: float = 1.0, usual: float = 0.0
+) -> Difference | None:
     """The largest difference of any output, beyond rounding; None if there is none.
 
     `scale`: multiplies what is taken for rounding; runs of equal shapes round alike (0.01, say).
+    `usual`: a usual largest value. Where all are smaller they may still differ by its rounding.
     """
-    found = [_compare(name, expected[name], got[name], scale) for name in expected]
+    found = [_compare(name, expected[name], got[name], scale, usual) for name in expected]
     differing = [each for each in found if each is not None]
     return max(differing, key=lambda each: each.share, default=None)
 
 
-def _compare(name: str, expected: Array, got: Array, scale: float) -> Difference | None:
+def _compare(
+    name: str, expected: Array, got: Array, scale: float, usual: float
+) -> Difference | None:
     if expected.shape != got.shape:
         what = f"in shape: {list(got.shape)} in place of {list(expected.shape)}"
         return Difference(name, math.inf, None, what)
@@ -80,7 +85,7 @@ def _compare(name: str, expected: Array, got: Array, scale: float) -> Difference
     if not a.size:
         return None
     apart = np.abs(a - b)
-    largest = float(np.abs(a).max())
+    largest = max(usual, float(np.abs(a).max()))
     allowed = scale * (rounding.of_value * np.abs(a) + rounding.of_largest * largest)
     if (apart <= allowed).all():
         return None

@@ -20,6 +20,7 @@ from inferq.shared.errors import ConfigError
 from inferq.shared.schema import Signature
 from inferq.workers.batching.padding import PadRule
 from inferq.workers.engines import ENGINES
+from inferq.workers.signatures import how_to_name
 from inferq.workers.validation import (
     MAX_BATCH_SIZE,
     MAX_SIZES,
@@ -106,6 +107,8 @@ class ModelConfig(TomlTable):
     lanes: Lanes = 0
     #: Rows; 0: the last bucket, or else 32; 1 for a model that is not batchable.
     max_batch_size: Annotated[int, Field(strict=True, ge=0, le=MAX_BATCH_SIZE)] = 0
+    #: Whether requests share batches; None: if rows were measured to be independent.
+    batchable: Flag | None = None
     max_queue_delay_ms: Milliseconds = 0.0
     #: Empty: the size that warm-up measured to be best.
     preferred_batch_sizes: Sizes = ()
@@ -142,6 +145,13 @@ class ModelConfig(TomlTable):
     def default_max_batch_size(self) -> int:
         """Rows, for a batchable model whose model.toml does not say."""
         return self.buckets[-1] if self.buckets else DEFAULT_MAX_BATCH_SIZE
+
+    @property
+    def known_sizes(self) -> dict[str, int]:
+        """Symbol → a size that it may have: the usual one of the first profile, or a padded one."""
+        padded = {symbol: table.buckets[0] for symbol, table in self.pad.items()}
+        usual = {symbol: sizes[1] for table in self.profile[:1] for symbol, sizes in table.items()}
+        return padded | usual
 
     def changed(self) -> dict[str, Any]:
         """The knobs, other than the engine, that differ from their defaults."""
@@ -222,8 +232,16 @@ def check_pad(pad: Mapping[str, PadRule], signature: Signature) -> None:
             expected = ", ".join(sorted(inner - firsts)) or "none: this model has no such dim"
             raise ConfigError(
                 f"pad.{symbol} names no dim that can be padded; expected a symbol of an input "
-                f"other than its first dim ({expected})"
+                f"other than its first dim ({expected}){_nameless(signature)}"
             )
+
+
+def _nameless(signature: Signature) -> str:
+    """What to do about the first inner dim without a name, if there is one."""
+    for spec in signature.inputs:
+        if None in spec.shape[1:]:
+            return "; " + how_to_name(spec.name, spec.shape.index(None, 1))
+    return ""
 
 
 def check_profile(profiles: Collection[Collection[str]], signature: Signature) -> None:
@@ -231,7 +249,8 @@ def check_profile(profiles: Collection[Collection[str]], signature: Signature) -
     known = {dim for spec in signature.inputs for dim in spec.shape if isinstance(dim, str)}
     for symbol in (symbol for profile in profiles for symbol in profile):
         if symbol not in known:
-            expected = ", ".join(sorted(known)) or "none: all dims of this model are fixed"
+            expected = ", ".join(sorted(known)) or "none: no dim of this model has a name"
             raise ConfigError(
                 f"profile.{symbol} names no dim; expected a symbol of an input ({expected})"
+                f"{_nameless(signature)}"
             )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from inferq.shared.errors import ConfigError
 from inferq.shared.schema import TensorSpec
+from inferq.workers.signatures import how_to_name
 
 if TYPE_CHECKING:
     from inferq.workers.repository import ModelSpec
@@ -84,7 +85,7 @@ def input_ranges(spec: ModelSpec, sizes: Mapping[str, Sizes]) -> tuple[InputRang
 
 def usual_inputs(spec: ModelSpec) -> tuple[Usual, ...]:
     """Of each profile of `spec`, those of the largest batches first. ConfigError: as above."""
-    batch = spec.signature.batch_symbol
+    batch = spec.batch_symbol
     found = [
         Usual(
             {symbol: usual for symbol, (_, usual, _) in sizes.items()},
@@ -103,15 +104,15 @@ def _symbols(spec: ModelSpec) -> list[str]:
                 found[dim] = None
             elif dim is None:
                 raise ConfigError(
-                    f"dim {axis} of input {tensor} has no name, so that [profile] cannot give its "
-                    "sizes; expected a fixed size or a symbol: name it in the ONNX file"
+                    f"nothing says how large dim {axis} of input {tensor} may be, and [profile] "
+                    f"takes names only; {how_to_name(tensor.name, axis)}"
                 )
     return list(found)
 
 
 def _sizes(spec: ModelSpec, table: Mapping[str, Sizes], symbol: str, batch: Sizes | None) -> Sizes:
     config = spec.config
-    is_batch = symbol == spec.signature.batch_symbol
+    is_batch = symbol == spec.batch_symbol
     if is_batch and batch is not None:
         return batch
     if symbol in table:
@@ -146,7 +147,7 @@ def _check(spec: ModelSpec, symbol: str, given: list[Sizes], batch: Sizes | None
     where = f"profile.{symbol} is {' and '.join(str(list(sizes)) for sizes in given)}"
     of = " of one" if len(given) > 1 else ""
     occurring: tuple[int, ...] = ()
-    if symbol == spec.signature.batch_symbol:
+    if symbol == spec.batch_symbol:
         # What lies between is padded to a larger batch, or split.
         occurring = (config.buckets[0] if config.buckets else 1, _largest_batch(spec))
         if batch is not None:

@@ -23,7 +23,7 @@ from inferq.workers.engines import ENGINES, engine_class, registered
 from inferq.workers.engines.on_cpu import cpu_engine
 from inferq.workers.logs.fields import about
 from inferq.workers.model_config import ModelConfig, ModelToml, check_pad, check_profile, read_toml
-from inferq.workers.signatures import why_not_batchable
+from inferq.workers.signatures import examine
 from inferq.workers.validation import TableError
 
 logger = logging.getLogger(__name__)
@@ -50,15 +50,19 @@ class ModelSpec:
     #: Rows; 1 if the model is not batchable.
     max_batch_size: int
     labels: tuple[str, ...]
+    #: Why the model runs request by request; None if requests share batches.
+    why_not_batchable: str | None = None
+    #: What whoever serves it should know of its rows.
+    remark: str | None = None
 
     @property
     def batchable(self) -> bool:
-        return self.signature.batch_symbol is not None
+        return self.why_not_batchable is None
 
     @property
-    def why_not_batchable(self) -> str | None:
-        """Why the model runs request by request; None if it is batchable."""
-        return why_not_batchable(self.signature)
+    def batch_symbol(self) -> str | None:
+        """What the signature calls the batch; None if the model is not batchable."""
+        return self.signature.batch_symbol if self.batchable else None
 
     def advert(self, seconds_per_row: float, result_expires_s: int) -> ModelAdvert:
         """What a worker that serves this model announces."""
@@ -140,9 +144,11 @@ def load_model(root: Path, name: str, *, on_cpu: bool = False) -> ModelSpec:
         entry, cls = registered(engine), engine_class(engine)
     path = _model_file(root, version_folder, entry.files) if entry.files else None
     with _naming(toml_path if path is None else path, tables=toml_path):
-        signature = cls.read_signature(path, table)
+        declared = cls.read(path, table)
     config = toml.config.model_copy(update={"engine": engine})
     with _naming(toml_path):
+        examined = examine(declared, config.batchable, config.known_sizes)
+        signature = examined.signature
         check_pad(config.pad, signature)
         check_profile(config.profile, signature)
         return ModelSpec(
@@ -153,8 +159,10 @@ def load_model(root: Path, name: str, *, on_cpu: bool = False) -> ModelSpec:
             config=config,
             engine_table=table,
             signature=signature,
-            max_batch_size=_max_batch_size(config, signature),
+            max_batch_size=_max_batch_size(config, examined.why_not_batchable),
             labels=_labels(folder, config),
+            why_not_batchable=examined.why_not_batchable,
+            remark=examined.remark,
         )
 
 
@@ -220,8 +228,7 @@ def _warn_if_open(path: Path) -> None:
             logger.warning("%s may be written by any user: a model is as good as code", place)
 
 
-def _max_batch_size(config: ModelConfig, signature: Signature) -> int:
-    reason = why_not_batchable(signature)
+def _max_batch_size(config: ModelConfig, reason: str | None) -> int:
     if reason is None:
         return config.max_batch_size or config.default_max_batch_size
     for key, largest in (

@@ -79,6 +79,7 @@ class ServedModel:
         self._steps = names.priority_steps
         spec = self.spec
         config = spec.config
+        self._tell_of_rows()
         engine = engine_class(config.engine)(spec)
         began = time.monotonic()
         self._load(engine)
@@ -114,6 +115,15 @@ class ServedModel:
             time.monotonic() - began, extra=about(model=self.name),
         )  # fmt: skip
 
+    def _tell_of_rows(self) -> None:
+        """Say why requests do not share batches, or what is known of those that do."""
+        why, remark = self.spec.why_not_batchable, self.spec.remark
+        told = about(model=self.name)
+        if why is not None:
+            logger.warning("model %s runs request by request: %s", self.name, why, extra=told)
+        elif remark is not None:
+            logger.warning("model %s is batched: %s", self.name, remark, extra=told)
+
     def _load(self, engine: Engine) -> None:
         """Load it; a ConfigError names the model, which may be one of many."""
         try:
@@ -134,8 +144,9 @@ class ServedModel:
             tried = sizes(self.spec.max_batch_size, self._buckets)
         try:
             return measure(
-                engine.lanes, self.spec.signature, tried, config.pad, self._buckets, engine.usual
-            )
+                engine.lanes, self.spec.signature, tried, config.pad, self._buckets, engine.usual,
+                batchable=self.spec.batchable,
+            )  # fmt: skip
         except FatalEngineError:
             raise
         except Exception as problem:

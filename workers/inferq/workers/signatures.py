@@ -2,189 +2,230 @@
 
 Files often do not say: converters leave the batch dim of inputs and outputs unnamed, or give each
 a name of its own. So dim 0 is batch if all inputs share one symbol there (or leave it unnamed),
-and the outputs agree by name or, by measurement, follow the rows: the model is run with 1 and with
-`PROBE_ROWS` rows. What is measured wins over what is written. Rows must be independent too, or
-one client's answer would depend on its neighbours in the batch: a row that is answered otherwise
-in company than alone shows that they are not (that none does is no proof).
+and the outputs, by measurement, follow the rows: what is measured wins over what is written. Rows
+must be independent too, or one client's answer would depend on its neighbours in the batch
+(`rows`). What was not shown to be so runs request by request, unless model.toml says otherwise.
 """
 
 from __future__ import annotations
 
-import logging
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
+from inferq.shared.errors import ConfigError
+from inferq.shared.schema import Signature, TensorSpec
+from inferq.workers.agreement import Difference
+from inferq.workers.rows import NotShown, Probe, Shown, show
 
-from inferq.shared.schema import Array, Signature, Tensors, TensorSpec
-
-logger = logging.getLogger(__name__)
-
-#: Runs the model on these inputs; raises whatever the engine raises.
-Probe = Callable[[Tensors], Mapping[str, Array]]
-
-PROBE_ROWS: Final = 3
-#: Sizes tried, one after the other, for all dims whose size the file leaves open.
-PROBE_SIZES: Final = (32, 224, 8, 128, 1, 2)
-#: No probe holds more input elements than this: 256 MB of float32.
-MAX_PROBE_ELEMENTS: Final = 1 << 26
-#: Share of an output's magnitude by which a row may differ in company. Wide, as dynamically
-#: quantised models scale by the largest value of the whole batch.
-TOLERANCE: Final = 0.1
 #: The batch's name where the file gives none.
 BATCH: Final = "batch"
 
+#: What stands for "no name": two dims that are called so need not be of one size. Signs alone and
+#: negative numbers do, too.
+_NAMELESS = re.compile(
+    r"[\W_]*|[+-]?\d+|none|null|nil|nan|any|unk|unknown|undef|undefined|unnamed|unspecified"
+    r"|dyn|dynamic|free|var|variable|variadic",
+    re.IGNORECASE,
+)
 #: What tf2onnx calls a dim that has no name: a new number each time it meets one.
-_INVENTED = re.compile(r"unk__\d+")
+_UNKNOWN = re.compile(r"unk__\d+")
+#: The same of tf2onnx, PyTorch and Paddle. Where they differ, sizes need not.
+_INVENTED = re.compile(r"unk__\d+|.*_dynamic_axes_\d+|DynamicDimension\.\d+")
 
 Dim = int | str | None
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What a probe showed of one output."""
+class Declared:
+    """What a model's file says of itself, and a way to try the model."""
 
-    follows: bool
-    dims: int
+    signature: Signature
+    #: Runs it; None: what is declared is so.
+    probe: Probe | None = None
 
 
-def with_batch_dim(declared: Signature, probe: Probe) -> Signature:
-    """`declared` with one symbol at dim 0 of all inputs and outputs if the model is batchable.
+@dataclass(frozen=True)
+class Examined:
+    """What a model is served by."""
 
-    Otherwise dim 0 of the outputs that do not follow the rows is None (freely varying), or the
-    size that the file gives, so that `Signature.batch_symbol` is None. An output that the file
-    gives no rank gets that which it was seen to have.
+    signature: Signature
+    #: Why it runs request by request; None: requests share batches.
+    why_not_batchable: str | None
+    #: What whoever serves it should know besides.
+    remark: str | None = None
+
+
+def named(dim: Dim) -> Dim:
+    """`dim` as a file has it, or None if its name says that it has none."""
+    return None if isinstance(dim, str) and _NAMELESS.fullmatch(dim) else dim
+
+
+def how_to_name(name: str, axis: int) -> str:
+    """What to do about the dim `axis` of the input `name`, which has no name."""
+    return (
+        f"dim {axis} of input {name!r} has no name; give it one in the file, by the package onnx: "
+        f"model.graph.input[…].type.tensor_type.shape.dim[{axis}].dim_param = 'height'"
+    )
+
+
+def examine(
+    declared: Declared, batchable: bool | None = None, known: Mapping[str, int] | None = None
+) -> Examined:
+    """The signature of a model, with one symbol at dim 0 of all tensors if it is batchable.
+
+    `batchable`: what model.toml says; None: nothing. `known`: symbol → a size that it may have.
+    ConfigError if model.toml says that it is batchable, and rows cannot be told apart.
     """
-    symbol = _input_symbol(declared)
+    signature = declared.signature
+    if batchable is False:
+        return Examined(signature, "model.toml says batchable = false")
+    symbol = _input_symbol(signature)
     if symbol is None:
-        if declared.batch_symbol is None:
-            return declared
-        return Signature(declared.inputs, tuple(_renamed(s, None) for s in declared.outputs))
-    inputs = tuple(_renamed(spec, symbol) for spec in declared.inputs)
-    seen = _probed(inputs, symbol, probe)
-    outputs = tuple(_judged(spec, symbol, seen.get(spec.name)) for spec in declared.outputs)
-    return Signature(inputs, outputs)
+        return _unbatched(signature, _why_no_batch(signature), batchable)
+    inputs = [_renamed(spec, symbol) for spec in signature.inputs]
+    shown: Shown | None = None
+    if declared.probe is not None:
+        try:
+            shown = show(inputs, known or {}, declared.probe)
+        except NotShown as problem:
+            if not batchable:
+                why = f"{_NOT_TRIED} ({_short(str(problem))}); {_SAY_SO}"
+                return _unbatched(signature, _why_apart(signature, symbol) or why, batchable)
+    if shown is None:
+        apart = _why_apart(signature, symbol)
+        return _unbatched(signature, apart, batchable) if apart else _batched(signature, symbol)
+    signature = _with_ranks(signature, shown)
+    if shown.untold:
+        return _unbatched(*_without_untold(signature, shown), batchable)
+    varying = _varying(shown.varying) if shown.varying else None
+    if not shown.differences:
+        return _batched(signature, symbol, varying)
+    depends = _depends(shown.differences)
+    if batchable:
+        return _batched(signature, symbol, f"model.toml says so, though {depends}")
+    return _unbatched(signature, f"{depends}; {_IF_ACCEPTABLE}", batchable)
 
 
-def _judged(spec: TensorSpec, symbol: str, seen: _Seen | None) -> TensorSpec:
-    if seen is None:
-        agreed = bool(spec.shape) and spec.shape[0] == symbol
-    else:
-        agreed = seen.follows
-        if not spec.shape and seen.dims:
-            spec = TensorSpec(spec.name, spec.dtype, (None,) * seen.dims)
-    if agreed:
-        return _renamed(spec, symbol)
-    fixed = not spec.shape or isinstance(spec.shape[0], int)
-    return spec if fixed else _renamed(spec, None)
+_NOT_TRIED: Final = "no example could be run to see whether its rows are independent"
+_SAY_SO: Final = (
+    "if they are, write batchable = true in model.toml, or [profile] with sizes that it takes"
+)
+_IF_ACCEPTABLE: Final = "if that is acceptable, batchable = true in model.toml has them batched"
+_MAX_REASON_CHARS: Final = 200
 
 
-def why_not_batchable(signature: Signature) -> str | None:
-    """Why the model runs request by request; None if it is batchable."""
-    if signature.batch_symbol is not None:
-        return None
-    for kind, specs in (("input", signature.inputs), ("output", signature.outputs)):
-        for spec in specs:
-            if not spec.shape:
-                return f"{kind} {spec.name!r} is a scalar, without a batch dim"
-            if isinstance(spec.shape[0], int):
-                return f"dim 0 of {kind} {spec.name!r} is fixed at {spec.shape[0]}"
-    symbols = {str(spec.shape[0]) for spec in signature.inputs}
-    if len(symbols) > 1:
-        return f"dim 0 differs between the inputs ({', '.join(sorted(symbols))})"
-    rows = signature.inputs[0].shape[0]
-    if any(rows in spec.shape[1:] for spec in signature.inputs):
-        return f"dim 0 of the inputs ({rows}) is another dim's size, too"
-    for spec in signature.outputs:
-        if spec.shape[0] != rows:
-            return f"the rows of output {spec.name!r} were not shown to follow those of the inputs"
-    return "dim 0 of the inputs has no name"
+def _batched(signature: Signature, symbol: str, remark: str | None = None) -> Examined:
+    inputs, outputs = (
+        tuple(_renamed(spec, symbol) for spec in specs)
+        for specs in (signature.inputs, signature.outputs)
+    )
+    return Examined(Signature(inputs, outputs), None, remark)
 
 
-def _input_symbol(declared: Signature) -> str | None:
-    """The symbol of the batch that the inputs allow; None if they cannot be batched."""
-    firsts: set[Dim] = set()
-    for spec in declared.inputs:
-        first = spec.shape[0] if spec.shape else 0
-        firsts.add(None if isinstance(first, str) and _INVENTED.fullmatch(first) else first)
-    named = firsts - {None}
-    if not firsts or len(named) > 1 or any(isinstance(first, int) for first in named):
-        return None
-    inner = {dim for spec in declared.inputs + declared.outputs for dim in spec.shape[1:]}
-    symbol = str(named.pop()) if named else BATCH
-    if not firsts - {None} and symbol in inner:
-        symbol = "batch_rows"
-    return None if symbol in inner else symbol
+def _unbatched(signature: Signature, reason: str, batchable: bool | None) -> Examined:
+    if batchable:
+        raise ConfigError(f"batchable is true; expected false, or none, since {reason}")
+    return Examined(signature, reason)
 
 
 def _renamed(spec: TensorSpec, first: Dim) -> TensorSpec:
     return TensorSpec(spec.name, spec.dtype, (first, *spec.shape[1:]))
 
 
-def _probed(inputs: tuple[TensorSpec, ...], symbol: str, probe: Probe) -> dict[str, _Seen]:
-    """What was seen of each output; empty if the model could not be run."""
-    open_dims = any(not isinstance(dim, int) for spec in inputs for dim in spec.shape[1:])
-    for size in PROBE_SIZES if open_dims else PROBE_SIZES[:1]:
-        many = _example(inputs, symbol, size)
-        if many is None:
-            continue
-        one = {name: array[:1] for name, array in many.items()}
-        try:
-            alone, together = probe(one), probe(many)
-            follows = {name: _follows(alone[name], together[name]) for name in together}
-            if not all(follows.values()):
-                again = probe(one)
-                for name, good in follows.items():
-                    # An output that varies from run to run anyhow shows nothing.
-                    if not good and not _same(alone[name], again[name]):
-                        follows[name] = _shaped(alone[name], together[name])
-        except Exception as problem:  # noqa: BLE001 - a probe that the model rejects tells nothing
-            logger.debug("probe of size %d failed: %s", size, problem)
-            continue
-        return {name: _Seen(good, together[name].ndim) for name, good in follows.items()}
-    return {}
+# --- what the file says ------------------------------------------------------------------------
 
 
-def _example(inputs: tuple[TensorSpec, ...], symbol: str, size: int) -> dict[str, Array] | None:
-    """Inputs of `PROBE_ROWS` different rows; open dims are `size`. None: too large."""
-    rng = np.random.default_rng(0)
-    arrays: dict[str, Array] = {}
-    elements = 0
-    for spec in inputs:
-        shape = [PROBE_ROWS if dim == symbol else dim if isinstance(dim, int) else size
-                 for dim in spec.shape]  # fmt: skip
-        elements += int(np.prod(shape, dtype=np.float64))
-        if elements > MAX_PROBE_ELEMENTS:
-            return None
-        dtype = np.dtype(spec.dtype)
-        # Small whole numbers are valid as indices, too.
-        values = rng.random(shape) if dtype.kind in "fc" else rng.integers(0, 2, shape)
-        arrays[spec.name] = values.astype(dtype)
-    return arrays
+def _input_symbol(declared: Signature) -> str | None:
+    """The symbol of the batch that the inputs allow; None if they cannot be batched."""
+    firsts = {spec.shape[0] if spec.shape else 0 for spec in declared.inputs}
+    invented = _INVENTED if len(firsts) > 1 else _UNKNOWN
+    given = {
+        first for first in firsts if not (isinstance(first, str) and invented.fullmatch(first))
+    } - {None}
+    if not firsts or len(given) > 1 or any(isinstance(first, int) for first in given):
+        return None
+    inner = {dim for spec in declared.inputs + declared.outputs for dim in spec.shape[1:]}
+    if given:
+        symbol = str(given.pop())
+        return None if symbol in inner else symbol
+    return BATCH if BATCH not in inner else f"{BATCH}_rows"
 
 
-def _shaped(alone: Array, together: Array) -> bool:
+def _why_no_batch(signature: Signature) -> str:
+    """Why `_input_symbol` is None."""
+    for spec in signature.inputs:
+        if not spec.shape:
+            return f"input {spec.name!r} is a scalar, without a batch dim"
+        if isinstance(spec.shape[0], int):
+            return f"dim 0 of input {spec.name!r} is fixed at {spec.shape[0]}"
+    symbols = {str(spec.shape[0]) for spec in signature.inputs}
+    if len(symbols) > 1:
+        return f"dim 0 differs between the inputs ({', '.join(sorted(symbols))})"
+    return f"dim 0 of the inputs ({symbols.pop()}) is another dim's size, too"
+
+
+def _why_apart(signature: Signature, symbol: str) -> str | None:
+    """Why the outputs do not follow the rows, by what the file says; None if they may."""
+    for spec in signature.outputs:
+        if not spec.shape:
+            return f"output {spec.name!r} is a scalar, without a batch dim"
+        if isinstance(spec.shape[0], int):
+            return f"dim 0 of output {spec.name!r} is fixed at {spec.shape[0]}"
+    return None
+
+
+# --- what was seen -----------------------------------------------------------------------------
+
+
+def _with_ranks(signature: Signature, shown: Shown) -> Signature:
+    """`signature` with the ranks that outputs without any were seen to have."""
+    outputs = tuple(
+        spec if spec.shape else TensorSpec(spec.name, spec.dtype, (None,) * shown.dims[spec.name])
+        for spec in signature.outputs
+    )
+    return Signature(signature.inputs, outputs)
+
+
+def _without_untold(signature: Signature, shown: Shown) -> tuple[Signature, str]:
+    """`signature` with dim 0 of outputs that do not follow the rows open, and why."""
+    specs = {spec.name: spec for spec in signature.outputs}
+    name, seen = next(iter(shown.untold.items()))
+    spec = specs[name]
+    if not spec.shape:
+        why = f"output {name!r} is a scalar, without a batch dim"
+    elif isinstance(spec.shape[0], int):
+        why = f"dim 0 of output {name!r} is fixed at {spec.shape[0]}"
+    else:
+        why = f"the rows of output {name!r} do not follow those of the inputs: {seen}"
+    outputs = tuple(
+        _renamed(spec, None)
+        if spec.name in shown.untold and spec.shape and not isinstance(spec.shape[0], int)
+        else spec
+        for spec in signature.outputs
+    )
+    return Signature(signature.inputs, outputs), why
+
+
+def _depends(differences: Sequence[Difference]) -> str:
+    """How rows depend on each other, in words."""
+    most = max(differences, key=lambda each: each.share)
+    share = f" ({100 * most.share:.3g} %)" if math.isfinite(most.share) else ""
+    cosines = [each.cosine for each in differences if each.cosine is not None]
+    between = f", cosine {min(cosines):.6g} to {max(cosines):.6g}" if cosines else ""
     return (
-        alone.shape[:1] == (1,)
-        and together.shape[:1] == (PROBE_ROWS,)
-        and alone.shape[1:] == together.shape[1:]
+        f"answers depend on the rows beside them: output {most.output!r} of a row differs "
+        f"{most.what}{share}{between}"
     )
 
 
-def _follows(alone: Array, together: Array) -> bool:
-    return _shaped(alone, together) and _same(alone, together[:1])
+def _varying(names: Sequence[str]) -> str:
+    named = ", ".join(map(repr, names))
+    return f"its outputs vary from run to run ({named}), so that only shapes could be compared"
 
 
-def _same(left: Array, right: Array) -> bool:
-    if left.shape != right.shape:
-        return False
-    if left.dtype.kind not in "fc":
-        # A rounding error may turn an index or a flag over: their shape must do.
-        return True
-    wide = np.complex128 if left.dtype.kind == "c" else np.float64
-    a, b = left.astype(wide), right.astype(wide)
-    finite = np.abs(a[np.isfinite(a)])
-    bound = TOLERANCE * float(finite.max(initial=0.0)) + 1e-6
-    return bool(np.allclose(a, b, rtol=0.0, atol=bound, equal_nan=True))
+def _short(problem: str) -> str:
+    text = " ".join(problem.split())
+    return text if len(text) <= _MAX_REASON_CHARS else text[:_MAX_REASON_CHARS] + "…"

@@ -67,12 +67,14 @@ def sample(
     rows: int,
     pads: Mapping[str, PadRule],
     usual: Mapping[str, int] | None = None,
+    *,
+    batchable: bool = True,
 ) -> dict[str, Array] | None:
     """Zeros that fit `signature`; None if nothing says how large a dim is.
 
     `usual`: symbol → size; it wins over the largest bucket of `pads`.
     """
-    batch, known = signature.batch_symbol, usual or {}
+    batch, known = signature.batch_symbol if batchable else None, usual or {}
     arrays: dict[str, Array] = {}
     for spec in signature.inputs:
         shape: list[int] = []
@@ -100,6 +102,8 @@ def measure(
     pads: Mapping[str, PadRule],
     buckets: Sequence[int] = (),
     usual: Sequence[Usual] = (),
+    *,
+    batchable: bool = True,
 ) -> Tuning | None:
     """Run each size in `tried`, measure the promising ones. None: no sample input can be made.
 
@@ -109,11 +113,11 @@ def measure(
     """
 
     def made(size: int, of: Usual) -> Batch | None:
-        arrays = sample(signature, size, pads, of.sizes)
+        arrays = sample(signature, size, pads, of.sizes, batchable=batchable)
         if arrays is None:
             return None
         bucket = next((bucket for bucket in buckets if bucket >= size), size)
-        return Batch([arrays], size, bucket, signature.batch_symbol is not None)
+        return Batch([arrays], size, bucket, batchable and signature.batch_symbol is not None)
 
     first, *others = usual or [Usual({}, tried[-1])]
     batches: dict[int, Batch] = {}

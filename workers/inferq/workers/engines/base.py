@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import numpy as np
 
 from inferq.shared.errors import EngineError
-from inferq.shared.schema import Array, GpuTimes, Signature, Tensors
+from inferq.shared.schema import Array, GpuTimes, Tensors
+from inferq.workers.signatures import Declared
 
 if TYPE_CHECKING:
     from inferq.workers.ranges import Usual
@@ -82,8 +83,8 @@ class Engine(ABC):
 
     @classmethod
     @abstractmethod
-    def read_signature(cls, path: Path | None, table: Mapping[str, Any]) -> Signature:
-        """The model's signature without loading it to a device. ConfigError with the reason."""
+    def read(cls, path: Path | None, table: Mapping[str, Any]) -> Declared:
+        """What the model's file says, without loading it to a device. ConfigError: why not."""
 
     @abstractmethod
     def load(self) -> None:

@@ -27,6 +27,7 @@ from pydantic import BeforeValidator, Field
 from inferq.shared.errors import ConfigError, FatalEngineError
 from inferq.shared.schema import DTYPES, MAX_DIMS, MAX_TENSORS, Array, Signature, TensorSpec
 from inferq.workers.engines.base import Batch, Engine, Lane, check_inputs, gather
+from inferq.workers.signatures import Declared
 from inferq.workers.validation import Flag, Milliseconds, Text, TomlTable, validate
 
 if TYPE_CHECKING:
@@ -103,10 +104,10 @@ class FakeEngine(Engine):
         self._lanes: list[FakeLane] = []
 
     @classmethod
-    def read_signature(cls, path: Path | None, table: Mapping[str, Any]) -> Signature:
+    def read(cls, path: Path | None, table: Mapping[str, Any]) -> Declared:
         """What ``[fake]`` says; the outputs are named and shaped as the inputs."""
         specs = tuple(TensorSpec(t.name, t.dtype, t.shape) for t in _read(table).inputs)
-        return Signature(specs, specs)
+        return Declared(Signature(specs, specs))
 
     def load(self) -> None:
         self._lanes = [FakeLane(self._table) for _ in range(self.spec.config.lanes or 1)]

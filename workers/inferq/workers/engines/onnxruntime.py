@@ -40,7 +40,7 @@ from inferq.workers.engines.base import (
 )
 from inferq.workers.engines.cores import usable_cores
 from inferq.workers.engines.on_gpu import LANES
-from inferq.workers.signatures import with_batch_dim
+from inferq.workers.signatures import Declared, named
 from inferq.workers.validation import TomlTable, validate
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ MAX_ONNX_BYTES: Final = (1 << 31) - 1
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 #: Log errors only; warnings about every unused initialiser are of no use to who serves the model.
 _LOG_ERRORS: Final = 3
+_LOG_FATAL: Final = 4
 #: ONNX Runtime's names of element types, where they are not NumPy's.
 _ORT_NAMES: Final = {"float": "float32", "double": "float64"}
 
@@ -75,12 +76,13 @@ class OnnxRuntimeEngine(Engine):
         self._lanes: list[OnnxRuntimeLane] = []
 
     @classmethod
-    def read_signature(cls, path: Path | None, table: Mapping[str, Any]) -> Signature:
-        """Read from the file, and where it does not tell what is batch, from runs on the CPU."""
+    def read(cls, path: Path | None, table: Mapping[str, Any]) -> Declared:
         validate(_Table, table, "onnxruntime.")
         options = _session_options()
-        # Read once and dropped: optimising would take longer than it saves.
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        # What it does not take is told by what it raises.
+        options.log_severity_level = _LOG_FATAL
+        # Examples take the memory that they need, and give it back.
+        options.enable_cpu_mem_arena = False
         session = _open(path, options, [_CPU])
         _check_ranks(path, session)
         declared = Signature(
@@ -91,7 +93,7 @@ class OnnxRuntimeEngine(Engine):
         def probe(inputs: Tensors) -> Mapping[str, Array]:
             return dict(zip(names, session.run(names, inputs), strict=True))
 
-        return with_batch_dim(declared, probe)
+        return Declared(declared, probe)
 
     def load(self) -> None:
         provider = self._table.provider
@@ -195,5 +197,5 @@ def _spec(what: str, node: Any) -> TensorSpec:
     if len(node.shape) > MAX_DIMS:
         raise ConfigError(f"{what} of the model has {len(node.shape)} dims; expected ≤ {MAX_DIMS}")
     # A size that the file leaves open is None, or an empty or negative one from older exporters.
-    dims = (None if dim == "" or (isinstance(dim, int) and dim < 1) else dim for dim in node.shape)
+    dims = (None if isinstance(dim, int) and dim < 1 else named(dim) for dim in node.shape)
     return TensorSpec(node.name, dtype, tuple(dims))

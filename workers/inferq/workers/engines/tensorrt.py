@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from inferq.shared.errors import ConfigError
-from inferq.shared.schema import Signature
 from inferq.workers.engines.base import Engine, Lane
 from inferq.workers.engines.on_gpu import LANES, gpu_buckets
 from inferq.workers.ranges import Usual, usual_inputs
+from inferq.workers.signatures import Declared
 from inferq.workers.validation import Flag, TomlTable, validate
 
 if TYPE_CHECKING:
@@ -47,12 +47,12 @@ class TensorRTEngine(Engine):
         self._session: Session | None = None
 
     @classmethod
-    def read_signature(cls, path: Path | None, table: Mapping[str, Any]) -> Signature:
+    def read(cls, path: Path | None, table: Mapping[str, Any]) -> Declared:
         """As ONNX Runtime reads it from the same file, on the CPU."""
         from inferq.workers.engines.onnxruntime import OnnxRuntimeEngine  # noqa: PLC0415
 
         validate(_Table, table, "tensorrt.")
-        return OnnxRuntimeEngine.read_signature(path, {})
+        return OnnxRuntimeEngine.read(path, {})
 
     @property
     def buckets(self) -> tuple[int, ...]:

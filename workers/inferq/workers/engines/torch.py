@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from inferq.shared.errors import ConfigError, EngineError
-from inferq.shared.schema import DTYPES, Array, Signature, Tensors
+from inferq.shared.schema import DTYPES, Array, Tensors
 from inferq.workers.engines.base import (
     Batch,
     Engine,
@@ -43,7 +43,7 @@ from inferq.workers.engines.on_gpu import LANES, gpu_buckets
 from inferq.workers.engines.pt2 import check_archive
 from inferq.workers.engines.torch_program import FlatFunction, Layout, flat_function, read_layout
 from inferq.workers.ranges import Usual, usual_inputs
-from inferq.workers.signatures import with_batch_dim
+from inferq.workers.signatures import Declared
 from inferq.workers.validation import Flag, TomlTable, validate
 
 if TYPE_CHECKING:
@@ -73,13 +73,11 @@ class TorchEngine(Engine):
         self._on_cuda: CudaProgram | None = None
 
     @classmethod
-    def read_signature(cls, path: Path | None, table: Mapping[str, Any]) -> Signature:
-        """Read from the file; what is batch, from runs on the CPU."""
+    def read(cls, path: Path | None, table: Mapping[str, Any]) -> Declared:
         validate(_Table, table, "torch.")
         program = _open(path)
         layout = read_layout(program)
-        lane = TorchLane(flat_function(program), layout)
-        return with_batch_dim(layout.signature, lane.call)
+        return Declared(layout.signature, TorchLane(flat_function(program), layout).call)
 
     def load(self) -> None:
         program = _open(self.path)

@@ -1,0 +1,153 @@
+"""Example inputs on which a model is tried: five rows each, of several kinds.
+
+Rows may depend on each other only where values are large, negative or zero, or of very different
+magnitude, so all of these are tried. Which integers are valid (indices of a table, say) is not
+known: small ones are, most likely, and larger ones are tried for one input at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+
+from inferq.shared.schema import DTYPES, Array, TensorSpec
+
+Shape = tuple[int, ...]
+
+ROWS: Final = 5
+#: No example holds more input elements than this: 256 MB of float32.
+MAX_ELEMENTS: Final = 1 << 26
+#: Integers are below this, or the first of these that the model does not refuse.
+INTEGER_LIMITS: Final = (1000, 256, 64, 16, 8, 4)
+LOWEST_INTEGER: Final = -100
+#: So many integer inputs are tried with larger ones.
+MAX_INTEGER_INPUTS: Final = 4
+#: Rows of few elements hold few different values: each kind is tried so often.
+FEW_ELEMENTS: Final = 64
+ROUNDS: Final = 4
+
+#: Fills floats of this shape.
+_Floats = Callable[[np.random.Generator, Shape], Array]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the inputs are filled."""
+
+    name: str
+    floats: _Floats
+    #: Input → its least value and the first that is too large. All others are 0 and 1.
+    integers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    #: Whether the rows of integers and flags are all 0 and all 1.
+    constant: bool = False
+    seed: int = 0
+
+
+def _unit(rng: np.random.Generator, shape: Shape) -> Array:
+    return rng.random(shape, np.float32)
+
+
+def _normal(rng: np.random.Generator, shape: Shape) -> Array:
+    return rng.standard_normal(shape, np.float32)
+
+
+def _large(rng: np.random.Generator, shape: Shape) -> Array:
+    return 300 * rng.random(shape, np.float32)
+
+
+def _negative(rng: np.random.Generator, shape: Shape) -> Array:
+    return -300 * rng.random(shape, np.float32)
+
+
+def _mixed(rng: np.random.Generator, shape: Shape) -> Array:
+    rows = rng.standard_normal(shape, np.float32)
+    rows[1] = 0
+    rows[2] = 1e4 * np.abs(rows[2])
+    rows[3] = -1e4 * np.abs(rows[3])
+    rows[4] *= 1e-3
+    return rows
+
+
+def _constant(_rng: np.random.Generator, shape: Shape) -> Array:
+    rows = np.zeros(shape, np.float32)
+    rows[3:] = 1
+    return rows
+
+
+UNIT: Final = Kind("unit", _unit)
+
+
+def further_kinds(inputs: Sequence[TensorSpec]) -> Iterator[Sequence[Kind]]:
+    """What else to try, the most telling first; of each sequence, the first that is not refused."""
+    kinds = {spec.name: DTYPES[spec.dtype].kind for spec in inputs}
+    floats = "f" in kinds.values() or "c" in kinds.values()
+    integers = [name for name, kind in kinds.items() if kind in "iu"][:MAX_INTEGER_INPUTS]
+    sizes = [math.prod(dim for dim in spec.shape[1:] if isinstance(dim, int)) for spec in inputs]
+    for seed in range(ROUNDS if sum(sizes) <= FEW_ELEMENTS else 1):
+        if floats:
+            yield [Kind("mixed", _mixed, seed=seed)]
+        for name in integers:
+            yield [
+                Kind(f"{name} < {most}", _unit, {name: (0, most)}, seed=seed)
+                for most in INTEGER_LIMITS
+            ]
+        yield [Kind("constant", _constant, constant=True)]
+        if floats:
+            yield [Kind("large", _large, seed=seed)]
+            yield [Kind("negative", _negative, seed=seed)]
+            yield [Kind("normal", _normal, seed=seed)]
+        for name in integers:
+            if kinds[name] == "i":
+                yield [Kind(f"{name} ≤ 0", _unit, {name: (LOWEST_INTEGER, 1)}, seed=seed)]
+
+
+def shapes_of(
+    inputs: Sequence[TensorSpec], size: int, known: Mapping[str, int]
+) -> dict[str, Shape] | None:
+    """Input → shape of `ROWS` rows. Open dims are as `known` says, or `size`. None: too large."""
+    shapes = {
+        spec.name: (ROWS, *(_size(dim, size, known) for dim in spec.shape[1:])) for spec in inputs
+    }
+    too_large = sum(math.prod(shape) for shape in shapes.values()) > MAX_ELEMENTS
+    return None if too_large else shapes
+
+
+def _size(dim: int | str | None, size: int, known: Mapping[str, int]) -> int:
+    if isinstance(dim, int):
+        return dim
+    return known.get(dim, size) if dim is not None else size
+
+
+def rows_of(
+    kind: Kind, inputs: Sequence[TensorSpec], shapes: Mapping[str, Shape]
+) -> dict[str, Array]:
+    """`ROWS` rows of `kind`: the same ones each time."""
+    rng = np.random.default_rng(kind.seed)
+    return {spec.name: _filled(kind, spec, shapes[spec.name], rng) for spec in inputs}
+
+
+def _filled(kind: Kind, spec: TensorSpec, shape: Shape, rng: np.random.Generator) -> Array:
+    dtype = DTYPES[spec.dtype]
+    if dtype.kind == "c":
+        return (kind.floats(rng, shape) + 1j * kind.floats(rng, shape)).astype(dtype)
+    if dtype.kind == "f":
+        return kind.floats(rng, shape).astype(dtype)
+    if kind.constant:
+        return _constant(rng, shape).astype(dtype)
+    least, most = kind.integers.get(spec.name, (0, 2))
+    if most > 2:
+        # As many small ones as large ones.
+        small, any_size = np.floor(most ** rng.random(shape)), rng.integers(0, most, shape)
+        return _within(np.where(rng.random(shape) < 0.5, small, any_size), dtype)
+    return _within(rng.integers(least, most, shape), dtype)
+
+
+def _within(values: Array, dtype: np.dtype[Any]) -> Array:
+    if dtype.kind == "b":
+        return values.astype(dtype)
+    limits = np.iinfo(dtype)
+    return np.clip(values, limits.min, limits.max).astype(dtype)
