@@ -77,6 +77,9 @@ MIXED: Final[Mapping[str, str]] = {
     "four or more": f"""{_SAME} <int64 z = {{0}}, int64 four = {{4}}> {{
         shape = Shape(x)  n = Gather<axis=0>(shape, z)  many = GreaterOrEqual(n, four)
         m = ReduceMean<axes=[0], keepdims=1>(x)  s = Add(x, m)  y = Where(many, s, x) }}""",
+    "nine or more": f"""{_SAME} <int64 z = {{0}}, int64 nine = {{9}}> {{
+        shape = Shape(x)  n = Gather<axis=0>(shape, z)  many = GreaterOrEqual(n, nine)
+        m = ReduceMean<axes=[0], keepdims=1>(x)  s = Add(x, m)  y = Where(many, s, x) }}""",
     "values beyond 10": f"""{_SAME} <float ten = {{10.0}}, float a = {{0.01}}> {{
         d = Sub(x, ten)  r = Relu(d)  m = ReduceMean<axes=[0], keepdims=1>(r)  s = Mul(m, a)
         y = Add(x, s) }}""",

@@ -42,6 +42,9 @@ EXACT: Final = 0.01
 AMPLIFIED: Final = 0.1
 #: A kind speaks for another one if its values are at most so many times as large.
 ALIKE: Final = 10.0
+#: Rows of the largest batch tried, of a model that runs three rows in so many seconds of CPU.
+MANY: Final = 35
+QUICK_S: Final = 0.02
 #: Seconds of CPU after which only the most telling runs are made.
 BUDGET_S: Final = 1.0
 #: And after which no more are made at all, but for the first two kinds.
@@ -98,6 +101,8 @@ class _Study:
         self._probe = probe
         self._began = time.process_time()
         self._runs = 0
+        #: Whether larger batches of the kind cost little.
+        self._quick = False
         #: Numbers of rows that were run.
         self.sizes: set[int] = set()
         #: What the model last raised.
@@ -146,6 +151,7 @@ class _Study:
 
     def attempt(self, rows: Tensors, kind: Kind) -> bool:
         """Run batches of `rows`. False if the model refuses them."""
+        began = time.process_time()
         base, width = None, 0
         # Some programs take two rows at most.
         for width in (3, 2):
@@ -154,6 +160,7 @@ class _Study:
                 break
         if base is None:
             return False
+        self._quick = time.process_time() - began < QUICK_S
         if self._differences:
             return True  # rows that cannot be told apart would still matter
         if kind is UNIT:
@@ -182,14 +189,17 @@ class _Study:
             return
         yield partial(self._in_company, rows, base, (4, 1, 3), 1)
         yield partial(self._elsewhere, rows, base, (1, 0))
-        yield partial(self._of_five, rows, base)
+        yield partial(self._of_more, rows, base, 1)
+        if self._quick:
+            yield partial(self._of_more, rows, base, MANY // 5)
 
-    def _of_five(self, rows: Tensors, base: Tensors) -> None:
+    def _of_more(self, rows: Tensors, base: Tensors, fives: int) -> None:
         """Rows may depend on each other only in larger batches."""
-        five = self._elsewhere(rows, base, (3, 0, 4, 2, 1))
-        if five is not None:
-            self._in_company(rows, five, (1, 1, 1, 2, 1), 3)
-            self._in_company(rows, five, (2, 0, 2, 2, 2), 1)
+        larger = self._elsewhere(rows, base, (3, 0, 4, 2, 1) * fives)
+        if larger is not None:
+            last = 5 * fives - 1
+            self._in_company(rows, larger, (1,) * (last - 1) + (2, 1), last - 1)
+            self._in_company(rows, larger, (2, 0) + (2,) * (last - 1), 1)
 
     def _weigh(self, base: Tensors, alone: Sequence[Mapping[str, Difference | None]]) -> None:
         for name in base.keys() - self._untold.keys() - self._varying:
