@@ -27,7 +27,7 @@ import numpy as np
 
 from inferq.shared.schema import Array, Tensors, TensorSpec
 from inferq.workers.agreement import Difference, difference
-from inferq.workers.examples import UNIT, Kind, further_kinds, rows_of, shapes_of
+from inferq.workers.examples import ROWS, UNIT, Kind, further_kinds, rows_of, shapes_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +42,11 @@ EXACT: Final = 0.01
 AMPLIFIED: Final = 0.1
 #: A kind speaks for another one if its values are at most so many times as large.
 ALIKE: Final = 10.0
-#: Rows of the largest batch tried, of a model that runs three rows in so many seconds of CPU.
-MANY: Final = 35
-QUICK_S: Final = 0.02
+#: Rows of larger batches, and seconds of CPU in which three rows must have run for such a batch to
+#: be tried: what runs for long takes much memory, too.
+LARGER: Final = ((5, 0.1), (35, 0.02))
 #: Seconds of CPU after which only the most telling runs are made.
-BUDGET_S: Final = 1.0
+BUDGET_S: Final = 0.5
 #: And after which no more are made at all, but for the first two kinds.
 MAX_S: Final = 10.0
 
@@ -101,8 +101,8 @@ class _Study:
         self._probe = probe
         self._began = time.process_time()
         self._runs = 0
-        #: Whether larger batches of the kind cost little.
-        self._quick = False
+        #: Seconds of CPU that the kind's first batch took.
+        self._took_s = 0.0
         #: Numbers of rows that were run.
         self.sizes: set[int] = set()
         #: What the model last raised.
@@ -113,8 +113,8 @@ class _Study:
         self._varying: set[str] = set()
         #: Output → its largest value on rows of the first kind, which is a usual one.
         self._usual: dict[str, float] = {}
-        #: Output → how a row by itself differs, and the kind's largest value.
-        self._alone: dict[str, list[tuple[Difference, float]]] = defaultdict(list)
+        #: Output → how a row by itself differs, and all answers to rows of that kind.
+        self._alone: dict[str, list[tuple[Difference, Array]]] = defaultdict(list)
         #: Output → the largest value of each kind on which a row by itself does not differ.
         self._steady: dict[str, list[float]] = defaultdict(list)
 
@@ -140,14 +140,16 @@ class _Study:
         return [
             each
             for name, alone in self._alone.items()
-            for each, largest in alone
-            if not self._is_amplified(name, each, largest)
+            for each, answers in alone
+            if not self._is_amplified(name, each, answers)
         ]
 
-    def _is_amplified(self, name: str, alone: Difference, largest: float) -> bool:
+    def _is_amplified(self, name: str, alone: Difference, answers: Array) -> bool:
         """Whether a row's difference by itself is rounding, which the model made larger."""
-        little = alone.cosine is None or alone.share <= AMPLIFIED
-        return little and any(other <= ALIKE * largest for other in self._steady[name])
+        # An index is turned over, or it is not.
+        little = answers.dtype.kind not in "fc" or alone.share <= AMPLIFIED
+        most = ALIKE * _largest(answers)
+        return little and any(largest <= most for largest in self._steady[name])
 
     def attempt(self, rows: Tensors, kind: Kind) -> bool:
         """Run batches of `rows`. False if the model refuses them."""
@@ -160,7 +162,7 @@ class _Study:
                 break
         if base is None:
             return False
-        self._quick = time.process_time() - began < QUICK_S
+        self._took_s = time.process_time() - began
         if self._differences:
             return True  # rows that cannot be told apart would still matter
         if kind is UNIT:
@@ -189,26 +191,24 @@ class _Study:
             return
         yield partial(self._in_company, rows, base, (4, 1, 3), 1)
         yield partial(self._elsewhere, rows, base, (1, 0))
-        yield partial(self._of_more, rows, base, 1)
-        if self._quick:
-            yield partial(self._of_more, rows, base, MANY // 5)
+        for size, limit_s in LARGER:
+            if self._took_s < limit_s:
+                yield partial(self._of_many, rows, base, size)
 
-    def _of_more(self, rows: Tensors, base: Tensors, fives: int) -> None:
+    def _of_many(self, rows: Tensors, base: Tensors, size: int) -> None:
         """Rows may depend on each other only in larger batches."""
-        larger = self._elsewhere(rows, base, (3, 0, 4, 2, 1) * fives)
+        larger = self._elsewhere(rows, base, (3, 0, 4, 2, 1) * (size // ROWS))
         if larger is not None:
-            last = 5 * fives - 1
-            self._in_company(rows, larger, (1,) * (last - 1) + (2, 1), last - 1)
-            self._in_company(rows, larger, (2, 0) + (2,) * (last - 1), 1)
+            self._in_company(rows, larger, (*(1,) * (size - 2), 2, 1), size - 2)
+            self._in_company(rows, larger, (2, 0, *(2,) * (size - 2)), 1)
 
     def _weigh(self, base: Tensors, alone: Sequence[Mapping[str, Difference | None]]) -> None:
         for name in base.keys() - self._untold.keys() - self._varying:
             compared = [differences[name] for differences in alone if name in differences]
             found = [each for each in compared if each is not None]
-            largest = _largest(base[name])
-            self._alone[name] += [(each, largest) for each in found]
+            self._alone[name] += [(each, base[name]) for each in found]
             if compared and not found and _tells_apart(base[name]):
-                self._steady[name].append(largest)
+                self._steady[name].append(_largest(base[name]))
 
     # --- running ----------------------------------------------------------------------------
 

@@ -93,9 +93,9 @@ def examine(
         except NotShown as problem:
             if not batchable:
                 why = f"{_NOT_TRIED} ({_short(str(problem))}); {_SAY_SO}"
-                return _unbatched(signature, _why_apart(signature, symbol) or why, batchable)
+                return _unbatched(signature, _why_apart(signature) or why, batchable)
     if shown is None:
-        apart = _why_apart(signature, symbol)
+        apart = _why_apart(signature)
         return _unbatched(signature, apart, batchable) if apart else _batched(signature, symbol)
     signature = _with_ranks(signature, shown)
     if shown.untold:
@@ -167,7 +167,7 @@ def _why_no_batch(signature: Signature) -> str:
     return f"dim 0 of the inputs ({symbols.pop()}) is another dim's size, too"
 
 
-def _why_apart(signature: Signature, symbol: str) -> str | None:
+def _why_apart(signature: Signature) -> str | None:
     """Why the outputs do not follow the rows, by what the file says; None if they may."""
     for spec in signature.outputs:
         if not spec.shape:

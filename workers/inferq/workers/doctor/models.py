@@ -40,7 +40,10 @@ def models(root: Path | None, on_cpu: bool) -> Iterator[Finding]:
                 why, todo = lacks
                 yield error(check, f"its engine, {engine}, cannot run here: {why}", todo)
                 continue
-            rows = f"batches of up to {spec.max_batch_size}" if spec.batchable else "no batches"
+            why = spec.why_not_batchable
+            rows = (
+                f"batches of up to {spec.max_batch_size}" if why is None else f"no batches: {why}"
+            )
             yield ok(check, f"version {spec.version}, {engine}, {rows}")
 
 
