@@ -21,11 +21,11 @@ def test_every_test_that_the_docs_name_exists() -> None:
     assert named - known == set()
 
 
-def test_each_of_the_ten_promises_names_a_test() -> None:
+def test_each_promise_names_a_test() -> None:
     text = (ROOT / "docs" / "guarantees.md").read_text()
     promised, _, _ = text.partition("## Not promised")
     promises = re.split(r"^\d+\. \*\*", promised, flags=re.MULTILINE)[1:]
-    assert len(promises) == 10
+    assert len(promises) >= 10
     assert all("`test_" in promise for promise in promises)
 
 

@@ -40,10 +40,9 @@ def models(root: Path | None, on_cpu: bool) -> Iterator[Finding]:
                 why, todo = lacks
                 yield error(check, f"its engine, {engine}, cannot run here: {why}", todo)
                 continue
-            why = spec.why_not_batchable
-            rows = (
-                f"batches of up to {spec.max_batch_size}" if why is None else f"no batches: {why}"
-            )
+            rows = f"batches of up to {spec.max_batch_size}"
+            if spec.why_not_batchable is not None:
+                rows = f"no batches: {spec.why_not_batchable}"
             yield ok(check, f"version {spec.version}, {engine}, {rows}")
 
 
