@@ -115,8 +115,8 @@ def far_lookup(path: Path) -> Path:
     return onnx_models.write(
         path,
         nodes,
-        {"ids": (onnx_models.INT64, ("batch",))},
-        {"y": (onnx_models.FLOAT, ("batch", 2))},
+        {"ids": (onnx_models.INT64, (1,))},
+        {"y": (onnx_models.FLOAT, (1, 2))},
         [table, onnx_models.ints("far", [1], [100])],
     )
 

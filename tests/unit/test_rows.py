@@ -130,6 +130,14 @@ def test_the_fake_engine_obeys_the_knob_too(tmp_path: Path) -> None:
         load_model(tmp_path, "m")
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "tensorrt"])
+def test_each_engine_of_onnx_files_obeys_what_was_found(tmp_path: Path, engine: str) -> None:
+    toml = f'engine = "{engine}"'
+    assert not _spec(tmp_path, MIXED["a twentieth of the mean"], toml).batchable
+    assert _spec(tmp_path, MIXED["a twentieth of the mean"], f"{toml}\nbatchable = true").batchable
+    assert _spec(tmp_path, INDEPENDENT["doubled"], toml).batchable
+
+
 # --- what is no dependence -----------------------------------------------------------------------
 
 
