@@ -14,7 +14,7 @@ from helpers.row_models import INDEPENDENT, MIXED, UNTOLD
 
 from inferq.shared.errors import ConfigError
 from inferq.shared.schema import Array, Signature, Tensors, TensorSpec
-from inferq.workers import rows
+from inferq.workers import examples, rows
 from inferq.workers.repository import ModelSpec, load_model
 from inferq.workers.signatures import Declared, Examined, examine
 
@@ -206,6 +206,27 @@ def test_sizes_of_batches_that_the_model_refuses_tell_nothing() -> None:
     why = _shown(lambda inputs: run(inputs, 2, 2)).why_not_batchable
     assert why is not None
     assert why.startswith("no example could be run to see whether its rows are independent (of an")
+
+
+def test_rows_of_which_five_are_too_much_are_tried_in_pairs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(examples, "MAX_ELEMENTS", 4 * examples.ROWS - 1)
+    most = 0
+
+    def run(inputs: Tensors, of_mean: float = 0.0) -> Mapping[str, Array]:
+        nonlocal most
+        x = inputs["x"]
+        most = max(most, len(x))
+        return {"y": x + np.float32(of_mean) * x.mean()}
+
+    assert _shown(run).why_not_batchable is None
+    assert most == 2
+    assert _shown(lambda inputs: run(inputs, 1e-4)).why_not_batchable is not None
+    monkeypatch.setattr(examples, "MAX_ELEMENTS", 4 * examples.FEWER_ROWS - 1)
+    why = _shown(run).why_not_batchable
+    assert why is not None
+    assert "(an example would be too large)" in why
 
 
 def test_a_slow_model_is_tried_on_few_batches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Example inputs on which a model is tried: five rows each, of several kinds.
+"""Example inputs on which a model is tried: five rows each, three of large ones, of several kinds.
 
 Rows may depend on each other only where values are large, negative or zero, or of very different
 magnitude, so all of these are tried. Which integers are valid (indices of a table, say) is not
@@ -18,7 +18,9 @@ from inferq.shared.schema import DTYPES, Array, TensorSpec
 
 Shape = tuple[int, ...]
 
+#: Of an example, and of one that would else be too large.
 ROWS: Final = 5
+FEWER_ROWS: Final = 3
 #: No example holds more input elements than this: 256 MB of float32.
 MAX_ELEMENTS: Final = 1 << 26
 #: Integers are below this, or the first of these that the model does not refuse.
@@ -65,16 +67,15 @@ def _negative(rng: np.random.Generator, shape: Shape) -> Array:
 
 def _mixed(rng: np.random.Generator, shape: Shape) -> Array:
     rows = rng.standard_normal(shape, np.float32)
-    rows[1] = 0
-    rows[2] = 1e4 * np.abs(rows[2])
-    rows[3] = -1e4 * np.abs(rows[3])
-    rows[4] *= 1e-3
+    rows[2:4] = np.abs(rows[2:4])
+    for row in range(len(rows)):
+        rows[row] *= (1, 0, 1e4, -1e4, 1e-3)[row]
     return rows
 
 
 def _constant(_rng: np.random.Generator, shape: Shape) -> Array:
     rows = np.zeros(shape, np.float32)
-    rows[3:] = 1
+    rows[(len(rows) + 1) // 2 :] = 1
     return rows
 
 
@@ -108,12 +109,13 @@ def further_kinds(inputs: Sequence[TensorSpec]) -> Iterator[Sequence[Kind]]:
 def shapes_of(
     inputs: Sequence[TensorSpec], size: int, known: Mapping[str, int]
 ) -> dict[str, Shape] | None:
-    """Input → shape of `ROWS` rows. Open dims are as `known` says, or `size`. None: too large."""
-    shapes = {
-        spec.name: (ROWS, *(_size(dim, size, known) for dim in spec.shape[1:])) for spec in inputs
-    }
-    too_large = sum(math.prod(shape) for shape in shapes.values()) > MAX_ELEMENTS
-    return None if too_large else shapes
+    """Input → shape of an example. Open dims are as `known` says, or `size`. None: too large."""
+    inner = {spec.name: tuple(_size(dim, size, known) for dim in spec.shape[1:]) for spec in inputs}
+    elements = sum(math.prod(shape) for shape in inner.values())
+    for rows in (ROWS, FEWER_ROWS):
+        if rows * elements <= MAX_ELEMENTS:
+            return {name: (rows, *shape) for name, shape in inner.items()}
+    return None
 
 
 def _size(dim: int | str | None, size: int, known: Mapping[str, int]) -> int:
@@ -125,7 +127,7 @@ def _size(dim: int | str | None, size: int, known: Mapping[str, int]) -> int:
 def rows_of(
     kind: Kind, inputs: Sequence[TensorSpec], shapes: Mapping[str, Shape]
 ) -> dict[str, Array]:
-    """`ROWS` rows of `kind`: the same ones each time."""
+    """The rows of an example of `kind`: the same ones each time."""
     rng = np.random.default_rng(kind.seed)
     return {spec.name: _filled(kind, spec, shapes[spec.name], rng) for spec in inputs}
 

@@ -155,8 +155,9 @@ class _Study:
         """Run batches of `rows`. False if the model refuses them."""
         began = time.process_time()
         base, width = None, 0
-        # Some programs take two rows at most.
-        for width in (3, 2):
+        # Some programs take two rows at most, and of large inputs there are three in all.
+        five = len(next(iter(rows.values()))) == ROWS
+        for width in (3, 2) if five else (2,):
             base = self._run(rows, range(width))
             if base is not None:
                 break
@@ -167,7 +168,7 @@ class _Study:
             return True  # rows that cannot be told apart would still matter
         if kind is UNIT:
             self._usual = {name: _largest(array) for name, array in base.items()}
-        others, last = (3, 4)[: width - 1], width - 1
+        others, last = range(width, 2 * width - 1), width - 1
         alone = [self._by_itself(rows, base, 0)]
         self._in_company(rows, base, (0, *others), 0)
         self._in_company(rows, base, (*others, last), last)
