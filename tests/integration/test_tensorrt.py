@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
-from helpers import onnx_models
+from helpers import onnx_models, padded_models
 from helpers.fakecuda import environment
+from helpers.padded_models import RIGHT
 from helpers.results import nothing_is_held
 from helpers.wait import until
 from helpers.worker import SupervisedWorker, Worker
@@ -304,6 +305,38 @@ def test_without_a_gpu_one_line_says_what_is_missing(redis_url: str, models: Pat
     assert worker.process.wait(TIMEOUT_S) == os.EX_CONFIG
     assert "`inferq worker --cpu`" in worker.log
     worker.close()
+
+
+def test_padded_models_answer_as_onnx_runtime_alone_or_are_refused(
+    redis_url: str, tmp_path: Path, on_gpu: Environment
+) -> None:
+    """Sizes below the profile are padded, though the plan cannot run them unpadded."""
+    root = tmp_path / "padded"
+    pads = {name: RIGHT[name].pad.replace("[16]", "[6, 16]") for name in ("stride", "sum")}
+    for name, pad in pads.items():
+        padded_models.write(root / name / "1" / "model.onnx", RIGHT[name])
+        (root / name / "model.toml").write_text(TOML + pad)
+    rng = np.random.default_rng(0)
+    with Worker(redis_url, root, env=on_gpu()), Client(redis_url) as client:
+        for name in pads:
+            path = root / name / "1" / "model.onnx"
+            session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+            for number in range(len(RIGHT[name].sizes)):
+                given = padded_models.request(RIGHT[name], rng, number)
+                (expected,) = session.run(["y"], given)
+                got = client.infer(name, given, timeout=TIMEOUT_S).outputs["y"]
+                assert got.shape == expected.shape
+                np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    one = root / "stride" / "model.toml"
+    one.write_text(TOML + RIGHT["stride"].pad)
+    worker = Worker(redis_url, root, ["stride"], env=on_gpu())
+    try:
+        worker.start()
+        assert worker.process.wait(TIMEOUT_S) == os.EX_CONFIG
+        assert "no size that is padded could be compared with an unpadded run" in worker.log
+        assert "expected in model.toml: [profile] n = [1, 16, 16]" in worker.log
+    finally:
+        worker.close()
 
 
 def test_a_shape_beyond_the_profile_is_the_requests_fault_and_others_are_served(

@@ -36,6 +36,11 @@ def root(tmp_path_factory: pytest.TempPathFactory, images_and_labels: tuple[Arra
     torch_models.digits(root / "digits" / "1" / "model.pt2", images[:TRAINED], labels[:TRAINED])
     torch_models.lookup(root / "lookup" / "1" / "model.pt2")
     (root / "lookup" / "model.toml").write_text("max_queue_delay_ms = 20\n[torch]\ndevice='cpu'\n")
+    torch_models.pooled(root / "pooled" / "1" / "model.pt2")
+    # PyTorch does not keep the names of dims.
+    (root / "pooled" / "model.toml").write_text(
+        "max_queue_delay_ms = 5\n[pad.dim1]\nbuckets = [4, 9]\n"
+    )
     return root
 
 
@@ -69,3 +74,15 @@ def test_only_the_request_that_the_program_cannot_run_fails(client: Client) -> N
         pending[2].result(TIMEOUT_S)
     for n, each in zip((0, 1, 2, 3), pending[:2] + pending[3:], strict=True):
         assert each.result(TIMEOUT_S).outputs["y"].tolist() == [[2 * n, 2 * n + 1]]
+
+
+def test_padded_sizes_share_batches_and_answer_as_alone(client: Client) -> None:
+    rng = np.random.default_rng(0)
+    items = [{"x": rng.standard_normal((1, 2 + n % 8, 4), np.float32)} for n in range(64)]
+    company = []
+    for item, result in zip(items, client.map("pooled", items), strict=True):
+        np.testing.assert_array_equal(result.outputs["y"], 2 * item["x"])
+        np.testing.assert_allclose(result.outputs["sum"], item["x"].sum(axis=1), rtol=1e-4)
+        assert result.receipt is not None
+        company.append(result.receipt.requests)
+    assert max(company) > 2

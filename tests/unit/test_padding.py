@@ -7,7 +7,8 @@ import pytest
 
 from inferq.shared.errors import InvalidInput
 from inferq.shared.schema import Array, Signature, TensorSpec
-from inferq.workers.batching.padding import Padding, PadRule
+from inferq.workers.batching.growth import Grid, Growth
+from inferq.workers.batching.padding import Measured, Padding, PadRule
 
 IDS = TensorSpec("ids", "int64", ("batch", "seq"))
 MASK = TensorSpec("mask", "float32", ("batch", "seq", 2))
@@ -16,6 +17,7 @@ OUT = TensorSpec("out", "float32", ("batch", "seq", 3))
 POOLED = TensorSpec("pooled", "float32", ("batch", 3))
 SIGNATURE = Signature((IDS, MASK, OTHER), (OUT, POOLED))
 SEQ = PadRule((4, 8), 0.0)
+SAME, HALF = Growth(Grid(), 1, (1,)), Growth(Grid(), 1, (0, 1))
 
 
 def inputs(seq: int, width: int = 2, rows: int = 2) -> dict[str, Array]:
@@ -75,25 +77,62 @@ def test_what_needs_no_padding_is_not_copied() -> None:
     assert all(padded[name] is given[name] for name in given)
 
 
-def test_outputs_are_cut_back_where_they_have_the_dim_and_only_there() -> None:
-    padding = Padding(SIGNATURE, {"seq": SEQ})
-    _, sizes = padding.apply(inputs(3))
+def test_outputs_are_cut_back_as_their_dims_were_measured_to_grow() -> None:
+    """Whatever the signature says: here that `out` has the dim."""
+    measured = Measured(growths={"out": {1: ("seq", HALF)}, "other": {2: ("seq", SAME)}})
+    padding = Padding(SIGNATURE, {"seq": SEQ}, measured)
+    _, sizes = padding.apply(inputs(5))
     outputs = {
         "out": np.arange(24.0).reshape(2, 4, 3),
+        "other": np.arange(36.0).reshape(2, 2, 9),
         "pooled": np.arange(6.0).reshape(2, 3),
-        "unknown": np.arange(8.0).reshape(2, 4),
     }
     cut = padding.cut(outputs, sizes)
-    np.testing.assert_array_equal(cut["out"], outputs["out"][:, :3])
-    np.testing.assert_array_equal(cut["pooled"], outputs["pooled"])
-    np.testing.assert_array_equal(cut["unknown"], outputs["unknown"])
+    np.testing.assert_array_equal(cut["out"], outputs["out"][:, :2])
+    np.testing.assert_array_equal(cut["other"], outputs["other"][:, :, :6])
+    assert cut["pooled"] is outputs["pooled"]
 
 
-def test_the_batch_is_never_padded_or_cut() -> None:
-    signature = Signature(
-        (TensorSpec("x", "float32", ("n", "n")),), (TensorSpec("y", "float32", ("n", "n")),)
-    )
+def test_a_size_that_is_a_bucket_is_neither_padded_nor_cut() -> None:
+    padding = Padding(SIGNATURE, {"seq": SEQ}, Measured(growths={"out": {1: ("seq", SAME)}}))
+    _, sizes = padding.apply(inputs(4))
+    outputs = {"out": np.zeros((2, 4, 3))}
+    assert padding.cut(outputs, sizes) is outputs
+
+
+def test_a_size_that_the_model_does_not_take_is_refused_by_name() -> None:
+    padding = Padding(SIGNATURE, {"seq": SEQ}, Measured(grids={"seq": Grid(3)}))
+    padding.apply(inputs(3))
+    with pytest.raises(InvalidInput, match=r"'ids': dim 1 \(seq\) is 2; expected at least 3"):
+        padding.apply(inputs(2))
+
+
+def test_each_input_has_its_own_value_and_0_where_none_is_named() -> None:
+    rule = PadRule((4,), {"ids": 1, "other": -float("inf")})
+    padded, _ = Padding(SIGNATURE, {"seq": rule}).apply(inputs(3))
+    assert padded["ids"][0, 3] == 1
+    assert (padded["mask"][0, 3] == 0).all()
+    assert np.isneginf(padded["other"][0, :, 3]).all()
+
+
+def test_large_integers_stand_in_the_padding_as_they_are() -> None:
+    padded, _ = Padding(SIGNATURE, {"seq": PadRule((4,), {"ids": 2**63 - 1})}).apply(inputs(3))
+    assert padded["ids"][0, 3] == 2**63 - 1
+
+
+@pytest.mark.parametrize("axes", [(2, 5, 4), (3, 3, 3), (3, 5, 3)])
+def test_what_is_filled_up_is_as_numpy_pads_it(axes: tuple[int, ...]) -> None:
+    spec = TensorSpec("x", "float32", ("batch", "a", "b", "c"))
+    rules = {n: PadRule((6,), float(v)) for n, v in zip("abc", (-1, -2, -3), strict=True)}
+    x = np.random.default_rng(0).random((2, *axes), np.float32)
+    padded, _ = Padding(Signature((spec,), ()), rules).apply({"x": x})
+    widths = [(0, 0), *((0, 6 - n) for n in axes)]
+    values = [(0, 0), (0, -1), (0, -2), (0, -3)]
+    np.testing.assert_array_equal(padded["x"], np.pad(x, widths, constant_values=values))
+
+
+def test_the_batch_is_never_padded() -> None:
+    signature = Signature((TensorSpec("x", "float32", ("n", "n")),), ())
     padding = Padding(signature, {"n": PadRule((4,), 0.0)})
-    padded, sizes = padding.apply({"x": np.ones((3, 3), np.float32)})
+    padded, _ = padding.apply({"x": np.ones((3, 3), np.float32)})
     assert padded["x"].shape == (3, 4)
-    assert padding.cut({"y": np.ones((3, 4))}, sizes)["y"].shape == (3, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -206,6 +207,16 @@ def test_a_repository_with_bad_models_names_all_of_them(tmp_path: Path) -> None:
         ("labels = '/etc/passwd'", "labels is '/etc/passwd'; expected a file in the model's"),
         ("pad.seq.bucket = [4]", "pad.seq.buckets is missing; pad.seq.bucket is not a known key"),
         ("pad = 3", "pad is 3; expected a table"),
+        (
+            "[pad.seq]\nbuckets = [4]\nvalue = '1'",
+            "pad.seq.value is '1'; expected a number, or a table of numbers by input",
+        ),
+        ("[pad.seq]\nbuckets = [4]\nvalue = true", "pad.seq.value is True; expected a number"),
+        ("[pad.seq]\nbuckets = [4]\nvalue = nan", "pad.seq.value is nan; expected a number"),
+        (
+            "[pad.seq]\nbuckets = [4]\nvalue = { x = [1] }",
+            "pad.seq.value is {'x': [1]}; expected a number",
+        ),
         ("onnxruntime = 3", "onnxruntime is 3; expected a table, [onnxruntime]"),
         ("[onnxruntime]\nprovider = 'x'", "onnxruntime.provider is 'x'; expected 'auto', 'cpu' or"),
         (
@@ -242,6 +253,61 @@ def test_only_an_inputs_inner_symbols_can_be_padded(tmp_path: Path, symbol: str)
         f"pad.{symbol} names no dim that can be padded; "
         "expected a symbol of an input other than its first dim (seq)"
     )
+
+
+def _padded(root: Path, dtype: str, value: str) -> None:
+    folder = root / "m"
+    folder.mkdir()
+    (folder / "model.toml").write_text(
+        f'engine = "fake"\n[pad.n]\nbuckets = [4]\nvalue = {value}\n[fake]\ninputs = [\n'
+        f'{{ name = "x", dtype = "{dtype}", shape = ["batch", "n"] }},\n'
+        '{ name = "mask", dtype = "float32", shape = ["batch", "n"] },\n'
+        '{ name = "other", dtype = "float32", shape = ["batch", 2] }]\n'
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "expected"),
+    [
+        ("uint8", "300", "pad.n.value is 300; expected a whole number from 0 to 255, since input "
+         "'x' is uint8, or a table of them by input: value = { x = … }"),
+        ("uint8", "{ x = 300 }",
+         "pad.n.value.x is 300; expected a whole number from 0 to 255, since input 'x' is uint8"),
+        ("uint8", "-1", "expected a whole number from 0 to 255"),
+        ("int32", "0.5", "pad.n.value is 0.5; expected a whole number from -2147483648 to"),
+        ("int64", "inf", "pad.n.value is inf; expected a whole number"),
+        ("int64", "9223372036854775808", "expected a whole number"),
+        ("bool", "2", "pad.n.value is 2; expected 0 or 1, since input 'x' is bool"),
+        ("bool", "0.5", "expected 0 or 1"),
+        ("float16", "1e5", "expected a number from -65504 to 65504, inf or -inf"),
+        ("float32", "{ y = 1 }",
+         "pad.n.value names 'y'; expected inputs that have the dim n (mask, x)"),
+        ("float32", "{ other = 1 }",
+         "pad.n.value names 'other'; expected inputs that have the dim n (mask, x)"),
+    ],
+)  # fmt: skip
+def test_a_value_that_an_input_cannot_hold_is_refused_by_name(
+    tmp_path: Path, dtype: str, value: str, expected: str
+) -> None:
+    _padded(tmp_path, dtype, value)
+    assert expected in _refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        ("uint8", "255"), ("uint8", "7.0"), ("bool", "1"), ("float32", "-inf"),
+        ("float16", "-6e4"), ("int64", "-9223372036854775808"), ("int64", "{ mask = 0.5 }"),
+        ("uint64", "{ x = 9223372036854775807 }"), ("float32", "{}"), ("complex64", "1.5"),
+    ],
+)  # fmt: skip
+def test_a_value_that_each_input_can_hold_is_taken(tmp_path: Path, dtype: str, value: str) -> None:
+    _padded(tmp_path, dtype, value)
+    rule = load_model(tmp_path, "m").config.pad["n"]
+    given = tomllib.loads(f"value = {value}")["value"]
+    assert rule.value == given
+    for name in ("x", "mask"):
+        assert rule.value_in(name) == (given.get(name, 0) if isinstance(given, dict) else given)
 
 
 @pytest.mark.parametrize(

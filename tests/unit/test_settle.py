@@ -17,7 +17,8 @@ from inferq.shared.errors import EngineError
 from inferq.shared.names import Names
 from inferq.shared.resp import pack, unpack
 from inferq.shared.schema import Signature, TensorSpec, Ticket
-from inferq.workers.batching.padding import Padding, PadRule
+from inferq.workers.batching.growth import Grid, Growth
+from inferq.workers.batching.padding import Measured, Padding, PadRule
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Claim, Slot
 from inferq.workers.intake import Quarantined
@@ -36,7 +37,8 @@ from inferq.workers.settle import (
 NAMES = Names()
 I = "incarnation"  # noqa: E741 - as in the names of its keys
 SPEC = TensorSpec("y", "float32", ("batch", "n"))
-PADDING = Padding(Signature((SPEC,), (SPEC,)), {"n": PadRule((4,), 0.0)})
+GROWTHS = {"y": {1: ("n", Growth(Grid(), 1, (1,)))}}
+PADDING = Padding(Signature((SPEC,), (SPEC,)), {"n": PadRule((4,), 0.0)}, Measured(growths=GROWTHS))
 RESULTS = Results("worker@host", "fake", 3, PADDING)
 
 

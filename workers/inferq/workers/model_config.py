@@ -6,6 +6,7 @@ Every key has a default, so the file may be missing. The table of each engine (`
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections.abc import Collection, Mapping
@@ -13,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+import numpy as np
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainValidator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from inferq.shared.errors import ConfigError
@@ -68,6 +70,14 @@ def _tables(profile: object) -> object:
     return [profile] if isinstance(profile, dict) else profile
 
 
+def _pad_value(value: object) -> object:
+    given = list(value.values()) if isinstance(value, dict) else [value]
+    # Not-a-number would spread over whatever it meets.
+    if all(type(each) in (int, float) and each == each for each in given):  # noqa: PLR0124
+        return value
+    raise ValueError("a number, or a table of numbers by input")
+
+
 def _from_least_to_most(sizes: tuple[int, int, int]) -> tuple[int, int, int]:
     if list(sizes) != sorted(sizes):
         raise ValueError("the smallest, the usual and the largest size, in this order")
@@ -95,7 +105,8 @@ class PadTable(PadRule):
         Field(min_length=1, max_length=MAX_SIZES),
         AfterValidator(_ascending),
     ]
-    value: Annotated[float, Field(strict=True)] = 0.0
+    #: Of all inputs, or by input: ``value = { input_ids = 1, attention_mask = 0 }``.
+    value: Annotated[Any, PlainValidator(_pad_value)] = 0
 
 
 class ModelConfig(TomlTable):
@@ -224,7 +235,10 @@ def _check_sizes(config: ModelConfig) -> None:
 
 
 def check_pad(pad: Mapping[str, PadRule], signature: Signature) -> None:
-    """ConfigError unless each padded symbol is a dim of an input, and never its dim 0."""
+    """ConfigError unless each padded symbol is a dim of an input, and never its dim 0.
+
+    And unless its values are of inputs that have it, whose dtypes can hold them.
+    """
     firsts = {spec.shape[0] for spec in signature.inputs if spec.shape}
     inner = {dim for spec in signature.inputs for dim in spec.shape[1:] if isinstance(dim, str)}
     for symbol in pad:
@@ -234,6 +248,43 @@ def check_pad(pad: Mapping[str, PadRule], signature: Signature) -> None:
                 f"pad.{symbol} names no dim that can be padded; expected a symbol of an input "
                 f"other than its first dim ({expected}){_nameless(signature)}"
             )
+        _check_values(symbol, pad[symbol], signature)
+
+
+def _check_values(symbol: str, rule: PadRule, signature: Signature) -> None:
+    having = {spec.name: spec.dtype for spec in signature.inputs if symbol in spec.shape[1:]}
+    named = rule.value if isinstance(rule.value, Mapping) else {}
+    for name in named:
+        if name not in having:
+            raise ConfigError(
+                f"pad.{symbol}.value names {name!r}; expected inputs that have the dim {symbol} "
+                f"({', '.join(sorted(having))})"
+            )
+    for name, dtype in having.items():
+        value = rule.value_in(name)
+        expected = _not_held(value, np.dtype(dtype))
+        if expected is None:
+            continue
+        where = f"pad.{symbol}.value{'.' + name if named else ''}"
+        by_input = ""
+        if not named and len(having) > 1:
+            by_input = ", or a table of them by input: value = { " + f"{name} = … }}"
+        raise ConfigError(
+            f"{where} is {value}; expected {expected}, since input {name!r} is {dtype}{by_input}"
+        )
+
+
+def _not_held(value: float, dtype: np.dtype[Any]) -> str | None:
+    """What `dtype` can hold, unless that is `value`, too."""
+    if dtype.kind == "b":
+        return None if value in (0, 1) else "0 or 1"
+    if dtype.kind in "iu":
+        info = np.iinfo(dtype)
+        held = math.isfinite(value) and value == int(value) and info.min <= value <= info.max
+        return None if held else f"a whole number from {info.min} to {info.max}"
+    most = float(np.finfo(dtype).max)
+    held = math.isinf(value) or -most <= value <= most
+    return None if held else f"a number from {-most:.6g} to {most:.6g}, inf or -inf"
 
 
 def _nameless(signature: Signature) -> str:

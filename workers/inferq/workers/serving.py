@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from inferq.shared.errors import ConfigError, EngineError, FatalEngineError
@@ -21,6 +22,7 @@ from inferq.workers.intake import Intake
 from inferq.workers.lanes import Finished, Job, Lanes
 from inferq.workers.logs.fields import about
 from inferq.workers.metrics.counts import ModelCounts, ModelStats
+from inferq.workers.pad_probe.probe import probe_padding
 from inferq.workers.repository import ModelSpec
 from inferq.workers.results import Results
 from inferq.workers.tuning import Tuning, measure, sizes
@@ -85,6 +87,7 @@ class ServedModel:
         self._load(engine)
         self._engine = engine
         self._buckets = engine.buckets
+        padding = self._pad(engine)
         tuning = self._tune(engine)
         preferred = config.preferred_batch_sizes
         if not preferred and tuning is not None and spec.batchable:
@@ -102,7 +105,6 @@ class ServedModel:
             seconds_per_row=tuning.seconds_per_row if tuning else 0.0,
             result_expires_s=result_expires_s,
         )
-        padding = Padding(spec.signature, config.pad)
         self.intake = Intake(self.advert, names, padding, is_revoked, clock.now)
         self.results = Results(worker, config.engine, spec.version, padding)
         self._ahead_knobs = replace(
@@ -125,9 +127,18 @@ class ServedModel:
             logger.warning("model %s is batched: %s", self.name, remark, extra=told)
 
     def _load(self, engine: Engine) -> None:
-        """Load it; a ConfigError names the model, which may be one of many."""
-        try:
+        with self._named():
             engine.load()
+
+    def _pad(self, engine: Engine) -> Padding:
+        with self._named():
+            return probe_padding(engine)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Make what is raised a ConfigError that names the model, which may be one of many."""
+        try:
+            yield
         except FatalEngineError:
             raise
         except (ConfigError, EngineError) as problem:

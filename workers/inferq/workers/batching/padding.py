@@ -1,18 +1,29 @@
 """Pads the dims that model.toml's ``[pad]`` names, so that more requests fit together.
 
-Only named symbols of input dims other than the batch are ever padded, up to the next of their
-buckets; outputs that have the symbol are cut back to the request's own size.
+Only named symbols of input dims other than the first are ever padded, up to the next of their
+buckets. What that adds to the outputs is cut off again, by how their dims were measured to grow
+(`pad_probe`), whatever the file calls them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from types import EllipsisType
+from typing import Final
 
 import numpy as np
 
 from inferq.shared.errors import InvalidInput
-from inferq.shared.schema import Array, Signature, Tensors
+from inferq.shared.schema import Array, Signature, Tensors, TensorSpec
+from inferq.workers.batching.growth import Grid, Growth
+
+#: Sizes of requests whose cuts are remembered.
+_REMEMBERED: Final = 4096
+
+_Cut = tuple[slice | EllipsisType, ...]
 
 
 @dataclass(frozen=True)
@@ -20,55 +31,136 @@ class PadRule:
     """One symbol's allowed sizes, ascending, and what stands in the padding."""
 
     buckets: tuple[int, ...]
-    value: float
+    #: Of every input that has the symbol; or by input, 0 where none is named.
+    value: float | Mapping[str, float]
+
+    def value_in(self, name: str) -> float:
+        """What stands in the padding of the input `name`."""
+        return self.value.get(name, 0) if isinstance(self.value, Mapping) else self.value
+
+    def bucket(self, size: int) -> int | None:
+        """The smallest that holds `size`."""
+        place = bisect_left(self.buckets, size)
+        return self.buckets[place] if place < len(self.buckets) else None
+
+
+def padded_dims(spec: TensorSpec, rules: Mapping[str, PadRule]) -> list[tuple[int, str]]:
+    """The axes of an input that are padded, each with its symbol."""
+    return [
+        (axis, dim)
+        for axis, dim in enumerate(spec.shape)
+        if axis and isinstance(dim, str) and dim in rules
+    ]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model was seen to do with the padded dims."""
+
+    #: Symbol → the sizes that the model takes; any, where it is missing.
+    grids: Mapping[str, Grid] = field(default_factory=dict)
+    #: Output → axis → the symbol by which it grows, and how.
+    growths: Mapping[str, Mapping[int, tuple[str, Growth]]] = field(default_factory=dict)
+    #: Symbols that have one size.
+    tied: Sequence[Sequence[str]] = ()
 
 
 class Padding:
     """The ``[pad]`` table of one model, applied to its signature."""
 
-    def __init__(self, signature: Signature, rules: Mapping[str, PadRule]) -> None:
+    def __init__(
+        self,
+        signature: Signature,
+        rules: Mapping[str, PadRule],
+        measured: Measured | None = None,
+    ) -> None:
         self._rules = rules
-        self._inputs = {spec.name: spec.shape for spec in signature.inputs}
-        self._outputs = {spec.name: spec.shape for spec in signature.outputs}
+        self._measured = measured or Measured()
+        dims = {spec.name: padded_dims(spec, rules) for spec in signature.inputs}
+        self._inputs = {name: axes for name, axes in dims.items() if axes}
+        self._cuts = lru_cache(maxsize=_REMEMBERED)(self._find_cuts)
 
     def apply(self, arrays: Tensors) -> tuple[dict[str, Array], Mapping[str, int] | None]:
-        """The padded inputs, and each padded symbol's size before. InvalidInput: over the last."""
-        if not self._rules:
+        """The padded inputs, and each padded symbol's size before.
+
+        InvalidInput: over the last bucket, or a size that the model takes no more when padded.
+        """
+        if not self._inputs:
             return dict(arrays), None
+        padded = dict(arrays)
         sizes: dict[str, int] = {}
-        padded: dict[str, Array] = {}
-        for name, array in arrays.items():
-            widths = [(0, 0)] * array.ndim
-            values = [(0.0, 0.0)] * array.ndim
-            for axis, symbol in enumerate(self._inputs[name]):
-                rule = self._rules.get(symbol) if isinstance(symbol, str) and axis else None
-                if rule is None or not isinstance(symbol, str):
-                    continue
-                size = array.shape[axis]
-                bucket = next((b for b in rule.buckets if b >= size), None)
-                if bucket is None:
-                    raise InvalidInput(
-                        f"input {name!r}: dim {axis} ({symbol}) is {size}; "
-                        f"expected at most {rule.buckets[-1]}"
-                    )
-                sizes[symbol] = size
-                widths[axis] = (0, bucket - size)
-                values[axis] = (0.0, rule.value)
-            grows = any(after for _, after in widths)
-            padded[name] = np.pad(array, widths, constant_values=values) if grows else array
+        for name, axes in self._inputs.items():
+            array = arrays[name]
+            shape = list(array.shape)
+            for axis, symbol in axes:
+                sizes[symbol] = size = shape[axis]
+                shape[axis] = self._bucket(name, axis, symbol, size)
+            if array.shape != tuple(shape):
+                values = [(axis, self._rules[symbol].value_in(name)) for axis, symbol in axes]
+                padded[name] = _filled_up(array, shape, values)
+        for symbols in self._measured.tied:
+            if len({sizes[symbol] for symbol in symbols}) > 1:
+                given = ", ".join(f"{symbol} {sizes[symbol]}" for symbol in symbols)
+                raise InvalidInput(f"sizes are {given}; expected one size, as the model takes")
         return padded, sizes
+
+    def _bucket(self, name: str, axis: int, symbol: str, size: int) -> int:
+        rule = self._rules[symbol]
+        bucket = rule.bucket(size)
+        if bucket is None:
+            raise InvalidInput(
+                f"input {name!r}: dim {axis} ({symbol}) is {size}; "
+                f"expected at most {rule.buckets[-1]}"
+            )
+        grid = self._measured.grids.get(symbol)
+        if grid is not None and size not in grid:
+            raise InvalidInput(
+                f"input {name!r}: dim {axis} ({symbol}) is {size}; expected {grid}, "
+                "as the model takes no other, padded or not"
+            )
+        return bucket
 
     def cut(self, outputs: Tensors, sizes: Mapping[str, int] | None) -> Tensors:
         """`outputs` of one request without what padding added."""
         if not sizes:
             return outputs
-        return {name: self._cut_one(name, array, sizes) for name, array in outputs.items()}
+        cuts = self._cuts(tuple(sizes.items()))
+        if not cuts:
+            return outputs
+        return {
+            name: array[cuts[name]] if name in cuts else array for name, array in outputs.items()
+        }
 
-    def _cut_one(self, name: str, array: Array, sizes: Mapping[str, int]) -> Array:
-        dims = self._outputs.get(name, ())
-        keep = tuple(
-            slice(sizes[dim]) if axis and isinstance(dim, str) and dim in sizes else slice(None)
-            for axis, dim in enumerate(dims)
-        )
-        cut: Array = array[keep]
-        return cut
+    def _find_cuts(self, sizes: tuple[tuple[str, int], ...]) -> dict[str, _Cut]:
+        """Output → what to keep of it, where that is not all."""
+        size_of = dict(sizes)
+        cuts: dict[str, _Cut] = {}
+        for name, growths in self._measured.growths.items():
+            keep: list[slice | EllipsisType] = [slice(None)] * (max(growths, default=-1) + 1)
+            for axis, (symbol, growth) in growths.items():
+                size = size_of[symbol]
+                bucket = self._rules[symbol].bucket(size)
+                # By what was added: the rest of the dim may follow another size, too.
+                added = growth.at(bucket or size) - growth.at(size)
+                if added:
+                    keep[axis] = slice(None, -added)
+            if any(each != slice(None) for each in keep):
+                cuts[name] = (*keep, ...)
+        return cuts
+
+
+def _filled_up(array: Array, shape: Sequence[int], values: Sequence[tuple[int, float]]) -> Array:
+    """`array` in the beginning of one of `shape`; behind it, along each axis, its value.
+
+    Where that is behind it along several axes, the value of the last.
+    """
+    whole: Array = np.empty(shape, array.dtype)
+    place = [slice(size) for size in array.shape]
+    whole[tuple(place)] = array
+    for axis, value in values:
+        size = array.shape[axis]
+        if shape[axis] > size:
+            place[axis] = slice(size, None)
+            whole[tuple(place)] = value
+        place[axis] = slice(None)
+    return whole

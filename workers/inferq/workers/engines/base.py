@@ -76,6 +76,9 @@ class Engine(ABC):
     #: Whether each lane has hardware of its own (CPU cores), so that two batches on two lanes end
     #: sooner than one of twice the size on one. `load` may set it.
     parallel_lanes: bool = False
+    #: How many times as much as on a CPU two runs of other shapes may differ by rounding: a card
+    #: multiplies float32 as TF32, whose mantissa is float16's. `load` may set it.
+    rounding: float = 1.0
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec

@@ -39,7 +39,7 @@ from inferq.workers.engines.base import (
     without_padding,
 )
 from inferq.workers.engines.cores import usable_cores
-from inferq.workers.engines.on_gpu import LANES
+from inferq.workers.engines.on_gpu import LANES, ROUNDING
 from inferq.workers.signatures import Declared, named
 from inferq.workers.validation import TomlTable, validate
 
@@ -110,6 +110,7 @@ class OnnxRuntimeEngine(Engine):
         if provider == "cuda" and not on_cuda:
             raise ConfigError("onnxruntime.provider is 'cuda', but no CUDA device could be used")
         self.parallel_lanes = not on_cuda
+        self.rounding = ROUNDING if on_cuda else 1.0
         count = self.spec.config.lanes or (LANES if on_cuda else usable_cores())
         self._lanes = [OnnxRuntimeLane(session) for _ in range(count)]
 

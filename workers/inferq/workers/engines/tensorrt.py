@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from inferq.shared.errors import ConfigError
 from inferq.workers.engines.base import Engine, Lane
-from inferq.workers.engines.on_gpu import LANES, gpu_buckets
+from inferq.workers.engines.on_gpu import LANES, ROUNDING, gpu_buckets
 from inferq.workers.ranges import Usual, usual_inputs
 from inferq.workers.signatures import Declared
 from inferq.workers.validation import Flag, TomlTable, validate
@@ -40,6 +40,7 @@ class TensorRTEngine(Engine):
     """One plan; an execution context for each lane."""
 
     name = "tensorrt"
+    rounding = ROUNDING
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)

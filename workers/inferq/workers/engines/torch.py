@@ -39,7 +39,7 @@ from inferq.workers.engines.base import (
     without_padding,
 )
 from inferq.workers.engines.cores import usable_cores
-from inferq.workers.engines.on_gpu import LANES, gpu_buckets
+from inferq.workers.engines.on_gpu import LANES, ROUNDING, gpu_buckets
 from inferq.workers.engines.pt2 import check_archive
 from inferq.workers.engines.torch_program import FlatFunction, Layout, flat_function, read_layout
 from inferq.workers.ranges import Usual, usual_inputs
@@ -108,6 +108,7 @@ class TorchEngine(Engine):
         lanes = self.spec.config.lanes or LANES
         opened.open(lanes, self.buckets, graphs=self._table.cuda_graphs)
         self._on_cuda = opened
+        self.rounding = ROUNDING
 
     @property
     def buckets(self) -> tuple[int, ...]:

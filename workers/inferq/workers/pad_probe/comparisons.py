@@ -1,0 +1,220 @@
+"""Compares what a model answers to padded inputs, cut, with what it answers to unpadded ones."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+
+from inferq.shared.schema import Array, Signature, Tensors
+from inferq.workers.agreement import Difference, difference
+from inferq.workers.batching.growth import Grid
+from inferq.workers.batching.padding import Measured, Padding, PadRule
+from inferq.workers.pad_probe.examples import Example, Examples, Sizes
+from inferq.workers.pad_probe.sizes import SizeProbe
+from inferq.workers.pad_probe.trials import Trials
+
+#: Sizes next to each other that are compared, as a border may fall on each in another way.
+NEIGHBOURS: Final = 9
+#: Share of an output's largest value below which one kind of inputs shows nothing by itself.
+SMALL: Final = 0.03
+#: Kinds of inputs that are compared at all sizes.
+ALWAYS: Final = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison."""
+
+    sizes: Sizes
+    example: Example
+    #: The symbols that are padded in it.
+    padded: tuple[str, ...]
+    #: Compared however long it takes.
+    needed: bool = False
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A case whose answers padding changed."""
+
+    case: Case
+    buckets: Mapping[str, int]
+    by: Difference | str
+
+    @property
+    def small(self) -> bool:
+        return isinstance(self.by, Difference) and self.by.share < SMALL
+
+    @property
+    def told(self) -> bool:
+        """Whether it says by how much."""
+        return isinstance(self.by, Difference) and self.by.cosine is not None
+
+    def __str__(self) -> str:
+        sizes = " and ".join(
+            f"{symbol} {self.case.sizes[symbol]} is padded to {self.buckets[symbol]}"
+            for symbol in self.case.padded
+        )
+        return f"where {sizes}, on {self.case.example.kind}: {self.by}"
+
+
+class Comparisons:
+    """Of one model, under one set of rules."""
+
+    def __init__(
+        self,
+        signature: Signature,
+        rules: Mapping[str, PadRule],
+        measured: Measured,
+        taken: SizeProbe,
+        trials: Trials,
+        *,
+        rounding: float = 1.0,
+    ) -> None:
+        self.rules = rules
+        self.padding = Padding(signature, rules, measured)
+        self._taken = taken
+        self._trials = trials
+        self._examples = Examples(signature, rules)
+        self._rounding = rounding
+        self._kinds = self._examples.kinds()
+        #: Output → how large its values usually are, of inputs that are neither large nor small.
+        self._usual: dict[str, float] = {}
+        #: Symbol → comparisons made in which it was padded.
+        self.made = dict.fromkeys(rules, 0)
+        #: Comparisons that time did not suffice for.
+        self.left_out = 0
+
+    def first_change(self) -> Changed | None:
+        """The first case found in which answers change; None: there is none."""
+        for case in self._cases():
+            if not case.needed and not self._trials.within(1.0):
+                self.left_out += 1
+                continue
+            changed = self.compare(case)
+            if changed is not None and (not changed.small or self._confirmed(changed)):
+                return self._told_best(changed)
+        return None
+
+    def _confirmed(self, changed: Changed) -> bool:
+        """Whether other inputs show it, too: where values cancel out, rounding may be blown up."""
+        return any(
+            self.compare(replace(changed.case, example=example)) is not None
+            for example in self._kinds
+            if example is not changed.case.example
+        )
+
+    def _told_best(self, changed: Changed) -> Changed:
+        """The same with inputs, if there are any, on which there is a number to tell."""
+        for example in self._kinds:
+            if changed.told:
+                break
+            changed = self.compare(replace(changed.case, example=example)) or changed
+        return changed
+
+    def compare(self, case: Case) -> Changed | None:
+        """None: padding changes nothing, or the model rejects this even without."""
+        inputs = self._examples.inputs(case.example, case.sizes)
+        alone = self._trials.outputs(inputs)
+        if inputs is None or alone is None:
+            return None
+        if case.example is self._kinds[0]:
+            self._note_usual(alone)
+        padded, sizes = self.padding.apply(inputs)
+        buckets = {
+            symbol: self.rules[symbol].bucket(case.sizes[symbol]) or 0 for symbol in case.padded
+        }
+        answer = self._trials.outputs(padded)
+        if answer is None:
+            return Changed(case, buckets, f"the model fails ({self._trials.reason})")
+        found = self._difference(inputs, alone, self.padding.cut(answer, sizes))
+        if any(a.dtype.kind not in "fc" or np.isfinite(a).any() for a in alone.values()):
+            for symbol in case.padded:
+                self.made[symbol] += 1
+        return Changed(case, buckets, found) if found is not None else None
+
+    def _difference(self, inputs: Tensors, alone: Tensors, answer: Tensors) -> Difference | None:
+        if all(a.size and (a == a.flat[0]).all() for a in inputs.values()):
+            # Where all is equal, rounding decides which of them an index names.
+            alone = {
+                name: a for name, a in alone.items()
+                if a.dtype.kind in "fc" or a.shape != answer[name].shape
+            }  # fmt: skip
+        found = self._largest(alone, answer)
+        if found is None:
+            return None
+        again = self._trials.outputs(inputs)
+        if again is None:
+            return found
+        # An output that varies from run to run anyhow shows nothing but its shape.
+        steady = {
+            name: a for name, a in alone.items()
+            if a.shape != answer[name].shape or self._largest({name: a}, again) is None
+        }  # fmt: skip
+        return self._largest(steady, answer)
+
+    def _largest(self, expected: Tensors, got: Tensors) -> Difference | None:
+        """Of the differences of all outputs, each held to what its values usually are."""
+        found = [
+            difference({name: array}, got, self._rounding, self._usual.get(name, 0.0))
+            for name, array in expected.items()
+        ]
+        differing = [each for each in found if each is not None]
+        return max(differing, key=lambda each: each.share, default=None)
+
+    def _note_usual(self, outputs: Mapping[str, Array]) -> None:
+        for name, array in outputs.items():
+            if array.dtype.kind in "fc":
+                values = np.abs(array[np.isfinite(array) & (array != 0)])
+                if values.size:
+                    self._usual[name] = max(float(np.median(values)), self._usual.get(name, 0.0))
+
+    def _cases(self) -> Iterator[Case]:
+        taken, kinds = self._taken, self._kinds
+        within = {name: _within(self.rules[name], grid) for name, grid in taken.grids.items()}
+        usable = {symbol: found for symbol, found in within.items() if found}
+        near = {symbol: found[0][-1] for symbol, found in usable.items()}
+
+        def case(
+            example: Example,
+            sizes: Mapping[str, int],
+            *,
+            base: Sizes = taken.base,
+            needed: bool = False,
+        ) -> Case:
+            changed = {each: size for name, size in sizes.items() for each in taken.ties[name]}
+            at: dict[str | None, int] = dict(base)
+            at.update(changed)
+            return Case(at, example, tuple(changed), needed)
+
+        for example in kinds:
+            for symbol, size in near.items():
+                yield case(example, {symbol: size}, needed=example in kinds[:2])
+            if len(near) > 1:
+                yield case(example, near, needed=example is kinds[0])
+        for example, (symbol, found) in itertools.product(kinds[:ALWAYS], usable.items()):
+            for size in {*found[0][-NEIGHBOURS:], found[0][0]} - {near[symbol]}:
+                yield case(example, {symbol: size})
+        for example, (symbol, found) in itertools.product(kinds[:ALWAYS], usable.items()):
+            for sizes in found[1:]:
+                for size in {sizes[-1], sizes[len(sizes) // 2], sizes[0]}:
+                    yield case(example, {symbol: size})
+        if taken.other is not None:
+            for symbol, size in near.items():
+                yield case(kinds[0], {symbol: size}, base=taken.other)
+
+
+def _within(rule: PadRule, grid: Grid) -> list[range]:
+    """The sizes that are padded to each bucket, of those to which any are."""
+    found: list[range] = []
+    least = grid.first
+    for bucket in rule.buckets:
+        sizes = range(least, bucket, grid.step)
+        if sizes:
+            found.append(sizes)
+        least = bucket + grid.step
+    return found

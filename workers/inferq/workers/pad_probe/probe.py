@@ -1,0 +1,154 @@
+"""Whether a model may be padded as its model.toml says, shown by padded and unpadded runs of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Final
+
+import numpy as np
+
+from inferq.shared.errors import ConfigError
+from inferq.shared.schema import Array, Signature, Tensors
+from inferq.workers.batching.padding import Measured, Padding, PadRule, padded_dims
+from inferq.workers.engines.base import Batch, Engine
+from inferq.workers.logs.fields import about
+from inferq.workers.pad_probe.comparisons import Changed, Comparisons
+from inferq.workers.pad_probe.sizes import SizeProbe
+from inferq.workers.pad_probe.trials import Run, Trials
+from inferq.workers.ranges import toml_key
+
+logger = logging.getLogger(__name__)
+
+#: Seconds for all of it. What proves least is left out then, never the first comparisons.
+BUDGET_S: Final = 10.0
+#: Seconds to find what may be written instead of what is refused.
+ADVICE_S: Final = 5.0
+
+
+def probe_padding(engine: Engine) -> Padding:
+    """The `Padding` of a loaded model. ConfigError with the reason if it must not be padded so.
+
+    Runs it on the first lane, which nobody else may drive yet.
+    """
+    spec, lane = engine.spec, engine.lanes[0]
+    bucket = engine.buckets[0] if engine.buckets and spec.batchable else 1  # that of one row
+
+    def run(inputs: Tensors) -> Mapping[str, Array]:
+        return lane.run(Batch([inputs], 1, bucket, spec.batchable))
+
+    return measured_padding(
+        spec.signature, spec.config.pad, run, name=spec.name, rounding=engine.rounding
+    )
+
+
+def measured_padding(
+    signature: Signature,
+    rules: Mapping[str, PadRule],
+    run: Run,
+    *,
+    name: str = "",
+    rounding: float = 1.0,
+    seconds: float = BUDGET_S,
+) -> Padding:
+    """The same of a model that `run` runs, one row at a time."""
+    if not rules:
+        return Padding(signature, rules)
+    trials = Trials(run, seconds)
+    sizes = SizeProbe(signature, rules, trials)
+    measured = sizes.measured()
+    comparisons = Comparisons(signature, rules, measured, sizes, trials, rounding=rounding)
+    changed = comparisons.first_change()
+    if changed is not None:
+        padded = ", ".join(f"pad.{symbol}" for symbol in changed.case.padded)
+        advice = _advice(signature, measured, sizes, changed, comparisons, run, rounding)
+        raise ConfigError(f"{padded}: answers change {changed}; {advice}")
+    for symbol, made in comparisons.made.items():
+        if not made and _padded_sizes(rules[symbol]):
+            last = rules[symbol].buckets[-1]
+            todo = "sizes between its buckets that the model takes unpadded, too"
+            if trials.not_built:
+                todo = f"in model.toml: [profile] {toml_key(symbol)} = [1, {last}, {last}]"
+            raise ConfigError(
+                f"pad.{symbol}: no size that is padded could be compared with an unpadded run "
+                f"({trials.reason}); expected {todo}"
+            )
+    logger.info(
+        "model %s: padded as it says, in %d runs that took %.1f s answers stay as they are%s",
+        name, trials.runs, trials.took_s, _growth_told(measured), extra=about(model=name),
+    )  # fmt: skip
+    if comparisons.left_out:
+        logger.warning(
+            "model %s: [pad] was probed for %.0f s only, so %d of %d comparisons were left out",
+            name, trials.took_s, comparisons.left_out,
+            comparisons.left_out + sum(comparisons.made.values()), extra=about(model=name),
+        )  # fmt: skip
+    return comparisons.padding
+
+
+def _padded_sizes(rule: PadRule) -> bool:
+    """Whether any size is not a bucket."""
+    return rule.buckets[-1] > len(rule.buckets)
+
+
+def _growth_told(measured: Measured) -> str:
+    told = [
+        f"dim {axis} of {output} follows {symbol}"
+        for output, growths in measured.growths.items()
+        for axis, (symbol, _) in growths.items()
+    ]
+    return f" ({', '.join(told)})" if told else ""
+
+
+def _advice(
+    signature: Signature,
+    measured: Measured,
+    sizes: SizeProbe,
+    changed: Changed,
+    refused: Comparisons,
+    run: Run,
+    rounding: float,
+) -> str:
+    """What to write instead: values under which answers do not change, if one is enough."""
+    trials = Trials(run, ADVICE_S)
+    for symbol, value in _other_values(signature, refused.rules, changed.case.padded):
+        rules = {**refused.rules, symbol: replace(refused.rules[symbol], value=value)}
+        again = Comparisons(signature, rules, measured, sizes, trials, rounding=rounding)
+        if again.compare(changed.case) is None and (again.first_change() is None):
+            shown = ", ".join(f"{toml_key(name)} = {number:g}" for name, number in value.items())
+            return f"expected pad.{toml_key(symbol)}.value = {{ {shown} }}, under which they do not"
+        if not trials.within(1.0):
+            break
+    which = " and ".join(f"[pad.{toml_key(symbol)}]" for symbol in changed.case.padded)
+    return (
+        f"expected no {which}, or a value in the padding that the model does not look at, as in a "
+        "mask that says what is not there"
+    )
+
+
+def _other_values(
+    signature: Signature, rules: Mapping[str, PadRule], symbols: Sequence[str]
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """For each of `symbols`, tables that differ from what its rule says in one input, then more."""
+    for symbol in symbols:
+        rule = rules[symbol]
+        dtypes = {
+            spec.name: np.dtype(spec.dtype)
+            for spec in signature.inputs
+            if symbol in dict(padded_dims(spec, rules)).values()
+        }
+        given = {name: rule.value_in(name) for name in dtypes}
+        others = {name: _candidates(dtype) for name, dtype in dtypes.items()}
+        for name, values in others.items():
+            yield from (
+                (symbol, {**given, name: value}) for value in values if value != given[name]
+            )
+        yield symbol, dict.fromkeys(given, 0)
+        yield symbol, {name: values[-1] for name, values in others.items()}
+
+
+def _candidates(dtype: np.dtype[np.generic]) -> tuple[float, ...]:
+    if dtype.kind == "f":
+        return 0.0, -1e9 if dtype.itemsize > 2 else -6e4
+    return 0, 1
