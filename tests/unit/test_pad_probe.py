@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -40,7 +41,9 @@ class Model:
         return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
 
     def padding(self) -> Padding:
-        return measured_padding(self.spec.signature, self.spec.config.pad, self.run)
+        return measured_padding(
+            self.spec.signature, self.spec.config.pad, self.run, batch=self.spec.batch_symbol
+        )
 
 
 def rule(*buckets: int, value: float | Mapping[str, float] = 0.0) -> dict[str, PadRule]:
@@ -49,8 +52,14 @@ def rule(*buckets: int, value: float | Mapping[str, float] = 0.0) -> dict[str, P
 
 def refused(signature: Signature, rules: Mapping[str, PadRule], run: Run) -> str:
     with pytest.raises(ConfigError) as refusal:
-        measured_padding(signature, rules, run)
+        padding_of(signature, rules, run)
     return refusal.value.message
+
+
+def padding_of(
+    signature: Signature, rules: Mapping[str, PadRule], run: Run, **given: Any
+) -> Padding:
+    return measured_padding(signature, rules, run, batch="batch", **given)
 
 
 def doubled(inputs: Tensors) -> Mapping[str, Array]:
@@ -122,7 +131,7 @@ def test_the_advice_was_tried_and_holds(tmp_path: Path) -> None:
 
 def test_what_is_measured_wins_over_what_the_file_says() -> None:
     says = Signature((X,), (TensorSpec("y", "float32", ("batch", "n")),))
-    padding = measured_padding(says, rule(8), lambda given: {"y": given["x"][:, ::2]})
+    padding = padding_of(says, rule(8), lambda given: {"y": given["x"][:, ::2]})
     padded, sizes = padding.apply({"x": np.arange(5, dtype=np.float32)[None]})
     assert padding.cut({"y": padded["x"][:, ::2]}, sizes)["y"].tolist() == [[0, 2, 4]]
 
@@ -133,7 +142,7 @@ def test_an_output_that_varies_from_run_to_run_shows_nothing_but_its_shape() -> 
     def noise(given: Tensors) -> Mapping[str, Array]:
         return {"y": rng.random(given["x"].shape, np.float32)}
 
-    padding = measured_padding(XY, rule(8), noise)
+    padding = padding_of(XY, rule(8), noise)
     assert padding.cut({"y": np.ones((1, 8))}, {"n": 3})["y"].shape == (1, 3)
 
     def noise_and_mean(given: Tensors) -> Mapping[str, Array]:
@@ -152,7 +161,7 @@ def test_an_index_may_turn_over_where_all_values_are_equal() -> None:
         return {"y": x.argmax(1)}
 
     rules = {"n": PadRule((8,), -1e9)}
-    measured_padding(XY, rules, largest)
+    padding_of(XY, rules, largest)
 
 
 def test_sums_that_nearly_cancel_out_are_compared_by_what_the_output_can_be() -> None:
@@ -160,7 +169,7 @@ def test_sums_that_nearly_cancel_out_are_compared_by_what_the_output_can_be() ->
         x = given["x"]
         return {"y": x.sum(1) + 1e-6 * x.shape[1]}
 
-    measured_padding(XY, rule(8), noisy_sum)
+    padding_of(XY, rule(8), noisy_sum)
 
 
 def test_what_only_one_kind_of_inputs_shows_a_little_is_rounding_that_was_blown_up() -> None:
@@ -173,7 +182,7 @@ def test_what_only_one_kind_of_inputs_shows_a_little_is_rounding_that_was_blown_
 
         return run
 
-    measured_padding(XY, rule(8), of_ones(0.01))
+    padding_of(XY, rule(8), of_ones(0.01))
     assert "on ones: output 'y' differs by" in refused(XY, rule(8), of_ones(1.0))
 
 
@@ -199,11 +208,11 @@ def test_a_card_may_round_more() -> None:
         return {"y": given["x"] * (1 + 3e-4 * given["x"].shape[1])}
 
     assert "differs" in refused(XY, rule(8), rounded)
-    measured_padding(XY, rule(8), rounded, rounding=50.0)
+    padding_of(XY, rule(8), rounded, rounding=50.0)
 
 
 def test_a_bucket_of_one_pads_nothing() -> None:
-    padding = measured_padding(XY, rule(1), doubled)
+    padding = padding_of(XY, rule(1), doubled)
     given = {"x": np.ones((1, 1), np.float32)}
     assert padding.apply(given) == (given, {"n": 1})
 
@@ -211,7 +220,7 @@ def test_a_bucket_of_one_pads_nothing() -> None:
 def test_dims_that_only_change_together_are_padded_together() -> None:
     signature = Signature((X, TensorSpec("z", "float32", ("batch", "m"))), (Y,))
     rules = {"n": PadRule((8,), 0.0), "m": PadRule((8,), 0.0)}
-    padding = measured_padding(signature, rules, lambda given: {"y": given["x"] * given["z"]})
+    padding = padding_of(signature, rules, lambda given: {"y": given["x"] * given["z"]})
     x: Array = np.ones((1, 5), np.float32)
     padded, sizes = padding.apply({"x": x, "z": x})
     assert padding.cut({"y": padded["x"]}, sizes)["y"].shape == (1, 5)
@@ -277,7 +286,7 @@ def test_what_an_engine_was_not_built_for_is_padded_as_its_larger_sizes_show() -
             raise InvalidInput("dim 1 is too small; expected 8 to 16, for which it was built")
         return {"y": given["x"][:, 2:]}
 
-    padding = measured_padding(XY, rule(8, 16), from_8_on)
+    padding = padding_of(XY, rule(8, 16), from_8_on)
     padded, sizes = padding.apply({"x": np.arange(5, dtype=np.float32)[None]})
     assert padding.cut(from_8_on(padded), sizes)["y"].tolist() == [[2, 3, 4]]
     with pytest.raises(InvalidInput, match="expected at least 3"):
@@ -291,7 +300,7 @@ def test_a_beyond_use_engine_ends_the_probe() -> None:
         raise FatalEngineError("gone")
 
     with pytest.raises(FatalEngineError):
-        measured_padding(XY, rule(8), broken)
+        padding_of(XY, rule(8), broken)
 
 
 def test_a_slow_model_is_compared_for_a_bounded_time_which_is_said(
@@ -306,7 +315,7 @@ def test_a_slow_model_is_compared_for_a_bounded_time_which_is_said(
         return doubled(given)
 
     with caplog.at_level(logging.WARNING):
-        measured_padding(XY, rule(8, 64, 512), slow, seconds=0.1)
+        padding_of(XY, rule(8, 64, 512), slow, seconds=0.1)
     assert runs < 20
     assert "was probed for" in caplog.text
 
@@ -314,7 +323,7 @@ def test_a_slow_model_is_compared_for_a_bounded_time_which_is_said(
         return {"y": slow(given)["y"].sum(1) + given["x"].shape[1]}
 
     with pytest.raises(ConfigError):
-        measured_padding(XY, rule(8, 64, 512), slow_and_wrong, seconds=0.0)
+        padding_of(XY, rule(8, 64, 512), slow_and_wrong, seconds=0.0)
 
 
 def test_without_rules_nothing_is_run() -> None:
@@ -322,7 +331,7 @@ def test_without_rules_nothing_is_run() -> None:
         raise AssertionError
 
     given = {"x": np.ones((1, 3), np.float32)}
-    assert measured_padding(XY, {}, never).apply(given) == (given, None)
+    assert padding_of(XY, {}, never).apply(given) == (given, None)
 
 
 def test_two_padded_dims_are_compared_together_too() -> None:
@@ -337,4 +346,4 @@ def test_two_padded_dims_are_compared_together_too() -> None:
     with pytest.raises(
         ConfigError, match=r"pad.h, pad.w: answers change where h 3 is padded to 4 "
     ):
-        measured_padding(signature, rules, corner)
+        padding_of(signature, rules, corner)

@@ -154,7 +154,7 @@ class Examples:
         carriers = [spec for spec in specs if self._padded[spec.name]]
         if named or len(carriers) < 2:
             return named
-        plain = {None, 1, self._signature.batch_symbol, *self._rules}
+        plain = {None, 1, *(spec.shape[0] for spec in specs if spec.shape), *self._rules}
         # Floats without a dim of their own, beside others that have one, or that are indices.
         telling = {
             spec.name for spec in carriers if _kind(spec) not in "fc" or {*spec.shape} - plain

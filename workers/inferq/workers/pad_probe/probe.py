@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Final
 
 import numpy as np
@@ -39,8 +40,10 @@ def probe_padding(engine: Engine) -> Padding:
         return lane.run(Batch([inputs], 1, bucket, spec.batchable))
 
     return measured_padding(
-        spec.signature, spec.config.pad, run, name=spec.name, rounding=engine.rounding
-    )
+        spec.signature, spec.config.pad, run,
+        batch=spec.batch_symbol, known=spec.config.known_sizes, name=spec.name,
+        rounding=engine.rounding,
+    )  # fmt: skip
 
 
 def measured_padding(
@@ -48,15 +51,21 @@ def measured_padding(
     rules: Mapping[str, PadRule],
     run: Run,
     *,
+    batch: str | None,
+    known: Mapping[str, int] = MappingProxyType({}),
     name: str = "",
     rounding: float = 1.0,
     seconds: float = BUDGET_S,
 ) -> Padding:
-    """The same of a model that `run` runs, one row at a time."""
+    """The same of a model that `run` runs.
+
+    `batch`: the symbol of the rows, of which one is run at a time; None: it is not batchable.
+    `known`: symbol → a size that it may have.
+    """
     if not rules:
         return Padding(signature, rules)
     trials = Trials(run, seconds)
-    sizes = SizeProbe(signature, rules, trials)
+    sizes = SizeProbe(signature, rules, trials, batch=batch, known=known)
     measured = sizes.measured()
     comparisons = Comparisons(signature, rules, measured, sizes, trials, rounding=rounding)
     changed = comparisons.first_change()

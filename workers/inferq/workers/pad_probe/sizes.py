@@ -29,17 +29,26 @@ Shapes = Mapping[str, tuple[int, ...]]
 class SizeProbe:
     """One model's sizes. `base`: some that it takes, the smallest bucket of each padded symbol."""
 
-    def __init__(self, signature: Signature, rules: Mapping[str, PadRule], trials: Trials) -> None:
-        self._signature = signature
+    def __init__(
+        self,
+        signature: Signature,
+        rules: Mapping[str, PadRule],
+        trials: Trials,
+        *,
+        batch: str | None,
+        known: Mapping[str, int],
+    ) -> None:
         self._rules = rules
         self._trials = trials
         self._examples = Examples(signature, rules)
+        self._batch = batch
+        self._known = known
         #: None: the size of the dims without a name.
         self._open: set[str | None] = {
             dim
             for spec in signature.inputs
             for dim in spec.shape
-            if not isinstance(dim, int) and dim != signature.batch_symbol and dim not in rules
+            if not isinstance(dim, int) and (dim is None or dim != batch) and dim not in rules
         }
         self._shapes: dict[tuple[str, int], Shapes | None] = {}
         self._example: Example | None = None
@@ -78,9 +87,12 @@ class SizeProbe:
     def _find_base(self) -> None:
         buckets = {symbol: rule.buckets[0] for symbol, rule in self._rules.items()}
         for size in OPEN_SIZES if self._open else OPEN_SIZES[:1]:
-            sizes: dict[str | None, int] = {self._signature.batch_symbol: 1}
+            sizes: dict[str | None, int] = {self._batch: 1}
             sizes.update(buckets)
             sizes.update(dict.fromkeys(self._open, size))
+            sizes.update(
+                (symbol, own) for symbol, own in self._known.items() if symbol in self._open
+            )
             if self._example is not None:
                 if self._run(self._example, sizes) is not None:
                     self.other = sizes
@@ -165,7 +177,7 @@ class SizeProbe:
         sizes = sorted(size for size in near if size >= grid.first)
         found: dict[tuple[str, int], Growth] = {}
         outputs = self.shapes(symbol, buckets[0]) or {}
-        start = 0 if self._signature.batch_symbol is None else 1
+        start = 0 if self._batch is None else 1
         for output, shape in outputs.items():
             for axis in range(start, len(shape)):
                 measure = partial(self._size, symbol, output, axis)
