@@ -28,7 +28,8 @@ STOP_TIMEOUT_S = 40.0
 class Worker:
     """``celery -A inferq.workers.app worker`` on the queues of `serve`, from the folder `models`.
 
-    `serve` names models; None: every folder in `models`. `env` adds environment variables, `args`
+    `serve` names models; None: every folder in `models`. `bad` names those of them that it is to
+    serve and cannot: they are not waited for. `env` adds environment variables, `args`
     command-line options. As a context manager it starts, waits until its models are announced,
     and stops at the end. `models` may be None for an app that needs no repository.
     """
@@ -39,6 +40,7 @@ class Worker:
         models: Path | None,
         serve: Sequence[str] | None = None,
         *,
+        bad: Sequence[str] = (),
         name: str = "test",
         env: Mapping[str, str] | None = None,
         args: Sequence[str] = (),
@@ -48,7 +50,8 @@ class Worker:
             serve = sorted(path.name for path in models.iterdir()) if models else []
         self.redis_url = redis_url
         self.models = models
-        self.serve = list(serve)
+        self._queues = ",".join(queue_of(model) for model in dict.fromkeys([*serve, *bad]))
+        self.serve = [model for model in serve if model not in bad]
         self.name = name
         self._env = dict(env or {})
         self._args = list(args)
@@ -113,10 +116,9 @@ class Worker:
             self._process = start_child(self._command(), log, env=env)
 
     def _command(self) -> list[str]:
-        queues = ",".join(queue_of(model) for model in self.serve)
         return [
             sys.executable, "-m", "celery", "-A", "inferq.workers.app", "worker",
-            "-P", "solo", "-Q", queues, "-n", f"{self.name}@%h", "--loglevel", "INFO",
+            "-P", "solo", "-Q", self._queues, "-n", f"{self.name}@%h", "--loglevel", "INFO",
             *self._args,
         ]  # fmt: skip
 
@@ -203,8 +205,7 @@ class SupervisedWorker(Worker):
         return beat.pid if beat is not None and serves else None
 
     def _command(self) -> list[str]:
-        queues = ",".join(queue_of(model) for model in self.serve)
         return [
             sys.executable, "-m", "inferq.workers.cli", "worker", "--models", str(self.models),
-            "-Q", queues, "--name", f"{self.name}@%h", *self._args,
+            "-Q", self._queues, "--name", f"{self.name}@%h", *self._args,
         ]  # fmt: skip

@@ -23,7 +23,7 @@ from helpers.wait import until
 from inferq.producer import Client
 from inferq.workers.children import end_child
 from inferq.workers.demo.models import MODELS
-from inferq.workers.repository import load_repository
+from inferq.workers.repository import load_models, model_names
 
 TIMEOUT_S = 150.0
 #: An environment variable by which all processes of one demo are found.
@@ -220,9 +220,11 @@ def test_prepare_lays_out_a_repository_that_can_be_served(tmp_path: Path) -> Non
         status = demo.wait()
     assert status == 0, demo.output
     assert "inferq worker --models" in demo.output
-    specs = load_repository(tmp_path / "models")
-    assert set(specs) == set(MODELS)
-    assert all(spec.batchable for spec in specs.values())
+    models = tmp_path / "models"
+    specs, bad = load_models(models, model_names(models))
+    assert bad == []
+    assert {spec.name for spec in specs} == set(MODELS)
+    assert all(spec.batchable for spec in specs)
     assert demo.left_behind() == []
 
 

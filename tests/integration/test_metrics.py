@@ -96,7 +96,8 @@ def test_every_documented_metric_is_exposed_under_load_and_no_other(
     redis_url: str, models: Path
 ) -> None:
     env = {**TWO_GPUS, **ANY_PORT, "INFERQ_GPU": "1"}
-    with Worker(redis_url, models, env=env) as worker, Client(redis_url) as client:
+    (models / "bad" / "1").mkdir(parents=True)
+    with Worker(redis_url, models, env=env, bad=["bad"]) as worker, Client(redis_url) as client:
         values = [numbered(FAULT_RAISE if n == 0 else n) for n in range(500)]
         pending = [client.submit("m", {"x": value}) for value in values]
         with pytest.raises(EngineError):

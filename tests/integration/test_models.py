@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from celery import Celery
 from helpers import onnx_models
+from helpers.bad_models import far_lookup, file, put
 from helpers.worker import Worker
-from onnx import helper
 
 from inferq.producer import Client
 from inferq.shared.errors import InvalidInput
@@ -22,10 +22,6 @@ TIMEOUT_S = 30
 PAD = (
     "lanes = 1\nmax_queue_delay_ms = 50\npreferred_batch_sizes = [8]\n[pad.seq]\nbuckets = [4, 8]\n"
 )
-
-
-def file(root: Path, model: str) -> Path:
-    return root / model / "1" / "model.onnx"
 
 
 @pytest.fixture(scope="module")
@@ -100,31 +96,13 @@ def test_a_stock_client_sends_a_scalar_as_a_number(client: Client) -> None:
 
 
 def junk(path: Path) -> Path:
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"no model")
-    return path
-
-
-def far_lookup(path: Path) -> Path:
-    """A model that zeros cannot be run through: its table is too small for them."""
-    table = helper.make_tensor("table", onnx_models.FLOAT, [4, 2], [0.0] * 8)
-    nodes = [
-        onnx_models.node("Add", ["ids", "far"], ["there"]),
-        onnx_models.node("Gather", ["table", "there"], ["y"], axis=0),
-    ]
-    return onnx_models.write(
-        path,
-        nodes,
-        {"ids": (onnx_models.INT64, (1,))},
-        {"y": (onnx_models.FLOAT, (1, 2))},
-        [table, onnx_models.ints("far", [1], [100])],
-    )
+    return put(path, b"no model")
 
 
 @pytest.mark.parametrize(
     ("write", "reason"),
     [
-        (junk, "cannot be loaded by ONNX Runtime"),
+        (junk, "is no whole ONNX file"),
         (onnx_models.text_length, "input 'x' of the model is a tensor(string); expected"),
         (onnx_models.split, "output 'y' of the model is a seq(tensor(float)); expected"),
         (far_lookup, "out of data bounds"),

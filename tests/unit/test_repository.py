@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from helpers import onnx_models
+from helpers.bad_models import BAD, FOUND_LATE, NEWEST, OTHERS, write_others
 from helpers.repository import fake_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from inferq.shared.errors import ConfigError
 from inferq.shared.schema import ModelAdvert
+from inferq.workers import repository
 from inferq.workers.batching.padding import PadRule
 from inferq.workers.demo.models import package_folder
-from inferq.workers.model_config import MAX_TOML_BYTES, ModelConfig, read_toml
-from inferq.workers.repository import load_model, load_repository, model_names
+from inferq.workers.folders import Folders, look_through
+from inferq.workers.model_config import MAX_TOML_BYTES, ModelConfig, ModelToml, read_toml
+from inferq.workers.not_served import NotServed
+from inferq.workers.repository import load_model, load_models, model_names
 
 
 def _onnx(root: Path, name: str = "m", toml: str | None = None, version: int = 1) -> Path:
@@ -153,22 +160,43 @@ def test_a_repository_is_all_its_models(tmp_path: Path) -> None:
     (tmp_path / ".git").mkdir()
     (tmp_path / "README").write_text("")
     assert model_names(tmp_path) == ["a", "b"]
-    assert list(load_repository(tmp_path)) == ["a", "b"]
+    specs, bad = load_models(tmp_path, model_names(tmp_path))
+    assert ([spec.name for spec in specs], bad) == (["a", "b"], [])
 
 
 # --- refused -------------------------------------------------------------------------------------
 
 
-def test_a_repository_with_bad_models_names_all_of_them(tmp_path: Path) -> None:
+def test_each_bad_model_is_told_and_the_good_ones_are_read(tmp_path: Path) -> None:
     _onnx(tmp_path, "good")
     _onnx(tmp_path, "bad", toml="lanes = -1")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError) as caught:
-        load_repository(tmp_path)
-    assert caught.value.message.splitlines() == [
-        f"{tmp_path}/bad/model.toml: lanes is -1; expected at least 0",
-        f"no model in {tmp_path}/empty/1; expected model.onnx or model.pt2 there",
+    (tmp_path / "empty" / "3").mkdir(parents=True)
+    specs, bad = load_models(tmp_path, ["bad", "empty", "good", "none"])
+    assert [spec.name for spec in specs] == ["good"]
+    assert bad == [
+        NotServed("bad", f"{tmp_path}/bad/model.toml: lanes is -1; expected at least 0"),
+        NotServed(
+            "empty", f"no model in {tmp_path}/empty/3; expected model.onnx or model.pt2 there"
+        ),
+        NotServed("none", f"model 'none': no folder '{tmp_path}/none' in the repository"),
     ]
+
+
+def test_what_a_library_makes_of_one_models_files_harms_that_model_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        fake_model(tmp_path, name, knobs=f"priority = {int(name == 'b')}")
+
+    def read(path: Path) -> ModelToml:
+        raise MemoryError("so much") if path.parent.name == "a" else PermissionError(13, "no")
+
+    monkeypatch.setattr(repository, "read_toml", read)
+    specs, bad = load_models(tmp_path, ["a", "b"])
+    assert specs == []
+    assert [each.model for each in bad] == ["a", "b"]
+    assert "MemoryError('so much')" in bad[0].reason
+    assert bad[1].reason.startswith(f"{tmp_path / 'b'} cannot be read: ")
 
 
 @pytest.mark.parametrize(
@@ -329,12 +357,103 @@ def test_a_huge_model_toml_is_refused(tmp_path: Path) -> None:
     assert f"more than {MAX_TOML_BYTES} bytes" in _refusal(tmp_path)
 
 
-def test_a_served_version_without_its_file_is_refused(tmp_path: Path) -> None:
-    _onnx(tmp_path)
-    (tmp_path / "m" / "2").mkdir()
-    assert (
-        _refusal(tmp_path) == f"no model in {tmp_path}/m/2; expected model.onnx or model.pt2 there"
+def test_a_model_of_which_no_version_is_whole_is_refused_with_all_reasons(tmp_path: Path) -> None:
+    for version in (1, 2):
+        (tmp_path / "m" / str(version)).mkdir(parents=True)
+    assert _refusal(tmp_path) == "; ".join(
+        f"no model in {tmp_path}/m/{version}; expected model.onnx or model.pt2 there"
+        for version in (2, 1)
     )
+
+
+@pytest.mark.parametrize("name", NEWEST)
+def test_the_newest_version_that_is_whole_is_served(tmp_path: Path, name: str) -> None:
+    path = _onnx(tmp_path)
+    NEWEST[name].write(tmp_path, "m")
+    (tmp_path / "m" / "3").mkdir()
+    spec = load_model(tmp_path, "m")
+    assert (spec.version, spec.versions, spec.path) == (1, (1, 2, 3), path)
+    assert [(each.model, each.version) for each in spec.passed_over] == [("m", 3), ("m", 2)]
+    assert "no model in " in spec.passed_over[0].reason
+    assert NEWEST[name].reason in spec.passed_over[1].reason
+
+
+def test_a_version_of_another_engines_file_is_passed_over(tmp_path: Path) -> None:
+    _onnx(tmp_path, toml="engine = 'onnxruntime'")
+    (tmp_path / "m" / "2").mkdir()
+    (tmp_path / "m" / "2" / "model.pt2").write_bytes(b"PK")
+    spec = load_model(tmp_path, "m")
+    assert spec.version == 1
+    assert spec.passed_over[0].reason == f"no model in {tmp_path}/m/2; expected model.onnx there"
+
+
+def test_a_whole_version_that_the_engine_refuses_is_not_replaced_by_an_older_one(
+    tmp_path: Path,
+) -> None:
+    _onnx(tmp_path)
+    BAD["operator"].write(tmp_path, "other")
+    shutil.move(tmp_path / "other" / "1", tmp_path / "m" / "2")
+    assert "m/2/model.onnx cannot be loaded by ONNX Runtime" in _refusal(tmp_path)
+
+
+def test_a_newest_version_that_leads_out_of_the_repository_is_refused(tmp_path: Path) -> None:
+    root = tmp_path / "models"
+    _onnx(root)
+    outside = onnx_models.double(tmp_path / "outside" / "model.onnx")
+    (root / "m" / "2").mkdir()
+    (root / "m" / "2" / "model.onnx").symlink_to(outside)
+    assert f"leads to {outside}" in _refusal(root)
+
+
+@pytest.mark.parametrize("name", sorted(set(BAD) - FOUND_LATE))
+def test_each_kind_of_bad_model_is_refused_with_its_reason(tmp_path: Path, name: str) -> None:
+    BAD[name].write(tmp_path, name)
+    assert BAD[name].reason in _refusal(tmp_path, name)
+    assert model_names(tmp_path) == [name]
+
+
+def test_folders_that_hold_no_model_are_passed_over(tmp_path: Path) -> None:
+    _onnx(tmp_path, "good")
+    write_others(tmp_path)
+    assert look_through(tmp_path) == Folders(("good",), OTHERS, (".hidden", "README.md"))
+
+
+def test_a_link_that_leads_out_or_nowhere_is_no_folder_that_is_passed_over(tmp_path: Path) -> None:
+    root = tmp_path / "models"
+    root.mkdir()
+    (tmp_path / "docs").mkdir()
+    (root / "out").symlink_to(tmp_path / "docs")
+    (root / "nowhere").symlink_to(root / "gone")
+    (root / "loop").symlink_to(root / "loop")
+    (root / "file").symlink_to(__file__)
+    assert look_through(root) == Folders(("loop", "nowhere", "out"), (), ("file",))
+    _, bad = load_models(root, model_names(root))
+    assert [each.model for each in bad] == ["loop", "nowhere", "out"]
+
+
+def test_a_folder_that_may_not_be_read_is_a_model_if_it_is_called_like_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("closed", "lost+found"):
+        (tmp_path / name).mkdir()
+    iterdir = Path.iterdir
+
+    def refused(path: Path) -> Iterator[Path]:
+        if path.parent == tmp_path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    assert look_through(tmp_path) == Folders(("closed",), ("lost+found",), ())
+
+
+def test_a_name_in_any_bytes_can_be_told_and_published(tmp_path: Path) -> None:
+    os.makedirs(os.fsencode(tmp_path) + b"/\xff\x1b[2J\n/1")
+    (name,) = model_names(tmp_path)
+    _, (bad,) = load_models(tmp_path, [name])
+    assert bad.model == r"\udcff\x1b[2J\n"
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(bad), type=NotServed) == bad
+    assert str(bad).isprintable()
 
 
 @pytest.mark.parametrize("name", ["..", "", "a/b", ".hidden", "-m", "x" * 101, "ä"])

@@ -85,6 +85,9 @@ class Settings(BaseSettings):
     log_format: Literal["text", "json"] = "text"
     #: The worker's model repository; None: the worker's command line names it.
     models: Path | None = None
+    #: Whether a worker ends rather than serve without one of the models that it was told to serve,
+    #: or without the newest version of one.
+    strict: bool = False
     #: Requests a second of which a worker sends task events, besides all that fail.
     events_per_s: int = Field(default=500, ge=0, le=100_000)
 

@@ -15,7 +15,7 @@ from inferq.shared.names import model_of
 from inferq.shared.settings import Settings
 from inferq.workers import celery_private
 from inferq.workers.cuda.pinning import pin
-from inferq.workers.repository import ModelSpec, load_model
+from inferq.workers.found import Found, find_models
 from inferq.workers.service import Service
 
 logger = logging.getLogger(__name__)
@@ -50,9 +50,9 @@ class DataPlaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
             pin(self._settings)  # before the engines are imported
         except ConfigError as problem:
             raise refuse(problem.message) from None
-        self._specs = self._read_specs(worker)
+        self._found = self._read_models(worker)
 
-    def _read_specs(self, worker: WorkController) -> list[ModelSpec]:
+    def _read_models(self, worker: WorkController) -> Found:
         queues = celery_private.selected_queues(worker.app)
         if queues is None:
             raise refuse("no queues: expected -Q inferq.<model>[,inferq.<model>…]")
@@ -62,13 +62,17 @@ class DataPlaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
         if self._settings.models is None:
             raise refuse("no model repository: set INFERQ_MODELS or use inferq worker --models DIR")
         try:
-            on_cpu = self._settings.device == "cpu"
-            return [load_model(self._settings.models, model, on_cpu=on_cpu) for model in models]
+            found = find_models(
+                self._settings.models, models, on_cpu=self._settings.device == "cpu"
+            )
+            found.check(strict=self._settings.strict)
         except ConfigError as problem:
             raise refuse(str(problem)) from None
+        found.log()
+        return found
 
     def start(self, worker: WorkController) -> None:
-        worker.inferq = Service(worker, self._settings, self._specs)
+        worker.inferq = Service(worker, self._settings, self._found)
         try:
             worker.inferq.start()
         except ConfigError as problem:

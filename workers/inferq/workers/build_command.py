@@ -124,6 +124,7 @@ def _check_file(repository: Path, model: str) -> None:
 
     What else may be wrong with the model is told by `load_model`.
     """
+    from inferq.workers.folders import MODEL_FILES  # noqa: PLC0415
     from inferq.workers.trt.builder import FILE  # noqa: PLC0415
 
     folder = repository / model
@@ -133,7 +134,7 @@ def _check_file(repository: Path, model: str) -> None:
     if not versions:
         return
     served = max(versions, key=lambda each: int(each.name))
-    others = sorted(each.name for each in served.glob("model.*"))
+    others = sorted(name for name in MODEL_FILES if (served / name).exists())
     if others and FILE not in others:
         raise ConfigError(
             f"model {model!r} has {', '.join(others)} in {served}; expected {FILE}: "

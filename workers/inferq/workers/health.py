@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from inferq.shared.errors import ConfigError
+from inferq.workers.not_served import NotServed
 
 #: Exit status of a worker whose engine is beyond use; its supervisor starts a fresh one.
 EX_FATAL_ENGINE: Final = 70
@@ -48,6 +50,8 @@ class Beat(msgspec.Struct, frozen=True):
     overdue: bool
     #: Seconds that there was work, nothing computed and nothing else went on either.
     stuck_s: float
+    #: What it was to serve and does not: it is healthy all the same.
+    not_served: Sequence[NotServed] = ()
 
 
 def default_folder() -> Path:

@@ -15,6 +15,7 @@ from inferq.shared.connect import redis_client
 from inferq.shared.errors import ConfigError
 from inferq.shared.settings import Settings
 from inferq.workers.health import LOADS, Beat, default_folder, problem_of, read_beat, silence_s
+from inferq.workers.not_served import listed
 
 
 @click.command()
@@ -31,8 +32,8 @@ from inferq.workers.health import LOADS, Beat, default_folder, problem_of, read_
 def health(path: Path | None, redis_url: str | None, as_json: bool) -> None:
     """Exit status 0 if every worker here consumes, else 1, with the reason.
 
-    A worker that waits for a Redis that does not answer here either is healthy: to restart it would
-    be of no use.
+    A worker that serves some of its models but not all is healthy, and says so. One that waits for
+    a Redis that does not answer here either is healthy: to restart it would be of no use.
     """
     try:
         folder = default_folder()
@@ -67,7 +68,8 @@ def _judge(beat: Beat | None, redis_url: str | None) -> tuple[str | None, str]:
     if problem is None and (silent := silence_s(beat)) is not None:
         problem = f"it has not heard from Redis, which answers, for {silent:.0f} s"
     elif problem != LOADS:
-        return problem, f"{beat.computing} requests compute, {beat.waiting} wait"
+        without = f"; not served: {listed(beat.not_served)}" if beat.not_served else ""
+        return problem, f"{beat.computing} requests compute, {beat.waiting} wait{without}"
     try:
         settings = Settings.load(redis_url=redis_url)
         with redis_client(settings.redis_url, sentinel_master=settings.sentinel_master) as client:

@@ -11,7 +11,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -19,6 +19,7 @@ import msgspec
 
 from inferq.shared.errors import ConfigError
 from inferq.workers.health import LOADING, SERVING, STOPPING, Beat
+from inferq.workers.not_served import NotServed
 from inferq.workers.serving import ServedModel
 
 logger = logging.getLogger(__name__)
@@ -48,11 +49,17 @@ class Watched(Protocol):
 
 
 class Heartbeat:
-    """Writes the file from a thread of its own. `plane` is set once there is one."""
+    """Writes the file from a thread of its own. `plane` is set once there is one.
 
-    def __init__(self, path: Path, node: str) -> None:
+    `not_served` tells what the worker was to serve and does not.
+    """
+
+    def __init__(
+        self, path: Path, node: str, not_served: Callable[[], Sequence[NotServed]] = lambda: ()
+    ) -> None:
         self._path = path
         self._node = node
+        self._not_served = not_served
         self.plane: Watched | None = None
         self.stopping = False
         self._serves = False
@@ -118,4 +125,5 @@ class Heartbeat:
             computing=computing, waiting=waiting,
             overdue=any(model.overdue() for model in models),
             stuck_s=round(now - self._progressed, 3),
+            not_served=self._not_served(),
         )  # fmt: skip

@@ -10,37 +10,42 @@ import click
 import msgspec
 
 from inferq.shared.errors import ConfigError
-from inferq.workers.repository import ModelSpec, load_model, model_names
+from inferq.workers.folders import look_through
+from inferq.workers.printing import plain
+from inferq.workers.repository import ModelSpec, load_models
 
 
 @click.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="JSON, for programs.")
 def models(folder: Path, as_json: bool) -> None:
-    """List the models of the repository DIR; exit status 1 if one of them cannot be served."""
-    good: list[ModelSpec] = []
-    problems: list[str] = []
-    told: list[dict[str, Any]] = []
+    """List the models of the repository DIR.
+
+    Exit status 1 if one of them cannot be served, or not in its newest version.
+    """
     try:
-        names = model_names(folder)
+        folders = look_through(folder)
+        good, bad = load_models(folder, folders.models)
     except ConfigError as problem:
         raise click.ClickException(problem.message) from problem
-    for name in names:
-        try:
-            good.append(load_model(folder, name))
-            told.append(_told(good[-1]))
-        except ConfigError as problem:
-            problems.append(problem.message)
-            told.append({"name": name, "problem": problem.message})
+    passed_over = [plain(name) for name in sorted((*folders.others, *folders.rest))]
     if as_json:
-        click.echo(json.dumps(told, indent=2))
-    elif good:
-        _print(good)
-    elif not problems:
-        click.echo(f"no models in {folder}; expected {folder}/<name>/<version>/model.onnx")
-    for line in problems:
-        click.echo(f"inferq: {line}", err=True)
-    if problems:
+        told = [_told(spec) for spec in good]
+        told += [{"name": each.model, "problem": each.reason} for each in bad]
+        click.echo(json.dumps(sorted(told, key=lambda each: str(each["name"])), indent=2))
+    else:
+        if good:
+            _print(good)
+        elif not bad:
+            click.echo(f"no models in {folder}; expected {folder}/<name>/<version>/model.onnx")
+        if passed_over:
+            click.echo(f"passed over: {', '.join(passed_over)}")
+    newer = [each for spec in good for each in spec.passed_over]
+    for each in bad:
+        click.echo(f"inferq: {each}", err=True)
+    for each in newer:
+        click.echo(f"inferq: passed over: {each}", err=True)
+    if bad or newer:
         raise SystemExit(1)
 
 
@@ -51,6 +56,10 @@ def _told(spec: ModelSpec) -> dict[str, Any]:
         "problem": None,
         "version": spec.version,
         "versions": list(spec.versions),
+        # Newer versions than that which is served, whose files are not all there.
+        "passed_over": [
+            {"version": each.version, "reason": each.reason} for each in spec.passed_over
+        ],
         "engine": spec.config.engine,
         "path": str(spec.path) if spec.path is not None else None,
         "batchable": spec.batchable,
@@ -74,10 +83,12 @@ def _print(specs: list[ModelSpec]) -> None:
     for heading in ("model", "versions", "engine", "batch", "signature and knobs"):
         table.add_column(heading, overflow="fold")
     for spec in specs:
-        *older, served = map(str, spec.versions)
+        newer = {each.version or 0 for each in spec.passed_over}
+        whole = [str(version) for version in spec.versions if version not in newer]
+        *older, served = whole
         table.add_row(
             escape(spec.name),
-            f"{' '.join(older)} [bold]{served}[/bold]".strip(),
+            " ".join([*older, f"[bold]{served}[/bold]", *(f"({v})" for v in sorted(newer))]),
             spec.config.engine,
             f"≤ {spec.max_batch_size}"
             if spec.batchable

@@ -1,17 +1,16 @@
 """The model repository: ``models/<name>/model.toml`` and ``models/<name>/<version>/model.onnx``.
 
-Versions are whole numbers; the highest is served. A model is as good as code: nothing is followed
-out of the repository (symbolic links included), and files that anyone may write are warned of, not
-refused, since some container mounts make every file so.
+Versions are whole numbers; the highest of which all files are there and whole is served. What an
+engine refuses of such a version is the model's fault: no older one stands in for it, or a wrong
+answer would go unnoticed. A model is as good as code: nothing is followed out of the repository
+(symbolic links included), and files that anyone may write are warned of, not refused, since some
+container mounts make every file so.
 """
 
 from __future__ import annotations
 
 import logging
-import re
-import stat
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,18 +18,17 @@ from typing import Any, Final
 from inferq.shared.errors import ConfigError
 from inferq.shared.names import is_model_name
 from inferq.shared.schema import ModelAdvert, Signature
-from inferq.workers.engines import ENGINES, engine_class, registered
-from inferq.workers.engines.on_cpu import cpu_engine
+from inferq.workers.folders import TOML, inside, look_through, versions_of, why_no_name
 from inferq.workers.logs.fields import about
 from inferq.workers.model_config import ModelConfig, ModelToml, check_pad, check_profile, read_toml
+from inferq.workers.not_served import NotServed, not_served
 from inferq.workers.signatures import examine
-from inferq.workers.validation import TableError
+from inferq.workers.validation import naming
+from inferq.workers.version_choice import newest_whole
 
 logger = logging.getLogger(__name__)
 
-TOML: Final = "model.toml"
 MAX_LABELS_BYTES: Final = 16 << 20
-_VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,8 @@ class ModelSpec:
     why_not_batchable: str | None = None
     #: What whoever serves it should know of its rows.
     remark: str | None = None
+    #: Newer versions, whose files are not all there; the newest first.
+    passed_over: tuple[NotServed, ...] = ()
 
     @property
     def batchable(self) -> bool:
@@ -88,25 +88,32 @@ class ModelSpec:
 def model_names(root: Path) -> list[str]:
     """The models' folders in the repository `root`, sorted. ConfigError if `root` is no folder.
 
-    Names are not checked: `load_model` does that. Hidden folders are no models.
+    Names are not checked: `load_model` does that.
     """
-    if not root.is_dir():
-        raise ConfigError(f"model repository is {str(root)!r}; expected a folder")
-    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != ".")
+    return list(look_through(root).models)
 
 
-def load_repository(root: Path) -> dict[str, ModelSpec]:
-    """Every model in `root` by its name. ConfigError, listing all that is wrong with any."""
-    found: dict[str, ModelSpec] = {}
-    problems: list[str] = []
-    for name in model_names(root):
+def load_models(
+    root: Path, names: Iterable[str], *, on_cpu: bool = False
+) -> tuple[list[ModelSpec], list[NotServed]]:
+    """Those of the models `names` that can be served, and why the others cannot.
+
+    Versions that were passed over are not among these: a ModelSpec has its own.
+    """
+    specs: list[ModelSpec] = []
+    bad: list[NotServed] = []
+    for name in names:
         try:
-            found[name] = load_model(root, name)
+            specs.append(load_model(root, name, on_cpu=on_cpu))
         except ConfigError as problem:
-            problems.append(problem.message)
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return found
+            bad.append(not_served(name, problem.message))
+        except OSError as problem:
+            bad.append(not_served(name, f"{root / name} cannot be read: {problem}"))
+        except Exception as problem:
+            # Whatever a library makes of one model's files harms that model only.
+            logger.exception("model %r could not be read", name, extra=about(model=name))
+            bad.append(not_served(name, f"it could not be read: {problem!r}"))
+    return specs, bad
 
 
 def load_model(root: Path, name: str, *, on_cpu: bool = False) -> ModelSpec:
@@ -115,45 +122,32 @@ def load_model(root: Path, name: str, *, on_cpu: bool = False) -> ModelSpec:
     `on_cpu`: as a machine without a GPU serves it, whatever its model.toml says of one.
     """
     if not is_model_name(name):
-        raise ConfigError(
-            f"model name is {name!r}; expected letters, digits, _ . - (at most 100, "
-            "the first none of . -)"
-        )
+        raise ConfigError(why_no_name(name))
     if not root.is_dir():
         raise ConfigError(f"model repository is {str(root)!r}; expected a folder")
-    folder = _inside(root, root / name)
+    folder = inside(root, root / name)
     if not folder.is_dir():
         raise ConfigError(f"model {name!r}: no folder {str(root / name)!r} in the repository")
     toml_path = root / name / TOML
     toml = ModelToml(ModelConfig(), {})
     if toml_path.exists() or toml_path.is_symlink():
-        with _naming(toml_path):
-            toml = read_toml(_inside(root, toml_path))
-    versions = _versions(folder)
-    version_folder = root / name / str(versions[-1])
-    engine = toml.config.engine or _engine_for(version_folder)
-    table = toml.tables.get(engine, {})
-    if on_cpu:
-        named = engine
-        engine, table = cpu_engine(named, toml.tables)
-        instead = f", in place of {named}" if engine != named else ""
-        logger.info(
-            "model %r is served on the CPU by %s%s", name, engine, instead, extra=about(model=name)
-        )
-    with _naming(toml_path):
-        entry, cls = registered(engine), engine_class(engine)
-    path = _model_file(root, version_folder, entry.files) if entry.files else None
-    with _naming(toml_path if path is None else path, tables=toml_path):
-        declared = cls.read(path, table)
-    config = toml.config.model_copy(update={"engine": engine})
-    with _naming(toml_path):
+        with naming(toml_path):
+            toml = read_toml(inside(root, toml_path))
+    # An engine that needs no file needs no version's folder either.
+    versions = versions_of(folder) or (1,)
+    chosen, passed_over = newest_whole(root, name, versions, toml, on_cpu=on_cpu)
+    path, table = chosen.path, chosen.table
+    with naming(toml_path if path is None else path, tables=toml_path):
+        declared = chosen.cls.read(path, table)
+    config = toml.config.model_copy(update={"engine": chosen.engine})
+    with naming(toml_path):
         examined = examine(declared, config.batchable, config.known_sizes)
         signature = examined.signature
         check_pad(config.pad, signature)
         check_profile(config.profile, signature)
         return ModelSpec(
             name=name,
-            version=versions[-1],
+            version=chosen.version,
             versions=versions,
             path=path,
             config=config,
@@ -163,69 +157,8 @@ def load_model(root: Path, name: str, *, on_cpu: bool = False) -> ModelSpec:
             labels=_labels(folder, config),
             why_not_batchable=examined.why_not_batchable,
             remark=examined.remark,
+            passed_over=tuple(passed_over),
         )
-
-
-@contextmanager
-def _naming(path: Path, *, tables: Path | None = None) -> Iterator[None]:
-    """Put `path` before the message of a ConfigError that does not name it.
-
-    `tables`: what a TableError is of, if that is another file.
-    """
-    try:
-        yield
-    except ConfigError as problem:
-        place = tables if tables is not None and isinstance(problem, TableError) else path
-        if str(place) in problem.message:
-            raise
-        raise ConfigError(f"{place}: {problem.message}") from problem.__cause__
-
-
-def _inside(root: Path, path: Path) -> Path:
-    """`path` with its links followed. ConfigError if that leads out of `root`."""
-    try:
-        real = path.resolve()
-    except (OSError, RuntimeError) as problem:
-        raise ConfigError(f"{path} cannot be followed: {problem}") from problem
-    if not real.is_relative_to(root.resolve()):
-        raise ConfigError(f"{path} leads to {real}; expected a place in the repository {root}")
-    return real
-
-
-def _versions(folder: Path) -> tuple[int, ...]:
-    found = sorted(
-        int(entry.name)
-        for entry in folder.iterdir()
-        if _VERSION.fullmatch(entry.name) and entry.is_dir()
-    )
-    # An engine that needs no file needs no version's folder either.
-    return tuple(found) or (1,)
-
-
-def _engine_for(version_folder: Path) -> str:
-    for engine, entry in ENGINES.items():
-        if any((version_folder / file).exists() for file in entry.files):
-            return engine
-    files = sorted({file for entry in ENGINES.values() for file in entry.files})
-    raise ConfigError(f"no model in {version_folder}; expected {' or '.join(files)} there")
-
-
-def _model_file(root: Path, version_folder: Path, files: Sequence[str]) -> Path:
-    for file in files:
-        path = version_folder / file
-        if path.exists() or path.is_symlink():
-            real = _inside(root, path)
-            if not real.is_file():
-                raise ConfigError(f"{path} is no file; expected a model")
-            _warn_if_open(real)
-            return path
-    raise ConfigError(f"no model in {version_folder}; expected {' or '.join(files)} there")
-
-
-def _warn_if_open(path: Path) -> None:
-    for place in (path, path.parent):
-        if place.stat().st_mode & stat.S_IWOTH:
-            logger.warning("%s may be written by any user: a model is as good as code", place)
 
 
 def _max_batch_size(config: ModelConfig, reason: str | None) -> int:

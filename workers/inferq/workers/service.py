@@ -16,7 +16,7 @@ from redis.exceptions import RedisError
 
 from inferq.shared.codec import encode_advert
 from inferq.shared.connect import check_server, redis_client
-from inferq.shared.errors import FatalEngineError, InferqError, RedisUnavailable
+from inferq.shared.errors import ConfigError, FatalEngineError, InferqError, RedisUnavailable
 from inferq.shared.names import queue_of
 from inferq.shared.settings import Settings
 from inferq.workers import celery_private
@@ -26,6 +26,7 @@ from inferq.workers.clock import RedisClock
 from inferq.workers.cuda.telemetry import GpuTelemetry
 from inferq.workers.ending import end_at_once
 from inferq.workers.events import TaskEvents
+from inferq.workers.found import Found, log_not_served
 from inferq.workers.health import EX_FATAL_ENGINE, LOADING, LOADS, OVERDUE, SERVING, STOPPING
 from inferq.workers.heartbeat import UNANSWERED_S, Heartbeat
 from inferq.workers.lanes import Finished
@@ -35,9 +36,9 @@ from inferq.workers.memory import keep_freed_memory
 from inferq.workers.metrics.counts import WorkerStats
 from inferq.workers.metrics.published import StatsPublisher
 from inferq.workers.metrics.versions import installed_versions
+from inferq.workers.not_served import NotServed, listed, not_served
 from inferq.workers.plane import DataPlane
 from inferq.workers.recovery import Recoverer
-from inferq.workers.repository import ModelSpec
 from inferq.workers.serving import ServedModel
 
 if TYPE_CHECKING:
@@ -54,19 +55,22 @@ EX_CONFIG = 78
 class Service:
     """Everything that serves requests in this process. `start` returns at once."""
 
-    def __init__(self, worker: WorkController, settings: Settings, specs: list[ModelSpec]) -> None:
+    def __init__(self, worker: WorkController, settings: Settings, found: Found) -> None:
         self._worker = worker
         self._settings = settings
         self._names = settings.names()
         self._clock = RedisClock()
         self._client = redis_client(settings.redis_url, sentinel_master=settings.sentinel_master)
         self._later = Later(self._client, self._names, self._clock)
-        self._models = [ServedModel(spec) for spec in specs]
+        self._models = [ServedModel(spec) for spec in found.specs]
+        #: Replaced, never changed: other threads read it.
+        self._not_served = found.not_served
+        self._others = found.others
         self._events = TaskEvents(worker, settings, self._models)
         self._side = CelerySide(worker, self._later, settings.global_keyprefix, self._events)
         self._loader = threading.Thread(target=self._load, name="inferq-load", daemon=True)
         path = settings.heartbeat_file
-        self._heartbeat = Heartbeat(path, worker.hostname) if path else None
+        self._heartbeat = Heartbeat(path, worker.hostname, self.not_served) if path else None
         self._gpu: GpuTelemetry | None = None
         self._endpoint: Endpoint | None = None
         self._publisher = StatsPublisher(self._client, self._names, self.stats)
@@ -94,16 +98,7 @@ class Service:
     def _load(self) -> None:
         try:
             self._when_redis_answers(self._check_server)
-            for model in self._models:
-                model.load(
-                    self._worker.hostname,
-                    self._names,
-                    self._clock,
-                    is_revoked=celery_private.is_revoked,
-                    on_finished=self._on_finished,
-                    on_begun=self._events.on_begun,
-                    result_expires_s=self._settings.result_expires_s,
-                )
+            self._load_models()
             self._when_redis_answers(self._serve)
         except FatalEngineError as problem:
             logger.critical("%s", problem)
@@ -114,6 +109,42 @@ class Service:
         except Exception:
             logger.critical("the models could not be loaded", exc_info=True)
             self._give_up(EX_CONFIG)
+
+    def _load_models(self) -> None:
+        """Load one after the other; one that cannot be loaded is set aside.
+
+        FatalEngineError, which ends them all; ConfigError: there is none left, or all are wanted.
+        """
+        for model in self._models:
+            try:
+                model.load(
+                    self._worker.hostname,
+                    self._names,
+                    self._clock,
+                    is_revoked=celery_private.is_revoked,
+                    on_finished=self._on_finished,
+                    on_begun=self._events.on_begun,
+                    result_expires_s=self._settings.result_expires_s,
+                )
+            except FatalEngineError:
+                raise
+            except InferqError as problem:
+                self._set_aside(model, problem.message)
+            except Exception as problem:
+                logger.exception("model %r could not be loaded", model.name)
+                self._set_aside(model, f"it could not be loaded: {problem!r}")
+        if not self._models:
+            raise ConfigError("no model can be served")
+
+    def _set_aside(self, model: ServedModel, reason: str) -> None:
+        """Serve the others; what is sent to this one waits in its queue. ConfigError if strict."""
+        if self._settings.strict:
+            raise ConfigError(reason)
+        found = not_served(model.name, reason)
+        log_not_served(found)
+        self._models = [each for each in self._models if each is not model]
+        self._not_served = [*self._not_served, found]
+        model.close(timeout=1.0)
 
     def _check_server(self) -> None:
         evicts = check_server(self._client).evicts
@@ -175,7 +206,8 @@ class Service:
         if self._heartbeat is not None:
             self._heartbeat.plane = plane
         plane.start()
-        logger.info("serving %s", ", ".join(model.name for model in self._models))
+        without = f"; not served: {listed(self._not_served)}" if self._not_served else ""
+        logger.info("serving %s%s", ", ".join(model.name for model in self._models), without)
 
     def _on_finished(self, finished: Finished) -> None:
         self._events.on_finished(finished)
@@ -185,6 +217,10 @@ class Service:
     @property
     def models(self) -> list[ServedModel]:
         return self._models
+
+    def not_served(self) -> list[NotServed]:
+        """What it was to serve and does not. For any thread."""
+        return self._not_served
 
     def active_queues(self) -> list[Any]:
         """Our queues that requests are claimed from."""
@@ -266,6 +302,8 @@ class Service:
             versions=self._versions,
             gpu=None if gpu is None else gpu.numbers(),
             models=[model.stats() for model in self._models],
+            not_served=self._not_served,
+            passed_over=self._others,
         )
 
     def _device(self) -> str:
@@ -285,6 +323,7 @@ class Service:
         plane = self.plane
         return {
             "inferq_models": ", ".join(f"{m.name}:{m.spec.version}" for m in self._models),
+            "inferq_not_served": listed(self._not_served),
             "inferq_engines": ", ".join(f"{m.name}: {m.spec.config.engine}" for m in self._models),
             "inferq_lanes": ", ".join(f"{m.name}: {m.lanes}" for m in self._models),
             "inferq_batch_fill": ", ".join(f"{m.name}: {m.fill()}" for m in self._models),

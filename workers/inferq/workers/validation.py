@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
@@ -98,3 +100,18 @@ def _expected(error: ErrorDetails) -> str:
     if named is not None:
         return named.format(**error.get("ctx", {}))
     return re.sub(r"^(Value error, |Input should be (a valid )?)", "", error["msg"])
+
+
+@contextmanager
+def naming(path: Path, *, tables: Path | None = None) -> Iterator[None]:
+    """Put `path` before the message of a ConfigError that does not name it.
+
+    `tables`: what a TableError is of, if that is another file.
+    """
+    try:
+        yield
+    except ConfigError as problem:
+        place = tables if tables is not None and isinstance(problem, TableError) else path
+        if str(place) in problem.message:
+            raise
+        raise ConfigError(f"{place}: {problem.message}") from problem.__cause__

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from inferq.shared.errors import ConfigError, InferqError
-from inferq.shared.names import model_of, queue_of
+from inferq.shared.names import is_model_name, model_of, queue_of
 
 if TYPE_CHECKING:
     from inferq.workers.devices import Place
@@ -32,6 +32,11 @@ REDIS_TIMEOUT_S = 2.0
 @click.option(
     "-Q", "--queue", "queues", multiple=True,
     help="Serve this queue, inferq.<model>; repeatable. Default: every model in the repository.",
+)  # fmt: skip
+@click.option(
+    "--strict", is_flag=True,
+    help="End if a folder holds no model, or if a model or its newest version cannot be served. "
+    "Default: serve the others, and say so. Also: INFERQ_STRICT=1.",
 )  # fmt: skip
 @click.option(
     "-n", "--name", default=None,
@@ -69,6 +74,7 @@ REDIS_TIMEOUT_S = 2.0
 def worker(
     repository: Path | None,
     queues: tuple[str, ...],
+    strict: bool,
     name: str | None,
     gpu: str | None,
     cpu: bool,
@@ -93,14 +99,15 @@ def worker(
     from inferq.shared.settings import Settings  # noqa: PLC0415
     from inferq.workers.devices import chosen_devices  # noqa: PLC0415
     from inferq.workers.health import default_folder, forget_the_dead  # noqa: PLC0415
-    from inferq.workers.repository import model_names  # noqa: PLC0415
     from inferq.workers.supervisor import Child, Supervisor  # noqa: PLC0415
 
     try:
         devices = chosen_devices(gpu, cpu)
         if repository is None:
             raise click.MissingParameter(param_hint="'--models'", param_type="option")
-        settings = Settings.load(redis_url=redis_url, models=repository, metrics=metrics)
+        settings = Settings.load(
+            redis_url=redis_url, models=repository, metrics=metrics, strict=strict or None
+        )
         if settings.heartbeat_file and len(devices) > 1:
             raise ConfigError(
                 f"INFERQ_HEARTBEAT_FILE is {str(settings.heartbeat_file)!r}; expected it unset, "
@@ -108,7 +115,7 @@ def worker(
             )
         nodes = _nodes(name, devices)
         addresses = _addresses(settings.metrics, len(devices))
-        served = _queues(queues) or [queue_of(model) for model in model_names(repository)]
+        served = _queues(queues) or _all_queues(repository, strict=settings.strict)
         folder = None if settings.heartbeat_file else default_folder()
         if folder:
             forget_the_dead(folder)
@@ -118,8 +125,6 @@ def worker(
         )  # fmt: skip
     except InferqError as problem:
         raise click.ClickException(problem.message) from problem
-    if not served:
-        raise click.ClickException(f"no model in {str(repository)!r}; expected <model>/<version>/")
     children = []
     for node, device, address in zip(nodes, devices, addresses, strict=True):
         command = [
@@ -135,6 +140,7 @@ def worker(
             "INFERQ_HEARTBEAT_FILE": str(heartbeat),
             **({"INFERQ_METRICS": address} if address else {}),
             "INFERQ_LOG_FORMAT": log_format,
+            **({"INFERQ_STRICT": "1"} if settings.strict else {}),
         }
         children.append(Child(node, command, environment, heartbeat))
     if log_format == "text":
@@ -195,3 +201,27 @@ def _queues(queues: tuple[str, ...]) -> list[str]:
         if model_of(name) is None:
             raise click.BadParameter(f"{name!r}; expected inferq.<model>", param_hint="--queue")
     return names
+
+
+def _all_queues(repository: Path, *, strict: bool) -> list[str]:
+    """The queues of all models in `repository`, also of those that turn out to be bad.
+
+    ConfigError: there is none. `strict`: or there is a folder that is no model's, or is called as
+    no model may be.
+    """
+    from inferq.workers.folders import look_through, why_no_name  # noqa: PLC0415
+
+    folders = look_through(repository)
+    misnamed = [name for name in folders.models if not is_model_name(name)]
+    if strict and (misnamed or folders.others):
+        named = [why_no_name(name) for name in misnamed]
+        empty = [f"no model in {repository / name}; expected model.toml or a version's folder there"
+                 for name in folders.others]  # fmt: skip
+        raise ConfigError("\n".join([*named, *empty]))
+    served = [queue_of(name) for name in folders.models if name not in misnamed]
+    if not served:
+        raise ConfigError(
+            "\n".join(map(why_no_name, misnamed))
+            or f"no model in {str(repository)!r}; expected <model>/<version>/"
+        )
+    return served

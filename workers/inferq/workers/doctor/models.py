@@ -8,7 +8,8 @@ from pathlib import Path
 from inferq.shared.errors import ConfigError
 from inferq.workers.doctor.finding import Finding, error, ok, warning
 from inferq.workers.doctor.host import tensorrt_lacks
-from inferq.workers.repository import load_model, model_names
+from inferq.workers.folders import look_through
+from inferq.workers.repository import load_model
 
 
 def models(root: Path | None, on_cpu: bool) -> Iterator[Finding]:
@@ -17,14 +18,18 @@ def models(root: Path | None, on_cpu: bool) -> Iterator[Finding]:
         yield ok("models", "not looked at: --models or INFERQ_MODELS names a repository")
         return
     try:
-        names = model_names(root)
+        folders = look_through(root)
     except (ConfigError, OSError) as problem:
         yield error("models", str(problem), "correct --models or INFERQ_MODELS")
         return
-    if not names:
+    others = f"passed over, as they hold no model: {', '.join(folders.others)}"
+    if not folders.models:
         expected = f"put a model at {root}/<name>/<version>/model.onnx"
-        yield warning("models", f"no models in {root}", expected)
-    for name in names:
+        found = f"no models in {root}" + (f"; {others}" if folders.others else "")
+        yield warning("models", found, expected)
+    elif folders.others:
+        yield ok("models", others)
+    for name in folders.models:
         check = f"model {name}"
         try:
             _read_a_little(root / name)
@@ -43,7 +48,15 @@ def models(root: Path | None, on_cpu: bool) -> Iterator[Finding]:
             rows = f"batches of up to {spec.max_batch_size}"
             if spec.why_not_batchable is not None:
                 rows = f"no batches: {spec.why_not_batchable}"
-            yield ok(check, f"version {spec.version}, {engine}, {rows}")
+            found = f"version {spec.version}, {engine}, {rows}"
+            if spec.passed_over:
+                newer = "; ".join(f"version {v.version}: {v.reason}" for v in spec.passed_over)
+                yield warning(
+                    check, f"{found}; passed over: {newer}",
+                    f"make version {spec.passed_over[0].version} whole, or delete it",
+                )  # fmt: skip
+            else:
+                yield ok(check, found)
 
 
 def _read_a_little(folder: Path) -> None:

@@ -46,8 +46,14 @@ def workers(settings: Settings) -> Iterator[Finding]:
                 f"stop it, or start it without -Q {queues}; celery -A inferq.workers.app serves",
             )  # fmt: skip
         else:
-            state = told.get("inferq_state", "serving")
-            yield ok(f"worker {node}", f"{state} {told['inferq_models']}")
+            found = f"{told.get('inferq_state', 'serving')} {told['inferq_models']}"
+            if missing := told.get("inferq_not_served"):
+                yield warning(
+                    f"worker {node}", f"{found}; not served: {missing}",
+                    "mend it, then start the worker again",
+                )  # fmt: skip
+            else:
+                yield ok(f"worker {node}", found)
 
 
 def _models(queues: list[dict[str, Any]] | None) -> list[str]:

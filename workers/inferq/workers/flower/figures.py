@@ -25,6 +25,8 @@ SPACING_S: Final = 4.0
 #: Workers that are looked at, and points of a model's course, at most.
 WORKERS: Final = 200
 POINTS: Final = 60
+#: Names in one note, at most.
+NAMES: Final = 20
 #: Seconds between two points of a course.
 POINT_S: Final = 2.0
 #: Where a request's time goes, in its order: what the page calls it and the field of `ModelStats`.
@@ -111,11 +113,22 @@ class WorkerRow(msgspec.Struct, frozen=True, kw_only=True):
     versions: Mapping[str, str]
 
 
+class Missing(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that workers were to serve and do not; `version`: or that newest version of it."""
+
+    model: str
+    version: int | None
+    reason: str
+    #: The workers that say so.
+    nodes: Sequence[str]
+
+
 class Page(msgspec.Struct, frozen=True, kw_only=True):
     """All that the page shows. `problem`: why it is not of now."""
 
     models: Sequence[ModelRow] = ()
     workers: Sequence[WorkerRow] = ()
+    not_served: Sequence[Missing] = ()
     #: Seconds since Redis was read; None: it was not.
     age_s: float | None = None
     problem: str | None = None
@@ -150,6 +163,7 @@ class Figures:
         self._point_at = float("-inf")
         self._models: list[ModelRow] = []
         self._workers: list[WorkerRow] = []
+        self._missing: list[Missing] = []
         self._notes: list[str] = []
 
     def page(self, reading: Reading | None, problem: str | None, now: float) -> Page:
@@ -162,6 +176,7 @@ class Figures:
         return Page(
             models=self._models,
             workers=self._workers,
+            not_served=self._missing,
             age_s=round(max(0.0, now - reading.at), 1),
             problem=problem,
             notes=self._notes,
@@ -194,8 +209,12 @@ class Figures:
             rows.append(_row(name, depths.get(name), stats_of_model, rates, course))
         self._models = sorted(rows, key=lambda row: row.model)
         self._workers = [self._worker(worker, reading) for worker in stats]
+        missing = _missing(stats)
+        self._missing = missing[:MODELS]
         self._notes = [
             *reading.notes(),
+            *_passed_over(stats),
+            *_note(len(missing) - len(self._missing), "models that are not served"),
             *_note(len(others), "models that workers serve"),
             *_note(len(reading.stats) - len(stats), "workers"),
         ]
@@ -243,6 +262,26 @@ class Figures:
             gpu=worker.gpu,
             versions=worker.versions,
         )
+
+
+def _missing(stats: Sequence[WorkerStats]) -> list[Missing]:
+    """Each with all workers that say the same of it."""
+    nodes: dict[tuple[str, int, str], list[str]] = {}
+    for worker in stats:
+        for each in worker.not_served:
+            nodes.setdefault((each.model, each.version or 0, each.reason), []).append(worker.node)
+    return [
+        Missing(model=model, version=version or None, reason=reason, nodes=told)
+        for (model, version, reason), told in sorted(nodes.items())
+    ]
+
+
+def _passed_over(stats: Sequence[WorkerStats]) -> list[str]:
+    names = sorted({name for worker in stats for name in worker.passed_over})
+    if not names:
+        return []
+    more = f" and {len(names) - NAMES} more" if len(names) > NAMES else ""
+    return [f"Folders passed over, as they hold no model: {', '.join(names[:NAMES])}{more}."]
 
 
 def _note(left_out: int, what: str) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Final
 import msgspec
 
 from inferq.workers.lanes import Finished, Run
+from inferq.workers.not_served import NotServed
 from inferq.workers.settle import DEAD_LETTER, FAILURE, OVERTAKEN, REVOKED, SUCCESS, Settlement
 
 #: Upper bounds of the buckets of times, in s; there is one more bucket beyond the last.
@@ -141,6 +142,10 @@ class WorkerStats(msgspec.Struct, kw_only=True):
     models: list[ModelStats]
     #: Model → requests answered per second since these stats were last published; only published.
     rates: dict[str, float] = {}
+    #: What it was to serve and does not.
+    not_served: Sequence[NotServed] = ()
+    #: Folders of its repository that hold no model.
+    passed_over: Sequence[str] = ()
 
 
 class ModelCounts:

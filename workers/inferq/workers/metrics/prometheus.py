@@ -127,6 +127,14 @@ def _worker(stats: WorkerStats) -> Iterator[Metric]:
         state.add_metric([each], each == stats.state)
     yield state
     yield _redis_up(stats.redis_up)
+    missing = GaugeMetricFamily(
+        "inferq_model_not_served",
+        "1: the worker was to serve that model, or that newest version of it, and does not.",
+        labels=["model", "version"],
+    )
+    for found in stats.not_served:
+        missing.add_metric([found.model, "" if found.version is None else str(found.version)], 1)
+    yield missing
 
 
 def _models(models: Sequence[ModelStats]) -> Iterator[Metric]:

@@ -331,6 +331,26 @@
     return card;
   }
 
+  /* One model that workers were to serve and do not, or a version of it. */
+
+  function missingCard(missing) {
+    var card = el(
+      "article", "inference-card inference-missing",
+      el(
+        "header", "inference-card-header",
+        el("h3", "inference-name", missing.model),
+        missing.version === null ? null : el("span", "inference-tag", "version " + missing.version),
+        missing.version === null ?
+          el("span", "inference-alert inference-alert-danger", "not served") :
+          el("span", "inference-alert", "passed over: an older version is served"),
+        el("span", "inference-tag", missing.nodes.join(", "))
+      ),
+      el("p", "inference-reason", missing.reason)
+    );
+    card.dataset.missing = missing.model;
+    return card;
+  }
+
   function empty() {
     return el(
       "div", "inference-card inference-empty",
@@ -364,6 +384,9 @@
     document.getElementById("inference-models").replaceChildren.apply(
       document.getElementById("inference-models"), cards.length || !known ? cards : [empty()]
     );
+    var missing = document.getElementById("inference-missing");
+    missing.replaceChildren.apply(missing, told.not_served.map(missingCard));
+    document.getElementById("inference-missing-heading").hidden = !told.not_served.length;
     var workers = document.getElementById("inference-workers");
     workers.replaceChildren.apply(workers, told.workers.map(workerCard));
     document.getElementById("inference-workers-heading").hidden = !told.workers.length;
