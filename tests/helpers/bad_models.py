@@ -84,6 +84,11 @@ def _misplaced(root: Path, model: str) -> None:
     onnx_models.double(root / model / "model.onnx")
 
 
+def _for_cuda(root: Path, model: str) -> None:
+    good(root, model)
+    put(root / model / "model.toml", b"[onnxruntime]\nprovider = 'cuda'")
+
+
 @dataclass(frozen=True)
 class Bad:
     """One kind of model that cannot be served."""
@@ -115,10 +120,12 @@ BAD: Mapping[str, Bad] = {
     ),
     "misplaced": Bad(_misplaced, "in no version's folder"),
     "my model": Bad(good, "model name is 'my model'; expected letters"),
+    # The build of ONNX Runtime that the tests install has no CUDA.
+    "cuda": Bad(_for_cuda, "onnxruntime.provider is 'cuda'"),
     "zeros": Bad(lambda r, m: far_lookup(file(r, m)), "cannot run zeros to warm up"),
 }
 #: Those of which only a worker finds out, which loads them.
-FOUND_LATE = frozenset({"zeros"})
+FOUND_LATE = frozenset({"cuda", "zeros"})
 #: Those that no queue can be called by.
 MISNAMED = frozenset({"my model"})
 #: Folders that hold no model.

@@ -9,12 +9,14 @@ import pytest
 
 from inferq.workers.depths import Depth, Depths
 from inferq.workers.flower.figures import (
+    NAMES,
     POINTS,
     SPACING_S,
     WINDOW_S,
     WORKERS,
     Batches,
     Figures,
+    Missing,
     ModelRow,
 )
 from inferq.workers.flower.readings import MODELS, Reading
@@ -26,6 +28,7 @@ from inferq.workers.metrics.counts import (
     ModelStats,
     WorkerStats,
 )
+from inferq.workers.not_served import NotServed
 
 HISTOGRAMS = ("queue_s", "compute_input_s", "compute_infer_s", "compute_output_s", "settle_s")
 
@@ -195,3 +198,36 @@ def test_an_old_reading_says_how_old_it_is_and_a_silent_worker_for_how_long() ->
     page = figures.page(reading(18.0, told), "Redis: away", 21.5)
     assert (page.age_s, page.problem) == (3.5, "Redis: away")
     assert page.workers[0].silent_s == 8.0
+
+
+def test_what_workers_do_not_serve_is_told_once_with_all_who_say_so() -> None:
+    broken, half = NotServed("b", "is no model"), NotServed("a", "is cut off", 2)
+    figures = Figures()
+    page = figures.page(
+        reading(
+            1.0,
+            worker(1.0, name="w", not_served=[broken, half], passed_over=["docs"]),
+            worker(1.0, name="v", not_served=[broken], passed_over=["docs", "data"]),
+            worker(1.0, name="u"),
+        ),
+        None,
+        1.0,
+    )
+    assert page.not_served == [
+        Missing(model="a", version=2, reason="is cut off", nodes=["w@h"]),
+        Missing(model="b", version=None, reason="is no model", nodes=["w@h", "v@h"]),
+    ]
+    assert page.notes == ["Folders passed over, as they hold no model: data, docs."]
+    gone = figures.page(reading(2.0, worker(2.0, name="u")), None, 2.0)
+    assert (gone.not_served, gone.notes) == ([], [])
+
+
+def test_of_very_many_that_are_not_served_some_are_left_out_and_counted() -> None:
+    missing = [NotServed(f"m{n:04}", "is no model") for n in range(MODELS + 7)]
+    folders = [f"d{n:02}" for n in range(NAMES + 3)]
+    page = Figures().page(
+        reading(1.0, worker(1.0, not_served=missing, passed_over=folders)), None, 1.0
+    )
+    assert len(page.not_served) == MODELS
+    assert "7 more models that are not served are not shown." in page.notes
+    assert any(note.endswith("d19 and 3 more.") for note in page.notes)

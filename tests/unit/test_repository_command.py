@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from helpers import onnx_models
+from helpers.bad_models import OTHERS, write_others
 from helpers.repository import fake_model
 
 from inferq.workers.models_command import models
@@ -50,6 +51,25 @@ def test_a_bad_model_is_listed_with_its_error_and_fails_the_command(run: Result)
     assert run.exit_code == 1
     assert "wrong/model.toml: lane is not a known key; did you mean 'lanes'?" in run.stderr
     assert "wrong" not in run.stdout
+
+
+def test_a_newest_version_that_is_not_whole_is_told_and_fails_the_command(tmp_path: Path) -> None:
+    for version in (1, 2):
+        onnx_models.double(tmp_path / "m" / str(version) / "model.onnx")
+    assert CliRunner().invoke(models, [str(tmp_path)]).exit_code == 0
+    (tmp_path / "m" / "3").mkdir()
+    run = CliRunner().invoke(models, [str(tmp_path)])
+    assert run.exit_code == 1
+    assert " 1 2 (3) " in _row(run, "m")
+    assert run.stderr.startswith(f"inferq: passed over: m version 3: no model in {tmp_path}/m/3")
+
+
+def test_what_is_no_model_is_passed_over_without_a_complaint(tmp_path: Path) -> None:
+    fake_model(tmp_path, "echo")
+    write_others(tmp_path)
+    run = CliRunner().invoke(models, [str(tmp_path)])
+    assert (run.exit_code, run.stderr) == (0, "")
+    assert f"passed over: .hidden, README.md, {', '.join(OTHERS)}\n" in run.stdout
 
 
 def test_a_good_repository_and_an_empty_one_succeed(tmp_path: Path) -> None:

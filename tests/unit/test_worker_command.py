@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from helpers.bad_models import OTHERS, write_others
 from helpers.gpus import fake_nvml
 from helpers.repository import fake_model
 
@@ -168,6 +169,47 @@ def test_a_url_that_is_none_is_one_line(worker: _Commanded) -> None:
     (line,) = worker.fails("--redis-url", "http://x").splitlines()
     assert line.startswith("Error: Redis URL 'http://x'; expected one of redis://")
     assert worker.children == []
+
+
+def _served(child: Child) -> str:
+    return child.command[list(child.command).index("-Q") + 1]
+
+
+def test_every_folder_that_holds_a_model_has_its_queue_consumed(worker: _Commanded) -> None:
+    (worker.models / "bad" / "1").mkdir(parents=True)
+    (worker.models / "my model" / "1").mkdir(parents=True)
+    write_others(worker.models)
+    (child,) = worker()
+    assert _served(child) == "inferq.bad,inferq.m"
+    assert "INFERQ_STRICT" not in child.environment
+    assert _served(worker("-Q", "inferq.x,inferq.y")[0]) == "inferq.x,inferq.y"
+
+
+def test_strict_refuses_folders_that_hold_no_model_unless_models_are_named(
+    worker: _Commanded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert worker("--strict")[0].environment["INFERQ_STRICT"] == "1"
+    (worker.models / "my model" / "1").mkdir(parents=True)
+    write_others(worker.models)
+    said = worker.fails("--strict")
+    for name in ("my model", *OTHERS):
+        assert name in said
+    (child,) = worker("--strict", "-Q", "inferq.m")
+    assert child.environment["INFERQ_STRICT"] == "1"
+    monkeypatch.setenv("INFERQ_STRICT", "yes")
+    assert worker.fails() == said
+    monkeypatch.setenv("INFERQ_STRICT", "perhaps")
+    assert "INFERQ_STRICT is 'perhaps'; expected " in worker.fails()
+
+
+def test_a_repository_of_nothing_that_can_be_served_is_refused(
+    worker: _Commanded, tmp_path: Path
+) -> None:
+    worker.models = tmp_path / "other"
+    worker.models.mkdir()
+    assert "expected <model>/<version>/" in worker.fails()
+    (worker.models / "my model" / "1").mkdir(parents=True)
+    assert worker.fails().startswith("Error: model name is 'my model'; expected letters")
 
 
 def test_the_repository_is_still_required(tmp_path: Path) -> None:

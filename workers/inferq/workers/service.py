@@ -206,7 +206,8 @@ class Service:
         if self._heartbeat is not None:
             self._heartbeat.plane = plane
         plane.start()
-        without = f"; not served: {listed(self._not_served)}" if self._not_served else ""
+        missing = ", ".join(each.model for each in self._not_served if each.version is None)
+        without = f"; not served: {missing}" if missing else ""
         logger.info("serving %s%s", ", ".join(model.name for model in self._models), without)
 
     def _on_finished(self, finished: Finished) -> None:
