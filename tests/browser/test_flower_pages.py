@@ -22,6 +22,7 @@ from playwright.sync_api import Locator, Page, expect
 from inferq.shared.names import Names
 from inferq.workers.embedded import EmbeddedRedis
 from inferq.workers.metrics.counts import WorkerStats
+from inferq.workers.not_served import NotServed
 
 NAMES = Names()
 PHONE = 360
@@ -217,6 +218,7 @@ def test_what_redis_says_is_text_and_never_markup(
     stats = WorkerStats(
         incarnation="evil", node=attack, host=attack, pid=1, started_at=0.0, at=1.0, state=attack,
         redis_up=True, device=attack, versions={attack: attack}, models=[],
+        not_served=[NotServed(attack, attack)], passed_over=[attack],
         gpu={"memory_used_bytes": 3.5 * 2**30, "memory_total_bytes": 24 * 2**30, "index": 0},
     )  # fmt: skip
     raw = msgspec.to_builtins(stats)
@@ -236,6 +238,8 @@ def test_what_redis_says_is_text_and_never_markup(
     page = visitor.open(f"{flower.url}/inference")
     shows(page.locator("[data-worker] .inference-name"), attack)
     shows(page.locator("[data-model] .inference-name", has_text="<img"), attack)
+    shows(page.locator("[data-missing] .inference-name"), attack)
+    shows(page.locator("[data-missing] .inference-reason"), attack)
     shows(page.locator('[data-field="gpu-memory"]'), "3.5 of 24 GiB")
     assert page.locator("#inference img, #inference script").count() == 0
     assert page.evaluate("window.attacked") is None

@@ -262,6 +262,20 @@ def test_a_pytorch_program_is_refused_in_one_line(tmp_path: Path, plans: Path) -
     ]
 
 
+def test_the_newest_version_that_is_whole_is_built_and_the_other_named(
+    tmp_path: Path, plans: Path
+) -> None:
+    rtx()
+    root = tmp_path / "models"
+    onnx_models.double(root / "double" / "1" / "model.onnx")
+    (root / "double" / "2").mkdir()
+    (root / "double" / "2" / "model.onnx.part").write_bytes(b"half")
+    built = _build(root, plans, "double", "--json")
+    assert built.exit_code == 0, built.output
+    assert json.loads(built.stdout)["version"] == 1
+    assert f"inferq: passed over: double version 2: no model in {root}/double/2" in built.stderr
+
+
 def test_a_bad_value_in_the_table_names_model_toml(tmp_path: Path, plans: Path) -> None:
     onnx_models.double(tmp_path / "models" / "double" / "1" / "model.onnx")
     toml = tmp_path / "models" / "double" / "model.toml"

@@ -108,6 +108,8 @@ def build(
                 plan = ensure_plan(order, folder, progress=progress, force=force)
                 plan = _verified(order, folder, plan, given, progress)
             others = prune(folder, order, plan) if pruned else []
+        for each in spec.passed_over:
+            click.echo(f"inferq: passed over: {each}", err=True)
         if as_json:
             click.echo(json.dumps(_told(order, plan, others), indent=2))
         else:
