@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import redis as redis_py
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from helpers.bad_models import (
     BAD,
     FOUND_LATE,
@@ -74,13 +74,14 @@ def worker(server: EmbeddedRedis, models: Path) -> Iterator[SupervisedWorker]:
 
 
 @pytest.fixture
-def redis_url(server: EmbeddedRedis) -> str:
+def url(server: EmbeddedRedis) -> str:
+    """That of the worker's Redis; `redis_url` is another."""
     return server.url
 
 
 @pytest.fixture
-def store(redis_url: str) -> Iterator[redis_py.Redis]:
-    with redis_py.Redis.from_url(redis_url, socket_timeout=10.0) as client:
+def store(url: str) -> Iterator[redis_py.Redis]:
+    with redis_py.Redis.from_url(url, socket_timeout=10.0) as client:
         yield client
 
 
@@ -93,10 +94,10 @@ def line_about(log: str, *parts: str) -> str:
 
 
 def test_every_good_model_is_served_in_its_newest_complete_version(
-    worker: SupervisedWorker, redis_url: str
+    worker: SupervisedWorker, url: str
 ) -> None:
     x = np.arange(6, dtype=np.float32).reshape(2, 3)
-    with Client(redis_url) as client:
+    with Client(url) as client:
         for model, version in SERVED.items():
             result = client.infer(model, {"x": x}, timeout=TIMEOUT_S)
             np.testing.assert_array_equal(result.outputs["y"], 2 * x)
@@ -139,10 +140,10 @@ def test_inferq_models_lists_the_good_and_the_bad_and_fails(models: Path) -> Non
 
 
 def test_inferq_doctor_names_each_with_what_to_do(
-    worker: SupervisedWorker, redis_url: str, models: Path
+    worker: SupervisedWorker, url: str, models: Path
 ) -> None:
     def look() -> dict[str, Any] | None:
-        options = ["doctor", "--redis-url", redis_url, "--models", str(models), "--json"]
+        options = ["doctor", "--redis-url", url, "--models", str(models), "--json"]
         told = json.loads(CliRunner().invoke(inferq, options).stdout)
         found = {each["check"]: each for each in told}
         found["worker"] = next((e for c, e in found.items() if c.startswith("worker test@")), None)
@@ -172,8 +173,14 @@ def test_inferq_doctor_names_each_with_what_to_do(
 
 def test_the_worker_is_healthy_and_says_what_it_does_not_serve(worker: SupervisedWorker) -> None:
     asked = ["health", "--file", str(worker.heartbeat)]
-    shown = CliRunner().invoke(inferq, asked)
-    assert shown.exit_code == 0, shown.output
+
+    def healthy() -> Result | None:
+        """It loads, until its next heartbeat."""
+        shown = CliRunner().invoke(inferq, asked)
+        return shown if shown.exit_code == 0 else None
+
+    shown = until(healthy, 30, "its heartbeat says that it serves")
+    assert shown is not None
     assert ": ok (" in shown.stdout
     assert "not served: " in shown.stdout
     for name in BAD:
@@ -183,8 +190,8 @@ def test_the_worker_is_healthy_and_says_what_it_does_not_serve(worker: Supervise
     assert {each["model"] for each in told["not_served"] if each["version"] is None} == set(BAD)
 
 
-def test_flowers_page_and_inspect_stats_name_each(worker: SupervisedWorker, redis_url: str) -> None:
-    with FlowerProcess(redis_url) as flower:
+def test_flowers_page_and_inspect_stats_name_each(worker: SupervisedWorker, url: str) -> None:
+    with FlowerProcess(url) as flower:
 
         def told() -> dict[str, Any] | None:
             page: dict[str, Any] = flower.get("/inference/data").json()
@@ -199,7 +206,7 @@ def test_flowers_page_and_inspect_stats_name_each(worker: SupervisedWorker, redi
         assert [node.partition("@")[0] for node in by_name[name, None]["nodes"]] == ["test"]
     (note,) = (note for note in page["notes"] if "no model" in note)
     assert ", ".join(OTHERS) in note
-    with stock_app(redis_url) as app:
+    with stock_app(url) as app:
         stats = until(lambda: app.control.inspect(timeout=2).stats(), 30, "it answers")
         ((_, info),) = stats.items()
     for name, bad in {**BAD, **NEWEST}.items():
@@ -216,24 +223,26 @@ def test_prometheus_is_told_of_each(worker: SupervisedWorker) -> None:
 
 
 def test_what_is_sent_to_a_model_that_is_not_served_waits(
-    worker: SupervisedWorker, redis_url: str, store: redis_py.Redis, kills_connections: None
+    worker: SupervisedWorker, url: str, store: redis_py.Redis, kills_connections: None
 ) -> None:
     """Also a foreign task, and also once Celery's own side has connected anew."""
     waiting = sorted(BAD.keys() - MISNAMED)
-    with stock_app(redis_url) as app, Client(redis_url) as client:
+    with stock_app(url) as app:
         for model in waiting:
             store.lpush(NAMES.queue(model), message(model, numbered(1))[1])
             app.send_task("somebody.elses", queue=queue_of(model))
-        store.client_kill_filter(_type="normal", skipme=True)
-        store.client_kill_filter(_type="pubsub")
-        until(lambda: "Connection to broker lost" in worker.log, 30, "Celery's side noticed")
-        # What comes after the new connection is there is served, so it claims again.
+    connected = worker.log.count("Connected to redis")
+    store.client_kill_filter(_type="normal", skipme=True)
+    store.client_kill_filter(_type="pubsub")
+    until(lambda: worker.log.count("Connected to redis") > connected, 60, "Celery's side is back")
+    with stock_app(url) as app, Client(url) as client:
+        until(lambda: app.control.inspect(timeout=2).ping(), 60, "its consumer listens")
+        # Served after the new connections are there: so both sides take again what they take.
         for _ in range(20):
             client.infer("good", {"x": np.ones((1, 3), np.float32)}, timeout=TIMEOUT_S)
-        until(lambda: app.control.inspect(timeout=2).ping(), 30, "Celery's side is back")
-        assert {m: store.llen(NAMES.queue(m)) for m in waiting} == dict.fromkeys(waiting, 2)
-        assert store.hlen("unacked") == 0
-    asked = ["queues", "--redis-url", redis_url, "--json"]
+    assert {m: store.llen(NAMES.queue(m)) for m in waiting} == dict.fromkeys(waiting, 2)
+    assert store.hlen("unacked") == 0
+    asked = ["queues", "--redis-url", url, "--json"]
     told = json.loads(CliRunner().invoke(inferq, asked).stdout)["models"]
     consumers = {each["model"]: each["consumers"] for each in told}
     assert {model: consumers[model] for model in waiting} == dict.fromkeys(waiting, 0)
@@ -244,9 +253,8 @@ def test_what_is_sent_to_a_model_that_is_not_served_waits(
 
 
 def test_a_worker_that_was_told_of_a_bad_queue_serves_the_others(
-    redis_url: str, store: redis_py.Redis, tmp_path: Path
+    redis_url: str, tmp_path: Path
 ) -> None:
-    store.flushall()
     for model in ("good", "other"):
         good(tmp_path, model)
     for model in ("broken", "zeros"):
@@ -269,7 +277,7 @@ def run_worker(redis_url: str, root: Path, *options: str, env: dict[str, str] | 
     command = [sys.executable, "-m", "inferq.workers.cli", "worker", "--models", str(root)]
     return subprocess.run(
         [*command, "--redis-url", redis_url, *options],
-        capture_output=True, text=True, timeout=90, check=False,
+        capture_output=True, text=True, timeout=150, check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **(env or {})},
     )  # fmt: skip
 

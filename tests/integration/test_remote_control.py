@@ -294,7 +294,7 @@ REFUSED = {
     "autoscale": (["--autoscale", "4,1", "-Q", "inferq.echo"], "--autoscale refused"),
     "no queue": ([], "-Q inferq.<model>"),
     "no queue of ours": (["-Q", "plain"], "expected inferq.<model>"),
-    "unknown model": (["-Q", "inferq.echo,inferq.nope"], "nope"),
+    "unknown model": (["-Q", "inferq.nope"], "nope"),
 }
 
 
