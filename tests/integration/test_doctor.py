@@ -27,10 +27,12 @@ from redis import Redis
 
 from inferq.workers.cli import inferq
 from inferq.workers.doctor import host
+from inferq.workers.doctor import models as doctor_models
 from inferq.workers.doctor import redis as redis_checks
 from inferq.workers.doctor.finding import Finding, Level, ok, within
 from inferq.workers.doctor.models import models
 from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.repository import ModelSpec, load_model
 
 #: Tests of this module configure their Redis.
 SERVER: dict[str, Any] = {"appendonly": True}
@@ -258,6 +260,23 @@ def test_a_file_or_folder_that_may_not_be_read_is_an_error() -> None:
         assert "ermission denied" in found[f"model {name}"].found
         assert str(root / name) in found[f"model {name}"].found
         assert found[f"model {name}"].todo == "let the worker's user read it"
+
+
+def test_what_a_library_makes_of_one_model_keeps_no_other_from_being_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        onnx_models.double(tmp_path / name / "1" / "model.onnx")
+
+    def odd(root: Path, name: str, *, on_cpu: bool) -> ModelSpec:
+        if name == "a":
+            raise KeyError("odd")
+        return load_model(root, name, on_cpu=on_cpu)
+
+    monkeypatch.setattr(doctor_models, "load_model", odd)
+    first, second = models(tmp_path, False)
+    assert (first.level, first.found) == (Level.ERROR, "cannot be read: KeyError('odd')")
+    assert second.level == Level.OK
 
 
 def test_a_repository_that_is_none_or_empty_is_told(doctor: Doctor, tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ def models(root: Path | None, on_cpu: bool) -> Iterator[Finding]:
             yield error(check, problem.message, _todo(problem))
         except OSError as problem:
             yield error(check, f"cannot be read: {problem}", "let the worker's user read it")
+        except Exception as problem:  # noqa: BLE001 - the other models are told of all the same
+            yield error(check, f"cannot be read: {problem!r}", "see what a worker logs of it")
         else:
             engine = spec.config.engine
             lacks = tensorrt_lacks() if engine == "tensorrt" else None
