@@ -349,6 +349,7 @@ def test_a_server_that_refuses_to_say_what_it_is_is_unavailable() -> None:
 def test_an_ended_core_lets_nothing_in_and_leaves_nobody_waiting() -> None:
     core = new_core()
     pending = submit(core)
+    assert core.pushed([pending], {}) == []
     core.end("the client was closed")
     with pytest.raises(ClientClosed):
         pending.result(0)

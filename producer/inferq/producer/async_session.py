@@ -13,7 +13,7 @@ from typing import Any, Final
 import redis
 
 from inferq.producer.async_wire import AsyncWire
-from inferq.producer.core import MAX_BACKOFF_S, SWEEP_S, Core
+from inferq.producer.core import CLOSED, MAX_BACKOFF_S, REFUSED, SWEEP_S, Core
 from inferq.producer.dialogue import (
     Dialogue,
     T,
@@ -29,11 +29,15 @@ from inferq.producer.outgoing import Outgoing
 from inferq.producer.pending import AsyncPending
 from inferq.producer.wires import unavailable
 from inferq.shared.connect import CONNECT_TIMEOUT_S, async_redis_client
-from inferq.shared.errors import InferqError, RedisUnavailable
+from inferq.shared.errors import ClientClosed, InferqError, RedisUnavailable
 from inferq.shared.resp import BROKEN, Command, Reply
 from inferq.shared.settings import Settings
 
 _log: Final = logging.getLogger(__name__)
+#: Seconds that `close` waits for replies.
+CLOSE_S: Final = 2.0
+#: Seconds before it tells its task once more to end.
+CANCEL_S: Final = 0.1
 
 
 class AsyncSession:
@@ -63,11 +67,15 @@ class AsyncSession:
         return await self.carry(cancel(self.core, pending))
 
     async def close(self) -> None:
-        """See `Session.close`."""
-        self.core.end("the client was closed before the result came; the request goes on")
-        if self._task is not None:
+        """See `Session.close`. Replies that are on their way are waited for, for CLOSE_S."""
+        self.core.end(CLOSED)
+        if self._wire is not None:
+            await self._wire.quiet(CLOSE_S)
+        self._attempted(ClientClosed(REFUSED))
+        while self._task is not None and not self._task.done():
             self._task.cancel()
-            await asyncio.wait([self._task])
+            # redis-py swallows a cancellation that comes while it shakes hands.
+            await asyncio.wait([self._task], timeout=CANCEL_S)
 
     async def _call(self, commands: Sequence[Command]) -> list[Reply]:
         wire = await self._connected()
@@ -77,6 +85,11 @@ class AsyncSession:
             raise unavailable(problem) from problem
         except BROKEN:
             pass  # it broke since it was used last: not a word about Redis now
+        if self.core.ended:
+            raise ClientClosed(
+                "the client was closed while it spoke to Redis; whether Redis has taken what it "
+                "sent is not known"
+            )
         wire = await self._connected()
         try:
             return await wire.call(commands)
@@ -86,6 +99,7 @@ class AsyncSession:
     async def _connected(self) -> AsyncWire:
         if self._wire is not None:
             return self._wire
+        self.core.check_open()
         if self._attempt is None:
             self._attempt = asyncio.get_running_loop().create_future()
         if self._task is None:
@@ -105,8 +119,15 @@ class AsyncSession:
             attempt.set_result(problem)
 
     async def _run(self) -> None:
+        try:
+            await self._keep_connected()
+        finally:  # `close`, or whoever else cancels this: nobody is to wait any more
+            self.core.end("the task that reads results was cancelled; the request goes on")
+            self._attempted(ClientClosed(REFUSED))
+
+    async def _keep_connected(self) -> None:
         backoff = 0.0
-        while True:
+        while not self.core.ended:
             await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
             connected = False
             wire = AsyncWire(self._redis, self._on_push, self._on_broken)

@@ -91,6 +91,11 @@ class AsyncWire:
             self._break(problem)
             raise
 
+    async def quiet(self, seconds: float) -> None:
+        """Until what was called so far is answered, for so long at most. Never raises."""
+        if self._calls:
+            await asyncio.wait([call.future for call in self._calls], timeout=seconds)
+
     async def _read(self) -> None:
         try:
             while True:

@@ -11,7 +11,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
@@ -20,7 +20,7 @@ import msgpack
 from inferq.producer.admission import Admission, ModelView
 from inferq.producer.outcome import outcome_of
 from inferq.producer.outgoing import Encoder, Inputs, Outgoing, arrays_of
-from inferq.producer.pending import PendingRequest
+from inferq.producer.pending import Outcome, PendingRequest
 from inferq.shared import codec
 from inferq.shared.connect import judge_server, parse_info
 from inferq.shared.errors import (
@@ -34,6 +34,9 @@ from inferq.shared.resp import Command, Reply, ReplyError
 from inferq.shared.schema import check_inputs
 from inferq.shared.settings import Settings
 
+#: Why a request of a client that is closed has no result.
+CLOSED: Final = "the client was closed before the result came; the request goes on"
+REFUSED: Final = "the client is closed: nothing was sent"
 #: Seconds between two looks at all unresolved requests' results, besides being told.
 SWEEP_S: Final = 5.0
 #: Longest wait between two attempts to reconnect, in seconds.
@@ -61,7 +64,9 @@ class Core:
         self._origin = f"{os.getpid()}@{socket.gethostname()}"
         self._encoders: dict[str, Encoder] = {}
         self._table: dict[str, PendingRequest] = {}
-        self._ended: InferqError | None = None
+        #: Set by the first `end`.
+        self.ended = False
+        self._why_ended = ""
         self._run_id = ""
         #: Ids that a restart may have cost Redis, oldest first.
         self._suspects: dict[str, None] = {}
@@ -106,14 +111,31 @@ class Core:
 
     def check_open(self) -> None:
         """ClientClosed after `end`."""
-        if self._ended is not None:
-            raise self._ended
+        if self.ended:
+            raise ClientClosed(REFUSED)
 
-    def drop(self, pending: PendingRequest, error: InferqError | None = None) -> None:
-        """Take a request out of the table, resolving it with `error` if one is given."""
-        self._table.pop(pending.request_id, None)
-        if error is not None:
-            pending.resolve(error)
+    def pushed(
+        self, block: Sequence[PendingRequest], refused: Mapping[str, InferqError]
+    ) -> list[InferqError]:
+        """A push of `block` has ended; `refused`: id → why. Returns what was refused."""
+        for pending in block:
+            problem = refused.get(pending.request_id)
+            if problem is None:
+                pending.accepted = True
+            else:
+                self.drop(pending, problem)
+        # `end` lets go of what is accepted after it has set `ended`: one of the two sees this.
+        if self.ended:
+            self._let_go(block)
+        return list(refused.values())
+
+    def drop(self, pending: PendingRequest, outcome: Outcome | None = None) -> None:
+        """Take a request out of the table, resolving it with `outcome` if one is given.
+
+        Of several threads that do, the first one resolves it: who takes it out.
+        """
+        if self._table.pop(pending.request_id, None) is not None and outcome is not None:
+            pending.resolve(outcome)
 
     def is_served(self, model: str) -> bool:
         """See `pending.Host`."""
@@ -172,8 +194,7 @@ class Core:
             self._mean_bytes += 0.1 * (len(raw) - self._mean_bytes)
             outcome = outcome_of(pending, raw)
             if outcome is not None:
-                self.drop(pending)
-                pending.resolve(outcome)
+                self.drop(pending, outcome)
 
     def swept(self, asked: Sequence[str], began: float) -> None:
         """All of `asked` have been looked for since `began` (monotonic seconds).
@@ -243,11 +264,36 @@ class Core:
             return []
         return [("PUBLISH", self.names.meta(pending.request_id), found[0])]
 
+    # --- the end --------------------------------------------------------------------------------
+
     def end(self, why: str) -> None:
-        """Resolve everything with ClientClosed, and let nothing in any more."""
-        self._ended = ClientClosed("the client is closed: nothing was sent")
-        for pending in list(self._table.values()):
-            self.drop(pending, ClientClosed(f"request {pending.request_id}: {why}"))
+        """Let nothing in any more, and resolve what Redis has accepted with ClientClosed.
+
+        What is being pushed stays with who pushes it: he learns whether it was accepted, and
+        nobody else waits for it yet.
+        """
+        if not self.ended:
+            self._why_ended = why
+            self.ended = True
+        self._let_go(list(self._table.values()))
+
+    def _let_go(self, pendings: Iterable[PendingRequest]) -> None:
+        for pending in pendings:
+            if pending.accepted:
+                self.drop(pending, self._closed(pending))
+
+    def _closed(self, pending: PendingRequest) -> ClientClosed:
+        return ClientClosed(f"request {pending.request_id}: {self._why_ended}")
+
+    def abandon(self, why: str) -> None:
+        """In a forked child: resolve everything, for those that were pushing it are not here."""
+        pendings = list(self._table.values())
+        for pending in pendings:
+            if pending.watcher is not None:
+                pending.watcher.forked()
+        self.end(why)
+        for pending in pendings:
+            self.drop(pending, self._closed(pending))
 
 
 def _checked_priority(priority: int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from typing import Final, TypeVar
 
@@ -18,7 +18,7 @@ from inferq.producer.admission import ModelView
 from inferq.producer.core import Core, P
 from inferq.producer.outgoing import PUSH_BLOCK, Inputs, Outgoing, Push
 from inferq.producer.pending import PendingRequest
-from inferq.shared.errors import Cancelled, InferqError, RedisUnavailable
+from inferq.shared.errors import Cancelled, ClientClosed, InferqError, RedisUnavailable
 from inferq.shared.resp import Command, Reply
 
 _log: Final = logging.getLogger(__name__)
@@ -92,21 +92,19 @@ def submit(
 
 def push(
     core: Core, block: Sequence[PendingRequest], view: ModelView
-) -> Dialogue[list[RedisUnavailable]]:
+) -> Dialogue[list[InferqError]]:
     """Push requests in order. What Redis does not take is resolved with the errors returned."""
+    refused: Mapping[str, InferqError]
     try:
+        core.check_open()  # it may have been closed while these entered
         refused = yield from _push(core, block, view)
-    except RedisUnavailable as problem:
+    except (RedisUnavailable, ClientClosed) as problem:
         refused = dict.fromkeys([pending.request_id for pending in block], problem)
     except BaseException:
         for pending in block:
             core.drop(pending)
         raise
-    if refused:
-        for pending in block:
-            if pending.request_id in refused:
-                core.drop(pending, refused[pending.request_id])
-    return list(refused.values())
+    return core.pushed(block, refused)
 
 
 def _push(

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import redis
 
-from inferq.producer.core import MAX_BACKOFF_S, SWEEP_S, Core
+from inferq.producer.core import CLOSED, MAX_BACKOFF_S, SWEEP_S, Core
 from inferq.producer.dialogue import ask_about_models, carry, greet, read, resume, sweep
 from inferq.producer.wire import Wire
 from inferq.shared.errors import InferqError
@@ -46,10 +46,14 @@ class Listener:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread. Idempotent; does nothing in a forked child, which has no such thread."""
+        """End the thread, and every wait for a result, which nobody would read any more.
+
+        Idempotent; does nothing in a forked child, which has no such thread.
+        """
         if os.getpid() != self._pid:
             return
         self._stopped.set()
+        self._core.end(CLOSED)
         wire = self._wire
         if wire is not None:
             wire.interrupt()
@@ -57,10 +61,19 @@ class Listener:
             self._thread.join(_STOP_S)
 
     def _run(self) -> None:
+        try:
+            self._keep_reading()
+        finally:  # whatever ends it: nobody is to wait for what is not read any more
+            if not self._stopped.is_set():
+                _log.critical("the thread that reads results ends: the client is closed")
+            self._core.end("the thread that reads results has ended; the request goes on")
+
+    def _keep_reading(self) -> None:
         backoff = 0.0
         while not self._stopped.wait(backoff * random.uniform(0.5, 1.0)):
-            wire = Wire(self._client, self._on_push)
+            wire: Wire | None = None
             try:
+                wire = Wire(self._client, self._on_push)
                 wire.open()
                 self._wire = wire
                 wire.send([("SUBSCRIBE", self._core.channel)])
@@ -76,7 +89,8 @@ class Listener:
                 _log.exception("connection for results failed, reconnecting")
             finally:
                 self._wire = None
-                wire.close()
+                if wire is not None:
+                    wire.close()
             backoff = min(MAX_BACKOFF_S, backoff * 2 or 0.05)
 
     def _serve(self, wire: Wire) -> None:

@@ -67,14 +67,16 @@ class Watcher(Protocol):
     """What wants to hear that a pending request was resolved."""
 
     def resolved(self, pending: PendingRequest) -> None: ...
+    def forked(self) -> None:
+        """This process was forked: threads that were in `resolved` are gone."""
 
 
 class PendingRequest:
     """A request that was handed over. Made by a client, not by its users."""
 
     __slots__ = (
-        "_host", "_outcome", "_waiters", "model", "outgoing", "request_id", "submitted_at",
-        "watcher",
+        "_host", "_outcome", "_waiters", "accepted", "model", "outgoing", "request_id",
+        "submitted_at", "watcher",
     )  # fmt: skip
 
     def __init__(self, host: Host, outgoing: Outgoing, submitted_at: float) -> None:
@@ -88,6 +90,8 @@ class PendingRequest:
         #: `time.monotonic` seconds.
         self.submitted_at = submitted_at
         self.watcher: Watcher | None = None
+        #: Whether Redis has answered its push.
+        self.accepted = False
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.request_id} of {self.model!r}: {self.state}>"

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-from inferq.producer.core import Core
+from inferq.producer.core import CLOSED, Core
 from inferq.producer.dialogue import Dialogue, T, cancel, carry, greet
 from inferq.producer.listener import Listener
 from inferq.producer.outgoing import Outgoing
@@ -41,10 +41,13 @@ class Session:
     def _start(self) -> None:
         with self._starting:
             if self._stop is None:
+                self.core.check_open()
                 carry(greet(self.core), self._wires.call)
                 listener = Listener(self.core, self._redis)
                 listener.start()
                 self._stop = weakref.finalize(self, listener.stop)
+                if self.core.ended:  # meanwhile: `close` may not have seen the listener
+                    self._stop()
 
     def make(self, outgoing: Outgoing, now: float) -> Pending:
         """See `Core.build`."""
@@ -54,8 +57,11 @@ class Session:
         return self.carry(cancel(self.core, pending))
 
     def close(self) -> None:
-        """Stop; what is unresolved ends as ClientClosed. Idempotent."""
-        self.core.end("the client was closed before the result came; the request goes on")
+        """Stop; what is unresolved ends as ClientClosed. Idempotent.
+
+        A thread that is pushing goes on until Redis has answered it, which a timeout bounds.
+        """
+        self.core.end(CLOSED)
         if self._stop is not None:
             self._stop()
         self._close_wires()
@@ -64,4 +70,4 @@ class Session:
         """In a forked child: leave the parent's connections alone, and what waits on them."""
         if self._stop is not None:
             self._stop.detach()
-        self.core.end("submitted before this process was forked; its parent gets the result")
+        self.core.abandon("submitted before this process was forked; its parent gets the result")

@@ -79,6 +79,10 @@ class Window(Generic[P]):
             self._wake = None
             wake()
 
+    def forked(self) -> None:
+        """See `pending.Watcher`."""
+        self._counting = threading.Lock()  # a thread that is not here may have held the other
+
     def hold(self, items: Iterable[Inputs]) -> None:
         """Keep inputs back until something in flight is resolved."""
         self.held.extend(items)

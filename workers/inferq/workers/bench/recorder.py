@@ -30,6 +30,9 @@ class Shot:
         self.due = due
         self.sent_at = due
 
+    def forked(self) -> None:
+        """See `pending.Watcher`: a sender's process is never forked."""
+
     def resolved(self, pending: PendingRequest) -> None:
         """See `Watcher`."""
         self._recorder.ended(self)
