@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,11 @@ from inferq.shared.names import Names
 from inferq.shared.schema import Ticket
 from inferq.workers import supply
 from inferq.workers.batching.waiting import Waiting
+from inferq.workers.budget import Budget
 from inferq.workers.claims import Want
 from inferq.workers.clock import RedisClock
 from inferq.workers.lanes import Job
-from inferq.workers.ledger import HINT
+from inferq.workers.ledger import HINT, QueueId
 from inferq.workers.repository import load_model
 from inferq.workers.serving import AHEAD_S, MAX_AHEAD, ServedModel
 
@@ -60,6 +61,13 @@ def form(*models: ServedModel) -> list[tuple[str, list[int]]]:
     """What leaves: each batch's model and its requests' priorities."""
     leaving = supply.next_batches(models, 1000.0)
     return [(model.name, [item.ticket.priority for item in job.items]) for model, job in leaving]
+
+
+def wants(
+    model: ServedModel, depths: Mapping[QueueId, int | None], ending: int = 0
+) -> tuple[list[Want], list[QueueId]]:
+    """What is claimed where memory is no matter."""
+    return supply.wants([model], depths, ending, Budget([model], 1 << 50))
 
 
 def settle_down(model: ServedModel, batch_s: float) -> None:
@@ -133,23 +141,23 @@ def test_it_claims_what_is_there_and_hears_of_queues_that_it_has_room_for(
     model: ServedModel,
 ) -> None:
     depths: dict[tuple[str, int], int | None] = {("m", 0): 3, ("m", 3): 100, ("m", 6): 5}
-    wants, listen = supply.wants([model], depths, 0)
-    assert wants == [Want("m", 0, 3), Want("m", 3, LANES * TARGET - 3)]
+    wanted, listen = wants(model, depths)
+    assert wanted == [Want("m", 0, 3), Want("m", 3, LANES * TARGET - 3)]
     assert listen == [("m", 0)]
-    assert supply.wants([model], {}, 0) == ([], [("m", step) for step in STEPS])
+    assert wants(model, {}) == ([], [("m", step) for step in STEPS])
 
 
 @pytest.mark.parametrize(("ending", "count"), [(0, HINT), (HINT + 2, HINT + 2), (99, 8)])
 def test_of_a_queue_that_was_not_looked_at_it_claims_as_many_as_end(
     model: ServedModel, ending: int, count: int
 ) -> None:
-    wants, _ = supply.wants([model], {("m", 0): None}, ending)
-    assert wants == [Want("m", 0, count)]
+    wanted, _ = wants(model, {("m", 0): None}, ending)
+    assert wanted == [Want("m", 0, count)]
 
 
 def test_nothing_is_claimed_from_a_queue_that_is_not_consumed(model: ServedModel) -> None:
     model.consuming = False
-    assert supply.wants([model], {("m", 0): 5}, 0) == ([], [])
+    assert wants(model, {("m", 0): 5}) == ([], [])
 
 
 def test_amply_supplied_it_asks_for_more_urgent_requests_only(model: ServedModel) -> None:
@@ -158,12 +166,12 @@ def test_amply_supplied_it_asks_for_more_urgent_requests_only(model: ServedModel
     add(model, (LANES + LANES) * TARGET, priority=6)
     form(model)
     assert model.relaxed()
-    wants, listen = supply.wants([model], depths, 0)
-    assert wants == [Want("m", 0, 1), Want("m", 3, 1)]
+    wanted, listen = wants(model, depths)
+    assert wanted == [Want("m", 0, 1), Want("m", 3, 1)]
     assert listen == [("m", 0), ("m", 3)]
     model.ended(model.jobs[0])
     assert not model.relaxed()
-    assert Want("m", 6, 1) in supply.wants([model], depths, 0)[0]
+    assert Want("m", 6, 1) in wants(model, depths)[0]
 
 
 def test_with_one_batch_ahead_of_each_lane_it_is_never_amply_supplied(model: ServedModel) -> None:

@@ -7,7 +7,7 @@ kilobytes that is a good part of what a request costs. Here the kernel writes in
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 import numpy as np
@@ -18,6 +18,10 @@ from inferq.shared.resp import open_socket, pack, receive, send_all
 _SCRATCH_BYTES: Final = 4096
 #: Most keys asked for at once.
 _KEYS: Final = 64
+#: And bytes, as far as more than one key is asked for: Redis puts the reply together in its memory.
+_BYTES: Final = 32 * 1024 * 1024
+#: A payload may be so much larger than its message says, to be told by its size what is wrong.
+_SLACK: Final = 64 * 1024
 
 
 class PayloadReader:
@@ -35,14 +39,18 @@ class PayloadReader:
         self._view = memoryview(self._scratch)
         self._start = self._end = 0
 
-    def fetch(self, keys: Sequence[str], limit: int) -> dict[str, bytes | memoryview | None]:
-        """The bytes under `keys`. None: the key is gone, or holds more than `limit` bytes."""
+    def fetch(self, sizes: Mapping[str, int], limit: int) -> dict[str, bytes | memoryview | None]:
+        """The bytes under the keys of `sizes`, which says how many are expected.
+
+        None: the key is gone, or holds more than `limit` bytes, or many more than expected.
+        """
         found: dict[str, bytes | memoryview | None] = {}
         try:
             if self._sock is None:
                 self._sock = open_socket(self._client, self._timeout)
-            for at in range(0, len(keys), _KEYS):
-                found.update(self._fetch(self._sock, keys[at : at + _KEYS], limit))
+            for keys in _blocks(sizes):
+                most = {key: min(limit, sizes[key] + _SLACK) for key in keys}
+                found.update(self._fetch(self._sock, most))
         except BaseException:
             self.close()
             raise
@@ -56,13 +64,13 @@ class PayloadReader:
             sock.close()
 
     def _fetch(
-        self, sock: socket.socket, keys: Sequence[str], limit: int
+        self, sock: socket.socket, most: Mapping[str, int]
     ) -> dict[str, bytes | memoryview | None]:
-        send_all(sock, pack([("MGET", *keys)]).pieces)
+        send_all(sock, pack([("MGET", *most)]).pieces)
         head = self._line(sock)
-        if head != b"*%d" % len(keys):
-            raise redis.ResponseError(f"MGET of {len(keys)} payloads answered {head[:200]!r}")
-        return {key: self._value(sock, limit) for key in keys}
+        if head != b"*%d" % len(most):
+            raise redis.ResponseError(f"MGET of {len(most)} payloads answered {head[:200]!r}")
+        return {key: self._value(sock, limit) for key, limit in most.items()}
 
     def _value(self, sock: socket.socket, limit: int) -> memoryview | None:
         head = self._line(sock)
@@ -107,3 +115,17 @@ class PayloadReader:
             step = min(count, self._end - self._start)
             self._start += step
             count -= step
+
+
+def _blocks(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """The keys that are asked for at once."""
+    block: list[str] = []
+    left = _BYTES
+    for key, size in sizes.items():
+        left -= size
+        if block and (left < 0 or len(block) == _KEYS):
+            yield block
+            block, left = [], _BYTES - size
+        block.append(key)
+    if block:
+        yield block

@@ -27,6 +27,7 @@ from inferq.shared.names import Names
 from inferq.shared.resp import BROKEN
 from inferq.workers import supply
 from inferq.workers.batching.waiting import Waiting
+from inferq.workers.budget import Budget, budget_bytes
 from inferq.workers.claims import Claim, Claimed, Want
 from inferq.workers.clock import RedisClock
 from inferq.workers.hooks import Hooks
@@ -36,11 +37,12 @@ from inferq.workers.ledger import LeaseLost, Ledger, QueueId, RedisFull
 from inferq.workers.link import Link, Waker
 from inferq.workers.logs.fields import about
 from inferq.workers.payloads import PayloadReader
-from inferq.workers.receiving import Receiver
+from inferq.workers.receiving import Received, Receiver
 from inferq.workers.recovery import Recoverer
 from inferq.workers.serving import ServedModel
 from inferq.workers.settle import Settlement
 from inferq.workers.settling import SETTLE_WITHIN_S, Settling, portion
+from inferq.workers.unfetched import Backlog, Unfetched
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +93,8 @@ class DataPlane:
         self._reply_timeout_s = reply_timeout_s
         self._waker = Waker()
         self._settling = Settling(self._models, hooks)
+        self._budget = Budget(models, budget_bytes())
+        self._unfetched = Backlog()
         self._ledger: Ledger | None = None
         #: The Redis that last knew this incarnation.
         self._run_id = ""
@@ -261,6 +265,8 @@ class DataPlane:
             if fatal is not None:
                 self._fatal = True
                 self._hooks.on_fatal(str(fatal))
+            if self._unfetched and self._claiming:
+                self._fetch()
             self._form(ledger)
             wants, listen = self._wants(ledger)
             if wants or settling.is_due():
@@ -338,7 +344,8 @@ class DataPlane:
     def _wants(self, ledger: Ledger) -> tuple[list[Want], list[QueueId]]:
         if not self._claiming or self._holds_back():
             return [], []
-        return supply.wants(self._models.values(), ledger.depths, self._settling.ending())
+        models, ending = self._models.values(), self._settling.ending()
+        return supply.wants(models, ledger.depths, ending, self._budget)
 
     def _holds_back(self) -> bool:
         return self._settling.away_in_canvas >= MAX_AWAY_IN_CANVAS
@@ -353,9 +360,10 @@ class DataPlane:
         if sending:
             # kill point: settle-answered
             self.settled += len(sending)
-            for done in sending:
-                if done.slot.claim.complete:
-                    self._claims.pop(done.slot.claim.key, None)
+            for claim in {done.slot.claim for done in sending}:
+                self._budget.settled(claim)
+                if claim.complete:
+                    self._claims.pop(claim.key, None)
             self._settling.settled(
                 sending, exchange.settling, ledger.settles_sent,
                 exchange.overtaken, self._clock.now(),
@@ -368,18 +376,42 @@ class DataPlane:
         self, ledger: Ledger, claimed: Sequence[Claimed], suspicious: frozenset[str]
     ) -> None:
         for batch in claimed:
-            batch.claim.claimed_ms = self._clock.now()
+            claim = batch.claim
+            claim.claimed_ms = self._clock.now()
+            room = self._budget.fetchable(claim.model)
             # If this breaks off, the claim stays unknown here and is adopted on the next link.
-            received = self._receiver.receive(ledger, batch, batch.claim.model in suspicious)
-            self._claims[batch.claim.key] = batch.claim
+            received = self._receiver.receive(ledger, batch, claim.model in suspicious, room)
+            self._claims[claim.key] = claim
+            inputs = sum(map(len, filter(None, batch.messages))) + sum(received.payloads)
+            self._budget.claimed(claim, inputs, received.whole)
             # kill point: claim-decoded
-            self._decoded.append(batch.claim)
-            self.claimed += len(received.waiting) + len(received.ended)
-            for item in received.waiting:
-                self._models[batch.claim.model].add(item)
-            self._hooks.on_admitted(received.waiting)
-            for settlement, canvas in received.ended:
-                self._settling.add(settlement, canvas)
+            self._decoded.append(claim)
+            if received.unfetched:
+                self._postpone(claim.model, received.unfetched)
+            self._admit(self._models[claim.model], received)
+
+    def _admit(self, model: ServedModel, received: Received) -> None:
+        self.claimed += len(received.waiting) + len(received.ended)
+        for item in received.waiting:
+            model.add(item)
+        self._hooks.on_admitted(received.waiting)
+        for settlement, canvas in received.ended:
+            self._settling.add(settlement, canvas)
+
+    def _postpone(self, model: str, some: Sequence[Unfetched]) -> None:
+        self._unfetched.add(model, some)
+        self._budget.postponed(model, sum(each.size for each in some))
+
+    def _fetch(self) -> None:
+        """Fetch payloads that there is room for by now."""
+        for name in self._unfetched.models:
+            model, room = self._models[name], self._budget.fetchable(name)
+            some = self._unfetched.first(name, room, alone=not (model.waiting or model.jobs))
+            if some:
+                received = self._receiver.fetch(model, some)  # breaks off: they are still there
+                self._unfetched.drop(name, len(some))
+                self._budget.postponed(name, -sum(each.size for each in some))
+                self._admit(model, received)
 
     # --- the end of an incarnation ----------------------------------------------------------
 
@@ -394,6 +426,8 @@ class DataPlane:
         logger.error("the lease of %s is lost; its results are discarded", lost, extra=told)
         self._settling.drop(forgotten=forgotten)
         self._claims.clear()
+        self._budget.clear()
+        self._unfetched.clear()
         self._decoded.clear()
         for model, job in self._leaving:
             model.ended(job)
@@ -414,7 +448,8 @@ class DataPlane:
         models = self._models.values()
         jobs = [item for model in models for job in model.jobs for item in job.items]
         waiting = [item for model in models for item in model.waiting.items]
-        return [item.ticket.id for item in (*jobs, *waiting)]
+        unfetched = [each.opened.ticket.id for each in self._unfetched]
+        return [*(item.ticket.id for item in (*jobs, *waiting)), *unfetched]
 
     def _hand_back(self) -> None:
         """Put everything that is still held back into its queues, and give up the lease."""

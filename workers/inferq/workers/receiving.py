@@ -8,6 +8,7 @@ among the dead letters. Where that hash is empty, which is the rule, none of thi
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -25,6 +26,7 @@ from inferq.workers.payloads import PayloadReader
 from inferq.workers.recovery import suspect
 from inferq.workers.serving import ServedModel
 from inferq.workers.settle import Settlement
+from inferq.workers.unfetched import Unfetched, payload_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,12 @@ class Received(msgspec.Struct, frozen=True):
 
     waiting: list[Waiting]
     ended: list[tuple[Settlement, bytes | None]]
+    #: Their payloads are not fetched yet, for want of room.
+    unfetched: list[Unfetched]
+    #: Place in the claim → bytes that a request with payloads takes whole, fetched or not.
+    whole: dict[int, int]
+    #: Bytes of all payloads by their sizes.
+    payloads: list[int]
 
 
 class Receiver:
@@ -72,24 +80,27 @@ class Receiver:
         self._hooks = hooks
         self._payloads = payloads
 
-    def receive(self, ledger: Ledger, claimed: Claimed, suspicious: bool) -> Received:
-        """Decode one claim. `suspicious`: its model has entries in attempts:<m>."""
+    def receive(self, ledger: Ledger, claimed: Claimed, suspicious: bool, room: int) -> Received:
+        """Decode one claim. `suspicious`: its model has entries in attempts:<m>.
+
+        `room`: bytes that requests with payloads may take; those beyond it are left `unfetched`.
+        """
         model = self._models[claimed.claim.model]
         places = [
             (Slot(claimed.claim, place), message)
             for place, message in enumerate(claimed.messages)
             if message is not None
         ]
-        received = Received([], [])
+        received = Received([], [], [], {}, [])
         if not suspicious:
             found = [self._open(model, slot, message) for slot, message in places]
             # kill point: claim-opened
-            self._admit(ledger, model, found, received)
+            self._admit(model, found, received, room)
             return received
         fields = [suspect(message) for _, message in places]
         deaths = ledger.attempts(model.name, fields)
         clear = [place for place, field in zip(places, fields, strict=True) if field not in deaths]
-        self._admit(ledger, model, self._open_counted(ledger, model, clear), received)
+        self._admit(model, self._open_counted(ledger, model, clear), received, room)
         for (slot, message), field in zip(places, fields, strict=True):
             count = deaths.get(field, 0)
             if count >= model.spec.config.max_attempts:
@@ -106,7 +117,7 @@ class Receiver:
                 ledger.mark([f"{model.name}/{field}"], [])
                 ledger.flush()
                 found = self._open_counted(ledger, model, [(slot, message)])
-                self._admit(ledger, model, found, received)
+                self._admit(model, found, received, math.inf)
                 # kill point: suspect-decoded
                 ledger.forgive(model.name, field)
         return received
@@ -151,13 +162,34 @@ class Receiver:
                 counted.append(found)
         return counted
 
+    def fetch(self, model: ServedModel, some: Sequence[Unfetched]) -> Received:
+        """Fetch the payloads of requests that were left `unfetched`."""
+        received = Received([], [], [], {}, [])
+        self._admit(model, [each.opened for each in some], received, math.inf)
+        return received
+
     def _admit(
-        self, ledger: Ledger, model: ServedModel, found: Sequence[Found], received: Received
+        self, model: ServedModel, found: Sequence[Found], received: Received, room: float
     ) -> None:
-        opened = [each for each in found if isinstance(each, Opened)]
-        keys = [key for each in opened for key in each.references.values()]
-        payloads = self._payloads.fetch(keys, model.advert.max_request_bytes) if keys else {}
+        sizes: dict[str, int] = {}
         for each in found:
+            if isinstance(each, Opened) and each.references:
+                mine = payload_sizes(each)
+                size = sum(mine.values())
+                whole = model.sizes.whole(size)
+                received.payloads.append(size)
+                received.whole[each.slot.index] = whole
+                if whole > room:
+                    room = 0  # and those behind it stay behind it
+                    received.unfetched.append(Unfetched(each, whole))
+                else:
+                    room -= whole
+                    sizes.update(mine)
+        left = {each.opened.slot.index for each in received.unfetched}
+        payloads = self._payloads.fetch(sizes, model.advert.max_request_bytes) if sizes else {}
+        for each in found:
+            if left and each.slot.index in left:
+                continue
             item = self._read(model, each, payloads) if isinstance(each, Opened) else each
             if isinstance(item, Waiting):
                 received.waiting.append(item)

@@ -15,6 +15,7 @@ from inferq.shared.schema import ModelAdvert
 from inferq.workers.batching.padding import Padding
 from inferq.workers.batching.policy import Knobs, Leave, Wait, decide
 from inferq.workers.batching.waiting import Waiting, WaitingRequests, rows_by_priority
+from inferq.workers.budget import Sizes
 from inferq.workers.clock import RedisClock
 from inferq.workers.engines import engine_class
 from inferq.workers.engines.base import Engine
@@ -105,6 +106,7 @@ class ServedModel:
             seconds_per_row=tuning.seconds_per_row if tuning else 0.0,
             result_expires_s=result_expires_s,
         )
+        self.sizes = Sizes(self.advert)
         self.intake = Intake(self.advert, names, padding, is_revoked, clock.now)
         self.results = Results(worker, config.engine, spec.version, padding)
         self._ahead_knobs = replace(

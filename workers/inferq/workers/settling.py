@@ -93,6 +93,8 @@ class Settling:
             model = self._model(finished)
             model.ended(finished.job, finished.ended - finished.began)
             model.counts.ended(finished)
+            if finished.outcomes and (one := finished.outcomes[0]).outputs is not None:
+                model.sizes.computed(one.item.inputs, one.outputs)
             if logger.isEnabledFor(logging.DEBUG):
                 batches.tell(logger, model.name, finished)
             if finished.fatal is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from inferq.workers.budget import Budget
 from inferq.workers.claims import Want
 from inferq.workers.lanes import Job
 from inferq.workers.ledger import HINT, QueueId
@@ -26,24 +27,33 @@ def next_batches(models: Collection[ServedModel], now_ms: float) -> list[tuple[S
 
 
 def wants(
-    models: Collection[ServedModel], depths: Mapping[QueueId, int | None], ending: int
+    models: Collection[ServedModel],
+    depths: Mapping[QueueId, int | None],
+    ending: int,
+    budget: Budget,
 ) -> tuple[list[Want], list[QueueId]]:
     """What to claim, and the queues to hear of since there is room beyond that.
 
     `depths`: see Ledger. `ending`: requests that are about to be settled. A model whose lanes are
-    amply supplied asks for, and hears of, more urgent requests only.
+    amply supplied asks for, and hears of, more urgent requests only. One whose requests are large
+    asks for as many as its budget has room for; for one at least, if it holds none as urgent.
     """
     wanted: list[Want] = []
     listen: list[QueueId] = []
+    common = budget.common_left()
     for model in models:
         if not model.consuming:
             continue
         asked = 0
+        own, each = budget.own_left(model.name), budget.each(model.name)
+        most = (own + common) // each
         relaxed = model.relaxed()
         for step, total in model.room().items():
             if relaxed and step >= model.least_urgent():
                 break
-            room = total - asked
+            room = min(total, most) - asked
+            if room <= 0 < total and not asked and budget.idle(model.name, step):
+                room = 1
             depth = depths.get((model.name, step), 0)
             if depth is None:  # as likely as not as many come in as go out
                 depth = max(HINT, ending)
@@ -53,4 +63,5 @@ def wants(
                 asked += count
             if room > count:
                 listen.append((model.name, step))
+        common -= max(0, asked * each - own)
     return wanted, listen
