@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, Protocol
 
 from inferq.shared.schema import DTYPES, ModelAdvert, Tensors, TensorSpec, most_bytes
@@ -141,30 +141,34 @@ class Budget:
         others = self._beyond - max(0, share.bytes - self._own)
         return max(0, self._own + max(0, self._common - others) - fetched)
 
-    def claimed(self, claim: Claim, inputs: int, payloads: Mapping[int, int]) -> None:
-        """Count in the requests of `claim` that are not settled, with `inputs` bytes in all.
+    def claimed(
+        self, claim: Claim, places: Sequence[int], inputs: int, whole: Mapping[int, int]
+    ) -> None:
+        """Count in the requests of `claim` at `places`, with `inputs` bytes in all.
 
-        `payloads`: place → bytes that a request with payloads takes whole, fetched or not.
+        `whole`: place → bytes that a request with payloads takes whole, fetched or not.
         """
-        claim.held = claim.size - len(claim.settled)
-        if not claim.held:
+        if not places:
             return
         share = self._shares[claim.model]
-        mean = inputs // claim.held
-        claim.payloads = dict(payloads)
-        claim.each = 0 if payloads else share.model.sizes.whole(mean)
+        mean = inputs // len(places)
+        each = share.model.sizes.whole(mean)
         share.model.sizes.claimed(mean)
-        nbytes = claim.held * claim.each + sum(payloads.values())
-        self._add(share, claim.step, claim.held, nbytes)
+        if claim.held:  # more of a claim that is known
+            whole = {place: whole.get(place, each) for place in places}
+        else:
+            claim.each = each
+        claim.held += len(places)
+        claim.whole.update(whole)
+        nbytes = sum(whole.values()) + (len(places) - len(whole)) * each
+        self._add(share, claim.step, len(places), nbytes)
 
     def settled(self, claim: Claim) -> None:
         """Count out what of `claim` is settled by now."""
         gone = claim.held - (claim.size - len(claim.settled))
         claim.held -= gone
-        nbytes = gone * claim.each
-        if claim.payloads:
-            settled = [place for place in claim.payloads if place in claim.settled]
-            nbytes += sum(map(claim.payloads.pop, settled))
+        settled = [place for place in claim.whole if place in claim.settled]
+        nbytes = sum(map(claim.whole.pop, settled)) + (gone - len(settled)) * claim.each
         self._add(self._shares[claim.model], claim.step, -gone, -nbytes)
 
     def postponed(self, model: str, nbytes: int) -> None:

@@ -25,10 +25,10 @@ class Claim:
     claimed_ms: float = 0.0
     #: Places whose request is settled, or is being settled by a MULTI without an answer yet.
     settled: set[int] = field(default_factory=set)
-    #: What the budget counts: requests, and bytes of each, or of those with payloads by place.
+    #: What the budget counts: requests, and bytes of each but those that are known by place.
     held: int = 0
     each: int = 0
-    payloads: dict[int, int] = field(default_factory=dict)
+    whole: dict[int, int] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:

@@ -382,8 +382,9 @@ class DataPlane:
             # If this breaks off, the claim stays unknown here and is adopted on the next link.
             received = self._receiver.receive(ledger, batch, claim.model in suspicious, room)
             self._claims[claim.key] = claim
+            places = [n for n, message in enumerate(batch.messages) if message is not None]
             inputs = sum(map(len, filter(None, batch.messages))) + sum(received.payloads)
-            self._budget.claimed(claim, inputs, received.whole)
+            self._budget.claimed(claim, places, inputs, received.whole)
             # kill point: claim-decoded
             self._decoded.append(claim)
             if received.unfetched:
