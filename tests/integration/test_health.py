@@ -152,6 +152,7 @@ class StandIn:
         self.silent = False
         self.models = ()
         self.steps = 0
+        self.run_id = ""
         self.waits = False
 
     @property

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Final
+from types import FrameType
+from typing import IO, Final, NoReturn
 
 # Runs in the child before the real command. A preexec_fn would do the same between fork and exec,
 # where a lock that another thread of the parent held at the fork can hang it.
@@ -55,3 +57,18 @@ def end_child(process: subprocess.Popen[bytes], timeout: float) -> int:
     except subprocess.TimeoutExpired:
         process.kill()
         return process.wait()
+
+
+def end_on_signals() -> None:
+    """Have what asks this process to end raise in its main thread, so that it ends its children.
+
+    SIGINT raises KeyboardInterrupt, also in a background job, which a shell starts with SIGINT
+    ignored; the others raise SystemExit.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, _exit)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _exit(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)

@@ -16,6 +16,7 @@ from inferq.workers.health_command import health
 from inferq.workers.infer_command import infer
 from inferq.workers.models_command import models
 from inferq.workers.queues_command import queues
+from inferq.workers.redis_command import redis_command
 from inferq.workers.worker_command import worker
 
 #: Which extra brings a module that may be missing; all others come with `worker`.
@@ -46,6 +47,7 @@ inferq.add_command(doctor)
 inferq.add_command(flower)
 inferq.add_command(dead)
 inferq.add_command(demo)
+inferq.add_command(redis_command)
 
 
 def missing(module: ModuleNotFoundError) -> SystemExit:

@@ -80,13 +80,14 @@ class EmbeddedRedis:
 
     It never evicts and takes no snapshots. `appendonly` keeps what was written (fsync every
     second) over `kill` and `start`; `maxmemory` is in bytes; `args` are further options as on the
-    server's command line. It ends with the thread that called `start`.
+    server's command line. `port`: None for a free one. It ends with the thread that called `start`.
     """
 
     def __init__(
         self,
         kind: str = "valkey",
         *,
+        port: int | None = None,
         appendonly: bool = False,
         maxmemory: int | None = None,
         args: Sequence[str] = (),
@@ -96,6 +97,7 @@ class EmbeddedRedis:
         if maxmemory is not None:
             self._options += ["--maxmemory", str(maxmemory)]
         self._options += args
+        self._wanted = port
         self._port: int | None = None
         self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -159,9 +161,9 @@ class EmbeddedRedis:
         self._directory = tempfile.TemporaryDirectory(prefix="inferq-redis-")
         for left in reversed(range(_PORT_TRIES)):
             try:
-                self._launch(port := free_port())
+                self._launch(port := self._wanted or free_port())
             except RedisUnavailable:
-                if left and "already in use" in self.log:
+                if left and self._wanted is None and "already in use" in self.log:
                     continue
                 self.stop()
                 raise

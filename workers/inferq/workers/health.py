@@ -13,6 +13,7 @@ import msgspec
 
 from inferq.shared.errors import ConfigError
 from inferq.workers.not_served import NotServed
+from inferq.workers.whose import RedisPlace
 
 #: Exit status of a worker whose engine is beyond use; its supervisor starts a fresh one.
 EX_FATAL_ENGINE: Final = 70
@@ -52,6 +53,10 @@ class Beat(msgspec.Struct, frozen=True):
     stuck_s: float
     #: What it was to serve and does not: it is healthy all the same.
     not_served: Sequence[NotServed] = ()
+    #: Whose requests it serves; None: one of before this was told.
+    redis: RedisPlace | None = None
+    #: Of the Redis that it spoke to last; empty: to none yet.
+    run_id: str = ""
 
 
 def default_folder() -> Path:

@@ -16,6 +16,7 @@ from inferq.shared.errors import ConfigError
 from inferq.shared.settings import Settings
 from inferq.workers.health import LOADS, Beat, default_folder, problem_of, read_beat, silence_s
 from inferq.workers.not_served import listed
+from inferq.workers.whose import place_of, run_id_of
 
 
 @click.command()
@@ -26,12 +27,14 @@ from inferq.workers.not_served import listed
 )  # fmt: skip
 @click.option(
     "--redis-url", envvar=["INFERQ_REDIS_URL", "CELERY_BROKER_URL"],
-    help="Asked if a worker has not heard from Redis. Also: INFERQ_REDIS_URL, CELERY_BROKER_URL.",
+    help="Whose workers to look at; asked if one has not heard from it. "
+    "Also: INFERQ_REDIS_URL, CELERY_BROKER_URL.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="JSON, for programs.")
 def health(path: Path | None, redis_url: str | None, as_json: bool) -> None:
-    """Exit status 0 if every worker here consumes, else 1, with the reason.
+    """Exit status 0 if every worker of this Redis here consumes, else 1, with the reason.
 
+    Workers of other Redis servers are passed over, and named; without a URL all are looked at.
     A worker that serves some of its models but not all is healthy, and says so. One that waits for
     a Redis that does not answer here either is healthy: to restart it would be of no use.
     """
@@ -45,10 +48,12 @@ def health(path: Path | None, redis_url: str | None, as_json: bool) -> None:
             f"no worker's heartbeat in {folder}; expected one: start inferq worker here, or name "
             "with --file what a worker of `celery worker` has as INFERQ_HEARTBEAT_FILE"
         )
+    beats = {each: read_beat(each) for each in paths}
+    if path is None:
+        beats = _own(beats, redis_url)
     healthy = True
     told = []
-    for each in paths:
-        beat = read_beat(each)
+    for each, beat in beats.items():
         problem, remark = _judge(beat, redis_url)
         healthy = healthy and problem is None
         if as_json:
@@ -58,6 +63,35 @@ def health(path: Path | None, redis_url: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(told, indent=2))
     raise SystemExit(0 if healthy else 1)
+
+
+def _own(beats: dict[Path, Beat | None], redis_url: str | None) -> dict[Path, Beat | None]:
+    """Those of the Redis asked about. ClickException if all are of others."""
+    try:
+        settings = Settings.load(redis_url=redis_url)
+        mine = place_of(settings)
+    except ConfigError:  # which Redis is not said
+        return beats
+    run_id: str | None = None
+    own: dict[Path, Beat | None] = {}
+    others: list[str] = []
+    for path, beat in beats.items():
+        if beat is not None and beat.redis is not None and beat.redis != mine:
+            if run_id is None:
+                run_id = run_id_of(settings)
+            space = (beat.redis.db, beat.redis.prefix)
+            if space != (mine.db, mine.prefix) or beat.run_id != run_id or not run_id:
+                others.append(f"{beat.node} of {beat.redis}")
+                continue
+        own[path] = beat
+    if others:
+        click.echo(f"passed over, as of other Redis servers: {', '.join(others)}", err=True)
+    if not own:
+        raise click.ClickException(
+            f"no worker's heartbeat of {mine} here; expected one: start inferq worker with this "
+            "Redis' URL, or name with --redis-url whose workers to look at"
+        )
+    return own
 
 
 def _judge(beat: Beat | None, redis_url: str | None) -> tuple[str | None, str]:

@@ -21,6 +21,7 @@ from inferq.shared.errors import ConfigError
 from inferq.workers.health import LOADING, SERVING, STOPPING, Beat
 from inferq.workers.not_served import NotServed
 from inferq.workers.serving import ServedModel
+from inferq.workers.whose import RedisPlace
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,10 @@ class Watched(Protocol):
     def steps(self) -> int:
         """Grows with whatever gets done."""
 
+    @property
+    def run_id(self) -> str:
+        """Of the Redis that it spoke to last."""
+
     def backlog(self) -> bool:
         """Whether it knows of requests that it could claim."""
 
@@ -61,6 +66,8 @@ class Heartbeat:
         self._node = node
         self._not_served = not_served
         self.plane: Watched | None = None
+        #: Whose requests the worker serves.
+        self.redis: RedisPlace | None = None
         self.stopping = False
         self._serves = False
         self._steps = 0
@@ -126,4 +133,5 @@ class Heartbeat:
             overdue=any(model.overdue() for model in models),
             stuck_s=round(now - self._progressed, 3),
             not_served=self._not_served(),
+            redis=self.redis, run_id=plane.run_id if plane is not None else "",
         )  # fmt: skip

@@ -149,6 +149,11 @@ class DataPlane:
         return self._lease.incarnation
 
     @property
+    def run_id(self) -> str:
+        """Of the Redis that last knew it; empty: none yet."""
+        return self._run_id
+
+    @property
     def steps(self) -> int:
         """Grows with whatever gets done: see heartbeat."""
         return self.claimed + self.settled + self._settling.batches_ended

@@ -40,6 +40,7 @@ from inferq.workers.not_served import NotServed, listed, not_served
 from inferq.workers.plane import DataPlane
 from inferq.workers.recovery import Recoverer
 from inferq.workers.serving import ServedModel
+from inferq.workers.whose import place_of
 
 if TYPE_CHECKING:
     from inferq.workers.metrics.endpoint import Endpoint
@@ -71,6 +72,8 @@ class Service:
         self._loader = threading.Thread(target=self._load, name="inferq-load", daemon=True)
         path = settings.heartbeat_file
         self._heartbeat = Heartbeat(path, worker.hostname, self.not_served) if path else None
+        if self._heartbeat is not None:
+            self._heartbeat.redis = place_of(settings)
         self._gpu: GpuTelemetry | None = None
         self._endpoint: Endpoint | None = None
         self._publisher = StatsPublisher(self._client, self._names, self.stats)

@@ -100,6 +100,7 @@ def worker(
     from inferq.workers.devices import chosen_devices  # noqa: PLC0415
     from inferq.workers.health import default_folder, forget_the_dead  # noqa: PLC0415
     from inferq.workers.supervisor import Child, Supervisor  # noqa: PLC0415
+    from inferq.workers.whose import place_of  # noqa: PLC0415
 
     try:
         devices = chosen_devices(gpu, cpu)
@@ -117,6 +118,8 @@ def worker(
         addresses = _addresses(settings.metrics, len(devices))
         served = _queues(queues) or _all_queues(repository, strict=settings.strict)
         folder = None if settings.heartbeat_file else default_folder()
+        # Two stacks may serve on one GPU, under one name.
+        whose = place_of(settings).digest
         if folder:
             forget_the_dead(folder)
         client = redis_client(
@@ -132,7 +135,8 @@ def worker(
             "-Q", ",".join(served), "-n", node, "-l", loglevel, *(["-E"] if events else []),
             *celery_options,
         ]  # fmt: skip
-        heartbeat = folder / f"{node}.json" if folder else Path(str(settings.heartbeat_file))
+        file = f"{node}-{whose}.json"
+        heartbeat = folder / file if folder else Path(str(settings.heartbeat_file))
         environment = {
             **device.environment_from(os.environ),
             "INFERQ_REDIS_URL": settings.redis_url,

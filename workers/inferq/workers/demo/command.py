@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 import click
 
@@ -86,16 +83,11 @@ def _run(
 ) -> None:
     from rich.console import Console  # noqa: PLC0415 (heavy)
 
+    from inferq.workers.children import end_on_signals  # noqa: PLC0415
     from inferq.workers.demo.run import Options, run  # noqa: PLC0415
 
     # The default would end this process at once, and leave what it started to the kernel.
-    signal.signal(signal.SIGTERM, _exit)
-    # A shell starts background jobs with SIGINT ignored.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    end_on_signals()
     options = Options(path or Path(sys.prefix), limit, json_file, redis_kind, redis_url, stay)
     if not run(options, Console()):
         raise SystemExit(1)
-
-
-def _exit(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
