@@ -30,7 +30,7 @@ from inferq.workers.cli import inferq
 NAMES = Names()
 ROOT = Path(__file__).parents[2]
 #: Those that print no data but what they do; `demo --json` names a file.
-NO_DATA = {"worker", "flower", "demo"}
+NO_DATA = {"worker", "flower", "demo", "redis"}
 #: Those whose own tests read their JSON: they take minutes, or packages that may not be here.
 READ_ELSEWHERE = {"bench", "build"}
 
