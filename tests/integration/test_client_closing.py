@@ -287,6 +287,7 @@ def test_a_request_that_two_threads_resolve_wakes_its_waiters_once(redis_url: st
 # --- the thread that reads results --------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_the_death_of_the_thread_that_reads_results_ends_every_wait(
     echo: redis_py.Redis,
     redis_url: str,
