@@ -101,6 +101,30 @@ def mixed_rows(path: Path) -> Path:
     return write(path, nodes, {"x": (FLOAT, shape)}, {"y": (FLOAT, shape)})
 
 
+def company(path: Path, share: float = 0.05) -> Path:
+    """x: float32[batch, 3] → x and a `share` of the batch's mean: rows are not independent."""
+    shape: Shape = ("batch", 3)
+    nodes = [
+        node("ReduceMean", ["x"], ["mean"], axes=[0], keepdims=1),
+        node("Mul", ["mean", "share"], ["part"]),
+        node("Add", ["x", "part"], ["y"]),
+    ]
+    constants = [helper.make_tensor("share", FLOAT, [], [share])]
+    return write(path, nodes, {"x": (FLOAT, shape)}, {"y": (FLOAT, shape)}, constants)
+
+
+def over(path: Path, threshold: float = 0.5) -> Path:
+    """x: float32[batch, 3] → those of its rows that are above `threshold` throughout."""
+    nodes = [
+        node("ReduceMin", ["x"], ["least"], axes=[1], keepdims=0),
+        node("Greater", ["least", "threshold"], ["chosen"]),
+        node("Compress", ["x", "chosen"], ["y"], axis=0),
+    ]
+    constants = [helper.make_tensor("threshold", FLOAT, [], [threshold])]
+    x: Shape = ("batch", 3)
+    return write(path, nodes, {"x": (FLOAT, x)}, {"y": (FLOAT, ("batch", 3))}, constants)
+
+
 def noise(path: Path) -> Path:
     """x: float32[batch, 3] → as many random numbers, new ones each time."""
     shape: Shape = ("batch", 3)

@@ -116,13 +116,15 @@ class Heartbeat:
         now, plane = time.monotonic(), self.plane
         models = list(plane.models) if plane is not None else []
         computing = sum(len(job.items) for model in models for job, _ in model.computing())
+        audits = any(model.audit.since is not None for model in models)
         waiting = sum(len(model.reserved()) for model in models)
         steps = plane.steps if plane is not None else 0
         work = waiting or (plane is not None and plane.backlog())
         for_company = any(model.due_ms is not None for model in models)
         # Without Redis there is nothing to get on with: health asks for how long that is so.
         silent = plane is not None and now - plane.answered_at > UNANSWERED_S
-        if steps != self._steps or computing or for_company or silent or not work:
+        busy = computing or audits  # what takes too long of that is overdue
+        if steps != self._steps or busy or for_company or silent or not work:
             self._steps, self._progressed = steps, now
         self._serves = plane is not None and plane.answered_at > 0
         state = SERVING if self._serves else LOADING

@@ -1,7 +1,8 @@
 """Hop 5. One thread per lane: takes a batch, runs it, hands back one outcome per request.
 
 A bad request fails alone: a batch that raises is run again in halves until the culprit is by
-itself. Batches do not depend on each other, so nothing here needs a lock.
+itself. Batches do not depend on each other, so nothing here needs a lock. What has run may be
+audited (see audit.py), once it was handed back.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 
 import msgspec
 
 from inferq.shared.errors import EngineError, FatalEngineError, InferqError
 from inferq.shared.schema import GpuTimes, Tensors, Ticket
+from inferq.workers.audit import Audit, OddRows
 from inferq.workers.batching.policy import Knobs
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Slot
-from inferq.workers.engines.base import Batch, Lane
+from inferq.workers.engines.base import Batch, Lane, RowsDiffer, check_rows
 from inferq.workers.intake import Failed, Revoked
 from inferq.workers.logs.fields import about
 
@@ -87,10 +90,20 @@ class Finished(msgspec.Struct):
     lane: int = 0
     #: False while the lanes have `ample` further batches: the results may wait for the next ones.
     hurry: bool = True
+    #: It had ended before, and was audited now: only `fatal` is new.
+    audited: bool = False
 
 
-def execute(lane: Lane, items: Sequence[Waiting], knobs: Knobs) -> list[Outcome]:
-    """Run `items` as one batch on `lane`; in halves where that fails. Raises FatalEngineError."""
+def execute(
+    lane: Lane, items: Sequence[Waiting], knobs: Knobs, odd: OddRows | None = None
+) -> list[Outcome]:
+    """Run `items` as one batch on `lane`; in halves where that fails. Raises FatalEngineError.
+
+    Of a model that is not batchable each runs by itself, at its own rows. `odd` takes note of
+    outputs whose rows are not those of the inputs.
+    """
+    if not knobs.batchable and len(items) > 1:
+        return [outcome for item in items for outcome in execute(lane, [item], knobs)]
     rows = sum(item.rows for item in items)
     bucket = knobs.bucket(rows) if knobs.batchable else rows
     batch = Batch([item.inputs for item in items], rows, bucket, knobs.batchable)
@@ -99,19 +112,30 @@ def execute(lane: Lane, items: Sequence[Waiting], knobs: Knobs) -> list[Outcome]
     try:
         outputs = lane.run(batch)
         if knobs.batchable:
-            _check_rows(outputs, rows)
+            check_rows(outputs, rows)
     except FatalEngineError:
         raise
+    except RowsDiffer as problem:
+        together = len(items) > 1 or bucket > rows
+        if odd is not None:
+            odd.note(problem.message, rows, together)
+        if not together:
+            return [Outcome(items[0], None, None, EngineError(problem.message))]
+        outputs = None
     except Exception as problem:  # noqa: BLE001 - whatever an engine raises fails its request
+        if not knobs.batchable and knobs.bucket(rows) > rows:  # it may take no fewer than its first
+            return execute(lane, items, replace(knobs, batchable=True), odd)
         if len(items) == 1:
             return [Outcome(items[0], None, None, _engine_error(items[0].ticket, problem))]
         outputs = None  # what its parts raise does not follow from this
     if outputs is None:
+        if len(items) == 1:  # without the padding, perhaps
+            return execute(lane, items, replace(knobs, buckets=()), odd)
         half = len(items) // 2
         return [
             outcome
             for part in (items[:half], items[half:])
-            for outcome in execute(lane, part, knobs)
+            for outcome in execute(lane, part, knobs, odd)
         ]
     run = Run(
         started, time.monotonic() * 1000, rows, bucket - rows, len(items), lane.gpu_times,
@@ -126,13 +150,6 @@ def execute(lane: Lane, items: Sequence[Waiting], knobs: Knobs) -> list[Outcome]
         outcomes.append(Outcome(item, part_outputs, run))
         row += item.rows
     return outcomes
-
-
-def _check_rows(outputs: Tensors, rows: int) -> None:
-    for name, array in outputs.items():
-        got = array.shape[0] if array.ndim else "no"
-        if got != rows:
-            raise EngineError(f"output {name!r} has {got} rows; expected {rows}, as the inputs")
 
 
 def _engine_error(ticket: Ticket, problem: Exception) -> InferqError:
@@ -171,9 +188,12 @@ class Lanes:
         too_late: Callable[[Slot, Ticket], Failed | Revoked | None],
         on_finished: Callable[[Finished], None],
         on_begun: Callable[[Sequence[Waiting]], None] = lambda _: None,
+        audit: Audit | None = None,
     ) -> None:
         """Drive `lanes` from now on."""
         self._knobs = knobs
+        self._knobs_alone = replace(knobs, batchable=False)
+        self._audit = audit or Audit(self._name, 0, unbatch=False)
         self._too_late = too_late
         self._on_finished = on_finished
         self._on_begun = on_begun
@@ -219,11 +239,12 @@ class Lanes:
         return any(thread.is_alive() for thread in self._threads)
 
     def _run(self, number: int, lane: Lane) -> None:
+        audit = self._audit
         while (job := self._inbox.get()) is not None:
             began = time.monotonic()
             self._computing[number] = job, began * 1000
             # kill point: lane-begun
-            finished = self._compute(lane, job)
+            finished = self._compute(number, lane, job)
             finished.began, finished.ended = began, time.monotonic()
             finished.lane = number
             finished.hurry = self._inbox.qsize() < self.ample
@@ -232,8 +253,15 @@ class Lanes:
             self._on_finished(finished)
             if finished.fatal is not None:
                 return
+            if audit.is_due(finished, self._inbox.empty()):
+                try:
+                    audit.run(lane, finished.outcomes)
+                except FatalEngineError as fatal:
+                    self._on_finished(Finished(job, (), fatal=fatal, audited=True))
+                    return
+            del job, finished  # its arrays are another's now, who drops them
 
-    def _compute(self, lane: Lane, job: Job) -> Finished:
+    def _compute(self, number: int, lane: Lane, job: Job) -> Finished:
         items: list[Waiting] = []
         late: list[Failed | Revoked] = []
         for item in job.items:
@@ -245,6 +273,21 @@ class Lanes:
         try:
             if items:
                 self._on_begun(items)
-            return Finished(job, execute(lane, items, self._knobs) if items else (), late)
+            return Finished(job, self._outcomes(number, lane, job, items) if items else (), late)
         except FatalEngineError as fatal:
             return Finished(job, (), fatal=fatal)
+
+    def _outcomes(
+        self, number: int, lane: Lane, job: Job, items: Sequence[Waiting]
+    ) -> Sequence[Outcome]:
+        if not self._audit.unbatched:
+            odd = OddRows()
+            outcomes = execute(lane, items, self._knobs, odd)
+            if odd.together or odd.alone:
+                self._audit.odd_rows(odd, failed=any(each.error for each in outcomes))
+            return outcomes
+        outcomes = []
+        for item in items:
+            self._computing[number] = job, time.monotonic() * 1000  # max_run_seconds is of one run
+            outcomes += execute(lane, [item], self._knobs_alone)
+        return outcomes

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainValidator
@@ -142,6 +142,11 @@ class ModelConfig(TomlTable):
     priority: Annotated[int, Field(strict=True, ge=0, le=9)] = 0
     #: Of requests that name none; 0: none.
     timeout_ms: Annotated[int, Field(strict=True, ge=0, le=_DAY_MS)] = 0
+    #: At most one batch in so many is audited: one of its requests runs again alone; 0: none is.
+    audit_every: Annotated[int, Field(strict=True, ge=0, le=1_000_000_000)] = 100
+    #: What becomes of a model whose answers were found to depend on their batch: it runs request by
+    #: request from then on, or is only told of.
+    on_mismatch: Literal["unbatch", "warn"] = "unbatch"
     #: Run every bucket once before claiming, and measure which is best.
     warm_up: Flag = True
     #: What the outputs' classes are called: a list, or a file in the model's folder, one a line.

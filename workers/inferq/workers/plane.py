@@ -176,6 +176,7 @@ class DataPlane:
     def stop_claiming(self) -> None:
         """Claim no more and form no more batches; what computes is finished and settled."""
         self._claiming = False
+        self._end_audits()
         self._waker.set()
 
     def drain(self, grace_s: float) -> None:
@@ -185,7 +186,12 @@ class DataPlane:
         """
         self._claiming = False
         self._drain_by = time.monotonic() + grace_s
+        self._end_audits()
         self._waker.set()
+
+    def _end_audits(self) -> None:
+        for model in self._models.values():
+            model.audit.stop()
 
     def join(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds for the end; True once everything is handed back."""

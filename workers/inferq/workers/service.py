@@ -127,6 +127,7 @@ class Service:
                     is_revoked=celery_private.is_revoked,
                     on_finished=self._on_finished,
                     on_begun=self._events.on_begun,
+                    wake=self._look,
                     result_expires_s=self._settings.result_expires_s,
                 )
             except FatalEngineError:
@@ -217,6 +218,10 @@ class Service:
         self._events.on_finished(finished)
         if self.plane is not None:
             self.plane.on_finished(finished)
+
+    def _look(self) -> None:
+        if self.plane is not None:
+            self.plane.look()
 
     @property
     def models(self) -> list[ServedModel]:
@@ -331,6 +336,7 @@ class Service:
             "inferq_engines": ", ".join(f"{m.name}: {m.spec.config.engine}" for m in self._models),
             "inferq_lanes": ", ".join(f"{m.name}: {m.lanes}" for m in self._models),
             "inferq_batch_fill": ", ".join(f"{m.name}: {m.fill()}" for m in self._models),
+            "inferq_audits": ", ".join(f"{m.name}: {m.audit.summary()}" for m in self._models),
             "inferq_device": self._device(),
             "inferq_versions": ", ".join(f"{name} {v}" for name, v in self._versions.items()),
             "inferq_state": "loading" if plane is None else "serving",

@@ -12,6 +12,7 @@ from dataclasses import replace
 from inferq.shared.errors import ConfigError, EngineError, FatalEngineError
 from inferq.shared.names import Names
 from inferq.shared.schema import ModelAdvert
+from inferq.workers.audit import Audit
 from inferq.workers.batching.padding import Padding
 from inferq.workers.batching.policy import Knobs, Leave, Wait, decide
 from inferq.workers.batching.waiting import Waiting, WaitingRequests, rows_by_priority
@@ -64,6 +65,8 @@ class ServedModel:
         self.consuming = True
         #: What has become of its requests since the start.
         self.counts = ModelCounts()
+        config = spec.config
+        self.audit = Audit(self.name, config.audit_every, unbatch=config.on_mismatch == "unbatch")
         #: Monotonic ms at which waiting requests may leave; None: when something changes.
         self.due_ms: float | None = None
 
@@ -77,6 +80,7 @@ class ServedModel:
         on_finished: Callable[[Finished], None],
         result_expires_s: int,
         on_begun: Callable[[Sequence[Waiting]], None] = lambda _: None,
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
         """Load the engine, warm it up, start the lanes' threads. ConfigError if it cannot be."""
         self._steps = names.priority_steps
@@ -112,7 +116,10 @@ class ServedModel:
         self._ahead_knobs = replace(
             self.knobs, preferred_batch_sizes=(self.knobs.target,), max_queue_delay_ms=math.inf
         )
-        self._lanes.start(engine.lanes, self.knobs, self.intake.too_late, on_finished, on_begun)
+        self.audit.begin(self.knobs, wake)
+        self._lanes.start(
+            engine.lanes, self.knobs, self.intake.too_late, on_finished, on_begun, self.audit
+        )
         logger.info(
             "model %s version %d: %s, %d lanes, batches of %d, ready in %.1f s",
             self.name, spec.version, config.engine, len(self._lanes), self.knobs.target,
@@ -283,6 +290,15 @@ class ServedModel:
             self._batch_s = max(took_s, smoothed)
             lanes, depth = len(self._lanes), self._depth
             self._lanes.ample = max(lanes, lanes * depth // 4) if depth > 1 else math.inf
+        if self.audit.unbatched and self.knobs.batchable:
+            self._unbatch()
+
+    def _unbatch(self) -> None:
+        """An audit found that answers depend on company: form no more batches."""
+        alone = replace(self.knobs, batchable=False, preferred_batch_sizes=(1,))
+        self.knobs = alone
+        self._ahead_knobs = replace(alone, max_queue_delay_ms=math.inf)
+        self._target = alone.target
 
     @property
     def lanes(self) -> int:
@@ -307,6 +323,10 @@ class ServedModel:
         stats.lanes_busy = len(computing)
         stats.computing = sum(len(job.items) for job, _ in computing)
         stats.waiting = len(self.reserved())
+        audit = self.audit
+        stats.audits = {result.value: count for result, count in audit.results.items()}
+        stats.audit_s, stats.mismatch = audit.took_s, audit.mismatch
+        stats.unbatched = audit.unbatched
         return stats
 
     def computing(self) -> list[tuple[Job, float]]:
@@ -320,9 +340,12 @@ class ServedModel:
         return [*ahead, *list(self.waiting.items)]
 
     def overdue(self) -> bool:
-        """Whether a batch has been computing for longer than max_run_seconds."""
+        """Whether a batch, or an audit, has been computing for longer than max_run_seconds."""
         limit = self.spec.config.max_run_seconds * 1000
         now = time.monotonic() * 1000
+        since = self.audit.since
+        if since is not None and now - since * 1000 > limit:
+            return True
         return any(now - began_ms > limit for _, began_ms in self.computing())
 
     @property

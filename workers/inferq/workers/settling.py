@@ -89,14 +89,15 @@ class Settling:
         fatal: FatalEngineError | None = None
         while self._finished:
             finished = self._finished.popleft()
-            self.batches_ended += 1
             model = self._model(finished)
-            model.ended(finished.job, finished.ended - finished.began)
-            model.counts.ended(finished)
-            if finished.outcomes and (one := finished.outcomes[0]).outputs is not None:
-                model.sizes.computed(one.item.inputs, one.outputs)
-            if logger.isEnabledFor(logging.DEBUG):
-                batches.tell(logger, model.name, finished)
+            if not finished.audited:
+                self.batches_ended += 1
+                model.ended(finished.job, finished.ended - finished.began)
+                model.counts.ended(finished)
+                if finished.outcomes and (one := finished.outcomes[0]).outputs is not None:
+                    model.sizes.computed(one.item.inputs, one.outputs)
+                if logger.isEnabledFor(logging.DEBUG):
+                    batches.tell(logger, model.name, finished)
             if finished.fatal is not None:
                 ids = (item.ticket.id for item in finished.job.items)
                 told = about(*ids, model=model.name)

@@ -14,15 +14,19 @@ from inferq.workers.serving import ServedModel
 def next_batches(models: Collection[ServedModel], now_ms: float) -> list[tuple[ServedModel, Job]]:
     """The batches that leave now. `now_ms`: of the monotonic clock.
 
-    A suspect computes while nothing else does, on no lane of any model: should it end this process
-    once more, nobody else is blamed.
+    A suspect computes while nothing else does, on no lane of any model, and no audit either: should
+    it end this process once more, nobody else is blamed, nor is it blamed for others.
     """
     suspect = next((model for model in models if model.suspect()), None)
     if suspect is not None:
-        busy = any(model.jobs for model in models)
+        audited = [model.audit.hold() for model in models]
+        busy = any(audited) or any(model.jobs for model in models)
         return [] if busy else [(suspect, suspect.form_suspect())]
     if any(job.items[0].alone for model in models for job in model.jobs):
         return []
+    for model in models:
+        if model.audit.held:
+            model.audit.release()
     return [(model, job) for model in models if model.waiting for job in model.form(now_ms)]
 
 

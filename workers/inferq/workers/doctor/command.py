@@ -98,9 +98,16 @@ def _of_redis(settings: Settings) -> Iterator[Finding]:
 def _of_workers(settings: Settings) -> Iterator[Finding]:
     from kombu.exceptions import KombuError  # noqa: PLC0415 (slow to import)
 
+    from inferq.workers.doctor.audits import audits  # noqa: PLC0415
     from inferq.workers.doctor.workers import workers  # noqa: PLC0415
 
+    def audited() -> Iterable[Finding]:
+        master = settings.sentinel_master
+        with redis_client(settings.redis_url, sentinel_master=master) as client:
+            yield from audits(client, settings.names())
+
     try:
+        yield from within(WORKERS_S, "audits", audited)
         yield from within(WORKERS_S, "workers", lambda: workers(settings))
     except (KombuError, RedisError, OSError) as problem:
         yield error("workers", f"cannot be asked: {problem}", "see what Redis says")

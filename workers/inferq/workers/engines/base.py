@@ -52,6 +52,10 @@ class OutOfDeviceMemory(EngineError):
     """The device's memory does not suffice for this batch."""
 
 
+class RowsDiffer(EngineError):
+    """An output has another number of rows than the inputs that were run."""
+
+
 class Lane(Protocol):
     """Where one batch at a time runs."""
 
@@ -155,18 +159,21 @@ def check_inputs(inputs: Tensors, dtypes: Mapping[str, np.dtype[Any]]) -> None:
 def without_padding(batch: Batch, outputs: Mapping[str, Array]) -> Mapping[str, Array]:
     """`outputs` of a run of `gather(batch)`, cut to the batch's rows where it was padded.
 
-    EngineError for an output of another number of rows than was run.
+    RowsDiffer for an output of another number of rows than was run.
     """
     if not batch.batchable or batch.bucket == batch.rows:
         return outputs
-    for name, array in outputs.items():
-        # Counted before the padding is cut, or rows that are missing would go unseen.
-        got = array.shape[0] if array.ndim else "no"
-        if got != batch.bucket:
-            raise EngineError(
-                f"output {name!r} has {got} rows; expected {batch.bucket}, as the inputs"
-            )
+    # Counted before the padding is cut, or rows that are missing would go unseen.
+    check_rows(outputs, batch.bucket)
     return {name: array[: batch.rows] for name, array in outputs.items()}
+
+
+def check_rows(outputs: Mapping[str, Array], rows: int) -> None:
+    """RowsDiffer unless each output has as many `rows` as the inputs."""
+    for name, array in outputs.items():
+        got = array.shape[0] if array.ndim else "no"
+        if got != rows:
+            raise RowsDiffer(f"output {name!r} has {got} rows; expected {rows}, as the inputs")
 
 
 def reason(problem: Exception) -> str:

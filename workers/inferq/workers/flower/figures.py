@@ -88,6 +88,9 @@ class ModelRow(msgspec.Struct, frozen=True, kw_only=True):
     lanes_busy: int = 0
     target_batch_size: int | None = None
     max_batch_size: int | None = None
+    #: What an audit found wrong with its answers; None: nothing. And whether it has no batches now.
+    mismatch: str | None = None
+    unbatched: bool = False
     rates: Rates | None = None
     #: The course of `requests_per_s` and `depth`, oldest first.
     rate_points: Sequence[float] = ()
@@ -307,6 +310,8 @@ def _row(
         lanes_busy=sum(each.lanes_busy for each in stats),
         target_batch_size=max((each.target_batch_size for each in stats), default=None),
         max_batch_size=max((each.max_batch_size for each in stats), default=None),
+        mismatch=next((str(each.mismatch) for each in stats if each.mismatch), None),
+        unbatched=any(each.unbatched for each in stats),
         rates=rates,
         rate_points=list(course.rates),
         depth_points=list(course.depths),

@@ -14,6 +14,7 @@ from typing import Final
 
 import msgspec
 
+from inferq.workers.audit import Mismatch
 from inferq.workers.lanes import Finished, Run
 from inferq.workers.not_served import NotServed
 from inferq.workers.settle import DEAD_LETTER, FAILURE, OVERTAKEN, REVOKED, SUCCESS, Settlement
@@ -108,6 +109,13 @@ class ModelStats(msgspec.Struct, kw_only=True):
     total_s: Histogram
     #: Seconds that lanes have computed, all lanes together.
     busy_s: float
+    #: `evidence.Result` → audits that ended so; and the seconds that they took, all together.
+    audits: dict[str, int] = {}
+    audit_s: float = 0.0
+    #: The first answer that was found to depend on who shared its batch; None: none was.
+    mismatch: Mismatch | None = None
+    #: Whether the model runs request by request for that.
+    unbatched: bool = False
     #: Gauges: lanes that compute; requests that wait for a lane here, and that compute.
     lanes_busy: int = 0
     waiting: int = 0

@@ -50,6 +50,7 @@ _COUNTERS: Final = (
     ("attempts", "inferq_request_retries",
      "How often a request was begun again since its worker had died."),
     ("busy_s", "inferq_lane_busy_seconds", "Time that lanes have computed, all lanes together."),
+    ("audit_s", "inferq_audit_seconds", "Time that audits of answers have taken, all together."),
 )  # fmt: skip
 _GAUGES: Final = (
     ("lanes", "inferq_lanes", "Lanes, each of which computes one batch at a time."),
@@ -58,6 +59,8 @@ _GAUGES: Final = (
     ("computing", "inferq_requests_computing", "Requests that are being computed."),
     ("target_batch_size", "inferq_batch_target_rows", "Rows that a batch aims at."),
     ("max_batch_size", "inferq_batch_max_rows", "Most rows of a batch."),
+    ("unbatched", "inferq_model_unbatched",
+     "1: an audit found that answers depend on their batch, and ended batches."),
 )  # fmt: skip
 #: Of `WorkerStats.gpu`: what it is multiplied with, its name and what it says.
 _GPU: Final = (
@@ -147,13 +150,19 @@ def _models(models: Sequence[ModelStats]) -> Iterator[Metric]:
     failures = CounterMetricFamily(
         "inferq_request_failures", "Failed requests by error.", labels=["model", "code"]
     )
+    audits = CounterMetricFamily(
+        "inferq_audits", "Requests that were run again alone, by what came of it.",
+        labels=["model", "result"],
+    )  # fmt: skip
     for each in models:
         info.add_metric([each.model, str(each.version), each.engine], 1)
+        for result, count in each.audits.items():
+            audits.add_metric([each.model, result], count)
         for outcome, count in each.outcomes.items():
             requests.add_metric([each.model, outcome], count)
         for code, count in each.errors.items():
             failures.add_metric([each.model, code], count)
-    yield from (info, requests, failures)
+    yield from (info, requests, failures, audits)
     for field, name, says in _COUNTERS:
         counter = CounterMetricFamily(name, says, labels=["model"])
         for each in models:

@@ -117,6 +117,15 @@
     } else if (model.near_limit) {
       made.append(el("span", "inference-alert", "queue is nearly full"));
     }
+    if (model.mismatch !== null) {
+      var wrong = el(
+        "span", "inference-alert inference-alert-danger",
+        model.unbatched ? "runs request by request" : "wrong answers in batches"
+      );
+      wrong.dataset.alert = "mismatch";
+      wrong.title = model.mismatch;
+      made.append(wrong);
+    }
     if (model.rates && model.rates.failures_per_s > 0) {
       made.append(el(
         "span", "inference-alert inference-alert-danger",
@@ -280,8 +289,15 @@
     return model.rates ? "Nothing was computed in the last seconds." : "Measuring…";
   }
 
+  function mismatch(model) {
+    return model.mismatch === null ? null : el(
+      "p", "inference-quiet",
+      model.mismatch + ". Write batchable = false into its model.toml."
+    );
+  }
+
   function modelCard(model) {
-    var left = el("div", "", facts(model), courses(model));
+    var left = el("div", "", mismatch(model), facts(model), courses(model));
     var card = el(
       "article", "inference-card", header(model),
       el("div", "inference-body", left, batches(model), split(model))

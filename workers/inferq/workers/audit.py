@@ -1,0 +1,293 @@
+"""Audits: now and then one request of a batch that has just run is run again by itself.
+
+No probe at load proves that an answer never depends on who shares its batch. An audit comes after
+the batch's results were handed over, while its lane would idle, and takes at most `SHARE` of the
+time that lanes compute. What it finds is told once; the model then runs request by request, unless
+its model.toml says otherwise (`on_mismatch`).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from inferq.shared.schema import Array
+from inferq.workers.batching.policy import Knobs
+from inferq.workers.engines.base import Batch, Lane
+from inferq.workers.evidence import Evidence, Result, examine, has_company
+from inferq.workers.logs.fields import about
+
+if TYPE_CHECKING:
+    from inferq.workers.lanes import Finished, Outcome
+
+logger = logging.getLogger(__name__)
+
+#: Part of the time that lanes compute which audits may take.
+SHARE: Final = 0.01
+#: The first audits are not held to that, so that a wrong model is found at once.
+FREE: Final = 3
+#: An audit that is this many times overdue is done though requests wait: a busy lane never idles.
+LATE: Final = 4
+#: Only where a batch takes less time, in s: others would wait too long.
+SHORT_S: Final = 0.1
+#: Answers that another number of rows changed: so many of them, and this part of all, are proof.
+UNCLEAR, UNCLEAR_PART = 3, 0.25
+#: Requests that alone got another number of rows than they have, at which that is the model's way.
+ODD_REQUESTS: Final = 3
+#: So many audits in a row that the engine fails are the last.
+FAILURES: Final = 3
+#: Where in a batch audits look, in turn: at its last request, its first, and in between.
+_GOLDEN: Final = 0.618034
+
+
+class Mismatch(msgspec.Struct, frozen=True):
+    """An answer that depended on who shared its batch."""
+
+    #: Output, and by how much it differs.
+    what: str
+    #: Rows of the batch.
+    rows: int
+    #: Requests that had been computed by then, since the worker's start.
+    requests: int
+
+    def __str__(self) -> str:
+        """``answers depend on their batch: output 'y' differs … in one of 32 rows``."""
+        return f"answers depend on their batch: {self.what} in one of {self.rows} rows"
+
+
+class AuditBudget:
+    """When the next audit may be. Any lane's thread calls it; a count that is lost does no harm.
+
+    The first batch is audited, then the second, fourth, eighth one after, …, until only each
+    `every`-th is.
+    """
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        self._gap = 1
+        #: Since the last audit.
+        self._batches = 0
+        self._audits = 0
+        self._computed_s = 0.0
+        self._spent_s = 0.0
+        self._last_s = 0.0
+
+    def allows(self, took_s: float, idle: bool) -> bool:
+        """A batch has ended that took `took_s`; `idle`: nothing waits for its lane."""
+        self._computed_s += took_s
+        self._batches += 1
+        if self._batches < self._gap:
+            return False
+        if not idle and self._batches < LATE * self._gap:
+            return False
+        if self._audits < FREE:
+            return idle or took_s < SHORT_S
+        return self._spent_s + self._last_s <= SHARE * self._computed_s
+
+    def spent(self, took_s: float) -> None:
+        """An audit has ended that took `took_s`."""
+        self._batches = 0
+        self._gap = min(2 * self._gap, self._every)
+        self._audits += 1
+        if self._audits > FREE:
+            self._spent_s += took_s
+        self._last_s = took_s
+
+
+class OddRows:
+    """What one job's runs told of outputs with another number of rows than the inputs."""
+
+    def __init__(self) -> None:
+        #: Of the first batch of several requests, or with padding, that had them: what was wrong.
+        self.together = ""
+        #: Rows of it.
+        self.rows = 0
+        #: Requests of which the engine alone, without padding, gave them.
+        self.alone = 0
+        #: What was wrong with the last of them.
+        self.what = ""
+
+    def note(self, what: str, rows: int, together: bool) -> None:
+        """A run of `rows` rows had them; `together`: not of one request alone."""
+        if not together:
+            self.alone += 1
+            self.what = what
+        elif not self.together:
+            self.together, self.rows = what, rows
+
+
+class Audit:
+    """The audits of one model. Lanes' threads run them, one at a time; any thread may read."""
+
+    def __init__(self, model: str, every: int, *, unbatch: bool) -> None:
+        self._model = model
+        self._unbatch = unbatch
+        self._enabled = every > 0
+        self._budget = AuditBudget(max(1, every))
+        #: Held by the lane that audits.
+        self._lock = threading.Lock()
+        self._telling = threading.Lock()
+        self._exact = False
+        self._wake: Callable[[], None] = lambda: None
+        self._requests = 0
+        self._odd_requests = 0
+        self._failures = 0
+        #: The end of the worker is near: none begins.
+        self._stopped = False
+        #: A request that may end the process computes, or is about to: none begins.
+        self.held = False
+        #: When what runs now began (monotonic s); None: no audit runs.
+        self.since: float | None = None
+        #: Result → audits that ended so.
+        self.results = dict.fromkeys(Result, 0)
+        #: Seconds that audits have taken.
+        self.took_s = 0.0
+        self.mismatch: Mismatch | None = None
+
+    def begin(self, knobs: Knobs, wake: Callable[[], None]) -> None:
+        """The lanes are about to start. `wake` is called when an audit ends that was in the way."""
+        self._knobs = knobs
+        self._exact = knobs.spread
+        self._wake = wake
+        self._enabled = self._enabled and knobs.batchable
+
+    @property
+    def unbatched(self) -> bool:
+        """Whether the model is to run request by request, since a mismatch was found."""
+        return self._unbatch and self.mismatch is not None
+
+    def summary(self) -> str:
+        """In words, for people: ``12 of 12 answers as alone``. For any thread."""
+        done = sum(self.results.values())
+        if self.mismatch is None:
+            return f"{self.results[Result.SAME]} of {done} answers as alone" if done else "none yet"
+        goes_on = "runs request by request" if self.unbatched else "goes on in batches"
+        return f"{self.mismatch}; {goes_on}"
+
+    def stop(self) -> None:
+        """No further audit begins."""
+        self._stopped = True
+
+    def hold(self) -> bool:
+        """Let none begin until `release`; whether one runs now, whose end will be told."""
+        self.held = True
+        return self.since is not None
+
+    def release(self) -> None:
+        self.held = False
+
+    # --- lanes' threads ---------------------------------------------------------------------
+
+    def is_due(self, finished: Finished, idle: bool) -> bool:
+        """A lane has ended a batch: whether to audit it. `idle`: nothing waits for the lane."""
+        if not self._enabled:
+            return False
+        self._requests += len(finished.outcomes)
+        return (
+            self._budget.allows(finished.ended - finished.began, idle)
+            and not self.held
+            and not self._stopped
+        )
+
+    def run(self, lane: Lane, outcomes: Sequence[Outcome]) -> None:
+        """Audit one of `outcomes` on `lane`, if they tell anything. Raises FatalEngineError."""
+        place = self._place(outcomes)
+        if place is None or not self._lock.acquire(blocking=False):
+            return
+        try:
+            # First this, then the look: who holds audits back does it the other way round.
+            self.since = time.monotonic()
+            if not self.held and not self._stopped and self._enabled:
+                self._run(lane, outcomes, place)
+        finally:
+            self.since = None
+            self._lock.release()
+            if self.held:
+                self._wake()
+
+    def _place(self, outcomes: Sequence[Outcome]) -> int | None:
+        """Whose turn it is; None: that one was answered with an error, or had no company."""
+        if not outcomes:
+            return None
+        turn = sum(self.results.values())
+        inside = int(turn * _GOLDEN % 1 * len(outcomes))
+        place = (len(outcomes) - 1, 0, inside)[turn % 3]
+        chosen = outcomes[place]
+        told = chosen.outputs is not None and not chosen.item.alone
+        return place if told and has_company(chosen, self._exact) else None
+
+    def _run(self, lane: Lane, outcomes: Sequence[Outcome], place: int) -> None:
+        def run(batch: Batch) -> Mapping[str, Array]:
+            self.since = time.monotonic()  # max_run_seconds is that of one run
+            return lane.run(batch)
+
+        began = time.monotonic()
+        chosen = outcomes[place]
+        assert chosen.run is not None
+        bucket = self._knobs.bucket(chosen.item.rows)
+        found = examine(run, outcomes, place, self._exact, bucket)
+        took_s = time.monotonic() - began
+        self.results[found.result] += 1
+        self.took_s += took_s
+        self._budget.spent(took_s)
+        self._judge(found, chosen.run.rows)
+
+    def _judge(self, found: Evidence, rows: int) -> None:
+        results = self.results
+        self._failures = self._failures + 1 if found.result is Result.FAILED else 0
+        told = about(model=self._model)
+        if found.result is Result.DIFFERENT:
+            self._tell(found.what, rows)
+        elif found.result is Result.UNCLEAR:
+            unclear = results[Result.UNCLEAR]
+            if unclear >= max(UNCLEAR, UNCLEAR_PART * sum(results.values())):
+                self._tell(found.what, rows)
+        elif found.result is Result.RANDOM:
+            self._enabled = False
+            logger.warning(
+                "model %s answers the same run in two ways (%s): its answers are audited no more",
+                self._model, found.what, extra=told,
+            )  # fmt: skip
+        elif self._failures == FAILURES:
+            self._enabled = False
+            logger.warning(
+                "model %s is audited no more, since its engine fails on requests alone that it "
+                "answers in batches: %s",
+                self._model, found.what, extra=told,
+            )  # fmt: skip
+
+    def odd_rows(self, odd: OddRows, failed: bool) -> None:
+        """A job has ended some of whose runs had odd rows. `failed`: one of its requests, too.
+
+        A batch that has them though none of its requests has is proof. One request that has them
+        alone may be at fault itself; several show that the model's rows are not the requests'.
+        """
+        self._odd_requests += odd.alone
+        if odd.together and not failed:
+            self._tell(odd.together, odd.rows)
+        elif self._odd_requests >= ODD_REQUESTS:
+            self._tell(odd.what, 1)
+
+    def _tell(self, what: str, rows: int) -> None:
+        with self._telling:
+            if self.mismatch is not None:
+                return
+            self.mismatch = Mismatch(what, rows, self._requests)
+        if self._unbatch:
+            self._enabled = False
+            goes_on = "It runs request by request from now on, in this process. To keep it so,"
+            other = 'to have batches nevertheless, on_mismatch = "warn"'
+        else:
+            goes_on = 'It goes on in batches, as on_mismatch = "warn" says. For right answers,'
+            other = "audit_every = 0 ends these audits"
+        logger.error(
+            "model %s: answers depend on who shares their batch: of a batch of %d rows, %s. %s "
+            "write batchable = false into its model.toml; %s. %d requests were computed in batches "
+            "so far",
+            self._model, rows, what, goes_on, other, self._requests, extra=about(model=self._model),
+        )  # fmt: skip
