@@ -72,7 +72,8 @@ def with_mean(x: Array) -> Array:
 
 def peaks(x: Array) -> Array:
     """The row and column of each row's largest value."""
-    return np.stack(np.nonzero(x == x.max(axis=1, keepdims=True)), axis=1)
+    found: Array = np.stack(np.nonzero(x == x.max(axis=1, keepdims=True)), axis=1)
+    return found
 
 
 def to_the_longest(x: Array) -> Array:

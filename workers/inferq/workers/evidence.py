@@ -147,7 +147,7 @@ class _Company:
         return Batch([self._item.inputs], rows, bucket or rows, bucket is not None)
 
     def copies(self) -> Batch:
-        """Its batch, where each row is one of its own, padding too, and it stands where it stood."""
+        """Its batch and padding, where each row is one of its own, and it stands where it stood."""
         rows = self._size
         places = (np.arange(rows) - self._at) % self._item.rows
         inputs = {name: array[places] for name, array in self._item.inputs.items()}
