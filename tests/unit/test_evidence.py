@@ -67,7 +67,8 @@ def twice(x: Array) -> Array:
 
 def with_mean(x: Array) -> Array:
     """As company, in a share that a wide tolerance lets pass."""
-    return x + 0.05 * x.mean(axis=0, keepdims=True)
+    mixed: Array = x + 0.05 * x.mean(axis=0, keepdims=True)
+    return mixed
 
 
 def peaks(x: Array) -> Array:
