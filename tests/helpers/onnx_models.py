@@ -125,6 +125,66 @@ def over(path: Path, threshold: float = 0.5) -> Path:
     return write(path, nodes, {"x": (FLOAT, x)}, {"y": (FLOAT, ("batch", 3))}, constants)
 
 
+#: What a request's values are to be above for `stalls_alone` and `fails_alone`.
+ODD_ABOVE = 100.0
+
+
+def stalls_alone(path: Path) -> Path:
+    """x: float32[batch, 3] → x; but one row alone with a value above `ODD_ABOVE` never ends."""
+    x: Shape = ("batch", 3)
+    body = helper.make_graph(
+        [node("Identity", ["going"], ["goes_on"]), node("Identity", ["before"], ["after"])],
+        "body",
+        [
+            helper.make_tensor_value_info("turn", INT64, []),
+            helper.make_tensor_value_info("going", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("before", FLOAT, x),
+        ],
+        [
+            helper.make_tensor_value_info("goes_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("after", FLOAT, x),
+        ],
+    )
+    nodes = [
+        *_if_odd_and_alone(),
+        node("Where", ["odd", "many", "none"], ["turns"]),
+        node("Loop", ["turns", "", "x"], ["y"], body=body),
+    ]
+    constants = [*_odd_and_alone(), ints("many", [], [10**15]), ints("none", [], [0])]
+    return write(path, nodes, {"x": (FLOAT, x)}, {"y": (FLOAT, x)}, constants)
+
+
+def fails_alone(path: Path) -> Path:
+    """x: float32[batch, 3] → x; one row alone with a value above `ODD_ABOVE` is an error."""
+    x: Shape = ("batch", 3)
+    nodes = [
+        *_if_odd_and_alone(),
+        node("Where", ["odd", "outside", "first"], ["index"]),
+        node("Gather", ["zero", "index"], ["nothing"]),
+        node("Add", ["x", "nothing"], ["y"]),
+    ]
+    constants = [
+        *_odd_and_alone(), ints("outside", [], [99]), ints("first", [], [0]),
+        helper.make_tensor("zero", FLOAT, [1], [0.0]),
+    ]  # fmt: skip
+    return write(path, nodes, {"x": (FLOAT, x)}, {"y": (FLOAT, x)}, constants)
+
+
+def _if_odd_and_alone() -> list[Any]:
+    return [
+        node("Shape", ["x"], ["rows"], start=0, end=1),
+        node("Squeeze", ["rows"], ["count"]),
+        node("Equal", ["count", "one"], ["alone"]),
+        node("ReduceMax", ["x"], ["most"], keepdims=0),
+        node("Greater", ["most", "above"], ["large"]),
+        node("And", ["alone", "large"], ["odd"]),
+    ]
+
+
+def _odd_and_alone() -> list[Any]:
+    return [ints("one", [], [1]), helper.make_tensor("above", FLOAT, [], [ODD_ABOVE])]
+
+
 def noise(path: Path) -> Path:
     """x: float32[batch, 3] → as many random numbers, new ones each time."""
     shape: Shape = ("batch", 3)
