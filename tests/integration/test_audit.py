@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from helpers import onnx_models
 from helpers.crowd import Answer, ask
 from helpers.flower import FlowerProcess
 from helpers.metrics import metrics_url, scrape
+from helpers.repository import numbered
 from helpers.results import nothing_is_held
 from helpers.wait import until
 from helpers.worker import SupervisedWorker, Worker
@@ -106,7 +106,7 @@ def test_a_model_of_independent_rows_keeps_its_batches(
         assert stats.audits["same"] == sum(stats.audits.values())
         assert (stats.mismatch, stats.unbatched) == (None, False)
         assert max(answer.receipt.requests for answer in ask(redis_url, "double", 300)) > 1
-        assert "audit" not in worker.log
+        assert "depend on" not in worker.log
 
 
 # --- who says so ---------------------------------------------------------------------------------
@@ -226,10 +226,11 @@ def test_a_child_whose_audit_never_ends_is_replaced_and_no_request_is_lost(
     with SupervisedWorker(redis_url, tmp_path, ["stalls"]) as worker:
         first = worker.child()
         in_pairs(redis_url, "stalls", 1, onnx_models.ODD_ABOVE + 1)
-        with ThreadPoolExecutor(1) as pool:  # meanwhile its only lane audits
-            waits = pool.submit(in_pairs, redis_url, "stalls", 1, 1.0)
+        with Client(redis_url) as client:  # its only lane audits
+            pending = [client.submit("stalls", {"x": numbered(n, 3)}) for n in range(5)]
             until(lambda: "a batch computes for longer than max_run_seconds" in worker.log, 30)
-            assert len(waits.result(60)) == 2
+            for n, each in enumerate(pending):
+                np.testing.assert_array_equal(each.result(60).outputs["y"], numbered(n, 3))
         assert worker.child() != first
         until(partial(nothing_is_held, redis), 30)
 

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from inferq.workers.audit import Mismatch
 from inferq.workers.depths import Depth, Depths
 from inferq.workers.flower.figures import (
     NAMES,
@@ -231,3 +232,14 @@ def test_of_very_many_that_are_not_served_some_are_left_out_and_counted() -> Non
     assert len(page.not_served) == MODELS
     assert "7 more models that are not served are not shown." in page.notes
     assert any(note.endswith("d19 and 3 more.") for note in page.notes)
+
+
+def test_a_model_that_an_audit_found_out_says_what_was_seen() -> None:
+    wrong = Mismatch("output 'y' differs by 0.19 of values up to 10", 32, 100)
+    found = model("m", mismatch=wrong, unbatched=True)
+    row = see(Figures(), reading(1.0, worker(1.0, model("m")), worker(1.0, found, name="v")))["m"]
+    assert row.mismatch is not None
+    assert "differs by 0.19 of values up to 10 in one of 32 rows" in row.mismatch
+    assert row.unbatched
+    row = see(Figures(), reading(1.0, worker(1.0, model("m"))))["m"]
+    assert (row.mismatch, row.unbatched) == (None, False)

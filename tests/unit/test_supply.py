@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from helpers.wait import until
 from inferq.shared.names import Names
 from inferq.shared.schema import Ticket
 from inferq.workers import supply
+from inferq.workers.audit import Mismatch
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.budget import Budget
 from inferq.workers.claims import Want
@@ -231,3 +233,46 @@ def test_a_suspect_computes_while_nothing_else_does_on_no_lane_of_any_model(
     model.ended(model.jobs[0])
     assert form(model, other) == [full(), ("other", [0])]
     other.close(10)
+
+
+# --- audits --------------------------------------------------------------------------------------
+
+
+def test_a_suspect_waits_for_the_end_of_an_audit_and_none_begins_beside_it(
+    model: ServedModel, tmp_path: Path
+) -> None:
+    other = served(tmp_path, "other")
+    other.audit.since = 1.0
+    add(model, 1, suspect=True)
+    assert form(model, other) == []
+    other.audit.since = None
+    assert form(model, other) == [("m", [0])]
+    assert model.audit.held
+    assert other.audit.held
+    add(model, 1)
+    assert form(model, other) == []
+    model.ended(model.jobs[0])
+    assert form(model, other) == [("m", [0])]
+    assert not model.audit.held
+    assert not other.audit.held
+    other.close(10)
+
+
+def test_a_model_that_an_audit_found_out_forms_batches_of_one_request(model: ServedModel) -> None:
+    model.audit.mismatch = Mismatch("output 'y' differs", 4, 10)
+    settle_down(model, 1.0)
+    add(model, 3 * LANES)
+    assert form(model) == [("m", [0])] * 2 * LANES
+    assert len(model.waiting) == LANES
+    assert model.room()[0] == 0
+    stats = model.stats()
+    assert (stats.target_batch_size, stats.unbatched) == (1, True)
+    assert stats.mismatch == model.audit.mismatch
+
+
+def test_an_audit_that_takes_longer_than_a_batch_may_is_overdue(model: ServedModel) -> None:
+    model.audit.since = time.monotonic()
+    assert not model.overdue()
+    model.audit.since -= model.spec.config.max_run_seconds + 1
+    assert model.overdue()
+    assert model.computing() == []

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: Part of the time that lanes compute which audits may take.
-SHARE: Final = 0.01
+SHARE: Final = 0.005
 #: The first audits are not held to that, so that a wrong model is found at once.
 FREE: Final = 3
 #: An audit that is this many times overdue is done though requests wait: a busy lane never idles.
