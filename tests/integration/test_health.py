@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -33,6 +33,8 @@ from inferq.workers.health import (
     silence_s,
 )
 from inferq.workers.heartbeat import Heartbeat
+from inferq.workers.repository import load_model
+from inferq.workers.serving import ServedModel
 
 NAMES = Names()
 
@@ -150,7 +152,7 @@ class StandIn:
 
     def __init__(self) -> None:
         self.silent = False
-        self.models = ()
+        self.models: Sequence[ServedModel] = ()
         self.steps = 0
         self.run_id = ""
         self.waits = False
@@ -179,6 +181,21 @@ def test_work_without_progress_is_counted_from_the_last_progress(tmp_path: Path)
     until(lambda: heart._beat().stuck_s > 0.05, what="stuck once more")
     plane.waits = False
     assert heart._beat().stuck_s == 0
+
+
+def test_an_audit_that_takes_its_time_is_no_lack_of_progress(tmp_path: Path, models: Path) -> None:
+    plane = StandIn()
+    plane.waits = True
+    model = ServedModel(load_model(models, "m"))
+    plane.models = (model,)
+    heart = Heartbeat(tmp_path / "beat.json", "node")
+    heart.plane = plane
+    until(lambda: heart._beat().stuck_s > 0.05, what="work without progress")
+    model.audit.since = time.monotonic()
+    beat = heart._beat()
+    assert (beat.stuck_s, beat.computing, beat.overdue) == (0, 0, False)
+    model.audit.since -= model.spec.config.max_run_seconds + 1
+    assert heart._beat().overdue
 
 
 def test_a_stopped_process_has_no_fresh_heartbeat(

@@ -203,7 +203,7 @@ def test_what_a_library_makes_of_one_models_files_harms_that_model_only(
     ("toml", "message"),
     [
         ("max_batchsize = 4", "max_batchsize is not a known key; did you mean 'max_batch_size'?"),
-        ("zzz = 4", "zzz is not a known key; expected one of batchable, buckets, engine, fake, "),
+        ("zzz = 4", "zzz is not a known key; expected one of audit_every, "),
         (
             "engine = 'tensorflow'",
             "engine is 'tensorflow'; expected one of onnxruntime, torch, tensorrt, fake",
