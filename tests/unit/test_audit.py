@@ -34,16 +34,23 @@ def batches_audited(budget: AuditBudget, batches: int, took_s: float, audit_s: f
     """Which of so many batches are audited, if their lane idles after each."""
     audited = []
     for n in range(batches):
-        if budget.allows(took_s, idle=True):
+        if allowed(budget, took_s, (n + 1) * took_s, idle=True):
             audited.append(n)
             budget.spent(audit_s)
     return audited
+
+
+def allowed(budget: AuditBudget, took_s: float, computed_s: float, *, idle: bool) -> bool:
+    """Whether an audit may be once one more batch has ended."""
+    budget.left -= 1
+    return budget.left <= 0 and budget.allows(took_s, computed_s, idle)
 
 
 def test_the_first_batches_are_audited_and_then_one_in_so_many() -> None:
     audited = batches_audited(AuditBudget(20), 100, 1.0, 1e-6)
     assert audited == [0, 2, 6, 14, 30, 50, 70, 90]
     assert batches_audited(AuditBudget(1), 5, 1.0, 1e-6) == [0, 1, 2, 3, 4]
+    assert batches_audited(AuditBudget(0), 5, 1.0, 1e-6) == []
 
 
 @pytest.mark.parametrize("audit_s", [0.001, 0.01, 0.1])
@@ -55,17 +62,17 @@ def test_all_but_the_first_audits_take_no_more_than_their_share(audit_s: float) 
 
 def test_a_lane_that_never_idles_is_audited_late() -> None:
     budget = AuditBudget(100)
-    took = [budget.allows(SHORT_S / 2, idle=False) for _ in range(LATE)]
+    took = [allowed(budget, SHORT_S / 2, 1.0, idle=False) for _ in range(LATE)]
     assert took == [False] * (LATE - 1) + [True]
     budget.spent(1e-6)
-    took = [budget.allows(SHORT_S / 2, idle=False) for _ in range(2 * LATE)]
+    took = [allowed(budget, SHORT_S / 2, 1.0, idle=False) for _ in range(2 * LATE)]
     assert took == [False] * (2 * LATE - 1) + [True]
 
 
 def test_nobody_waits_for_the_first_audits_of_slow_batches() -> None:
     budget = AuditBudget(100)
-    assert not any(budget.allows(SHORT_S, idle=False) for _ in range(100))
-    assert budget.allows(SHORT_S, idle=True)
+    assert not any(allowed(budget, SHORT_S, 1.0, idle=False) for _ in range(100))
+    assert allowed(budget, SHORT_S, 1.0, idle=True)
 
 
 # --- on lanes ------------------------------------------------------------------------------------
@@ -118,7 +125,7 @@ class Driven:
         self.woken: SimpleQueue[None] = SimpleQueue()
         self.done: SimpleQueue[Finished] = SimpleQueue()
         self.lanes = Lanes("m")
-        self.audit.begin(knobs, lambda: self.woken.put(None))
+        self.audit.begin(knobs, lambda: 0.0, lambda: 7, lambda: self.woken.put(None))
         never_late = lambda _slot, _ticket: None  # noqa: E731
         self.lanes.start(lanes, knobs, never_late, self.done.put, audit=self.audit)
 
@@ -304,7 +311,7 @@ def test_after_a_mismatch_all_run_by_themselves_also_what_was_formed_before(
     assert "output 'y' differs by" in text
     assert "batchable = false" in text
     assert of.audit.mismatch is not None
-    assert (of.audit.mismatch.rows, of.audit.mismatch.requests) == (2, 2)
+    assert (of.audit.mismatch.rows, of.audit.mismatch.requests) == (2, 7)
     assert of.audit.summary().endswith("in one of 2 rows; runs request by request")
 
 

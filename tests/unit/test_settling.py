@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
+from typing import Any, cast
 
+import pytest
+from helpers.repository import fake_model
+
+from inferq.shared.errors import FatalEngineError
+from inferq.shared.names import Names
 from inferq.shared.resp import Command, pack, unpack
+from inferq.shared.schema import Ticket
 from inferq.workers import settling
+from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Claim, Slot
+from inferq.workers.clock import RedisClock
 from inferq.workers.kept import KEEP_BYTES, KEEP_REQUESTS, Kept
+from inferq.workers.lanes import Finished, Job, Outcome, Run
+from inferq.workers.repository import load_model
+from inferq.workers.serving import ServedModel
 from inferq.workers.settle import Settlement
-from inferq.workers.settling import MAX_SETTLEMENTS, portion
+from inferq.workers.settling import MAX_SETTLEMENTS, Settling, portion
 
 CLAIM = Claim("k", "m", 0, 100)
 
@@ -89,3 +101,30 @@ def test_another_incarnation_keeps_what_was_stored_and_nothing_of_claims() -> No
     assert len(kept.after(0)) == KEEP_REQUESTS - 1
     kept.add(pack([stored()]), 1, KEEP_REQUESTS)
     assert len(kept.after(0)) == KEEP_REQUESTS - 1, "it counts for as many requests as before"
+
+
+def test_an_engine_that_an_audit_found_beyond_use_is_told_and_its_batch_counts_once(
+    tmp_path: Path,
+) -> None:
+    fake_model(tmp_path, "m", knobs="max_batch_size = 4\nwarm_up = false")
+    model = ServedModel(load_model(tmp_path, "m"))
+    model.load(
+        "worker", Names(), RedisClock(), is_revoked=lambda _: False, on_finished=lambda _: None,
+        result_expires_s=60,
+    )  # fmt: skip
+    item = Waiting(
+        ticket=Ticket("id", "m", ""), inputs={}, slot=Slot(CLAIM, 0), compatible=None,
+        arrived_ms=0.0, claimed_ms=0.0, rows=1, alone=False,
+    )  # fmt: skip
+    job = Job([item], {0: 1})
+    model.jobs.append(job)
+    of = Settling({"m": model}, cast("Any", None))
+    run = Run(1000.0, 2000.0, 1, 0, 1)
+    of.on_finished(Finished(job, (Outcome(item, {}, run),), began=1.0, ended=2.0))
+    assert of.collect() is None
+    fatal = FatalEngineError("sticky")
+    of.on_finished(Finished(job, (), fatal=fatal, audited=True))
+    assert of.collect() is fatal
+    assert (of.batches_ended, model.counts.batches, model.counts.busy_s) == (1, 1, 1.0)
+    assert of.ending() == 1, "its request is settled all the same"
+    model.close(10)

@@ -259,7 +259,7 @@ def test_a_suspect_waits_for_the_end_of_an_audit_and_none_begins_beside_it(
 
 
 def test_a_model_that_an_audit_found_out_forms_batches_of_one_request(model: ServedModel) -> None:
-    model.audit.mismatch = Mismatch("output 'y' differs", 4, 10)
+    model.audit.mismatch, model.audit.unbatched = Mismatch("output 'y' differs", 4, 10), True
     settle_down(model, 1.0)
     add(model, 3 * LANES)
     assert form(model) == [("m", [0])] * 2 * LANES

@@ -9,6 +9,7 @@ its model.toml says otherwise (`on_mismatch`).
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +53,7 @@ class Mismatch(msgspec.Struct, frozen=True):
     what: str
     #: Rows of the batch.
     rows: int
-    #: Requests that had been computed by then, since the worker's start.
+    #: Requests that had been answered by then, since the worker's start.
     requests: int
 
     def __str__(self) -> str:
@@ -64,45 +65,51 @@ class AuditBudget:
     """When the next audit may be. Any lane's thread calls it; a count that is lost does no harm.
 
     The first batch is audited, then the second, fourth, eighth one after, …, until only each
-    `every`-th is.
+    `every`-th is (0: none).
     """
 
     def __init__(self, every: int) -> None:
         self._every = every
         self._gap = 1
-        #: Since the last audit.
-        self._batches = 0
+        #: Batches until the next audit, counted down by lanes; 0 or less: ask `allows`.
+        self.left: float = 1 if every else math.inf
         self._audits = 0
-        self._computed_s = 0.0
         self._spent_s = 0.0
         self._last_s = 0.0
 
-    def allows(self, took_s: float, idle: bool) -> bool:
-        """A batch has ended that took `took_s`; `idle`: nothing waits for its lane."""
-        self._computed_s += took_s
-        self._batches += 1
-        if self._batches < self._gap:
-            return False
-        if not idle and self._batches < LATE * self._gap:
+    def allows(self, took_s: float, computed_s: float, idle: bool) -> bool:
+        """A batch has ended that took `took_s`, of `computed_s` in all.
+
+        `idle`: nothing waits for its lane.
+        """
+        if not idle and self._gap - self.left < LATE * self._gap:
             return False
         if self._audits < FREE:
             return idle or took_s < SHORT_S
-        return self._spent_s + self._last_s <= SHARE * self._computed_s
+        return self._spent_s + self._last_s <= SHARE * computed_s
 
     def spent(self, took_s: float) -> None:
         """An audit has ended that took `took_s`."""
-        self._batches = 0
         self._gap = min(2 * self._gap, self._every)
+        self.left = self._gap
         self._audits += 1
         if self._audits > FREE:
             self._spent_s += took_s
         self._last_s = took_s
+
+    def end(self) -> None:
+        """There are to be no more."""
+        self.left = math.inf
 
 
 class OddRows:
     """What one job's runs told of outputs with another number of rows than the inputs."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget it all."""
         #: Of the first batch of several requests, or with padding, that had them: what was wrong.
         self.together = ""
         #: Rows of it.
@@ -127,14 +134,11 @@ class Audit:
     def __init__(self, model: str, every: int, *, unbatch: bool) -> None:
         self._model = model
         self._unbatch = unbatch
-        self._enabled = every > 0
-        self._budget = AuditBudget(max(1, every))
+        self.budget = AuditBudget(every)
         #: Held by the lane that audits.
         self._lock = threading.Lock()
         self._telling = threading.Lock()
         self._exact = False
-        self._wake: Callable[[], None] = lambda: None
-        self._requests = 0
         self._odd_requests = 0
         self._failures = 0
         #: The end of the worker is near: none begins.
@@ -148,18 +152,26 @@ class Audit:
         #: Seconds that audits have taken.
         self.took_s = 0.0
         self.mismatch: Mismatch | None = None
+        #: Whether the model is to run request by request, since a mismatch was found.
+        self.unbatched = False
 
-    def begin(self, knobs: Knobs, wake: Callable[[], None]) -> None:
-        """The lanes are about to start. `wake` is called when an audit ends that was in the way."""
+    def begin(
+        self,
+        knobs: Knobs,
+        computed_s: Callable[[], float],
+        answered: Callable[[], int],
+        wake: Callable[[], None],
+    ) -> None:
+        """The lanes are about to start.
+
+        `computed_s` tells how many seconds they have computed so far, `answered` how many requests;
+        `wake` is called when an audit ends that was in the way.
+        """
         self._knobs = knobs
         self._exact = knobs.spread
-        self._wake = wake
-        self._enabled = self._enabled and knobs.batchable
-
-    @property
-    def unbatched(self) -> bool:
-        """Whether the model is to run request by request, since a mismatch was found."""
-        return self._unbatch and self.mismatch is not None
+        self._computed_s, self._answered, self._wake = computed_s, answered, wake
+        if not knobs.batchable:
+            self.budget.end()
 
     def summary(self) -> str:
         """In words, for people: ``12 of 12 answers as alone``. For any thread."""
@@ -184,15 +196,14 @@ class Audit:
     # --- lanes' threads ---------------------------------------------------------------------
 
     def is_due(self, finished: Finished, idle: bool) -> bool:
-        """A lane has ended a batch: whether to audit it. `idle`: nothing waits for the lane."""
-        if not self._enabled:
+        """A lane has ended a batch, and none is left: whether to audit it.
+
+        `idle`: nothing waits for the lane.
+        """
+        if self.held or self._stopped:
             return False
-        self._requests += len(finished.outcomes)
-        return (
-            self._budget.allows(finished.ended - finished.began, idle)
-            and not self.held
-            and not self._stopped
-        )
+        took_s = finished.ended - finished.began
+        return self.budget.allows(took_s, self._computed_s(), idle)
 
     def run(self, lane: Lane, outcomes: Sequence[Outcome]) -> None:
         """Audit one of `outcomes` on `lane`, if they tell anything. Raises FatalEngineError."""
@@ -202,7 +213,7 @@ class Audit:
         try:
             # First this, then the look: who holds audits back does it the other way round.
             self.since = time.monotonic()
-            if not self.held and not self._stopped and self._enabled:
+            if not self.held and not self._stopped and self.budget.left <= 0:
                 self._run(lane, outcomes, place)
         finally:
             self.since = None
@@ -234,7 +245,7 @@ class Audit:
         took_s = time.monotonic() - began
         self.results[found.result] += 1
         self.took_s += took_s
-        self._budget.spent(took_s)
+        self.budget.spent(took_s)
         self._judge(found, chosen.run.rows)
 
     def _judge(self, found: Evidence, rows: int) -> None:
@@ -248,13 +259,13 @@ class Audit:
             if unclear >= max(UNCLEAR, UNCLEAR_PART * sum(results.values())):
                 self._tell(found.what, rows)
         elif found.result is Result.RANDOM:
-            self._enabled = False
+            self.budget.end()
             logger.warning(
                 "model %s answers the same run in two ways (%s): its answers are audited no more",
                 self._model, found.what, extra=told,
             )  # fmt: skip
         elif self._failures == FAILURES:
-            self._enabled = False
+            self.budget.end()
             logger.warning(
                 "model %s is audited no more, since its engine fails on requests alone that it "
                 "answers in batches: %s",
@@ -277,9 +288,11 @@ class Audit:
         with self._telling:
             if self.mismatch is not None:
                 return
-            self.mismatch = Mismatch(what, rows, self._requests)
+            answered = self._answered()
+            self.mismatch = Mismatch(what, rows, answered)
         if self._unbatch:
-            self._enabled = False
+            self.unbatched = True
+            self.budget.end()
             goes_on = "It runs request by request from now on, in this process. To keep it so,"
             other = 'to have batches nevertheless, on_mismatch = "warn"'
         else:
@@ -287,7 +300,6 @@ class Audit:
             other = "audit_every = 0 ends these audits"
         logger.error(
             "model %s: answers depend on who shares their batch: of a batch of %d rows, %s. %s "
-            "write batchable = false into its model.toml; %s. %d requests were computed in batches "
-            "so far",
-            self._model, rows, what, goes_on, other, self._requests, extra=about(model=self._model),
+            "write batchable = false into its model.toml; %s. %d requests were answered before",
+            self._model, rows, what, goes_on, other, answered, extra=about(model=self._model),
         )  # fmt: skip

@@ -194,6 +194,7 @@ class Lanes:
         self._knobs = knobs
         self._knobs_alone = replace(knobs, batchable=False)
         self._audit = audit or Audit(self._name, 0, unbatch=False)
+        self._odd = [OddRows() for _ in lanes]
         self._too_late = too_late
         self._on_finished = on_finished
         self._on_begun = on_begun
@@ -239,7 +240,7 @@ class Lanes:
         return any(thread.is_alive() for thread in self._threads)
 
     def _run(self, number: int, lane: Lane) -> None:
-        audit = self._audit
+        audit, budget = self._audit, self._audit.budget
         while (job := self._inbox.get()) is not None:
             began = time.monotonic()
             self._computing[number] = job, began * 1000
@@ -253,7 +254,8 @@ class Lanes:
             self._on_finished(finished)
             if finished.fatal is not None:
                 return
-            if audit.is_due(finished, self._inbox.empty()):
+            budget.left -= 1
+            if budget.left <= 0 and audit.is_due(finished, self._inbox.empty()):
                 try:
                     audit.run(lane, finished.outcomes)
                 except FatalEngineError as fatal:
@@ -281,10 +283,11 @@ class Lanes:
         self, number: int, lane: Lane, job: Job, items: Sequence[Waiting]
     ) -> Sequence[Outcome]:
         if not self._audit.unbatched:
-            odd = OddRows()
+            odd = self._odd[number]
             outcomes = execute(lane, items, self._knobs, odd)
             if odd.together or odd.alone:
                 self._audit.odd_rows(odd, failed=any(each.error for each in outcomes))
+                odd.clear()
             return outcomes
         outcomes = []
         for item in items:

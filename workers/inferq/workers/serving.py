@@ -116,7 +116,10 @@ class ServedModel:
         self._ahead_knobs = replace(
             self.knobs, preferred_batch_sizes=(self.knobs.target,), max_queue_delay_ms=math.inf
         )
-        self.audit.begin(self.knobs, wake)
+        counts = self.counts
+        self.audit.begin(
+            self.knobs, lambda: counts.busy_s, lambda: sum(counts.outcomes.values()), wake
+        )
         self._lanes.start(
             engine.lanes, self.knobs, self.intake.too_late, on_finished, on_begun, self.audit
         )
