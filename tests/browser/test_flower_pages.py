@@ -226,7 +226,8 @@ def test_what_redis_says_is_text_and_never_markup(
     raw["models"] = [{
         "model": attack, "version": 1, "engine": attack, "lanes": 1, "max_batch_size": 1,
         "target_batch_size": 1, "outcomes": {attack: 1}, "errors": {attack: 1}, "attempts": 0,
-        "batches": 0, "rows": 0, "padding_rows": 0, "busy_s": 0.0,
+        "batches": 0, "rows": 0, "padding_rows": 0, "busy_s": 0.0, "unbatched": True,
+        "mismatch": {"what": attack, "rows": 1, "requests": 1},
         **dict.fromkeys(
             ("batch_size", "padding", "queue_s", "compute_input_s", "compute_infer_s",
              "compute_output_s", "settle_s", "total_s"), histogram,
@@ -241,6 +242,7 @@ def test_what_redis_says_is_text_and_never_markup(
     shows(page.locator("[data-missing] .inference-name"), attack)
     shows(page.locator("[data-missing] .inference-reason"), attack)
     shows(page.locator('[data-field="gpu-memory"]'), "3.5 of 24 GiB")
+    shows(page.locator('[data-alert="mismatch"]'), "runs request by request")
     assert page.locator("#inference img, #inference script").count() == 0
     assert page.evaluate("window.attacked") is None
     page.goto(f"{flower.url}/broker")

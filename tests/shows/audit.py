@@ -36,9 +36,9 @@ REQUESTS: Final = 1_000
 ROUNDS: Final = 7
 BATCH: Final = 32
 #: Runs of each side in one round, which take turns: what else the machine does hits both alike.
-TURNS: Final = 8
+TURNS: Final = 4
 #: Requests of one run: a fraction of a second.
-NOOP_COUNT: Final = 5_000
+NOOP_COUNT: Final = 3_000
 MAGIKA_COUNT: Final = 64
 NOOP: Final = """\
 engine = "fake"
