@@ -121,11 +121,11 @@ def _ratio(
     for model in KNOBS:
         cpu_s(model, count)
     for _ in range(rounds):
-        used = dict.fromkeys(KNOBS, 0.0)
+        used: dict[str, list[float]] = {model: [] for model in KNOBS}
         for _ in range(TURNS):
             for model in random.sample(list(KNOBS), len(KNOBS)):
-                used[model] += cpu_s(model, count)
-        ratios.append(used["on"] / used["off"])
+                used[model].append(cpu_s(model, count))
+        ratios.append(median(used["on"]) / median(used["off"]))
     return median(ratios)
 
 
