@@ -126,7 +126,7 @@ def over(path: Path, threshold: float = 0.5) -> Path:
 
 
 #: What a request's values are to be above for `stalls_alone` and `fails_alone`.
-ODD_ABOVE = 100.0
+ODD_ABOVE = 1e6
 
 
 def stalls_alone(path: Path) -> Path:

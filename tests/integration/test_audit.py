@@ -31,8 +31,15 @@ from inferq.workers.metrics.published import read_stats
 
 ANY_PORT = {"INFERQ_METRICS": "127.0.0.1:0"}
 WITHIN = 1_000
+FOUND = "model company: answers depend on who shares their batch"
 #: Two requests that are sent together share a batch, of the only lane.
-PAIRS = "lanes = 1\nmax_batch_size = 2\nmax_queue_delay_ms = 2000\naudit_every = 1\n"
+PAIRS = """\
+lanes = 1
+batchable = true
+max_batch_size = 2
+max_queue_delay_ms = 2000
+audit_every = 1
+"""
 
 
 def published(redis: Redis, model: str) -> ModelStats | None:
@@ -47,9 +54,9 @@ def is_right(answer: Answer) -> bool:
 
 
 def write_company(root: Path, toml: str = "") -> None:
-    """A model called ``company``: y = x and 5 % of the batch's mean."""
+    """A model called ``company``: y = x and 5 % of the batch's mean, declared to be batchable."""
     onnx_models.company(root / "company" / "1" / "model.onnx")
-    (root / "company" / "model.toml").write_text(toml)
+    (root / "company" / "model.toml").write_text(f"batchable = true\n{toml}")
 
 
 def test_a_model_that_mixes_rows_is_found_within_1000_requests_and_right_from_then_on(
@@ -59,7 +66,7 @@ def test_a_model_that_mixes_rows_is_found_within_1000_requests_and_right_from_th
     with Worker(redis_url, tmp_path) as worker:
         before = ask(redis_url, "company", WITHIN)
         assert not all(is_right(answer) for answer in before), "or there was nothing to find"
-        until(lambda: "model company: answers depend on who shares their batch" in worker.log)
+        until(lambda: FOUND in worker.log)
         after = ask(redis_url, "company", 300)
         assert all(is_right(answer) for answer in after)
         assert {answer.receipt.requests for answer in after} == {1}
@@ -67,7 +74,7 @@ def test_a_model_that_mixes_rows_is_found_within_1000_requests_and_right_from_th
         assert isinstance(stats, ModelStats)
         assert stats.mismatch is not None
         assert stats.mismatch.requests <= WITHIN
-        assert worker.log.count("answers depend on") == 1
+        assert worker.log.count(FOUND) == 1
 
 
 def test_a_lane_that_never_idles_is_audited_all_the_same(
@@ -78,7 +85,7 @@ def test_a_lane_that_never_idles_is_audited_all_the_same(
         items = [{"x": np.full((1, 3), n % 7, np.float32)} for n in range(WITHIN)]
         for _ in client.map("company", items, in_flight=500):
             pass
-        until(lambda: "answers depend on" in worker.log)
+        until(lambda: FOUND in worker.log)
 
 
 def test_with_warn_a_model_that_mixes_rows_is_told_of_and_goes_on_in_batches(
@@ -90,7 +97,7 @@ def test_with_warn_a_model_that_mixes_rows_is_told_of_and_goes_on_in_batches(
         until(lambda: "It goes on in batches" in worker.log)
         after = ask(redis_url, "company", 300)
         assert max(answer.receipt.requests for answer in after) > 1
-        assert worker.log.count("answers depend on") == 1
+        assert worker.log.count(FOUND) == 1
 
 
 def test_a_model_of_independent_rows_keeps_its_batches(
@@ -106,7 +113,7 @@ def test_a_model_of_independent_rows_keeps_its_batches(
         assert stats.audits["same"] == sum(stats.audits.values())
         assert (stats.mismatch, stats.unbatched) == (None, False)
         assert max(answer.receipt.requests for answer in ask(redis_url, "double", 300)) > 1
-        assert "depend on" not in worker.log
+        assert "who shares their batch" not in worker.log
 
 
 # --- who says so ---------------------------------------------------------------------------------

@@ -53,12 +53,14 @@ KNOBS: Final = {
 
 
 def audit_found_after() -> int:
-    """How many requests of 16 clients a worker has computed when it finds a model that mixes rows.
+    """How many requests of 16 clients a worker has answered when it finds a model that mixes rows.
 
-    y = x and 5 % of the batch's mean. AssertionError: not among `REQUESTS`.
+    It is declared ``batchable = true``: y = x and 5 % of the batch's mean. AssertionError: not
+    among `REQUESTS`.
     """
     with tempfile.TemporaryDirectory(prefix="inferq-show-") as folder, EmbeddedRedis() as server:
         onnx_models.company(Path(folder) / "company" / "1" / "model.onnx")
+        (Path(folder) / "company" / "model.toml").write_text("batchable = true")
         with Worker(server.url, Path(folder)), Redis.from_url(server.url) as client:
             ask(server.url, "company", REQUESTS)
 

@@ -105,7 +105,8 @@ def examine(
         return _batched(signature, symbol, varying)
     depends = _depends(shown.differences)
     if batchable:
-        return _batched(signature, symbol, f"model.toml says so, though {depends}")
+        remark = f"model.toml says so, though {depends}; audits do as on_mismatch says"
+        return _batched(signature, symbol, remark)
     return _unbatched(signature, f"{depends}; {_IF_ACCEPTABLE}", batchable)
 
 
@@ -113,7 +114,10 @@ _NOT_TRIED: Final = "no example could be run to see whether its rows are indepen
 _SAY_SO: Final = (
     "if they are, write batchable = true in model.toml, or [profile] with sizes that it takes"
 )
-_IF_ACCEPTABLE: Final = "if that is acceptable, batchable = true in model.toml has them batched"
+_IF_ACCEPTABLE: Final = (
+    "if that is acceptable, batchable = true in model.toml has them batched, with "
+    'on_mismatch = "warn" beside it'
+)
 _MAX_REASON_CHARS: Final = 200
 
 
