@@ -27,6 +27,8 @@ class Proxy:
         self._servers: dict[str, asyncio.Server] = {}
         self._pairs: set[_Pair] = set()
         self._delays: dict[str, float] = {}
+        #: Whose new connections are swallowed too.
+        self._silent: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __enter__(self) -> Self:
@@ -65,6 +67,28 @@ class Proxy:
 
         return lambda: self._do(thaw)
 
+    def silence(self, clients: Iterable[str]) -> Callable[[], None]:
+        """As `swallow`, and the connections that they open from now on as well."""
+        wanted = set(clients)
+        self._do(lambda: self._silent.update(wanted))
+        deliver = self.swallow(wanted)
+        later: list[_Pair] = []
+
+        def end() -> None:
+            self._silent -= wanted
+            later.extend(self._of(wanted))
+
+        def thaw() -> None:
+            for pair in later:
+                pair.open.set()
+
+        def heal() -> None:
+            self._do(end)
+            deliver()
+            self._do(thaw)
+
+        return heal
+
     def _do(self, act: Callable[[], T]) -> T:
         async def do() -> T:
             return act()
@@ -94,6 +118,8 @@ class Proxy:
             writer.transport.abort()
             return
         pair = _Pair(client, writer, up_writer)
+        if client in self._silent:
+            pair.freeze()
         self._pairs.add(pair)
         try:
             await asyncio.gather(

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Final
 from urllib.parse import parse_qsl, urlsplit
 
 from celery import Celery
 
+from inferq.shared.connect import socket_limits
 from inferq.shared.settings import Settings
+
+#: Seconds between PINGs on connections that only listen (remote control, events, waiting for
+#: results). kombu gives up one that has not answered two of them: remote control is back within
+#: four such intervals of a network that swallowed it.
+PING_S: Final = 5
 
 
 def make_app(settings: Settings) -> Celery:
     """A Celery app with inferq's settings: one Redis for queues and results, solo pool.
 
     Pickle and yaml are never accepted. Broker and result backend must be the same database, since
-    a request is settled in one transaction.
+    a request is settled in one transaction. No wait on any of its sockets is without an end.
     """
+    limits = socket_limits(settings.redis_url)
     transport: dict[str, object] = {
+        **limits,
+        "health_check_interval": PING_S,
         "priority_steps": list(settings.priority_steps),
         "sep": settings.priority_sep,
     }
@@ -28,6 +38,7 @@ def make_app(settings: Settings) -> Celery:
         backend["global_keyprefix"] = settings.result_keyprefix
     if settings.redis_url.startswith("sentinel://"):
         backend["master_name"] = settings.sentinel_master
+        backend["sentinel_kwargs"] = limits  # else it would ask them without; kombu does not
     url = _celery_url(settings.redis_url)
     app = Celery("inferq", broker=url, backend=url, set_as_current=False)
     app.conf.update(
@@ -36,6 +47,10 @@ def make_app(settings: Settings) -> Celery:
         broker_channel_error_retry=True,
         broker_connection_retry_on_startup=True,
         broker_transport_options=transport,
+        redis_backend_health_check_interval=PING_S,
+        redis_socket_connect_timeout=limits["socket_connect_timeout"],
+        redis_socket_keepalive=limits.get("socket_keepalive", False),
+        redis_socket_timeout=limits["socket_timeout"],
         result_backend_transport_options=backend,
         result_expires=settings.result_expires_s,
         task_create_missing_queues=True,

@@ -11,6 +11,7 @@ Celery spells a socket ``redis+socket://``; it is taken too. No message shows a 
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,6 +34,12 @@ CONNECT_TIMEOUT_S: Final = 2.0
 SOCKET_TIMEOUT_S: Final = 5.0
 #: Seconds of idleness after which a pooled connection is tried with PING before its next use.
 HEALTH_CHECK_S: Final = 15
+#: After so many seconds of silence the kernel asks the peer, this often and this many times, before
+#: it takes the connection for broken.
+_KEEPALIVE: Final = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
+KEEPALIVE_OPTIONS: Final = {
+    int(getattr(socket, name)): value for name, value in _KEEPALIVE.items() if hasattr(socket, name)
+}
 #: Connections that one pool may open; one is taken per thread that is now talking to Redis.
 MAX_CONNECTIONS: Final = 1_000
 #: The first Redis that has LMOVE, BLMOVE and what else the claims need.
@@ -137,14 +144,21 @@ def parse_info(reply: bytes | str) -> dict[str, str]:
     return dict(re.findall(r"^(\w+):(.*?)\r?$", text, re.MULTILINE))
 
 
+def socket_limits(url: str) -> dict[str, Any]:
+    """redis-py's options (kombu's, too) that bound every wait on a socket to the Redis at `url`."""
+    limits: dict[str, Any] = {"socket_timeout": SOCKET_TIMEOUT_S}
+    limits["socket_connect_timeout"] = CONNECT_TIMEOUT_S
+    if _scheme(url)[0] != "unix":  # there the kernel itself knows of the other end
+        limits["socket_keepalive"] = True
+        limits["socket_keepalive_options"] = KEEPALIVE_OPTIONS
+    return limits
+
+
 def _options(url: str, retry: object, given: Mapping[str, Any]) -> dict[str, Any]:
-    keepalive = {} if _scheme(url)[0] == "unix" else {"socket_keepalive": True}
     return {
-        **keepalive,
+        **socket_limits(url),
         "protocol": 3,
         "decode_responses": False,
-        "socket_connect_timeout": CONNECT_TIMEOUT_S,
-        "socket_timeout": SOCKET_TIMEOUT_S,
         "health_check_interval": HEALTH_CHECK_S,
         "max_connections": MAX_CONNECTIONS,
         "retry": retry,
