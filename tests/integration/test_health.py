@@ -167,7 +167,7 @@ class StandIn:
 
 def test_work_without_progress_is_counted_from_the_last_progress(tmp_path: Path) -> None:
     plane = StandIn()
-    heart = Heartbeat(tmp_path / "beat.json", "node")
+    heart = Heartbeat(tmp_path / "beat.json", "node", tuple)
     heart.plane = plane
     assert heart._beat().stuck_s == 0
     plane.waits = True

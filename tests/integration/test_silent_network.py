@@ -1,4 +1,4 @@
-"""A network that carries nothing more and ends no connection: every half of a worker gives it up."""
+"""A network that carries nothing and ends no connection: every half of a worker gives it up."""
 
 from __future__ import annotations
 
@@ -122,7 +122,5 @@ def timers(pid: int, port: int) -> list[str]:
     return [
         line[5].partition(":")[0]
         for line in lines
-        if line[3] == "01"
-        and line[2].endswith(f":{port:04X}")
-        and f"socket:[{line[9]}]" in sockets
+        if line[3] == "01" and line[2].endswith(f":{port:04X}") and f"socket:[{line[9]}]" in sockets
     ]

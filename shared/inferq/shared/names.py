@@ -69,6 +69,11 @@ def model_of(queue: str) -> str | None:
     return model if is_model_name(model) else None
 
 
+def glob_of(text: str) -> str:
+    """`text` as it stands in a MATCH of Redis' SCAN: for itself alone."""
+    return re.sub(r"([\\*?\[\]])", r"\\\1", text)
+
+
 @dataclass(frozen=True)
 class Names:
     """Key names for one set of kombu transport options (and Celery's result prefix)."""
@@ -116,8 +121,12 @@ class Names:
     def running(self, incarnation: str) -> str:
         return f"{self.root}running:{incarnation}"
 
+    def claim_head(self, incarnation: str) -> str:
+        """What the keys of all claims of `incarnation` begin with."""
+        return f"{self.root}claim:{incarnation}:"
+
     def claim(self, incarnation: str, number: int, model: str, step: int) -> str:
-        return f"{self.root}claim:{incarnation}:{number}:{model}:{step}"
+        return f"{self.claim_head(incarnation)}{number}:{model}:{step}"
 
     def parse_claim(self, key: str) -> ClaimName:
         """The parts of a key made by `claim`. ValueError if it is none."""

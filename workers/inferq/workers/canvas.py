@@ -7,10 +7,11 @@ guarantee. One thread with Celery's producer pool does it; the data plane goes o
 from __future__ import annotations
 
 import logging
-import threading
+import math
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Final
 
 import redis
@@ -25,6 +26,7 @@ from inferq.shared.errors import EngineError, from_wire
 from inferq.shared.settings import Settings
 from inferq.workers import celery_private
 from inferq.workers.logs.fields import about
+from inferq.workers.periodic import Periodic
 from inferq.workers.settle import DEAD_LETTER, FAILURE, Settlement
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,13 @@ def _passes(problem: Exception) -> bool:
     return isinstance(problem, _PASSING)
 
 
+def _is_full(problem: Exception) -> bool:
+    """Whether Redis answers, and takes nothing: it is full, a replica, or has all its clients."""
+    cause = problem.__cause__ if isinstance(problem, OperationalError) else problem
+    full = isinstance(cause, OutOfMemoryError | ReadOnlyError)
+    return full or "max number of clients" in str(cause)
+
+
 class Canvas:
     """Publishes what follows on a request. `ready` is called once its settlement may go out."""
 
@@ -69,35 +78,52 @@ class Canvas:
         self._names = settings.names()
         self._expires_s = settings.result_expires_s
         self._ready = ready
-        self._inbox: SimpleQueue[tuple[str, Settlement, bytes] | None] = SimpleQueue()
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="inferq-canvas", daemon=True)
+        self._inbox: SimpleQueue[tuple[str, Settlement, bytes]] = SimpleQueue()
+        #: Since when (monotonic s) the present one waits, or Redis is known to be full; None: none.
+        self._since: float | None = None
+        # Its own failures are those of single requests; how long one takes is asked of `waits_s`.
+        self.loop = Periodic(
+            "canvas", self._turn, every_s=math.inf, first_s=math.inf, stall_s=math.inf,
+            failing="links are not published", logger=logger,
+        )  # fmt: skip
 
     def start(self) -> None:
-        self._thread.start()
+        self.loop.start()
 
     def stop(self) -> None:
         """End once the present one is published; the others are handed back with their claims."""
-        self._stopping.set()
-        self._inbox.put(None)
-        if self._thread.is_alive():
-            self._thread.join(timeout=5)
+        self.loop.stop()
+
+    def waits_s(self) -> float:
+        """Seconds for which the links of one request have been waiting, though Redis is not full.
+
+        Whether it answers others is for the caller to say.
+        """
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
 
     def put(self, incarnation: str, settlement: Settlement, message: bytes) -> None:
         """Publish what `message` asks for, then report `settlement` ready."""
         self._inbox.put((incarnation, settlement, message))
+        self.loop.wake()
 
-    def _run(self) -> None:
-        while (entry := self._inbox.get()) is not None:
-            incarnation, settlement, message = entry
-            done = self._published(settlement, message)
-            if done is None:
+    def _turn(self) -> None:
+        while not self.loop.stopping:
+            try:
+                incarnation, settlement, message = self._inbox.get_nowait()
+            except Empty:
                 return
-            self._ready(incarnation, done)
+            self._since = time.monotonic()
+            try:
+                done = self._published(settlement, message)
+            finally:
+                self._since = None
+            if done is not None:
+                self._ready(incarnation, done)
 
     def _published(self, settlement: Settlement, message: bytes) -> Settlement | None:
         """The settlement that may go out now; None: stopped before that."""
-        while not self._stopping.is_set():
+        while not self.loop.stopping:
             try:
                 stored = self._publish(settlement, message)
             except Exception as problem:
@@ -108,7 +134,9 @@ class Canvas:
                     )
                     return self._failed(settlement, message, problem)
                 logger.warning("links of %s wait: %s", settlement.request_id, problem, extra=told)
-                self._stopping.wait(RETRY_S)
+                if _is_full(problem):  # no restart would help
+                    self._since = time.monotonic()
+                self.loop.pause(RETRY_S)
             else:
                 return replace(settlement, stored=True) if stored else settlement
         return None
@@ -142,7 +170,10 @@ class Canvas:
     def _failed(self, settlement: Settlement, message: bytes, problem: Exception) -> Settlement:
         if settlement.request_id is None:
             return settlement
-        kind = codec.decode_envelope(message).content_type
+        try:
+            kind = codec.decode_envelope(message).content_type
+        except codec.MalformedMessage:
+            kind = codec.JSON
         error = EngineError(f"its links could not be published: {problem!r}")
         now = datetime.now(UTC).isoformat()
         failure = codec.encode_failure(settlement.request_id, error, now, kind)

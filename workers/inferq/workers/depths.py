@@ -7,7 +7,6 @@ message leaves Redis (see oldest.lua). Where requests with an ETA stand is read,
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +18,7 @@ import redis
 from inferq.shared import codec
 from inferq.shared.errors import ConfigError
 from inferq.shared.lua import source
-from inferq.shared.names import ClaimName, Names, is_model_name, model_of
+from inferq.shared.names import ClaimName, Names, glob_of, is_model_name, model_of
 from inferq.shared.schema import ModelAdvert
 from inferq.workers import replies
 
@@ -158,7 +157,7 @@ class DepthReader:
         return claimed
 
     def _scan(self, prefix: str, pattern: str, kind: str | None = None) -> list[str]:
-        match = re.sub(r"([\\*?\[\]])", r"\\\1", prefix) + pattern
+        match = glob_of(prefix) + pattern
         keys = self._client.scan_iter(match=match, count=_SCAN_COUNT, _type=kind)
         return [key.decode("utf-8", "replace") for key in keys]
 

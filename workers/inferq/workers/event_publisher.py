@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from celery.utils.time import utcoffset
 
 from inferq.shared.resp import BROKEN
 from inferq.workers import celery_private
+from inferq.workers.periodic import Periodic
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +65,10 @@ class EventPublisher:
         self._left_out = left_out
         self._per_s = per_s
         self._queue: deque[Event] = deque()
-        self._wake = threading.Event()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="inferq-events", daemon=True)
+        self.loop = Periodic(
+            "events", self._turn, every_s=SAY_EVERY_S, first_s=SAY_EVERY_S, retry_s=RETRY_S,
+            failing="task events are not published", logger=logger, ending=self._end,
+        )  # fmt: skip
         self._sent = False
         self._said_at = -SAY_EVERY_S
         self._said = (0, 0)
@@ -75,7 +76,7 @@ class EventPublisher:
         self.dropped = 0
 
     def start(self) -> None:
-        self._thread.start()
+        self.loop.start()
 
     def put(self, events: Sequence[Event], *, begin: bool = False) -> bool:
         """Have `events` published, in this order; False if they were dropped.
@@ -86,26 +87,23 @@ class EventPublisher:
             self.dropped += len(events)
             return False
         self._queue.extend(events)
-        if not self._wake.is_set():
-            self._wake.set()
+        self.loop.wake()
         return True
 
     def stop(self) -> None:
         """Publish what is left, and that the worker is offline, within LAST_S seconds."""
-        self._ended.set()
-        self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=LAST_S + TIMEOUT_S)
+        self.loop.stop(LAST_S + TIMEOUT_S)
 
-    def _run(self) -> None:
-        while not self._ended.is_set():
-            self._wake.wait(SAY_EVERY_S)
-            self._ended.wait(GATHER_S)
-            self._wake.clear()
-            if not self._flush():
-                self._wake.set()
-                self._ended.wait(RETRY_S)
-            self._say()
+    def _turn(self) -> float | None:
+        self.loop.pause(GATHER_S)
+        flushed = self._flush()
+        self._say()
+        if flushed:
+            return None
+        self.loop.pause(RETRY_S)
+        return 0.0
+
+    def _end(self) -> None:
         deadline = time.monotonic() + LAST_S
         while self._queue and self._flush() and time.monotonic() < deadline:
             pass

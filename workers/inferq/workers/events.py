@@ -31,6 +31,7 @@ from inferq.workers.event_publisher import TIMEOUT_S, Event, EventPublisher
 from inferq.workers.event_sampling import Sampler
 from inferq.workers.intake import Failed, Revoked
 from inferq.workers.lanes import Finished, Outcome
+from inferq.workers.periodic import Periodic
 from inferq.workers.serving import ServedModel
 from inferq.workers.settle import FAILURE, Settlement
 
@@ -96,6 +97,10 @@ class TaskEvents:
             left_out=lambda: self._sampler.left_out,
             per_s=settings.events_per_s,
         )  # fmt: skip
+
+    @property
+    def loop(self) -> Periodic:
+        return self._publisher.loop
 
     def start(self) -> None:
         self._publisher.start()

@@ -10,6 +10,7 @@ import redis
 from inferq.shared.lua import source
 from inferq.shared.names import Names
 from inferq.shared.resp import Command, ReplyError
+from inferq.workers.amiss import is_wrong_type
 
 
 def forced(commands: Sequence[Command], names: Names) -> Command:
@@ -27,8 +28,17 @@ def forced(commands: Sequence[Command], names: Names) -> Command:
 def pipelined(client: redis.Redis, names: Names, commands: Sequence[Command]) -> list[Any]:
     """The replies to `commands`, in a pipeline; in one script if Redis is full.
 
-    Raises redis errors. On a full Redis they are not all undone if one fails, as in a pipeline.
+    Raises redis errors, once all were tried: one that fails does not undo the others.
     """
+    replies = attempted(client, names, commands)
+    problem = next((reply for reply in replies if isinstance(reply, Exception)), None)
+    if problem is not None:
+        raise problem
+    return replies
+
+
+def attempted(client: redis.Redis, names: Names, commands: Sequence[Command]) -> list[Any]:
+    """As `pipelined`, with WRONGTYPE errors among the replies: such a key is amiss, not Redis."""
     with client.pipeline(transaction=False) as pipe:
         for command in commands:
             pipe.execute_command(*command)  # type: ignore[no-untyped-call]
@@ -38,9 +48,9 @@ def pipelined(client: redis.Redis, names: Names, commands: Sequence[Command]) ->
         again = forced([commands[n] for n in refused], names)
         for n, reply in zip(refused, client.execute_command(*again), strict=True):  # type: ignore[no-untyped-call]
             replies[n] = reply
-    problem = next((reply for reply in replies if isinstance(reply, Exception)), None)
-    if problem is not None:
-        raise problem
+    for reply in replies:
+        if isinstance(reply, Exception) and not is_wrong_type(reply):
+            raise reply
     return replies
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -31,6 +31,7 @@ SERVING: Final = "serving"
 STOPPING: Final = "stopping"
 #: As problems are told.
 OVERDUE: Final = "a batch computes for longer than max_run_seconds"
+LINKS: Final = "links of a request have waited to be published for {:.0f} s, though Redis answers"
 #: The one reason that may be Redis', which a worker waits for before it loads its models.
 LOADS: Final = "it is loading"
 
@@ -57,6 +58,10 @@ class Beat(msgspec.Struct, frozen=True):
     redis: RedisPlace | None = None
     #: Of the Redis that it spoke to last; empty: to none yet.
     run_id: str = ""
+    #: Seconds that the links of a request could not be published, though Redis answers.
+    links_s: float = 0.0
+    #: Background loops that have ended or hang, and how: {"recovery": "has ended"}.
+    loops: dict[str, str] = {}
 
 
 def default_folder() -> Path:
@@ -103,7 +108,16 @@ def stuck(beat: Beat) -> str | None:
         return OVERDUE
     if beat.stuck_s > STUCK_S:
         return f"it has work and has made no progress for {beat.stuck_s:.0f} s"
+    if beat.links_s > STUCK_S:
+        return LINKS.format(beat.links_s)
+    if beat.loops:
+        return loops_problem(beat.loops)
     return None
+
+
+def loops_problem(loops: Mapping[str, str]) -> str:
+    """As problems are told, of loops as a heartbeat has them; there is at least one."""
+    return "; ".join(f"its background loop {name} {how}" for name, how in sorted(loops.items()))
 
 
 def silence_s(beat: Beat) -> float | None:

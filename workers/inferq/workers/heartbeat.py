@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import msgspec
 from inferq.shared.errors import ConfigError
 from inferq.workers.health import LOADING, SERVING, STOPPING, Beat
 from inferq.workers.not_served import NotServed
+from inferq.workers.periodic import Periodic, troubles
 from inferq.workers.serving import ServedModel
 from inferq.workers.whose import RedisPlace
 
@@ -53,27 +53,44 @@ class Watched(Protocol):
         """Whether it knows of requests that it could claim."""
 
 
-class Heartbeat:
-    """Writes the file from a thread of its own. `plane` is set once there is one.
+class Links(Protocol):
+    """What a heartbeat looks at: the canvas."""
 
-    `not_served` tells what the worker was to serve and does not.
+    def waits_s(self) -> float:
+        """Seconds for which the links of one request have been waiting; not for a full Redis."""
+
+
+class Heartbeat:
+    """Writes the file from a thread of its own. `plane` and `links` are set once there are any.
+
+    `loops` are those of the worker, running or not. `not_served` tells what the worker was to serve
+    and does not.
     """
 
     def __init__(
-        self, path: Path, node: str, not_served: Callable[[], Sequence[NotServed]] = lambda: ()
+        self,
+        path: Path,
+        node: str,
+        loops: Callable[[], Iterable[Periodic]],
+        not_served: Callable[[], Sequence[NotServed]] = lambda: (),
     ) -> None:
         self._path = path
         self._node = node
+        self._loops = loops
         self._not_served = not_served
+        self._bad: dict[str, str] = {}
         self.plane: Watched | None = None
+        self.links: Links | None = None
         #: Whose requests the worker serves.
         self.redis: RedisPlace | None = None
         self.stopping = False
         self._serves = False
         self._steps = 0
         self._progressed = time.monotonic()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="inferq-heartbeat", daemon=True)
+        self._loop = Periodic(
+            "heartbeat", self._turn, every_s=BEAT_S, max_retry_s=BEAT_S,
+            failing="no heartbeat", logger=logger,
+        )  # fmt: skip
 
     def start(self) -> None:
         """Write it, from now on. ConfigError if it cannot be written."""
@@ -84,21 +101,21 @@ class Heartbeat:
                 f"INFERQ_HEARTBEAT_FILE is {str(self._path)!r}; expected a file that can be "
                 f"written: {problem}"
             ) from problem
-        self._thread.start()
+        self._loop.start()
 
     def stop(self) -> None:
         """The end of the worker: the file goes too."""
-        self._ended.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=5)
+        self._loop.stop()
         self._path.unlink(missing_ok=True)
 
-    def _run(self) -> None:
-        while not self._ended.wait(BEAT_S if self._serves else LOADING_BEAT_S):
-            try:
-                self._write()
-            except OSError as problem:
-                logger.warning("no heartbeat: %s", problem)
+    def _turn(self) -> float:
+        self._write()
+        return BEAT_S if self._serves else LOADING_BEAT_S
+
+    def _lasting(self, bad: dict[str, str]) -> dict[str, str]:
+        """Of `bad`, what was so a beat ago too: a process that was stopped goes on at once."""
+        before, self._bad = self._bad, bad
+        return {name: how for name, how in bad.items() if name in before}
 
     def _write(self) -> None:
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -136,4 +153,6 @@ class Heartbeat:
             stuck_s=round(now - self._progressed, 3),
             not_served=self._not_served(),
             redis=self.redis, run_id=plane.run_id if plane is not None else "",
+            links_s=0.0 if silent or self.links is None else round(self.links.waits_s(), 3),
+            loops=self._lasting(troubles(self._loops())),
         )  # fmt: skip

@@ -11,24 +11,56 @@ from __future__ import annotations
 
 import logging
 import secrets
-import threading
+from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import redis
 from redis.exceptions import RedisError
 
-from inferq.shared.names import Names
+from inferq.shared import codec
+from inferq.shared.errors import InvalidInput
+from inferq.shared.names import Names, glob_of, is_model_name
 from inferq.shared.resp import Command
+from inferq.workers.amiss import (
+    LIST,
+    NO_RETURN,
+    NOTHING_CLAIMED,
+    ZSET,
+    Told,
+    is_wrong_type,
+    type_of,
+)
 from inferq.workers.claims import Slot
 from inferq.workers.clock import RedisClock
-from inferq.workers.full import pipelined
+from inferq.workers.full import attempted
+from inferq.workers.intake import unix_ms
+from inferq.workers.periodic import Periodic
 from inferq.workers.settle import Settlement
 
 logger = logging.getLogger(__name__)
 
 #: Seconds between looks at what other workers have put there.
 LOOK_EVERY_S = 1.0
+#: Ms until one whose queue, or whose own list, is amiss is looked at again.
+AMISS_AGAIN_MS = 10_000
 _MOVES_PER_TRIP = 100
+
+
+class _Place(NamedTuple):
+    """The parts of a member of `later`."""
+
+    model: str
+    step: int
+
+
+def _parse(member: bytes) -> _Place | None:
+    """None: whoever put it there, it was none of ours."""
+    try:
+        model, step, _ = member.decode().split(":")
+        return _Place(model, int(step)) if is_model_name(model) else None
+    except ValueError:
+        return None
 
 
 class Later:
@@ -40,18 +72,17 @@ class Later:
         self._clock = clock
         #: Redis ms at which the thread looks next.
         self._next_ms = 0.0
-        self._wake = threading.Event()
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="inferq-later", daemon=True)
+        self._told = Told()
+        self.loop = Periodic(
+            "later", self._turn, every_s=LOOK_EVERY_S, retry_s=LOOK_EVERY_S,
+            failing="requests that are due now wait for Redis", logger=logger,
+        )  # fmt: skip
 
     def start(self) -> None:
-        self._thread.start()
+        self.loop.start()
 
     def stop(self) -> None:
-        self._stopping = True
-        self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=5)
+        self.loop.stop()
 
     def keep(self, slot: Slot, message: bytes, due_ms: float) -> Settlement:
         """The settlement that has `message` wait until `due_ms`, by Redis' clock."""
@@ -70,35 +101,92 @@ class Later:
 
     def _expect(self, due_ms: float) -> None:
         if due_ms < self._next_ms:
-            self._wake.set()
+            self.loop.wake()
 
-    def _run(self) -> None:
-        while not self._stopping:
-            self._wake.clear()
-            now = self._clock.now()
-            self._next_ms = now + LOOK_EVERY_S * 1000
-            try:
-                for names in self._names.spoken():
-                    self._next_ms = min(self._next_ms, self._put_back(names, now))
-            except RedisError as problem:
-                logger.warning("requests that are due now wait for Redis: %s", problem)
-            self._wake.wait(max(0.0, self._next_ms - self._clock.now()) / 1000)
+    def _turn(self) -> float:
+        now = self._clock.now()
+        self._next_ms = now + LOOK_EVERY_S * 1000
+        for names in self._names.spoken():
+            self._next_ms = min(self._next_ms, self._put_back(names, now))
+        return (self._next_ms - self._clock.now()) / 1000
 
     def _put_back(self, names: Names, now_ms: float) -> float:
         """Put back what is due; return the Redis ms at which there may be more to do."""
-        found: list[tuple[bytes, float]] = self._client.zrange(
-            names.later, 0, _MOVES_PER_TRIP, withscores=True
-        )  # type: ignore[assignment]
-        due = [place.decode() for place, due_ms in found if due_ms <= now_ms]
-        commands: list[Command] = []
-        # To the end that is claimed first: they have waited long enough. The first due last.
-        for place in reversed(due):
-            model, step, _ = place.split(":")
-            queue = names.queue(model, int(step))
-            commands.append(("LMOVE", names.kept(place), queue, "LEFT", "RIGHT"))
+        try:
+            found: list[tuple[bytes, float]] = self._client.zrange(
+                names.later, 0, _MOVES_PER_TRIP, withscores=True
+            )  # type: ignore[assignment]
+        except RedisError as problem:
+            if not is_wrong_type(problem):
+                raise
+            self._told.amiss(names.later, type_of(self._client, names.later), ZSET, NO_RETURN)
+            return float("inf")
+        if self._told and self._told.right(names.later):
+            self._list_again(names)
+            return now_ms
+        due = [member for member, due_ms in found if due_ms <= now_ms]
         if due:
-            pipelined(self._client, names, commands)
-            self._client.zrem(names.later, *due)
+            self._move(names, due, now_ms)
         if len(due) < len(found):
             return found[len(due)][1]
         return now_ms if len(due) > _MOVES_PER_TRIP else float("inf")
+
+    def _move(self, names: Names, due: Sequence[bytes], now_ms: float) -> None:
+        """Each to its queue, with its place in `later`; one that cannot be moved waits there."""
+        places = {member: place for member in due if (place := _parse(member)) is not None}
+        commands: list[Command] = []
+        # To the end that is claimed first: they have waited long enough. The first due last.
+        for member, (model, step) in reversed(places.items()):
+            kept, queue = names.kept(member.decode()), names.queue(model, step)
+            commands.append(("LMOVE", kept, queue, "LEFT", "RIGHT"))
+        replies = attempted(self._client, names, commands)
+        stays = {
+            member
+            for member, reply in zip(reversed(places), replies, strict=True)
+            if isinstance(reply, Exception)
+        }
+        for member in stays:
+            self._tell(names, member, places[member])
+        if stays:  # or the first of them would keep others from being looked at
+            again = dict.fromkeys(stays, now_ms + AMISS_AGAIN_MS)
+            self._client.zadd(names.later, again, xx=True)
+        if self._told:
+            for queue in {names.queue(*places[member]) for member in places.keys() - stays}:
+                self._told.right(queue)
+        for member in due:
+            if member not in places:
+                logger.error(
+                    "%r in %s is no request of ours and is removed; expected "
+                    "<model>:<priority>:<random>. What is at %r stays there",
+                    member, names.later, names.later.encode() + b":" + member,
+                )  # fmt: skip
+        if gone := [member for member in due if member not in stays]:
+            self._client.zrem(names.later, *gone)
+
+    def _tell(self, names: Names, member: bytes, place: _Place) -> None:
+        for key, until in (
+            (names.kept(member.decode()), "The request that it was for is gone"),
+            (names.queue(*place), NOTHING_CLAIMED),
+        ):
+            if (kind := type_of(self._client, key)) not in (LIST, "none"):
+                self._told.amiss(key, kind, LIST, until)
+
+    def _list_again(self, names: Names) -> None:
+        """`later` was amiss: requests that were kept meanwhile, or before, may not stand in it."""
+        head = names.kept("").encode()
+        for key in self._client.scan_iter(
+            match=f"{glob_of(names.kept(''))}*", count=1000, _type=LIST
+        ):
+            member = bytes(key).removeprefix(head)
+            message = self._client.lindex(key, 0)
+            if _parse(member) is not None and isinstance(message, bytes):
+                due_ms = _due_ms(message, self._clock.now())
+                self._client.zadd(names.later, {member: due_ms}, nx=True)
+
+
+def _due_ms(message: bytes, now_ms: float) -> float:
+    try:
+        eta = codec.decode_envelope(message).headers.eta
+        return now_ms if eta is None else unix_ms("eta", eta)
+    except (codec.MalformedMessage, InvalidInput, OverflowError):
+        return now_ms

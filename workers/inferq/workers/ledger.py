@@ -25,6 +25,7 @@ from redis.exceptions import RedisError
 from inferq.shared.names import Names
 from inferq.shared.resp import Command, Packed, Reply, ReplyError, pack, unpack
 from inferq.workers import settle
+from inferq.workers.amiss import HASH, LIST, NO_ATTEMPTS, NOTHING_CLAIMED, Told, is_wrong_type
 from inferq.workers.claims import Claim, Claimed, Want
 from inferq.workers.full import forced
 from inferq.workers.link import Link
@@ -74,7 +75,8 @@ class Ledger:
 
     `numbers` outlives the link: a claim's number is never used twice by one incarnation, or a claim
     whose reply was lost would pass for one that is known. So does `settles`, which numbers the
-    MULTIs that settle: the last one's number stands in the fence, which tells if Redis went back.
+    MULTIs that settle: the last one's number stands in the fence, which tells if Redis went back;
+    and `told`, for what was said of keys that are amiss.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Ledger:
         numbers: Iterator[int],
         settles: Iterator[int],
         result_ttl_s: int,
+        told: Told,
     ) -> None:
         self._link = link
         self._names = names
@@ -109,6 +112,9 @@ class Ledger:
         self._full_until = 0.0
         #: Requests waiting in each queue; None: unknown, as it was not looked at.
         self.depths: dict[QueueId, int | None] = {}
+        self._told = told
+        #: Queues whose key holds something else than a list: nothing is claimed from them.
+        self._amiss: set[QueueId] = set()
 
     def take_over(self) -> None:
         """Have done with earlier links of this incarnation; the first thing on a new one.
@@ -151,9 +157,11 @@ class Ledger:
         ending = settle.commands(settlements, self._names, self._incarnation, self._result_ttl_s)
         settling = pack(ending)
         done = self._transact(settling, claiming, listen, sent)
+        self._tell_refused(ending, done)
         overtaken = settle.overtaken(settlements, ending, done[: len(ending)])
         offset = len(done) - len(claiming)  # what settles comes first
         self.depths.update((place, None) for place in self._queues if place not in listen)
+        self.depths.update(dict.fromkeys(self._amiss, 0))
         claimed: list[Claimed] = []
         empty: list[str] = []
         missed = False
@@ -163,6 +171,10 @@ class Ledger:
                 for reply in done[offset + 1 : offset + 1 + want.count]
                 if type(reply) is bytes
             ]
+            if done[offset].__class__ is ReplyError:  # HSET: nobody would find this claim
+                raise self._own_amiss()
+            if len(got) < want.count and is_wrong_type(done[offset + 1 + len(got)]):
+                self._set_aside((want.model, want.step))
             offset += 1 + want.count
             claim.size = len(got)
             if len(got) < want.count and (want.model, want.step) not in listen:
@@ -173,7 +185,9 @@ class Ledger:
             else:
                 empty.append(claim.key)
         suspicious = frozenset(
-            model for model, count in zip(models, done[offset:], strict=True) if count != 0
+            model
+            for model, count in zip(models, done[offset:], strict=True)
+            if not self._lacks_attempts(model, count) and count != 0
         )
         if empty:
             self._link.note(("HDEL", self._claims, *empty))
@@ -182,7 +196,7 @@ class Ledger:
 
     def settle_again(self, settling: Packed) -> None:
         """Settle what was settled before, on a Redis that has forgotten it."""
-        self._transact(settling, [], list(self._queues), lambda: None)
+        _log_errors(self._transact(settling, [], list(self._queues), lambda: None))
 
     def _transact(
         self,
@@ -204,7 +218,6 @@ class Ledger:
         (done,) = self._multi(_NOTHING, [forced(body, self._names)], listen, sent)
         if isinstance(done, ReplyError):
             raise RedisFull(f"and takes no script: {done}")
-        _log_errors(done)
         replies: list[Reply] = done
         return replies
 
@@ -231,7 +244,16 @@ class Ledger:
         self._link.note(forced([command], self._names) if self._is_full() else command)
 
     def forgot(self) -> bool:
-        """Whether Redis was too full to take what was noted: `mark` it all again, then."""
+        """Whether Redis was too full to take what was noted: `mark` it all again, then.
+
+        Raises LeaseLost if it cannot be marked, as a key of this incarnation's own is amiss.
+        """
+        if self._link.amiss is not None:
+            self._link.amiss = None
+            own = {self._claims: b"hash", self._names.running(self._incarnation): b"set"}
+            kinds = self._link.call([("TYPE", key) for key in own])
+            if any(kind not in (b"none", own[key]) for key, kind in zip(own, kinds, strict=True)):
+                raise self._own_amiss()
         if self._link.refused is None:
             return False
         self._now_full(str(self._link.refused))
@@ -262,7 +284,10 @@ class Ledger:
     def adopt(self, known: Mapping[str, Claim]) -> list[Claimed]:
         """Claims of ours in Redis that we do not know: the reply that brought them was lost."""
         (held,) = self._link.call([("HKEYS", self._claims)])
-        strangers = [key.decode() for key in held or () if key.decode() not in known]
+        if isinstance(held, ReplyError):
+            raise self._own_amiss()
+        keys = [key.decode(errors="replace") for key in held or ()]
+        strangers = [key for key in keys if key not in known and self._is_ours(key)]
         if not strangers:
             return []
         lists = self._link.call([("LRANGE", key, 0, -1) for key in strangers])
@@ -282,7 +307,10 @@ class Ledger:
     def attempts(self, model: str, fields: Sequence[str]) -> dict[str, int]:
         """The counts in attempts:<m> of those `fields` that have one."""
         (counts,) = self._link.call([("HMGET", self._names.attempts(model), *fields)])
-        return {name: int(n) for name, n in zip(fields, counts, strict=True) if n is not None}
+        if isinstance(counts, ReplyError):
+            self._lacks_attempts(model, counts)
+            return {}
+        return {name: _count(n) for name, n in zip(fields, counts, strict=True) if n is not None}
 
     def stored(self, ids: Sequence[str]) -> set[str]:
         """Those of `ids` that have a result."""
@@ -299,7 +327,7 @@ class Ledger:
         keys = self._by_key.keys() if self._link.all_changed else self._link.changed
         for key in keys:
             place = self._by_key.get(key)
-            if place is not None:
+            if place is not None and place not in self._amiss:
                 self.depths[place] = max(self.depths.get(place) or 0, HINT)
         self._link.forget_changes()
 
@@ -337,22 +365,104 @@ class Ledger:
             if any("OOM " in cause for cause in causes):
                 raise RedisFull(causes[0])
             raise RedisError("; ".join(causes[:3]))
-        _log_errors(result)
         executed: list[Reply] = result
         return executed
 
     def _read_arming(self, listen: Sequence[QueueId], replies: list[Reply]) -> None:
-        for reply in replies:
+        for reply in replies[:2]:
             if isinstance(reply, ReplyError):
+                if is_wrong_type(reply):
+                    raise self._own_amiss()
                 raise RedisError(f"while arming: {reply}")
         if replies[1] is None:
             raise LeaseLost
-        self.settles_known = int(replies[1])
-        self.depths.update(zip(listen, replies[2:], strict=True))
+        try:
+            self.settles_known = int(replies[1])
+        except ValueError:
+            raise self._own_amiss() from None
+        for place, depth in zip(listen, replies[2:], strict=True):
+            if depth.__class__ is int:
+                self.depths[place] = depth
+                if self._told:
+                    self._amiss.discard(place)
+                    self._told.right(self._queues[place])
+            elif is_wrong_type(depth):
+                self._set_aside(place)
+            else:
+                raise RedisError(f"while arming: {depth}")
+
+    # --- keys that hold something else than ours do ------------------------------------------
+
+    def _set_aside(self, place: QueueId) -> None:
+        """Claim nothing from this queue, until its length can be told again."""
+        self.depths[place] = 0
+        if place not in self._amiss and self._is_amiss(self._queues[place], LIST, NOTHING_CLAIMED):
+            self._amiss.add(place)
+
+    def _is_amiss(self, key: str, expected: str, until: str) -> bool:
+        """Whether `key` is of another type now; that is told, once."""
+        (kind,) = self._link.call([("TYPE", key)])
+        found = kind.decode()
+        if found in (expected, "none"):
+            return False
+        self._told.amiss(key, found, expected, until)
+        return True
+
+    def _own_amiss(self) -> LeaseLost:
+        """Why this incarnation must end: what it holds cannot be told from its keys any more.
+
+        Whoever recovers it finds its claims all the same.
+        """
+        logger.error(
+            "a key of this worker's own (%r, %r or %r) is not as it wrote it; expected nobody else "
+            "to write there: its requests are computed again",
+            self._fence, self._claims, self._names.running(self._incarnation),
+        )  # fmt: skip
+        return LeaseLost()
+
+    def _lacks_attempts(self, model: str, reply: Reply) -> bool:
+        """Whether attempts:<m> is no hash, by what it answered: nobody is suspect then."""
+        key = self._names.attempts(model)
+        if isinstance(reply, ReplyError):
+            if key not in self._told:
+                self._is_amiss(key, HASH, NO_ATTEMPTS)
+            return True
+        if self._told:
+            self._told.right(key)
+        return False
+
+    def _is_ours(self, key: str) -> bool:
+        """Whether `key`, from claims:<i>, is the claim of a queue that is served here."""
+        try:
+            name = self._names.parse_claim(key)
+        except ValueError:
+            return False
+        return name.incarnation == self._incarnation and (name.model, name.step) in self._queues
+
+    def _tell_refused(self, ending: Sequence[Command], done: Sequence[Reply]) -> None:
+        """What settles was applied but for these; results of others are not touched by it."""
+        if not any(reply.__class__ is ReplyError for reply in done):
+            return
+        for command, reply in zip(ending, done, strict=False):
+            if isinstance(reply, ReplyError) and not _is_repeated(reply):
+                logger.error("Redis refused %s %s of a settle: %s", command[0], command[1], reply)
+
+
+def _count(number: bytes) -> int:
+    """A number of attempts; 0: somebody else wrote there."""
+    try:
+        return int(number)
+    except ValueError:
+        return 0
+
+
+def _is_repeated(reply: ReplyError) -> bool:
+    """ "no such key": a MULTI sent again, its first answer lost."""
+    return str(reply).startswith("ERR no such key")
 
 
 def _log_errors(replies: Sequence[Reply]) -> None:
-    """All the rest was applied. "no such key": a MULTI sent again, its first answer lost."""
+    """All the rest was applied."""
     for reply in replies:
-        if isinstance(reply, ReplyError) and not str(reply).startswith("ERR no such key"):
-            logger.error("Redis refused one command of a settle or claim: %s", reply)
+        if isinstance(reply, ReplyError) and not _is_repeated(reply):
+            logger.error("Redis refused one command of a settle: %s", reply)

@@ -29,6 +29,7 @@ from inferq.shared.resp import (
     receive,
     send_all,
 )
+from inferq.workers.amiss import is_wrong_type
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,8 @@ class Link:
         self._unread = 0
         #: The last error among them that was for want of memory, until somebody clears it.
         self.refused: ReplyError | None = None
+        #: The same of those that were for a key of another type.
+        self.amiss: ReplyError | None = None
         #: Keys that Redis has reported as changed since the last `forget_changes`.
         self.changed: set[bytes] = set()
         #: Changes with every start of Redis, and with a failover.
@@ -173,6 +176,8 @@ class Link:
         if isinstance(reply, ReplyError):
             if "OOM " in str(reply):
                 self.refused = reply
+            elif is_wrong_type(reply):
+                self.amiss = reply
             else:
                 logger.error("Redis refused what was noted: %s", reply)
 

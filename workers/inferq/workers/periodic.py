@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from redis.exceptions import RedisError
@@ -58,11 +58,11 @@ class Sayings:
 class Periodic:
     """Calls `turn` again and again from a thread of its own. `name` is what the heartbeat calls it.
 
-    `turn` returns the seconds until the next one, None for `every_s`; `wake` cuts them short. The
-    first comes at once, or after `first_s`. Log lines about its failures begin with `failing`, and
-    go to `logger`. `ending` is called in the thread at the end, after the last turn. A turn may
-    take `stall_s` (math.inf: it waits for somebody), and a failed one is repeated after `retry_s`,
-    at most `max_retry_s`.
+    `turn` returns the seconds until the next one, None for `every_s` (math.inf: until `wake`, which
+    cuts all of them short). The first comes at once, or after `first_s`. A turn may take `stall_s`
+    (math.inf: it waits for somebody); one that failed is repeated after `retry_s`, at most
+    `max_retry_s`, and the log line begins with `failing`. `ending` is called in the thread at the
+    end, after the last turn.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Periodic:
     def _run(self) -> None:
         pause_s = self._first_s
         while not self._stopping.is_set():
-            self._wake.wait(pause_s)
+            self._wake.wait(None if pause_s == math.inf else pause_s)
             self._wake.clear()
             if self._stopping.is_set():
                 break
@@ -178,6 +178,12 @@ class Periodic:
                 level, trace = logging.ERROR, problem
             more = f" (and {unsaid} more like it before)" if unsaid else ""
             said = f"{problem}" or repr(problem)
-            self._logger.log(level, "%s: %s%s", self._failing, said, more, exc_info=trace)
+            self._logger.log(level, f"{self._failing}: %s%s", said, more, exc_info=trace)
         except Exception:  # noqa: BLE001 - a log that cannot be written must not end the loop
             return
+
+
+def troubles(loops: Iterable[Periodic]) -> dict[str, str]:
+    """Those of `loops` that do not do their work, by name, and why."""
+    found = {loop.name: loop.problem() for loop in loops}
+    return {name: problem for name, problem in found.items() if problem is not None}

@@ -26,6 +26,7 @@ from redis.exceptions import RedisError
 from inferq.shared.names import Names
 from inferq.shared.resp import BROKEN
 from inferq.workers import supply
+from inferq.workers.amiss import Told
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.budget import Budget, budget_bytes
 from inferq.workers.claims import Claim, Claimed, Want
@@ -96,6 +97,7 @@ class DataPlane:
         self._budget = Budget(models, budget_bytes())
         self._unfetched = Backlog()
         self._ledger: Ledger | None = None
+        self._told = Told()
         #: The Redis that last knew this incarnation.
         self._run_id = ""
         #: Batches that were formed and not given to the lanes yet.
@@ -221,6 +223,7 @@ class DataPlane:
                         numbers=self._claim_numbers,
                         settles=self._settle_numbers,
                         result_ttl_s=self._result_expires_s,
+                        told=self._told,
                     )
                     self._ledger = ledger
                     ledger.take_over()

@@ -13,9 +13,10 @@ from inferq.shared.connect import check_server, redis_client
 from inferq.shared.errors import InferqError
 from inferq.shared.names import is_model_name
 from inferq.shared.settings import Settings
+from inferq.workers.amiss import find_amiss
 from inferq.workers.depths import Depth, DepthReader, Depths
 from inferq.workers.metrics.published import read_rates
-from inferq.workers.printing import age, print_table
+from inferq.workers.printing import age, plain, print_table
 
 _COLUMNS = (
     "model", "depth", "by priority", "oldest", "rate", "later", "claimed", "dead", "consumers",
@@ -51,6 +52,7 @@ def queues(models: tuple[str, ...], as_json: bool, redis_url: str | None) -> Non
             check_server(client)
             depths = DepthReader(client, settings.names()).read(models or None)
             rates = read_rates(client, settings.names())
+            amiss = find_amiss(client, settings.names(), [each.model for each in depths.models])
     except InferqError as problem:
         raise click.ClickException(problem.message) from problem
     except RedisError as problem:
@@ -59,9 +61,12 @@ def queues(models: tuple[str, ...], as_json: bool, redis_url: str | None) -> Non
         told = msgspec.to_builtins(depths, str_keys=True)
         for each in told["models"]:
             each["rate"] = rates.get(each["model"])
+        told["amiss"] = [msgspec.to_builtins(each) for each in amiss]
         click.echo(json.dumps(told, indent=2))
         return
     _print(depths, rates)
+    for key in amiss:
+        click.echo(plain(str(key)), err=True)
 
 
 def _print(depths: Depths, rates: Mapping[str, float]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from redis.client import Pipeline
-from redis.exceptions import ResponseError
+
+from inferq.workers.amiss import is_wrong_type
 
 
 def of_each(pipe: Pipeline) -> list[Any]:
@@ -16,8 +17,7 @@ def of_each(pipe: Pipeline) -> list[Any]:
     replies: list[Any] = pipe.execute(raise_on_error=False)
     for place, reply in enumerate(replies):
         if isinstance(reply, Exception):
-            # A script's error may have words before it.
-            if not (isinstance(reply, ResponseError) and "WRONGTYPE" in str(reply)):
+            if not is_wrong_type(reply):
                 raise reply
             replies[place] = None
     return replies

@@ -27,7 +27,17 @@ from inferq.workers.cuda.telemetry import GpuTelemetry
 from inferq.workers.ending import end_at_once
 from inferq.workers.events import TaskEvents
 from inferq.workers.found import Found, log_not_served
-from inferq.workers.health import EX_FATAL_ENGINE, LOADING, LOADS, OVERDUE, SERVING, STOPPING
+from inferq.workers.health import (
+    EX_FATAL_ENGINE,
+    LINKS,
+    LOADING,
+    LOADS,
+    OVERDUE,
+    SERVING,
+    STOPPING,
+    STUCK_S,
+    loops_problem,
+)
 from inferq.workers.heartbeat import UNANSWERED_S, Heartbeat
 from inferq.workers.lanes import Finished
 from inferq.workers.later import Later
@@ -37,6 +47,7 @@ from inferq.workers.metrics.counts import WorkerStats
 from inferq.workers.metrics.published import StatsPublisher
 from inferq.workers.metrics.versions import installed_versions
 from inferq.workers.not_served import NotServed, listed, not_served
+from inferq.workers.periodic import Periodic, troubles
 from inferq.workers.plane import DataPlane
 from inferq.workers.recovery import Recoverer
 from inferq.workers.serving import ServedModel
@@ -63,6 +74,9 @@ class Service:
         self._clock = RedisClock()
         self._client = redis_client(settings.redis_url, sentinel_master=settings.sentinel_master)
         self._later = Later(self._client, self._names, self._clock)
+        self._recoverer = Recoverer(self._client, self._names, settings.lease_s)
+        self._lease: Lease | None = None
+        self._canvas: Canvas | None = None
         self._models = [ServedModel(spec) for spec in found.specs]
         #: Replaced, never changed: other threads read it.
         self._not_served = found.not_served
@@ -71,7 +85,9 @@ class Service:
         self._side = CelerySide(worker, self._later, settings.global_keyprefix, self._events)
         self._loader = threading.Thread(target=self._load, name="inferq-load", daemon=True)
         path = settings.heartbeat_file
-        self._heartbeat = Heartbeat(path, worker.hostname, self.not_served) if path else None
+        self._heartbeat = (
+            Heartbeat(path, worker.hostname, self._loops, self.not_served) if path else None
+        )
         if self._heartbeat is not None:
             self._heartbeat.redis = place_of(settings)
         self._gpu: GpuTelemetry | None = None
@@ -178,7 +194,7 @@ class Service:
     def _serve(self) -> None:
         settings, names = self._settings, self._names
         adverts = {model.name: encode_advert(model.advert) for model in self._models}
-        lease = Lease(
+        lease = self._lease = Lease(
             self._client,
             names,
             self._clock,
@@ -187,8 +203,8 @@ class Service:
             adverts=adverts,
             may_renew=lambda: not plane.overdue(),
             on_lost=lambda: plane.on_lease_lost(),  # noqa: PLW0108 - plane is made below
+            on_missing=self._recoverer.leases_lost,
         )
-        self._recoverer = Recoverer(self._client, names, settings.lease_s)
         plane = DataPlane(
             self._client,
             names,
@@ -200,7 +216,7 @@ class Service:
             result_expires_s=settings.result_expires_s,
             reply_timeout_s=min(5.0, settings.lease_s),
         )
-        self._side.canvas = Canvas(settings, self._client, plane.on_ready)
+        self._canvas = self._side.canvas = Canvas(settings, self._client, plane.on_ready)
         lease.start()
         self._side.canvas.start()
         self._recoverer.start()
@@ -208,7 +224,7 @@ class Service:
         self._events.start()
         self.plane = plane
         if self._heartbeat is not None:
-            self._heartbeat.plane = plane
+            self._heartbeat.plane, self._heartbeat.links = plane, self._canvas
         plane.start()
         missing = ", ".join(each.model for each in self._not_served if each.version is None)
         without = f"; not served: {missing}" if missing else ""
@@ -325,7 +341,21 @@ class Service:
             return f"it is {STOPPING}"
         if plane is None:
             return LOADS
-        return OVERDUE if plane.overdue() else None
+        if plane.overdue():
+            return OVERDUE
+        waits_s = 0.0 if self._canvas is None else self._canvas.waits_s()
+        if waits_s > STUCK_S and time.monotonic() - plane.answered_at < UNANSWERED_S:
+            return LINKS.format(waits_s)
+        bad = troubles(self._loops())
+        return loops_problem(bad) if bad else None
+
+    def _loops(self) -> list[Periodic]:
+        """Those that run in this worker, and those that are to."""
+        found = [
+            self._later.loop, self._recoverer.loop, self._publisher.loop, self._events.loop,
+        ]  # fmt: skip
+        some = (self._lease, self._canvas, self._gpu, self._endpoint)
+        return found + [each.loop for each in some if each is not None]
 
     def info(self) -> dict[str, Any]:
         """Flat keys, for ``celery inspect stats`` and Flower's worker page."""

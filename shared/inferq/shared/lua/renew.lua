@@ -9,23 +9,35 @@
 -- ARGV[3]    '1' at birth
 -- ARGV[4]    at birth: the incarnation before, or ''; what it may still have written after it was
 --            recovered is recovered once more
--- Returns {1 or 0 (no fence: the lease is lost), Redis ms as a string}.
+-- Returns {1 or 0 (no fence: the lease is lost), Redis ms as a string, 1 if it had no lease before
+-- or 0, and the places in KEYS of those that are of another type}. pcall: these are left alone.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + time[2] / 1000
 local stamp = string.format('%.3f', now)
 local ends = string.format('%.0f', now + ARGV[2])
-redis.call('ZREM', KEYS[2], '')
+redis.pcall('ZREM', KEYS[2], '')
 if ARGV[3] == '1' then
   redis.call('SET', KEYS[1], 0)
   if ARGV[4] ~= '' then
-    redis.call('ZADD', KEYS[2], 'NX', ends, ARGV[4])
+    redis.pcall('ZADD', KEYS[2], 'NX', ends, ARGV[4])
   end
 elseif redis.call('EXISTS', KEYS[1]) == 0 then
-  return {0, stamp}
+  return {0, stamp, 0, {}}
 end
-redis.call('ZADD', KEYS[2], ends, ARGV[1])
-for n = 3, #KEYS do
-  redis.call('ZREMRANGEBYSCORE', KEYS[n], '-inf', '(' .. stamp)
-  redis.call('ZADD', KEYS[n], ends, ARGV[1])
+local amiss = {}
+local added = 0
+for n = 2, #KEYS do
+  if n > 2 then
+    redis.pcall('ZREMRANGEBYSCORE', KEYS[n], '-inf', '(' .. stamp)
+  end
+  local reply = redis.pcall('ZADD', KEYS[n], ends, ARGV[1])
+  if type(reply) == 'table' then
+    if not string.find(reply.err, 'WRONGTYPE', 1, true) then
+      return reply
+    end
+    amiss[#amiss + 1] = n
+  elseif n == 2 then
+    added = reply
+  end
 end
-return {1, stamp}
+return {1, stamp, added, amiss}

@@ -18,11 +18,15 @@ if not ends or (tonumber(ends) > now and ARGV[4] ~= '1') then
   return 0
 end
 redis.call('DEL', KEYS[2])
-for _, member in ipairs(redis.call('SMEMBERS', KEYS[3])) do
+-- pcall: a key of another type must not keep what this one held from coming back.
+local running = redis.pcall('SMEMBERS', KEYS[3])
+for _, member in ipairs(running.err and {} or running) do
   local cut = string.find(member, '/', 1, true)
-  local attempts = ARGV[3] .. string.sub(member, 1, cut - 1)
-  redis.call('HINCRBY', attempts, string.sub(member, cut + 1), 1)
-  redis.call('EXPIRE', attempts, ARGV[5])
+  if cut then
+    local attempts = ARGV[3] .. string.sub(member, 1, cut - 1)
+    redis.pcall('HINCRBY', attempts, string.sub(member, cut + 1), 1)
+    redis.pcall('EXPIRE', attempts, ARGV[5])
+  end
 end
 redis.call('DEL', KEYS[3])
 redis.call('ZADD', KEYS[1], string.format('%.0f', now + ARGV[2]), ARGV[1])

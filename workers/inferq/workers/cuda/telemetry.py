@@ -6,6 +6,7 @@ wants to know, and nobody waits for it for long.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -14,6 +15,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from inferq.workers.cuda.gpus import gpu_at, open_nvml
+from inferq.workers.periodic import Periodic
+
+logger = logging.getLogger(__name__)
 
 #: Seconds for which a reading is good.
 FRESH_S: Final = 1.0
@@ -71,12 +75,16 @@ class GpuTelemetry:
         self._reading = Reading()
         self._read_at = -math.inf
         self._changed = threading.Condition()
-        self._wanted = self._closed = False
+        self._closed = False
         #: When the reading that is under way was begun; readings that have ended.
         self._began: float | None = None
         self._ended = 0
-        self._thread = threading.Thread(target=self._run, name="inferq-gpu", daemon=True)
-        self._thread.start()
+        # A driver that hangs is no fault of the loop: `read` goes on without it.
+        self.loop = Periodic(
+            "gpu", self._turn, every_s=math.inf, first_s=math.inf, stall_s=math.inf,
+            failing="the GPU is not read", logger=logger, ending=self._shut_down,
+        )  # fmt: skip
+        self.loop.start()
 
     def read(self) -> Reading:
         """At most `FRESH_S` seconds old, after at most `WAIT_S`; after `close` the last one.
@@ -90,8 +98,7 @@ class GpuTelemetry:
                 return self._reading
             before, until = self._ended, (self._began or now) + WAIT_S
             if self._began is None:
-                self._wanted = True
-                self._changed.notify_all()
+                self.loop.wake()
             self._changed.wait_for(lambda: self._ended > before or self._closed, until - now)
             if self._closed or time.monotonic() - self._read_at < KEPT_S:
                 return self._reading
@@ -122,26 +129,25 @@ class GpuTelemetry:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join(WAIT_S)
+        self.loop.stop(WAIT_S)
 
-    def _run(self) -> None:
-        nvml = self._nvml
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._wanted or self._closed)
-                if self._closed:
-                    break
-                self._wanted, self._began = False, time.monotonic()
-            reading = self._read(nvml)
+    def _turn(self) -> None:
+        self._began = time.monotonic()
+        try:
+            reading = self._read(self._nvml)
             with self._changed:
                 self._reading, self._read_at = reading, time.monotonic()
+        finally:
+            with self._changed:
                 self._ended, self._began = self._ended + 1, None
                 self._changed.notify_all()
+
+    def _shut_down(self) -> None:
         with suppress(Exception):
             if self._events is not None:
-                nvml.nvmlEventSetFree(self._events)
+                self._nvml.nvmlEventSetFree(self._events)
         with suppress(Exception):
-            nvml.nvmlShutdown()
+            self._nvml.nvmlShutdown()
 
     def _read(self, nvml: Any) -> Reading:
         load = self._of("nvmlDeviceGetUtilizationRates")

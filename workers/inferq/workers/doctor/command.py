@@ -74,12 +74,17 @@ def _findings(folder: Path | None, redis_url: str | None) -> Iterator[Finding]:
 
 def _of_redis(settings: Settings) -> Iterator[Finding]:
     """What Redis says of itself and, if it can be asked, what the workers behind it say."""
-    from inferq.workers.doctor.redis import examine, unreachable  # noqa: PLC0415
+    from inferq.workers.doctor.redis import examine, keys, unreachable  # noqa: PLC0415
 
     def look() -> Iterable[Finding]:
         master = settings.sentinel_master
         with redis_client(settings.redis_url, sentinel_master=master) as client:
             yield from examine(client, settings.redis_url)
+
+    def look_at_keys() -> Iterable[Finding]:
+        master = settings.sentinel_master
+        with redis_client(settings.redis_url, sentinel_master=master) as client:
+            yield from keys(client, settings.names())
 
     try:
         found = within(REDIS_S, "redis", look)
@@ -92,6 +97,10 @@ def _of_redis(settings: Settings) -> Iterator[Finding]:
     yield from found
     if not any(finding.check == "version" and finding.level is Level.OK for finding in found):
         return
+    try:
+        yield from within(REDIS_S, "keys", look_at_keys)
+    except (RedisError, OSError) as problem:
+        yield error("keys", f"cannot be looked at: {problem}", "see what Redis says")
     yield from _of_workers(settings)
 
 

@@ -12,6 +12,9 @@ from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
 from inferq.shared.connect import judge_server, redact
 from inferq.shared.errors import ConfigError
+from inferq.shared.names import Names
+from inferq.workers.amiss import find_amiss
+from inferq.workers.depths import DepthReader
 from inferq.workers.doctor.finding import Finding, error, ok, warning
 
 #: PINGs of which the median is told, after one that connects.
@@ -61,6 +64,17 @@ def examine(client: redis.Redis, url: str) -> Iterator[Finding]:
     yield _clock(client)
     yield from _persistence(info, _setting(client, "save"), _setting(client, "appendfsync"))
     yield from _memory(info)
+
+
+def keys(client: redis.Redis, names: Names) -> Iterator[Finding]:
+    """The keys of all models that Redis knows, as far as they are amiss. Raises redis' errors."""
+    models = DepthReader(client, names).models()
+    amiss = find_amiss(client, names, models)
+    for each in amiss:
+        found = f"{each.key!r} is a {each.found}; expected a {each.expected}. {each.until} so long"
+        yield error("keys", found, "DEL it, or RENAME it if it is needed")
+    if not amiss:
+        yield ok("keys", f"those of {len(models)} models are what they are to be")
 
 
 def _latency(client: redis.Redis) -> Finding:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 import threading
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from prometheus_client.exposition import choose_encoder
 
 from inferq.shared.errors import ConfigError
 from inferq.shared.settings import split_address
+from inferq.workers.periodic import Periodic
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +54,14 @@ class Endpoint:
         self._registry = registry
         self._problem = problem
         self._open = 0
-        self._ending = asyncio.Event()
-        self._thread = threading.Thread(target=self._run, name="inferq-metrics", daemon=True)
+        self._socket: socket.socket | None = None
+        #: Of the turn that runs: ends it.
+        self._end: Callable[[], object] = lambda: None
+        self._lock = threading.Lock()
+        self.loop = Periodic(
+            "metrics", self._turn, every_s=0.0, stall_s=math.inf,
+            failing="no metrics for the moment", logger=logger,
+        )  # fmt: skip
         #: Where it is; port 0 of the address stands for any that is free.
         self.url = ""
 
@@ -67,28 +75,33 @@ class Endpoint:
                 f"{problem.strerror or problem}"
             ) from None
         host, port = self._socket.getsockname()[:2]
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics"
-        self._loop = asyncio.new_event_loop()
-        self._thread.start()
+        self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self.url = f"http://{self._address}/metrics"
+        self.loop.start()
         logger.info("metrics at %s", self.url)
 
     def stop(self) -> None:
         """Idempotent."""
-        if self._thread.is_alive():
-            with suppress(RuntimeError):  # it has ended by now
-                self._loop.call_soon_threadsafe(self._ending.set)
-            self._thread.join(timeout=5)
+        self.loop.stop(0.0)  # or the next turn would begin
+        with self._lock, suppress(RuntimeError):  # it has ended by now
+            self._end()
+        self.loop.stop()
 
-    def _run(self) -> None:
+    def _turn(self) -> None:
+        listening, self._socket = self._socket or _listen(self._address), None
         try:
-            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-                runner.run(self._listen())
-        except Exception:
-            logger.exception("no more metrics")
+            with asyncio.Runner() as runner:
+                runner.run(self._listen(listening))
+        finally:
+            listening.close()
 
-    async def _listen(self) -> None:
-        server = await asyncio.start_server(self._serve, sock=self._socket, limit=MAX_REQUEST_BYTES)
-        await self._ending.wait()
+    async def _listen(self, listening: socket.socket) -> None:
+        loop, ending = asyncio.get_running_loop(), asyncio.Event()
+        with self._lock:
+            self._end = lambda: loop.call_soon_threadsafe(ending.set)
+        server = await asyncio.start_server(self._serve, sock=listening, limit=MAX_REQUEST_BYTES)
+        if not self.loop.stopping:
+            await ending.wait()
         server.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

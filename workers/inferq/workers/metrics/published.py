@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,6 +20,7 @@ from redis.exceptions import RedisError
 from inferq.shared.names import Names
 from inferq.workers import replies
 from inferq.workers.metrics.counts import WorkerStats
+from inferq.workers.periodic import Periodic
 
 logger = logging.getLogger(__name__)
 
@@ -42,27 +42,18 @@ class StatsPublisher:
         #: Model → requests answered by then (monotonic s); None: not taken yet.
         self._answered: dict[str, int] = {}
         self._answered_at: float | None = None
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="inferq-stats", daemon=True)
+        self.loop = Periodic(
+            "stats", self._publish, every_s=EVERY_S,
+            failing="stats are not published", logger=logger,
+        )  # fmt: skip
 
     def start(self) -> None:
-        self._thread.start()
+        self.loop.start()
 
     def stop(self) -> None:
         """The end of the worker: nothing of it is left there."""
-        self._ended.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=5)
-            self._forget("")
-
-    def _run(self) -> None:
-        while True:
-            try:
-                self._publish()
-            except Exception:
-                logger.exception("stats are not published this time")
-            if self._ended.wait(EVERY_S):
-                return
+        self.loop.stop()
+        self._forget("")
 
     def _publish(self) -> None:
         stats = self._take()

@@ -1,0 +1,124 @@
+"""Keys of ours that hold something else than we expect: told once, left alone, looked at again.
+
+Whoever may write to Redis may put a string where a model's queue is to be. Only what that key is
+for stands still then, until an operator removes it; nothing of ours deletes what it did not write.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import redis
+from redis.exceptions import ResponseError
+
+from inferq.shared.names import Names
+from inferq.shared.resp import ReplyError
+
+logger = logging.getLogger(__name__)
+
+LIST: Final = "list"
+HASH: Final = "hash"
+SET: Final = "set"
+ZSET: Final = "zset"
+STRING: Final = "string"
+#: Keys that are remembered as told of.
+MAX_TOLD: Final = 1_000
+
+
+def is_wrong_type(problem: object) -> bool:
+    """Whether Redis refused a command since its key is of another type (a script's words, too)."""
+    return isinstance(problem, ResponseError | ReplyError) and "WRONGTYPE" in str(problem)
+
+
+@dataclass(frozen=True)
+class Amiss:
+    """`key` is a `found` and should be an `expected`; `until` it is, something stands still."""
+
+    key: str
+    found: str
+    expected: str
+    until: str
+
+    def __str__(self) -> str:
+        return (
+            f"key {self.key!r} is a {self.found}; expected a {self.expected}. {self.until} "
+            f"until it is removed: DEL it, or RENAME it if it is needed"
+        )
+
+
+class Told:
+    """Says of each key once that it is amiss, and once that it no longer is. For one thread."""
+
+    def __init__(self) -> None:
+        self._keys: dict[str, None] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._keys)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._keys
+
+    def amiss(self, key: str, found: str, expected: str, until: str) -> None:
+        """`until`: a sentence, on which "until it is removed" follows."""
+        if key not in self._keys:
+            self._keys[key] = None
+            if len(self._keys) > MAX_TOLD:
+                del self._keys[next(iter(self._keys))]
+            logger.error("%s", Amiss(key, found, expected, until))
+
+    def right(self, key: str) -> bool:
+        """`key` is as it should be; True if it was amiss before."""
+        if key not in self._keys:
+            return False
+        del self._keys[key]
+        logger.warning("key %r is right again", key)
+        return True
+
+
+def type_of(client: redis.Redis, key: str | bytes) -> str:
+    """Redis' name of the type of `key`; "none": it does not exist."""
+    kind = client.type(key)
+    return kind.decode() if isinstance(kind, bytes) else str(kind)
+
+
+def find_amiss(client: redis.Redis, names: Names, models: Sequence[str]) -> list[Amiss]:
+    """The keys of `models`, and those that all share, that are amiss. Raises redis' errors."""
+    wanted = [*_shared(names), *(each for model in models for each in _of_model(names, model))]
+    with client.pipeline(transaction=False) as pipe:
+        for key, *_ in wanted:
+            pipe.type(key)
+        kinds = pipe.execute()
+    found = ((kind.decode(), *each) for kind, each in zip(kinds, wanted, strict=True))
+    return [
+        Amiss(key, kind, expected, until)
+        for kind, key, expected, until in found
+        if kind not in (expected, "none")
+    ]
+
+
+#: What stands still where such a key is amiss.
+NOTHING_CLAIMED: Final = "Nothing is claimed from it, nor put back into it,"
+NO_ATTEMPTS: Final = "Requests that end their worker are not counted"
+NO_DEAD_LETTERS: Final = "Dead letters of this model are not kept"
+NO_ANNOUNCEMENT: Final = "Clients do not know which workers serve this model"
+NO_RETURN: Final = "Requests with an ETA wait"
+NO_RECOVERY: Final = "What dead workers held is not put back"
+
+
+def _shared(names: Names) -> Iterator[tuple[str, str, str]]:
+    for each in names.spoken():
+        yield each.later, ZSET, NO_RETURN
+        yield each.leases, ZSET, NO_RECOVERY
+
+
+def _of_model(names: Names, model: str) -> Iterable[tuple[str, str, str]]:
+    for step in names.priority_steps:
+        yield names.queue(model, step), LIST, NOTHING_CLAIMED
+    for each in names.spoken():
+        yield each.attempts(model), HASH, NO_ATTEMPTS
+        yield each.dead(model), LIST, NO_DEAD_LETTERS
+        yield each.serving(model), ZSET, NO_ANNOUNCEMENT
+        yield each.model(model), STRING, NO_ANNOUNCEMENT
