@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Any
@@ -18,7 +19,7 @@ from inferq.shared.celery_app import make_app
 from inferq.shared.errors import EngineError
 from inferq.shared.names import Names
 from inferq.shared.settings import Settings
-from inferq.workers.canvas import Canvas
+from inferq.workers.canvas import RETRY_S, Canvas
 from inferq.workers.claims import Claim, Slot
 from inferq.workers.embedded import EmbeddedRedis
 from inferq.workers.settle import Settlement
@@ -171,3 +172,24 @@ def test_a_failure_is_stored_before_its_errbacks_are_called_unless_it_is_ignored
 
 def have_it_full(store: redis_py.Redis, full: bool) -> None:
     store.config_set("maxmemory", 1 if full else 0)
+
+
+def test_how_long_links_wait_is_told_but_not_while_redis_is_full(
+    canvas: Canvas, app: Celery, store: redis_py.Redis, ready: Ready
+) -> None:
+    """Where Redis is full a restart of the worker would be of no use."""
+    message = linked(app, store, "later")
+    assert canvas.waits_s() == 0.0
+    have_it_full(store, True)
+    canvas.put("i", succeeded(message), message)
+    began = time.monotonic()
+    while time.monotonic() - began < 4 * RETRY_S:
+        assert canvas.waits_s() < 3 * RETRY_S
+        time.sleep(0.01)
+    have_it_full(store, False)
+    assert ready.get(timeout=10)
+    store.execute_command("CLIENT", "PAUSE", int(6000 * RETRY_S), "WRITE")  # type: ignore[no-untyped-call]
+    canvas.put("i", succeeded(message), message)
+    until(lambda: canvas.waits_s() > 3 * RETRY_S, what="it is told that they wait")
+    assert ready.get(timeout=10)
+    until(lambda: canvas.waits_s() == 0.0, what="none wait")

@@ -1,0 +1,58 @@
+"""On a worker's PYTHONPATH: the first worker process that comes there ails, those after it do not.
+
+INFERQ_TEST_AILS_AT is a file that does not exist yet, INFERQ_TEST_AILS the name of a background
+loop that ends, ``<name>:hangs`` of one that hangs, or ``links``, which are then never published.
+Everybody loses patience after INFERQ_TEST_STUCK_S seconds.
+"""
+
+import os
+import time
+
+import redis
+
+from inferq.workers import health, periodic
+
+_ails, _, _how = os.environ["INFERQ_TEST_AILS"].partition(":")
+_first: bool | None = None
+
+_PATIENCE_S = float(os.environ["INFERQ_TEST_STUCK_S"])
+setattr(health, "STUCK_S", _PATIENCE_S)  # noqa: B010 - it is final
+
+
+def _is_first() -> bool:
+    global _first  # noqa: PLW0603
+    if _first is None:
+        try:
+            os.close(os.open(os.environ["INFERQ_TEST_AILS_AT"], os.O_CREAT | os.O_EXCL))
+            _first = True
+        except FileExistsError:
+            _first = False
+    return _first
+
+
+_turn = periodic.Periodic._take_turn
+
+
+def _take_turn(loop: periodic.Periodic) -> float:
+    if loop.name == _ails and _is_first():
+        loop._stall_s = _PATIENCE_S
+        loop._began = time.monotonic()
+        if _how:
+            time.sleep(3600)
+        raise SystemExit
+    return _turn(loop)
+
+
+periodic.Periodic._take_turn = _take_turn  # type: ignore[method-assign,assignment]
+
+if _ails == "links":
+    from inferq.workers.canvas import Canvas
+
+    _publish = Canvas._publish
+
+    def _never(canvas: Canvas, *given: object) -> bool:
+        if _is_first():
+            raise redis.TimeoutError("silence")
+        return _publish(canvas, *given)  # type: ignore[arg-type]
+
+    Canvas._publish = _never  # type: ignore[method-assign,assignment]
