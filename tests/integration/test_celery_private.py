@@ -391,3 +391,14 @@ def test_whether_task_events_are_on_is_what_remote_control_sets(app: Celery) -> 
             assert "worker" in dispatcher.groups
     assert celery_private.task_events_enabled(SimpleNamespace(event_dispatcher=None)) is None
     assert celery_private.task_events_enabled(None) is None
+
+
+def test_an_app_can_be_kept_from_awaiting_what_it_sends(app: Celery, redis: redis_py.Redis) -> None:
+    def subscribed(act: Callable[[], object]) -> bool:
+        redis.config_resetstat()
+        act()
+        return "cmdstat_subscribe" in redis.info("commandstats")
+
+    assert subscribed(lambda: app.send_task("x", queue="q")), "stock Celery does"
+    celery_private.await_no_results(app)
+    assert not subscribed(lambda: app.send_task("x", queue="q"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,8 @@ from inferq.producer import (
     ResultTimeout,
     State,
 )
+from inferq.producer.async_wire import AsyncWire
+from inferq.shared.connect import async_redis_client
 from inferq.shared.names import Names
 from inferq.shared.schema import Array
 
@@ -195,3 +198,22 @@ def test_a_client_without_a_request_connects_to_nothing() -> None:
         await asyncio.sleep(0)
 
     run("redis://127.0.0.1:1", body)
+
+
+def test_what_cannot_be_read_breaks_the_connection_at_once(redis_url: str) -> None:
+    """Rather than leave nobody to read on, and each caller to its timeout."""
+
+    def refuse(push: list[Any]) -> None:
+        raise LookupError("odd")
+
+    async def main() -> None:
+        wire = AsyncWire(async_redis_client(redis_url), refuse, lambda: None)
+        await wire.open()
+        began = time.monotonic()
+        # The confirmation of the first is a push; what answers the second comes much later.
+        with pytest.raises(redis_py.ConnectionError, match="LookupError"):
+            await wire.call([("SUBSCRIBE", "c"), ("BLPOP", "never", 4)])
+        assert time.monotonic() - began < 4
+        await wire.close()
+
+    asyncio.run(main())

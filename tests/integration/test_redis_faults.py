@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import time
@@ -19,7 +20,7 @@ from helpers.wait import until
 from helpers.worker import Worker
 from redis import Redis
 
-from inferq.producer import Client
+from inferq.producer import AsyncClient, Client
 from inferq.shared.errors import DeadlineExceeded
 from inferq.shared.names import Names
 from inferq.workers.embedded import EmbeddedRedis
@@ -153,6 +154,21 @@ def test_a_clients_half_open_connection_is_noticed(
         since = time.monotonic()
         np.testing.assert_array_equal(pending.result(30).outputs["x"], numbered(3))
         assert time.monotonic() - since <= NOTICED_WITHIN_S
+
+
+def test_an_async_clients_half_open_connection_is_noticed(
+    server: EmbeddedRedis, redis: Redis, models: Path
+) -> None:
+    async def infer(url: str, proxy: Proxy) -> float:
+        async with AsyncClient(url) as client:
+            pending = await client.submit("slow", {"x": numbered(3)})
+            proxy.swallow(["client"])
+            since = time.monotonic()
+            np.testing.assert_array_equal((await pending.result(30)).outputs["x"], numbered(3))
+            return time.monotonic() - since
+
+    with Proxy(server.port, ["client"]) as proxy, Worker(server.url, models, ["slow"]):
+        assert asyncio.run(infer(proxy.url("client"), proxy)) <= NOTICED_WITHIN_S
 
 
 @pytest.mark.parametrize("off_s", [-7200, 7200], ids=["two hours slow", "two hours fast"])

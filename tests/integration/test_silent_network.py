@@ -12,6 +12,7 @@ import redis as redis_py
 from celery import Celery
 from celery.result import AsyncResult
 from chaos.proxy import Proxy
+from helpers.flower import FlowerProcess
 from helpers.repository import fake_model
 from helpers.results import NAMES
 from helpers.stock import let_go
@@ -124,3 +125,22 @@ def timers(pid: int, port: int) -> list[str]:
         for line in lines
         if line[3] == "01" and line[2].endswith(f":{port:04X}") and f"socket:[{line[9]}]" in sockets
     ]
+
+
+def test_flower_hears_of_workers_again_after_a_silent_network(
+    server: EmbeddedRedis, models: Path
+) -> None:
+    """Its connection for events only listens: kombu itself would never notice."""
+    with (
+        Proxy(server.port, ["flower"]) as proxy,
+        Worker(server.url, models, name="first"),
+        FlowerProcess(proxy.url("flower")) as flower,
+    ):
+
+        def known() -> str:
+            return flower.get("/workers?json=1").body
+
+        until(lambda: "first@" in known(), what="it knows the first worker")
+        proxy.swallow(["flower"])
+        with Worker(server.url, models, name="second"):
+            until(lambda: "second@" in known(), CONTROL_S, "it knows the second worker")

@@ -19,6 +19,7 @@ from inferq.shared.celery_app import make_app
 from inferq.shared.errors import EngineError
 from inferq.shared.names import Names
 from inferq.shared.settings import Settings
+from inferq.workers import celery_private
 from inferq.workers.canvas import RETRY_S, Canvas
 from inferq.workers.claims import Claim, Slot
 from inferq.workers.embedded import EmbeddedRedis
@@ -193,3 +194,32 @@ def test_how_long_links_wait_is_told_but_not_while_redis_is_full(
     until(lambda: canvas.waits_s() > 3 * RETRY_S, what="it is told that they wait")
     assert ready.get(timeout=10)
     until(lambda: canvas.waits_s() == 0.0, what="none wait")
+
+
+def test_links_wait_out_an_outage_however_long_it_is(
+    canvas: Canvas, app: Celery, store: redis_py.Redis, server: EmbeddedRedis, ready: Ready
+) -> None:
+    """Celery's own patience, 20 s, is cut down here: when that ends, ours must not."""
+    for each in canvas._apps.values():
+        options = {**each.conf.result_backend_transport_options, "retry_policy": {"max_retries": 1}}
+        each.conf.result_backend_transport_options = options
+    celery_private.await_no_results(app)
+    first, second = linked(app, store, "plain"), linked(app, store, "plain")
+    canvas.put("i", succeeded(first), first)
+    assert ready.get(timeout=10)
+    server.kill()
+    canvas.put("i", succeeded(second), second)
+    until(lambda: canvas.waits_s() > 6 * RETRY_S, what="they wait")
+    server.start()
+    _, settled = ready.get(timeout=20)
+    assert codec.decode_meta(settled.outcome)["status"] == "SUCCESS"
+
+
+def test_nobody_subscribes_to_the_results_of_what_follows(
+    canvas: Canvas, app: Celery, store: redis_py.Redis, ready: Ready
+) -> None:
+    message = linked(app, store, "plain")
+    store.config_resetstat()
+    canvas.put("i", succeeded(message), message)
+    assert ready.get(timeout=10)
+    assert "cmdstat_subscribe" not in store.info("commandstats")

@@ -292,3 +292,17 @@ def test_a_lane_that_is_busy_is_not_waited_for_too_long() -> None:
     gate.open()
     done.get(timeout=10)
     assert lanes.stop(10)
+
+
+def test_a_lane_that_fails_beside_its_engine_says_so_and_leaves_no_batch_behind() -> None:
+    def too_late(slot: object, ticket: Ticket) -> None:
+        raise KeyError("nobody foresaw this")
+
+    lanes, done = started(Echo(), too_late=too_late)
+    given = job(1)
+    lanes.put(given)
+    finished = done.get(timeout=10)
+    assert finished.job is given
+    assert str(finished.fatal) == "its lane failed: KeyError: 'nobody foresaw this'"
+    assert lanes.computing() == []
+    assert lanes.stop(10)

@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -54,6 +55,9 @@ class Turns:
     def count(self) -> int:
         return len(self.at)
 
+    def reached(self, count: int) -> bool:
+        return self.count == count
+
 
 @pytest.mark.parametrize(
     "problem",
@@ -99,7 +103,7 @@ def test_a_wake_up_cuts_every_wait_short(make: Make) -> None:
     loop.start()
     for count in (1, 2):
         loop.wake()
-        until(lambda count=count: turns.count == count, AT_ONCE_S, "a turn")
+        until(partial(turns.reached, count), AT_ONCE_S, "a turn")
 
 
 def test_a_turn_says_when_the_next_one_is_due(make: Make) -> None:

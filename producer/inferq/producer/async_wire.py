@@ -110,6 +110,8 @@ class AsyncWire:
                         self._answer(reply)
         except BROKEN as problem:
             self._break(problem)
+        except Exception as problem:  # noqa: BLE001  or nobody would read on
+            self._break(redis.ConnectionError(f"a reply cannot be read: {problem!r}"))
 
     def _answer(self, reply: Reply) -> None:
         call = self._calls[0]

@@ -16,6 +16,7 @@ from inferq.shared.settings import Settings
 from inferq.workers import celery_private
 from inferq.workers.cuda.pinning import pin
 from inferq.workers.found import Found, find_models
+from inferq.workers.main_loop import TICK_S
 from inferq.workers.service import Service
 
 logger = logging.getLogger(__name__)
@@ -102,12 +103,14 @@ class QueuesStep(bootsteps.StartStopStep):  # type: ignore[misc]
     def __init__(self, consumer: Consumer, **options: Any) -> None:
         super().__init__(consumer, **options)
         self._restoring: Any = None
+        self._ticking: Any = None
 
     def start(self, consumer: Consumer) -> None:
         self._restoring = consumer.timer.call_repeatedly(
             RESTORE_EVERY_S, celery_private.restore_messages, (consumer,)
         )
         service: Service = consumer.controller.inferq
+        self._ticking = consumer.timer.call_repeatedly(TICK_S, service.main_loop.tick)
         for queue in list(consumer.task_consumer.queues):
             if model_of(queue.name) is not None:
                 service.queues[queue.name] = queue
@@ -115,5 +118,6 @@ class QueuesStep(bootsteps.StartStopStep):  # type: ignore[misc]
                 consumer.task_consumer.cancel_by_queue(queue.name)
 
     def stop(self, consumer: Consumer) -> None:
-        if self._restoring is not None:
-            self._restoring.cancel()
+        for timer in (self._restoring, self._ticking):
+            if timer is not None:
+                timer.cancel()

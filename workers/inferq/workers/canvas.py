@@ -147,6 +147,7 @@ class Canvas:
         body = codec.decode_body(envelope)
         request = celery_private.context_of(message, (body.args, body.kwargs, body.embed))
         app = self._apps[envelope.content_type]
+        celery_private.await_no_results(app)
         # An ignored result is still what links and chords are given.
         meta = codec.decode_meta(settlement.outcome)
         status, result = meta["status"], meta["result"]

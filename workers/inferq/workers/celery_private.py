@@ -53,6 +53,11 @@ def is_held(task_id: str) -> bool:
     return task_id in worker_state.requests
 
 
+def is_executing() -> bool:
+    """Whether Celery's own handler executes a task, in the main thread."""
+    return bool(worker_state.active_requests)
+
+
 def count_tasks(task: str, count: int) -> None:
     """Add to the totals that ``celery inspect stats`` and heartbeats tell."""
     worker_state.total_count[task] += count
@@ -201,6 +206,15 @@ def context_of(message: bytes, body: Sequence[Any]) -> Context:
         called_directly=False,
         **{name: embed.get(name) for name in ("callbacks", "errbacks", "chain", "chord")},
     )
+
+
+def await_no_results(app: Celery) -> None:
+    """Have `app` not subscribe to the result of each task that this thread sends with it.
+
+    Celery would do so before it sends, and where Redis is away raise a RuntimeError after 20 s. Of
+    each thread, as its backend is.
+    """
+    app.backend.on_task_call = lambda _producer, _task_id: None
 
 
 def publish_success(app: Celery, request: Context, result: object) -> None:

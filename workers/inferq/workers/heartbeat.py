@@ -19,7 +19,7 @@ import msgspec
 from inferq.shared.errors import ConfigError
 from inferq.workers.health import LOADING, SERVING, STOPPING, Beat
 from inferq.workers.not_served import NotServed
-from inferq.workers.periodic import Periodic, troubles
+from inferq.workers.periodic import Loop, Periodic, troubles
 from inferq.workers.serving import ServedModel
 from inferq.workers.whose import RedisPlace
 
@@ -71,7 +71,7 @@ class Heartbeat:
         self,
         path: Path,
         node: str,
-        loops: Callable[[], Iterable[Periodic]],
+        loops: Callable[[], Iterable[Loop]],
         not_served: Callable[[], Sequence[NotServed]] = lambda: (),
     ) -> None:
         self._path = path

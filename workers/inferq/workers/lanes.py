@@ -245,7 +245,12 @@ class Lanes:
             began = time.monotonic()
             self._computing[number] = job, began * 1000
             # kill point: lane-begun
-            finished = self._compute(number, lane, job)
+            try:
+                finished = self._compute(number, lane, job)
+            except Exception as problem:  # or nobody would ever hear of this batch
+                logger.critical("a lane of %s failed", self._name, exc_info=True)
+                reason = f"its lane failed: {type(problem).__name__}: {problem}"
+                finished = Finished(job, (), fatal=FatalEngineError(reason))
             finished.began, finished.ended = began, time.monotonic()
             finished.lane = number
             finished.hurry = self._inbox.qsize() < self.ample

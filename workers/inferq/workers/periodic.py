@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Final
+from typing import Final, Protocol
 
 from redis.exceptions import RedisError
 
@@ -183,7 +183,16 @@ class Periodic:
             return
 
 
-def troubles(loops: Iterable[Periodic]) -> dict[str, str]:
+class Loop(Protocol):
+    """What can be asked whether it does its work."""
+
+    @property
+    def name(self) -> str: ...
+
+    def problem(self) -> str | None: ...
+
+
+def troubles(loops: Iterable[Loop]) -> dict[str, str]:
     """Those of `loops` that do not do their work, by name, and why."""
     found = {loop.name: loop.problem() for loop in loops}
     return {name: problem for name, problem in found.items() if problem is not None}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import socket
 import threading
@@ -42,12 +41,13 @@ from inferq.workers.heartbeat import UNANSWERED_S, Heartbeat
 from inferq.workers.lanes import Finished
 from inferq.workers.later import Later
 from inferq.workers.lease import Lease
+from inferq.workers.main_loop import MainLoop
 from inferq.workers.memory import keep_freed_memory
 from inferq.workers.metrics.counts import WorkerStats
 from inferq.workers.metrics.published import StatsPublisher
 from inferq.workers.metrics.versions import installed_versions
 from inferq.workers.not_served import NotServed, listed, not_served
-from inferq.workers.periodic import Periodic, troubles
+from inferq.workers.periodic import Loop, troubles
 from inferq.workers.plane import DataPlane
 from inferq.workers.recovery import Recoverer
 from inferq.workers.serving import ServedModel
@@ -90,6 +90,7 @@ class Service:
         )
         if self._heartbeat is not None:
             self._heartbeat.redis = place_of(settings)
+        self.main_loop = MainLoop(self._may_pause)
         self._gpu: GpuTelemetry | None = None
         self._endpoint: Endpoint | None = None
         self._publisher = StatsPublisher(self._client, self._names, self.stats)
@@ -313,7 +314,6 @@ class Service:
         """What this worker has done so far, and how it is. For any thread; may ask the GPU."""
         plane, gpu = self.plane, self._gpu
         state = LOADING if plane is None else SERVING
-        silent_s = time.monotonic() - plane.answered_at if plane is not None else math.inf
         return WorkerStats(
             incarnation=plane.incarnation if plane is not None else "",
             node=self._worker.hostname,
@@ -322,7 +322,7 @@ class Service:
             started_at=self._started_at,
             at=time.time(),
             state=STOPPING if self._stopping else state,
-            redis_up=silent_s < UNANSWERED_S,
+            redis_up=self._answered(),
             device=self._device(),
             versions=self._versions,
             gpu=None if gpu is None else gpu.numbers(),
@@ -344,15 +344,25 @@ class Service:
         if plane.overdue():
             return OVERDUE
         waits_s = 0.0 if self._canvas is None else self._canvas.waits_s()
-        if waits_s > STUCK_S and time.monotonic() - plane.answered_at < UNANSWERED_S:
+        if waits_s > STUCK_S and self._answered():
             return LINKS.format(waits_s)
         bad = troubles(self._loops())
         return loops_problem(bad) if bad else None
 
-    def _loops(self) -> list[Periodic]:
+    def _may_pause(self) -> bool:
+        """Whether Celery's event loop need not turn now."""
+        return self._stopping or not self._answered() or celery_private.is_executing()
+
+    def _answered(self) -> bool:
+        """Whether Redis answers the data plane; False: there is none yet."""
+        plane = self.plane
+        return plane is not None and time.monotonic() - plane.answered_at < UNANSWERED_S
+
+    def _loops(self) -> list[Loop]:
         """Those that run in this worker, and those that are to."""
-        found = [
-            self._later.loop, self._recoverer.loop, self._publisher.loop, self._events.loop,
+        found: list[Loop] = [
+            self.main_loop, self._later.loop, self._recoverer.loop, self._publisher.loop,
+            self._events.loop,
         ]  # fmt: skip
         some = (self._lease, self._canvas, self._gpu, self._endpoint)
         return found + [each.loop for each in some if each is not None]

@@ -2,8 +2,9 @@
 
 Flower's list of routes and its Tornado settings are objects that it reads when its application is
 made, so they are changed in place before that: two pages and an endpoint are replaced by subclasses
-of themselves, our own are added, and templates are looked for among ours first. No class of
-Flower's is touched. `TESTED` is what the tests of this module hold for; see `is_tested`.
+of themselves, our own are added, and templates are looked for among ours first. So is the receiver
+of events. No class of Flower's is touched. `TESTED` is what the tests of this module hold for; see
+`is_tested`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-from flower import urls
+from celery.events import EventReceiver
+from flower import events, urls
 from flower.api.tasks import GetQueueLengths
 from flower.views import BaseHandler
 from flower.views.broker import BrokerView
@@ -27,6 +29,7 @@ from tornado import web
 from tornado.routing import URLSpec
 from tornado.template import Loader, ParseError, Template
 
+from inferq.shared.celery_app import PING_S
 from inferq.shared.connect import redact
 from inferq.workers.flower import rows
 from inferq.workers.flower.figures import WINDOW_S, Figures
@@ -62,6 +65,9 @@ def install(readings: Readings, redis_url: str) -> None:
     routes = _routes(urls.handlers)
     loader = _Templates(urls.settings["template_path"])
     loader.check()
+    if getattr(events, "EventReceiver", None) is not EventReceiver:
+        raise Changed("it receives events otherwise")
+    events.EventReceiver = WatchedReceiver
     urls.handlers[:] = routes
     urls.settings.update(
         template_loader=loader,
@@ -69,6 +75,24 @@ def install(readings: Readings, redis_url: str) -> None:
         inferq_figures=Figures(),
         inferq_redis_url=redact(redis_url),
     )
+
+
+class WatchedReceiver(EventReceiver):  # type: ignore[misc]
+    """Notices a connection that carries nothing any more, which kombu does in event loops only."""
+
+    _cycle: Any = None
+    _look_at = 0.0
+
+    def get_consumers(self, consumer: Any, channel: Any) -> Any:
+        self._cycle = channel.connection.cycle
+        return super().get_consumers(consumer, channel)
+
+    def on_iteration(self) -> None:
+        """Called once a second, and for each event."""
+        now = time.monotonic()
+        if self._cycle is not None and now >= self._look_at:
+            self._look_at = now + PING_S
+            self._cycle.maybe_check_subclient_health()
 
 
 def _routes(stock: Sequence[Any]) -> list[Any]:

@@ -1,0 +1,42 @@
+"""Whether Celery's own event loop turns: it answers remote control, and ends the worker."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+#: Seconds between its ticks.
+TICK_S: Final = 1.0
+#: Seconds without one after which it hangs: it connects anew within half of that.
+STALL_S: Final = 60.0
+
+
+class MainLoop:
+    """`tick` is called from that loop, `problem` once a second, from another thread.
+
+    `excused` says whether it need not turn now: Redis is away, a task of Celery's own is executed.
+    """
+
+    name = "celery"
+
+    def __init__(
+        self, excused: Callable[[], bool], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._excused = excused
+        self._clock = clock
+        #: When it last ticked, or was excused; None: it has not begun.
+        self._well_at: float | None = None
+
+    def tick(self) -> None:
+        self._well_at = self._clock()
+
+    def problem(self) -> str | None:
+        """See `Periodic.problem`."""
+        if self._well_at is None:
+            return None
+        now = self._clock()
+        if self._excused():
+            self._well_at = now
+        silent = now - self._well_at
+        return f"has not got on for {silent:.0f} s" if silent > STALL_S else None
