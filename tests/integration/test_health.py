@@ -152,6 +152,7 @@ class StandIn:
 
     def __init__(self) -> None:
         self.silent = False
+        self.answering_since = 0.0
         self.models: Sequence[ServedModel] = ()
         self.steps = 0
         self.run_id = ""
@@ -188,7 +189,7 @@ def test_an_audit_that_takes_its_time_is_no_lack_of_progress(tmp_path: Path, mod
     plane.waits = True
     model = ServedModel(load_model(models, "m"))
     plane.models = (model,)
-    heart = Heartbeat(tmp_path / "beat.json", "node")
+    heart = Heartbeat(tmp_path / "beat.json", "node", tuple)
     heart.plane = plane
     until(lambda: heart._beat().stuck_s > 0.05, what="work without progress")
     model.audit.since = time.monotonic()
@@ -196,6 +197,49 @@ def test_an_audit_that_takes_its_time_is_no_lack_of_progress(tmp_path: Path, mod
     assert (beat.stuck_s, beat.computing, beat.overdue) == (0, 0, False)
     model.audit.since -= model.spec.config.max_run_seconds + 1
     assert heart._beat().overdue
+
+
+class Waiting:
+    """A canvas whose links have waited for so long."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def waits_s(self) -> float:
+        return self.seconds
+
+
+def test_links_that_wait_are_held_against_a_worker_only_while_redis_answers(
+    tmp_path: Path,
+) -> None:
+    plane = StandIn()
+    heart = Heartbeat(tmp_path / "beat.json", "node", tuple)
+    heart.plane, heart.links = plane, Waiting(STUCK_S + 1)
+    assert "links of a request have waited" in str(problem_of(heart._beat()))
+    plane.silent = True
+    assert heart._beat().links_s == 0
+    plane.silent, plane.answering_since = False, time.monotonic()
+    assert heart._beat().links_s < 1, "it came back just now"
+
+
+def test_loops_that_are_amiss_for_two_beats_are_told(tmp_path: Path) -> None:
+    """A process that was stopped, and goes on, is not blamed for it."""
+
+    class Ailing:
+        name = "later"
+        said: str | None = "has ended"
+
+        def problem(self) -> str | None:
+            return self.said
+
+    heart, loop = Heartbeat(tmp_path / "beat.json", "node", lambda: [loop]), Ailing()
+    heart.plane = StandIn()
+    assert heart._beat().loops == {}
+    assert problem_of(heart._beat()) == "its background loop later has ended"
+    loop.said = None
+    assert heart._beat().loops == {}
+    loop.said = "has ended"
+    assert heart._beat().loops == {}
 
 
 def test_a_stopped_process_has_no_fresh_heartbeat(

@@ -9,6 +9,7 @@ class Time:
     def __init__(self) -> None:
         self.now = 1000.0
         self.excused = False
+        self.answering_since = 0.0
 
     def pass_s(self, seconds: float, loop: MainLoop) -> str | None:
         """What it says at the end, asked every second."""
@@ -21,7 +22,7 @@ class Time:
 
 def watched() -> tuple[Time, MainLoop]:
     time = Time()
-    return time, MainLoop(lambda: time.excused, lambda: time.now)
+    return time, MainLoop(lambda: time.excused, lambda: time.answering_since, lambda: time.now)
 
 
 def test_one_that_ticks_or_has_not_begun_has_no_problem() -> None:
@@ -47,5 +48,15 @@ def test_an_excuse_counts_from_its_end() -> None:
     time.excused = True
     assert time.pass_s(5 * STALL_S, loop) is None
     time.excused = False
+    assert time.pass_s(STALL_S, loop) is None
+    assert time.pass_s(2, loop) is not None
+
+
+def test_it_has_time_to_connect_anew_once_redis_is_back() -> None:
+    """Also where nobody asked while Redis was away."""
+    time, loop = watched()
+    loop.tick()
+    time.now += 10 * STALL_S
+    time.answering_since = time.now
     assert time.pass_s(STALL_S, loop) is None
     assert time.pass_s(2, loop) is not None

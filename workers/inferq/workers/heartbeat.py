@@ -39,6 +39,9 @@ class Watched(Protocol):
     def answered_at(self) -> float: ...
 
     @property
+    def answering_since(self) -> float: ...
+
+    @property
     def models(self) -> Iterable[ServedModel]: ...
 
     @property
@@ -58,6 +61,12 @@ class Links(Protocol):
 
     def waits_s(self) -> float:
         """Seconds for which the links of one request have been waiting; not for a full Redis."""
+
+
+def links_s(plane: Watched, links: Links | None) -> float:
+    """Seconds for which links have waited while Redis answered the data plane."""
+    waited = links.waits_s() if links is not None else 0.0
+    return min(waited, time.monotonic() - plane.answering_since)
 
 
 class Heartbeat:
@@ -153,6 +162,6 @@ class Heartbeat:
             stuck_s=round(now - self._progressed, 3),
             not_served=self._not_served(),
             redis=self.redis, run_id=plane.run_id if plane is not None else "",
-            links_s=0.0 if silent or self.links is None else round(self.links.waits_s(), 3),
+            links_s=0.0 if silent or plane is None else round(links_s(plane, self.links), 3),
             loops=self._lasting(troubles(self._loops())),
         )  # fmt: skip

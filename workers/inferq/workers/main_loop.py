@@ -16,14 +16,19 @@ class MainLoop:
     """`tick` is called from that loop, `problem` once a second, from another thread.
 
     `excused` says whether it need not turn now: Redis is away, a task of Celery's own is executed.
+    `answering_since` is when Redis came back last, which it may not have noticed yet.
     """
 
     name = "celery"
 
     def __init__(
-        self, excused: Callable[[], bool], clock: Callable[[], float] = time.monotonic
+        self,
+        excused: Callable[[], bool],
+        answering_since: Callable[[], float],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._excused = excused
+        self._answering_since = answering_since
         self._clock = clock
         #: When it last ticked, or was excused; None: it has not begun.
         self._well_at: float | None = None
@@ -38,5 +43,5 @@ class MainLoop:
         now = self._clock()
         if self._excused():
             self._well_at = now
-        silent = now - self._well_at
+        silent = now - max(self._well_at, self._answering_since())
         return f"has not got on for {silent:.0f} s" if silent > STALL_S else None

@@ -119,6 +119,8 @@ class DataPlane:
         self.settled = 0
         #: When Redis last answered (monotonic s); 0: never yet.
         self.answered_at = 0.0
+        #: When the present connection was made (monotonic s): Redis has answered since.
+        self.answering_since = 0.0
 
     # --- called from other threads ----------------------------------------------------------
 
@@ -269,7 +271,7 @@ class DataPlane:
 
     def _serve(self, link: Link, ledger: Ledger) -> None:
         settling = self._settling
-        self.answered_at = time.monotonic()
+        self.answered_at = self.answering_since = time.monotonic()
         while not self._over():
             if self._fenced_out:
                 raise LeaseLost

@@ -37,7 +37,7 @@ from inferq.workers.health import (
     STUCK_S,
     loops_problem,
 )
-from inferq.workers.heartbeat import UNANSWERED_S, Heartbeat
+from inferq.workers.heartbeat import UNANSWERED_S, Heartbeat, links_s
 from inferq.workers.lanes import Finished
 from inferq.workers.later import Later
 from inferq.workers.lease import Lease
@@ -90,7 +90,7 @@ class Service:
         )
         if self._heartbeat is not None:
             self._heartbeat.redis = place_of(settings)
-        self.main_loop = MainLoop(self._may_pause)
+        self.main_loop = MainLoop(self._may_pause, self._answering_since)
         self._gpu: GpuTelemetry | None = None
         self._endpoint: Endpoint | None = None
         self._publisher = StatsPublisher(self._client, self._names, self.stats)
@@ -343,7 +343,7 @@ class Service:
             return LOADS
         if plane.overdue():
             return OVERDUE
-        waits_s = 0.0 if self._canvas is None else self._canvas.waits_s()
+        waits_s = links_s(plane, self._canvas)
         if waits_s > STUCK_S and self._answered():
             return LINKS.format(waits_s)
         bad = troubles(self._loops())
@@ -352,6 +352,9 @@ class Service:
     def _may_pause(self) -> bool:
         """Whether Celery's event loop need not turn now."""
         return self._stopping or not self._answered() or celery_private.is_executing()
+
+    def _answering_since(self) -> float:
+        return 0.0 if self.plane is None else self.plane.answering_since
 
     def _answered(self) -> bool:
         """Whether Redis answers the data plane; False: there is none yet."""
