@@ -15,10 +15,13 @@ from pathlib import Path
 import pytest
 from helpers.repository import fake_model, message, numbered
 from helpers.results import NAMES
+from helpers.stock import let_go
 from helpers.wait import until
 from helpers.worker import Worker
 from redis import Redis
 
+from inferq.shared.celery_app import make_app
+from inferq.shared.settings import Settings
 from inferq.workers.health import problem_of, read_beat
 
 LEASE_S = 1.0
@@ -183,6 +186,12 @@ def test_a_queue_of_another_type_at_the_start_stops_no_other_model(
     with serving(redis_url, models, tmp_path) as worker:
         assert_serves(redis, "b")
         assert lines(worker, "key 'inferq.a' is a hash; expected a list")
+        app = make_app(Settings.load(redis_url=redis_url))
+        until(lambda: app.control.inspect(timeout=1.0).ping(), what="remote control answers")
+        consumed = app.control.inspect(timeout=1.0).active_queues()
+        assert {each["name"] for each in next(iter(consumed.values()))} == {"inferq.a", "inferq.b"}
+        let_go(app)
+        assert not lines(worker, "Connection to broker lost")
         redis.delete(NAMES.queue("a"))
         assert_serves(redis, "a")
 

@@ -58,6 +58,7 @@ class DataPlaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
         if queues is None:
             raise refuse("no queues: expected -Q inferq.<model>[,inferq.<model>…]")
         models = [model for queue in queues if (model := model_of(queue)) is not None]
+        celery_private.be_patient(worker.app, [q for q in queues if model_of(q) is not None])
         if not models:
             raise refuse(f"-Q {','.join(queues)} names no queue of ours; expected inferq.<model>")
         if self._settings.models is None:

@@ -24,9 +24,12 @@ from celery.events.event import EVENT_EXCHANGE_NAME
 from celery.exceptions import TaskRevokedError
 from celery.worker import state as worker_state
 from celery.worker.consumer import Consumer
+from kombu import Queue
 from kombu.exceptions import MessageStateError
+from redis.exceptions import ResponseError
 
 from inferq.shared.resp import Command
+from inferq.workers.amiss import is_wrong_type
 from inferq.workers.logs.fields import about
 
 logger = logging.getLogger(__name__)
@@ -68,6 +71,30 @@ def selected_queues(app: Celery) -> list[str] | None:
     """The queues given by ``-Q``; None: there was no ``-Q``."""
     selected = app.amqp.queues._consume_from
     return None if not selected else list(selected)
+
+
+class PatientQueue(Queue):  # type: ignore[misc]
+    """A queue that is declared though its key holds something else than a list.
+
+    kombu asks for its length, and what Redis says to that would have Celery's consumer start anew
+    for ever.
+    """
+
+    def queue_declare(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().queue_declare(*args, **options)
+        except ResponseError as problem:
+            if not is_wrong_type(problem):
+                raise
+            return self.name
+
+
+def be_patient(app: Celery, queues: Sequence[str]) -> None:
+    """Have those of the selected `queues` declared as PatientQueues."""
+    known = app.amqp.queues
+    for name in queues:
+        stock = known[name]
+        known.select_add(PatientQueue(**{each: getattr(stock, each) for each, _ in stock.attrs}))
 
 
 def is_solo(pool_cls: object) -> bool:
