@@ -17,7 +17,8 @@ from helpers.wait import until
 
 from inferq.shared.errors import FatalEngineError
 from inferq.shared.schema import Array, Ticket
-from inferq.workers.audit import FREE, LATE, SHARE, SHORT_S, Audit, AuditBudget
+from inferq.workers.audit import Audit
+from inferq.workers.audit_budget import FREE, LATE, SHARE, SHORT_S, AuditBudget
 from inferq.workers.batching.policy import Knobs
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.engines.base import Batch, Lane, gather, without_padding

@@ -10,6 +10,8 @@ import pytest
 
 from inferq.shared.errors import EngineError, FatalEngineError
 from inferq.shared.schema import Array, Ticket
+from inferq.workers import evidence as evidence_of
+from inferq.workers.agreement import difference
 from inferq.workers.batching.policy import Knobs
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.engines.base import Batch, Lane, gather, without_padding
@@ -213,3 +215,18 @@ def test_only_the_requests_of_its_own_run_are_its_company() -> None:
     lane.batches.clear()
     assert found(lane, outcomes, 3, knobs=Knobs(4)).result is Result.DIFFERENT
     assert [batch.rows for batch in lane.batches] == [1, 1, 2, 2]
+
+
+def test_of_very_large_outputs_a_part_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[int] = []
+
+    def counting(expected: Any, got: Any, scale: float) -> Any:
+        compared.extend(array.size for array in expected.values())
+        return difference(expected, got, scale)
+
+    monkeypatch.setattr(evidence_of, "MOST_VALUES", 1000)
+    monkeypatch.setattr(evidence_of, "difference", counting)
+    evidence, _ = look(lambda x: np.repeat(with_mean(x), 1000, axis=1), ROWS, 1)
+    assert evidence.result is Result.DIFFERENT
+    assert len(compared) > 2
+    assert 500 < max(compared) <= 1001

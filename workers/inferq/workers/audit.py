@@ -1,15 +1,14 @@
 """Audits: now and then one request of a batch that has just run is run again by itself.
 
 No probe at load proves that an answer never depends on who shares its batch. An audit comes after
-the batch's results were handed over, while its lane would idle, and takes at most `SHARE` of the
-time that lanes compute. What it finds is told once; the model then runs request by request, unless
-its model.toml says otherwise (`on_mismatch`).
+the batch's results were handed over, while its lane would idle, and takes a small share of the time
+that lanes compute (`audit_budget`). What it finds is told once; the model then runs request by
+request, unless its model.toml says otherwise (`on_mismatch`).
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from inferq.shared.schema import Array
+from inferq.workers.audit_budget import AuditBudget
 from inferq.workers.batching.policy import Knobs
 from inferq.workers.engines.base import Batch, Lane
 from inferq.workers.evidence import Evidence, Result, examine, has_company
@@ -28,14 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Part of the time that lanes compute which audits may take.
-SHARE: Final = 0.005
-#: The first audits are not held to that, so that a wrong model is found at once.
-FREE: Final = 3
-#: An audit that is this many times overdue is done though requests wait: a busy lane never idles.
-LATE: Final = 4
-#: Only where a batch takes less time, in s: others would wait too long.
-SHORT_S: Final = 0.1
 #: Answers that another number of rows changed: so many of them, and this part of all, are proof.
 UNCLEAR, UNCLEAR_PART = 3, 0.25
 #: Requests that alone got another number of rows than they have, at which that is the model's way.
@@ -59,47 +51,6 @@ class Mismatch(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         """``answers depend on their batch: output 'y' differs … in one of 32 rows``."""
         return f"answers depend on their batch: {self.what} in one of {self.rows} rows"
-
-
-class AuditBudget:
-    """When the next audit may be. Any lane's thread calls it; a count that is lost does no harm.
-
-    The first batch is audited, then the second, fourth, eighth one after, …, until only each
-    `every`-th is (0: none).
-    """
-
-    def __init__(self, every: int) -> None:
-        self._every = every
-        self._gap = 1
-        #: Batches until the next audit, counted down by lanes; 0 or less: ask `allows`.
-        self.left: float = 1 if every else math.inf
-        self._audits = 0
-        self._spent_s = 0.0
-        self._last_s = 0.0
-
-    def allows(self, took_s: float, computed_s: float, idle: bool) -> bool:
-        """A batch has ended that took `took_s`, of `computed_s` in all.
-
-        `idle`: nothing waits for its lane.
-        """
-        if not idle and self._gap - self.left < LATE * self._gap:
-            return False
-        if self._audits < FREE:
-            return idle or took_s < SHORT_S
-        return self._spent_s + self._last_s <= SHARE * computed_s
-
-    def spent(self, took_s: float) -> None:
-        """An audit has ended that took `took_s`."""
-        self._gap = min(2 * self._gap, self._every)
-        self.left = self._gap
-        self._audits += 1
-        if self._audits > FREE:
-            self._spent_s += took_s
-        self._last_s = took_s
-
-    def end(self) -> None:
-        """There are to be no more."""
-        self.left = math.inf
 
 
 class OddRows:
@@ -170,8 +121,8 @@ class Audit:
         self._knobs = knobs
         self._exact = knobs.spread
         self._computed_s, self._answered, self._wake = computed_s, answered, wake
-        if not knobs.batchable:
-            self.budget.end()
+        if not knobs.batchable or (knobs.max_batch_size == 1 and not knobs.buckets):
+            self.budget.end()  # nothing ever has company
 
     def summary(self) -> str:
         """In words, for people: ``12 of 12 answers as alone``. For any thread."""

@@ -33,6 +33,9 @@ SAME_SIZE: Final = 0.1
 #: Largest share by which another number of rows may change an answer by rounding alone.
 SLIGHT: Final = 0.01
 
+#: Most values of one output that are compared: to compare takes ten times an output's memory.
+MOST_VALUES: Final = 1 << 20
+
 #: Runs a batch as `Lane.run` does.
 Run = Callable[[Batch], Mapping[str, Array]]
 
@@ -89,18 +92,18 @@ def _examine(run: Run, company: _Company, exact: bool, bucket: int) -> Evidence:
     found = company.difference(alone)
     if found is None:
         return Evidence(Result.SAME)
-    if difference(alone, run(batch)) is not None:
+    if _difference(alone, run(batch)) is not None:
         return Evidence(Result.RANDOM, str(found))
     if company.is_shaped_otherwise(alone):
         return Evidence(Result.DIFFERENT, str(found))
     batch = company.copies()
     copies = run(batch)
     if company.difference(company.own(copies), SAME_SIZE) is not None:
-        if difference(copies, run(batch), SAME_SIZE) is not None:
+        if _difference(copies, run(batch), SAME_SIZE) is not None:
             return Evidence(Result.RANDOM, str(found))
         return Evidence(Result.DIFFERENT, str(found))
     elsewhere = company.elsewhere(copies)
-    if elsewhere is not None and not _is_slight(difference(company.own(copies), elsewhere)):
+    if elsewhere is not None and not _is_slight(_difference(company.own(copies), elsewhere)):
         return Evidence(Result.DIFFERENT, str(found))
     return Evidence(Result.SAME if _is_slight(found) else Result.UNCLEAR, str(found))
 
@@ -179,16 +182,41 @@ class _Company:
         A value that is next to nothing differs by a large share of itself. So rounding is measured
         by the largest value of the whole batch, once that matters.
         """
-        own = difference(outputs, self._answer, scale)
+        own = _difference(outputs, self._answer, scale)
         if own is None or math.isinf(own.share) or own.cosine is None:
             return own
-        answers = self._answers
-        others = [*answers[: self._place], outputs, *answers[self._place + 1 :]]
-        wide = difference(_joined(others), _joined(answers), scale)
+        wide = difference(self._beside_largest(outputs), self._beside_largest(self._answer), scale)
         if wide is None or wide.output != own.output:
             return wide
         return replace(wide, cosine=own.cosine)
 
+    def _beside_largest(self, outputs: Tensors) -> dict[str, Array]:
+        """`outputs` of the request, each with the largest value of the whole batch behind it."""
+        found = {}
+        for name, array in _sample(outputs).items():
+            largest = max(_largest(answer[name]) for answer in self._answers)
+            found[name] = np.append(array.reshape(-1), np.asarray(largest, array.dtype))
+        return found
 
-def _joined(answers: Sequence[Tensors]) -> dict[str, Array]:
-    return {name: np.concatenate([each[name] for each in answers]) for name in answers[0]}
+
+def _largest(array: Array) -> float:
+    if array.dtype.kind not in "fc":
+        return 0.0
+    sizes = np.abs(_sample({"": array})[""])
+    return float(np.max(sizes, initial=0.0, where=np.isfinite(sizes)))
+
+
+def _difference(expected: Tensors, got: Tensors, scale: float = 1.0) -> Difference | None:
+    if any(array.shape != got[name].shape for name, array in expected.items()):
+        return difference(expected, got, scale)
+    return difference(_sample(expected), _sample(got), scale)
+
+
+def _sample(outputs: Tensors) -> dict[str, Array]:
+    """`outputs`; of those with more than `MOST_VALUES` as many of them, evenly from all of it."""
+    return {
+        name: array
+        if array.size <= MOST_VALUES
+        else array.reshape(-1)[:: -(-array.size // MOST_VALUES)]
+        for name, array in outputs.items()
+    }
