@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -28,12 +29,20 @@ settings.load_profile("untimed")
 KINDS = ["valkey", *(["redis-server"] if shutil.which("redis-server") else [])]
 
 
+@pytest.fixture(scope="session")
+def cache_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Names of folders that are not there, one after the other."""
+    root = tmp_path_factory.mktemp("cache")
+    return (root / str(number) for number in count())
+
+
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting of the developer's own shell reaches a test."""
+def clean_environment(monkeypatch: pytest.MonkeyPatch, cache_folders: Iterator[Path]) -> None:
+    """No setting of the developer's own shell reaches a test, nor what another test has cached."""
     for name in list(os.environ):
         if name.startswith(("INFERQ_", "CELERY_")):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(next(cache_folders)))
 
 
 @pytest.fixture(scope="session", params=KINDS)

@@ -232,3 +232,23 @@ def external(path: Path, location: str) -> Path:
         [weights],
     )
     return _save(path, graph)
+
+
+def wide_convolution(path: Path, channels: int = 256, side: int = 256) -> Path:
+    """x: float32[batch, 3, side, side] → y [batch, 4, 1, 1]. One row takes `channels` × side² × 4
+    bytes while it runs: 67 MB as it is, and a batch of 32 takes 2 GB.
+    """
+    first = helper.make_tensor("w", FLOAT, [channels, 3, 1, 1], [0.01] * channels * 3)
+    second = helper.make_tensor("v", FLOAT, [4, channels, 1, 1], [0.01] * channels * 4)
+    nodes = [
+        node("Conv", "xw", "h"),
+        node("GlobalAveragePool", "h", "g"),
+        node("Conv", "gv", "y"),
+    ]
+    return write(
+        path,
+        nodes,
+        {"x": (FLOAT, ("batch", 3, side, side))},
+        {"y": (FLOAT, ("batch", 4, 1, 1))},
+        [first, second],
+    )

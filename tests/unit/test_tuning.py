@@ -1,19 +1,12 @@
-"""Warm-up finds the batch size to aim at, from what the engine really does."""
+"""The batch size to aim at follows from the run times that were measured."""
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable, Mapping
-
-import numpy as np
 import pytest
 
-from inferq.shared.schema import Array, Signature, TensorSpec
+from inferq.shared.schema import Signature, TensorSpec
 from inferq.workers.batching.padding import PadRule
-from inferq.workers.engines.base import Batch, Lane
-from inferq.workers.ranges import Usual
-from inferq.workers.tuning import Tuning, measure, sample, sizes
+from inferq.workers.tuning import PER_BATCH_S, Line, Tuning, fitted, sample, sizes
 
 PLAIN = Signature(
     (TensorSpec("x", "float32", ("batch", 3)),), (TensorSpec("y", "float32", ("batch", 3)),)
@@ -40,20 +33,59 @@ def test_buckets_or_powers_of_two_are_tried_up_to_the_largest(
 
 
 @pytest.mark.parametrize(
-    ("rates", "best"),
+    ("seconds", "best"),
     [
-        ({1: 100.0}, 1),
-        ({1: 100.0, 2: 150.0, 4: 200.0}, 4),
-        ({1: 100.0, 2: 200.0, 4: 140.0}, 2),
-        ({1: 10.0, 2: 20.0, 4: 20.01}, 2),
-        ({1: 10_000.0, 32: 10_000.0}, 32),
+        ({1: 0.01}, 1),
+        ({1: 0.01, 2: 2 / 150, 4: 4 / 200}, 4),
+        ({1: 0.01, 2: 0.01, 4: 4 / 140}, 2),
+        ({1: 0.1, 2: 0.1, 4: 4 / 20.01}, 2),
+        ({1: 0.0001, 32: 0.0032}, 32),
     ],
     ids=["one", "larger is better", "larger is worse", "no better", "a batch costs something"],
 )
-def test_the_smallest_size_that_serves_most_is_best(rates: dict[int, float], best: int) -> None:
-    tuning = Tuning(rates)
+def test_the_smallest_size_that_serves_most_is_best(seconds: dict[int, float], best: int) -> None:
+    tuning = Tuning(seconds, tuple(seconds))
     assert tuning.best == best
-    assert tuning.seconds_per_row == 1 / rates[best]
+    assert tuning.seconds_per_row == seconds[best] / best
+
+
+def test_several_lanes_share_the_rows() -> None:
+    tuning = Tuning({4: 0.1}, (4,), lanes=2)
+    assert tuning.rows_per_s(4) == pytest.approx(4 / (0.05 + PER_BATCH_S))
+    assert tuning.seconds_per_row == 0.1 / 4 / 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "line"),
+    [
+        ({1: 3.0, 2: 5.0, 8: 17.0}, Line(1.0, 2.0)),
+        ({1: 10.0, 2: 10.0}, Line(10.0, 0.0)),
+        ({4: 2.0}, Line(0.0, 0.5)),
+        ({1: 1.0, 2: 3.0}, Line(0.0, 15 / 13)),
+        ({1: 2.0, 2: 1.0}, Line(1.2, 0.0)),
+    ],
+    ids=["both parts", "the size costs nothing", "one point", "no part < 0", "nor of a row"],
+)
+def test_a_line_has_a_fixed_part_and_one_for_each_row(
+    seconds: dict[int, float], line: Line
+) -> None:
+    found = fitted(seconds)
+    assert found.fixed_s == pytest.approx(line.fixed_s, abs=1e-9)
+    assert found.per_row_s == pytest.approx(line.per_row_s, abs=1e-9)
+
+
+def test_what_was_not_tried_is_expected_to_lie_on_the_line() -> None:
+    """Two batches of 10 s each, whatever their size, tell that one of 32 takes 10 s, too."""
+    tuning = Tuning({1: 10.0, 2: 10.0}, (1, 2, 4, 8, 16, 32))
+    assert tuning.batch_s(32) == pytest.approx(10.0)
+    assert tuning.best == 32
+    assert Tuning({1: 10.0, 2: 20.0}, (1, 2, 4, 8, 16, 32)).best == 1
+
+
+def test_what_lies_between_two_sizes_is_on_the_line_through_both() -> None:
+    tuning = Tuning({1: 1.0, 4: 4.0, 8: 5.0}, (1, 2, 4, 8))
+    assert tuning.batch_s(2) == pytest.approx(2.0)
+    assert tuning.batch_s(6) == pytest.approx(4.5)
 
 
 def test_samples_are_zeros_of_the_models_shapes_and_dtypes() -> None:
@@ -71,10 +103,9 @@ def test_samples_are_zeros_of_the_models_shapes_and_dtypes() -> None:
 
 
 @pytest.mark.parametrize("dim", ["n", None])
-def test_without_a_known_size_there_is_no_sample_and_no_tuning(dim: str | None) -> None:
+def test_without_a_known_size_there_is_no_sample(dim: str | None) -> None:
     signature = Signature((TensorSpec("x", "float32", ("batch", dim)),), PLAIN.outputs)
     assert sample(signature, 1, {}) is None
-    assert measure([Timed(lambda rows: 0.0)], signature, [1, 2], {}) is None
 
 
 def test_a_dim_has_its_usual_size_where_one_is_known() -> None:
@@ -82,87 +113,3 @@ def test_a_dim_has_its_usual_size_where_one_is_known() -> None:
     found = sample(signature, 2, {"m": PadRule((4, 8), 0.0)}, {"n": 5, "batch": 9})
     assert found is not None
     assert found["x"].shape == (2, 5, 8)
-
-
-class Timed(Lane):
-    """A lane whose runs take what `seconds` says of a batch's size."""
-
-    def __init__(self, seconds: Callable[[int], float]) -> None:
-        self._seconds = seconds
-        self.ran: list[int] = []
-        self.shapes: set[tuple[int, ...]] = set()
-        self.threads: set[int] = set()
-
-    def run(self, batch: Batch) -> Mapping[str, Array]:
-        self.ran.append(batch.bucket)
-        self.shapes.add(batch.parts[0]["x"].shape)
-        self.threads.add(threading.get_ident())
-        time.sleep(self._seconds(batch.bucket))
-        return {"y": np.zeros((batch.rows, 3), np.float32)}
-
-
-@pytest.mark.parametrize(
-    ("seconds", "best"),
-    [
-        (lambda rows: 0.02, 8),
-        (lambda rows: 0.02 if rows <= 2 else 0.02 * rows, 2),
-        (lambda rows: 0.01 * rows**2, 1),
-    ],
-    ids=["the size costs nothing", "beyond two it does", "the square"],
-)
-def test_the_size_that_is_fastest_on_the_engine_is_found(
-    seconds: Callable[[int], float], best: int
-) -> None:
-    lanes = [Timed(seconds), Timed(seconds)]
-    tuning = measure(lanes, PLAIN, [1, 2, 4, 8], {})
-    assert tuning is not None
-    assert tuning.best == best
-    assert 0.5 < tuning.seconds_per_row / (seconds(best) / best / len(lanes)) < 2
-
-
-def test_every_size_ran_before_it_may_be_asked_for() -> None:
-    """Also those that are too slow to be measured: first runs allocate and compile."""
-    lane = Timed(lambda rows: 0.004 * rows**2)
-    measure([lane], PLAIN, [1, 2, 4, 8, 16], {})
-    assert set(lane.ran) == {1, 2, 4, 8, 16}
-
-
-def test_lanes_are_measured_side_by_side() -> None:
-    lanes = [Timed(lambda rows: 0.02) for _ in range(3)]
-    tuning = measure(lanes, PLAIN, [4], {})
-    assert tuning is not None
-    assert 3 * 4 / 0.02 / 2 < tuning.rows_per_s[4] <= 3 * 4 / 0.02
-    assert len({thread for lane in lanes for thread in lane.threads}) >= 3
-
-
-def test_what_the_engine_raises_is_raised() -> None:
-    def fail(rows: int) -> float:
-        if rows == 2:
-            raise ValueError("no room for two")
-        return 0.0
-
-    with pytest.raises(ValueError, match="no room for two"):
-        measure([Timed(fail)], PLAIN, [1, 2], {})
-
-
-def test_the_bucket_of_the_largest_batch_runs_and_is_never_aimed_at() -> None:
-    lane = Timed(lambda bucket: 0.02)
-    tried = sizes(9, (4, 16, 32))
-    tuning = measure([lane], PLAIN, tried, {}, (4, 16, 32))
-    assert set(lane.ran) == {4, 16}, "32 is never run"
-    assert tuning is not None
-    assert tuning.best == 9
-    assert set(tuning.rows_per_s) == {4, 9}
-    assert tuning.rows_per_s[9] < 9 / 0.02, "padding does not count"
-
-
-def test_usual_inputs_of_every_profile_run_on_every_lane_and_the_first_are_measured() -> None:
-    signature = Signature((TensorSpec("x", "float32", ("batch", "n")),), PLAIN.outputs)
-    lanes = [Timed(lambda rows: 0.02), Timed(lambda rows: 0.02)]
-    usual = [Usual({"n": 3}, 8), Usual({"n": 70}, 2)]
-    tuning = measure(lanes, signature, [1, 2, 4, 8], {}, (), usual)
-    assert tuning is not None
-    assert tuning.best == 8
-    for lane in lanes:
-        assert {shape for shape in lane.shapes if shape[1] == 70} == {(1, 70), (2, 70)}
-        assert {shape for shape in lane.shapes if shape[1] == 3} == {(n, 3) for n in (1, 2, 4, 8)}

@@ -16,6 +16,7 @@ from dataclasses import replace
 from queue import Empty, SimpleQueue
 
 import msgspec
+import numpy as np
 
 from inferq.shared.errors import EngineError, FatalEngineError, InferqError
 from inferq.shared.schema import GpuTimes, Tensors, Ticket
@@ -26,6 +27,7 @@ from inferq.workers.claims import Slot
 from inferq.workers.engines.base import Batch, Lane, RowsDiffer, check_rows
 from inferq.workers.intake import Failed, Revoked
 from inferq.workers.logs.fields import about
+from inferq.workers.warmup.fit import Fit, lacks_memory
 
 logger = logging.getLogger(__name__)
 
@@ -95,22 +97,37 @@ class Finished(msgspec.Struct):
 
 
 def execute(
-    lane: Lane, items: Sequence[Waiting], knobs: Knobs, odd: OddRows | None = None
+    lane: Lane,
+    items: Sequence[Waiting],
+    knobs: Knobs,
+    odd: OddRows | None = None,
+    fit: Fit | None = None,
 ) -> list[Outcome]:
-    """Run `items` as one batch on `lane`; in halves where that fails. Raises FatalEngineError.
+    """Run `items` as one batch on `lane`; in halves where that fails, or is more than fits.
+
+    Raises FatalEngineError.
 
     Of a model that is not batchable each runs by itself, at its own rows. `odd` takes note of
     outputs whose rows are not those of the inputs.
     """
     if not knobs.batchable and len(items) > 1:
         return [outcome for item in items for outcome in execute(lane, [item], knobs)]
+    fit = fit or Fit("")
     rows = sum(item.rows for item in items)
     bucket = knobs.bucket(rows) if knobs.batchable else rows
     batch = Batch([item.inputs for item in items], rows, bucket, knobs.batchable)
     started = time.monotonic() * 1000
     outputs: Tensors | None
     try:
-        outputs = lane.run(batch)
+        if rows == 1 or not knobs.batchable:
+            outputs = lane.run(batch)
+        elif (most := fit.rows(batch.parts[0])) >= bucket:
+            with fit.running(batch.parts[0], bucket):
+                outputs = lane.run(batch)
+        elif len(items) == 1:
+            outputs = _in_pieces(lane, batch, int(most), knobs)
+        else:
+            return _in_halves(lane, items, knobs, odd, fit)
         if knobs.batchable:
             check_rows(outputs, rows)
     except FatalEngineError:
@@ -124,19 +141,18 @@ def execute(
         outputs = None
     except Exception as problem:  # noqa: BLE001 - whatever an engine raises fails its request
         if not knobs.batchable and knobs.bucket(rows) > rows:  # it may take no fewer than its first
-            return execute(lane, items, replace(knobs, batchable=True), odd)
+            return execute(lane, items, replace(knobs, batchable=True), odd, fit)
+        ran = min(bucket, fit.rows(batch.parts[0])) if rows > 1 and knobs.batchable else 1
+        if ran > 1 and lacks_memory(problem):
+            fit.lower(batch.parts[0], int(ran))
+            return execute(lane, items, knobs, odd, fit)
         if len(items) == 1:
             return [Outcome(items[0], None, None, _engine_error(items[0].ticket, problem))]
         outputs = None  # what its parts raise does not follow from this
     if outputs is None:
         if len(items) == 1:  # without the padding, perhaps
-            return execute(lane, items, replace(knobs, buckets=()), odd)
-        half = len(items) // 2
-        return [
-            outcome
-            for part in (items[:half], items[half:])
-            for outcome in execute(lane, part, knobs, odd)
-        ]
+            return execute(lane, items, replace(knobs, buckets=()), odd, fit)
+        return _in_halves(lane, items, knobs, odd, fit)
     run = Run(
         started, time.monotonic() * 1000, rows, bucket - rows, len(items), lane.gpu_times,
         batch.gather_ms,
@@ -150,6 +166,30 @@ def execute(
         outcomes.append(Outcome(item, part_outputs, run))
         row += item.rows
     return outcomes
+
+
+def _in_halves(
+    lane: Lane, items: Sequence[Waiting], knobs: Knobs, odd: OddRows | None, fit: Fit
+) -> list[Outcome]:
+    half = len(items) // 2
+    return [
+        outcome
+        for part in (items[:half], items[half:])
+        for outcome in execute(lane, part, knobs, odd, fit)
+    ]
+
+
+def _in_pieces(lane: Lane, batch: Batch, most: int, knobs: Knobs) -> Tensors:
+    """One request of more rows than fit, run `most` at a time: its rows are independent."""
+    most = max((size for size in knobs.buckets if size <= most), default=most)
+    (inputs,) = batch.parts
+    pieces: list[Tensors] = []
+    for begin in range(0, batch.rows, most):
+        part = {name: array[begin : begin + most] for name, array in inputs.items()}
+        rows = min(most, batch.rows - begin)
+        pieces.append(lane.run(Batch([part], rows, knobs.bucket(rows))))
+        check_rows(pieces[-1], rows)
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
 def _engine_error(ticket: Ticket, problem: Exception) -> InferqError:
@@ -189,9 +229,11 @@ class Lanes:
         on_finished: Callable[[Finished], None],
         on_begun: Callable[[Sequence[Waiting]], None] = lambda _: None,
         audit: Audit | None = None,
+        fit: Fit | None = None,
     ) -> None:
         """Drive `lanes` from now on."""
         self._knobs = knobs
+        self._fit = fit or Fit(self._name)
         self._knobs_alone = replace(knobs, batchable=False)
         self._audit = audit or Audit(self._name, 0, unbatch=False)
         self._odd = [OddRows() for _ in lanes]
@@ -289,7 +331,7 @@ class Lanes:
     ) -> Sequence[Outcome]:
         if not self._audit.unbatched:
             odd = self._odd[number]
-            outcomes = execute(lane, items, self._knobs, odd)
+            outcomes = execute(lane, items, self._knobs, odd, self._fit)
             if odd.together or odd.alone:
                 self._audit.odd_rows(odd, failed=any(each.error for each in outcomes))
                 odd.clear()

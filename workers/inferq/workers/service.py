@@ -268,6 +268,7 @@ class Service:
 
     def stop_claiming(self) -> None:
         self._stopping = True
+        self._told_to_end()
         if self._heartbeat is not None:
             self._heartbeat.stopping = True
         if self.plane is not None:
@@ -279,6 +280,7 @@ class Service:
         Waits in short steps, so that a cold shutdown asked for meanwhile takes effect.
         """
         self._stopping = True
+        self._told_to_end()
         if self.plane is not None:
             self._drain(self.plane, grace_s)
         self._publisher.stop()
@@ -290,6 +292,10 @@ class Service:
             self._gpu.close()
         if self._is_busy():
             end_at_once(self._is_busy, lambda: int(self._worker.exitcode or 0))
+
+    def _told_to_end(self) -> None:
+        for model in self._models:
+            model.told_to_end()
 
     def _is_busy(self) -> bool:
         """Whether a thread loads a model, or is a lane's."""

@@ -27,7 +27,9 @@ from inferq.workers.metrics.counts import ModelCounts, ModelStats
 from inferq.workers.pad_probe.probe import probe_padding
 from inferq.workers.repository import ModelSpec
 from inferq.workers.results import Results
-from inferq.workers.tuning import Tuning, measure, sizes
+from inferq.workers.warmup.fit import row_elements
+from inferq.workers.warmup.learning import Learner
+from inferq.workers.warmup.prepare import Preparation, Prepared
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,9 @@ AHEAD_S = 0.02
 MAX_AHEAD = 16
 #: How much the newest batch weighs in the mean time of a batch, if it was a short one.
 _BATCH_WEIGHT = 0.1
+#: Of batches that take less than so many seconds, one in so many is learnt from: that costs 3 µs.
+SHORT_S = 0.01
+LEARN_OF = 16
 
 
 class ServedModel:
@@ -60,6 +65,12 @@ class ServedModel:
         #: Until it is loaded: None.
         self._target: int | None = None
         self._engine: Engine | None = None
+        self._preparation = Preparation(spec)
+        self._prepared: Prepared | None = None
+        #: None: nothing was measured that could be refined, or model.toml says what to aim at.
+        self._learner: Learner | None = None
+        #: Batches that have ended, while there is something to learn.
+        self._ended = 0
         self._lanes = Lanes(f"inferq-{self.name}")
         #: False while ``control cancel_consumer`` holds: nothing is claimed.
         self.consuming = True
@@ -89,23 +100,27 @@ class ServedModel:
         self._tell_of_rows()
         engine = engine_class(config.engine)(spec)
         began = time.monotonic()
+        self._preparation.start()
         self._load(engine)
         self._engine = engine
         self._buckets = engine.buckets
         padding = self._pad(engine)
-        tuning = self._tune(engine)
-        preferred = config.preferred_batch_sizes
-        if not preferred and tuning is not None and spec.batchable:
+        prepared = self._prepared = self._preparation.prepare(engine)
+        tuning = prepared.tuning
+        preferred = tuple(n for n in config.preferred_batch_sizes if n <= prepared.rows)
+        if not config.preferred_batch_sizes and tuning is not None and spec.batchable:
             preferred = (tuning.best,)
+            if len(tuning.sizes) > 1:
+                self._learner = Learner(tuning, tuning.best)
         self.knobs = Knobs(
-            max_batch_size=spec.max_batch_size,
+            max_batch_size=prepared.rows,
             preferred_batch_sizes=preferred,
             max_queue_delay_ms=config.max_queue_delay_ms,
             buckets=self._buckets,
             batchable=spec.batchable,
             spread=engine.parallel_lanes,
         )
-        self._target = self.knobs.target
+        self._aim_at(self.knobs)
         self.advert: ModelAdvert = spec.advert(
             seconds_per_row=tuning.seconds_per_row if tuning else 0.0,
             result_expires_s=result_expires_s,
@@ -113,16 +128,15 @@ class ServedModel:
         self.sizes = Sizes(self.advert)
         self.intake = Intake(self.advert, names, padding, is_revoked, clock.now)
         self.results = Results(worker, config.engine, spec.version, padding)
-        self._ahead_knobs = replace(
-            self.knobs, preferred_batch_sizes=(self.knobs.target,), max_queue_delay_ms=math.inf
-        )
+        prepared.serve()
         counts = self.counts
         self.audit.begin(
             self.knobs, lambda: counts.busy_s, lambda: sum(counts.outcomes.values()), wake
         )
         self._lanes.start(
-            engine.lanes, self.knobs, self.intake.too_late, on_finished, on_begun, self.audit
-        )
+            prepared.lanes, self.knobs, self.intake.too_late, on_finished, on_begun, self.audit,
+            prepared.fit,
+        )  # fmt: skip
         logger.info(
             "model %s version %d: %s, %d lanes, batches of %d, ready in %.1f s",
             self.name, spec.version, config.engine, len(self._lanes), self.knobs.target,
@@ -158,25 +172,12 @@ class ServedModel:
             named = problem.message if known else f"model {self.name!r}: {problem.message}"
             raise ConfigError(named) from problem
 
-    def _tune(self, engine: Engine) -> Tuning | None:
-        config = self.spec.config
-        if not config.warm_up:
-            return None
-        tried = [1]
-        if self.spec.batchable:
-            tried = sizes(self.spec.max_batch_size, self._buckets)
-        try:
-            return measure(
-                engine.lanes, self.spec.signature, tried, config.pad, self._buckets, engine.usual,
-                batchable=self.spec.batchable,
-            )  # fmt: skip
-        except FatalEngineError:
-            raise
-        except Exception as problem:
-            raise ConfigError(
-                f"{self.spec.path or self.name} cannot run zeros to warm up "
-                f"(warm_up = false serves it without): {problem}"
-            ) from problem
+    def _aim_at(self, knobs: Knobs) -> None:
+        self.knobs = knobs
+        self._target = knobs.target
+        self._ahead_knobs = replace(
+            knobs, preferred_batch_sizes=(knobs.target,), max_queue_delay_ms=math.inf
+        )
 
     # --- claiming ---------------------------------------------------------------------------
 
@@ -303,6 +304,30 @@ class ServedModel:
         self._ahead_knobs = replace(alone, max_queue_delay_ms=math.inf)
         self._target = alone.target
 
+    def learn(self, finished: Finished) -> None:
+        """Refine the size that is aimed at by how long this batch took, if all lanes were busy."""
+        learner, outcomes = self._learner, finished.outcomes
+        if learner is None:
+            return
+        self._ended += 1
+        if finished.ended - finished.began < SHORT_S and self._ended % LEARN_OF:
+            return
+        if not outcomes or len(self.jobs) < len(self._lanes):
+            return
+        run = outcomes[0].run
+        if run is None or run.requests != len(outcomes):  # it was run in parts
+            return
+        assert self._prepared is not None
+        if row_elements(outcomes[0].item.inputs) != self._prepared.row_elements:
+            return  # longer or shorter rows than those that were measured
+        before = learner.target
+        if learner.ran(run.rows + run.padding, (run.ended_ms - run.started_ms) / 1000):
+            logger.info(
+                "model %s: batches of %d in place of %d from now on, as its batches ran since",
+                self.name, learner.target, before, extra=about(model=self.name),
+            )  # fmt: skip
+            self._aim_at(replace(self.knobs, preferred_batch_sizes=(learner.target,)))
+
     @property
     def lanes(self) -> int:
         """0 until it is loaded."""
@@ -311,6 +336,10 @@ class ServedModel:
     @property
     def _aim(self) -> int:
         return self._target or self.spec.max_batch_size
+
+    @property
+    def _most(self) -> int:
+        return self._prepared.rows if self._prepared is not None else self.spec.max_batch_size
 
     def fill(self) -> str:
         """How full its batches were so far: ``5.2 of 8 rows``. For any thread."""
@@ -321,7 +350,7 @@ class ServedModel:
         """What has become of its requests so far, and how many it has now. For any thread."""
         computing = self.computing()
         stats = self.counts.stats(self.name, self.spec.version, self.spec.config.engine)
-        stats.lanes, stats.max_batch_size = self.lanes, self.spec.max_batch_size
+        stats.lanes, stats.max_batch_size = self.lanes, self._most
         stats.target_batch_size = self._aim
         stats.lanes_busy = len(computing)
         stats.computing = sum(len(job.items) for job, _ in computing)
@@ -356,7 +385,15 @@ class ServedModel:
         """Whether a lane's thread is there."""
         return self._lanes.is_alive
 
+    def told_to_end(self) -> None:
+        """Whatever ends this process from now on, no batch is to blame. For any thread."""
+        self._preparation.told_to_end()
+
     def close(self, timeout: float) -> None:
         """End the lanes and free the engine, unless a lane does not end in time."""
+        learner, self._learner = self._learner, None
+        if learner is not None and self._prepared is not None and learner.has_learnt:
+            self._prepared.keep(learner.learnt())
+        self.told_to_end()
         if self._lanes.stop(timeout) and self._engine is not None:
             self._engine.close()

@@ -92,6 +92,7 @@ class Settling:
             model = self._model(finished)
             if not finished.audited:
                 self.batches_ended += 1
+                model.learn(finished)
                 model.ended(finished.job, finished.ended - finished.began)
                 model.counts.ended(finished)
                 if finished.outcomes and (one := finished.outcomes[0]).outputs is not None:

@@ -26,6 +26,8 @@ from inferq.shared.names import Names
 from inferq.workers.children import start_child
 from inferq.workers.health import EX_FATAL_ENGINE, LOADING, SERVING, read_beat, stuck
 from inferq.workers.recovery import Recoverer
+from inferq.workers.warmup.limits import limits, oom_kills, was_killed
+from inferq.workers.warmup.notes import absolve
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,8 @@ SOON_S: Final = 10.0
 #: Seconds before the second child in a row that died too soon is replaced; doubles from there.
 BACK_OFF_S: Final = 1.0
 MAX_BACK_OFF_S: Final = 30.0
+#: How a process may end for want of memory: killed, or where it takes no notice of a refusal.
+_MAY_BE_MEMORY: Final = (-signal.SIGKILL, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
 
 
 @dataclass
@@ -63,6 +67,8 @@ class Child:
     #: What the names of its incarnations begin with.
     prefix: str = ""
     started: float = 0.0
+    #: How often the kernel had killed for want of memory by then (see `limits.oom_kills`).
+    oom_kills: Mapping[str, int] = field(default_factory=dict)
     #: When it was first seen to serve; 0: not yet.
     served: float = 0.0
     #: Whether any of them has ever served.
@@ -79,6 +85,12 @@ class Child:
     dead: dict[str, float] = field(default_factory=dict)
     #: Whether the last try to recover them failed.
     failed_recovery: bool = False
+
+
+def _limit() -> str:
+    """The tightest limit on memory."""
+    found = min(limits(), key=lambda limit: limit.limit, default=None)
+    return "no limit is known" if found is None else f"{found.limit >> 20} MiB of {found.name}"
 
 
 def _of(child: Child) -> dict[str, str]:
@@ -158,6 +170,7 @@ class Supervisor:
                 child.prefix = secrets.token_hex(4)
                 child.started, child.served = now, 0.0
                 child.beat_at, child.beat = now, 0.0
+                child.oom_kills = oom_kills()
                 environment = {**child.environment, "INFERQ_INCARNATION": child.prefix}
                 try:
                     child.process = start_child(child.command, None, env=environment)
@@ -177,7 +190,7 @@ class Supervisor:
     def _look_at(self, child: Child) -> None:
         process = child.process
         if process is not None and process.poll() is not None:
-            self._ended(child, process.returncode)
+            self._ended(child, process.pid, process.returncode)
         else:
             if process is not None:
                 self._watch(child, process)
@@ -207,11 +220,15 @@ class Supervisor:
             logger.critical("%s is killed: %s", child.node, reason, extra=_of(child))
             process.kill()
 
-    def _ended(self, child: Child, status: int) -> None:
+    def _ended(self, child: Child, pid: int, status: int) -> None:
         child.process = None
         child.dead[child.prefix] = time.monotonic() + RECOVER_S
         self._recover(child)
         how = f"by {_NAMES.get(-status, -status)}" if status < 0 else f"with status {status}"
+        if status == -signal.SIGKILL and was_killed(child.oom_kills, oom_kills()):
+            how += f", by the kernel for want of memory ({_limit()})"
+        if self._stops or status not in _MAY_BE_MEMORY:
+            absolve(pid)
         if self._stops and status == -signal.SIGTERM:  # it was only being imported
             status = 0
         hopeless = status > 0 and status != EX_FATAL_ENGINE and not child.proven

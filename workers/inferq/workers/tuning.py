@@ -1,13 +1,14 @@
-"""Warm-up measures every bucket: the batch size that serves most rows a second is aimed at.
+"""The batch size that serves most rows a second, from the run times that were measured.
 
 Bigger is not always better: on two CPU cores magika is fastest at batch 1 or 2, full batches of 32
-give 0.69 of that. All lanes run at once while this measures, as they do under load.
+give 0.69 of that. Times are those of all lanes at once, as they run under load. What lies between
+two sizes that were measured is on the line through both; what lies beyond them is on the fitted
+line: a fixed part, and a part for each row.
 """
 
 from __future__ import annotations
 
-import threading
-import time
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -16,42 +17,98 @@ import numpy as np
 
 from inferq.shared.schema import Array, Signature
 from inferq.workers.batching.padding import PadRule
-from inferq.workers.engines.base import Batch, Lane
-from inferq.workers.ranges import Usual
 
-#: Seconds spent on one measurement of one size, at least one run in any case.
-PER_SIZE_S: Final = 0.1
-#: Seconds after which no larger size is tried.
-BUDGET_S: Final = 5.0
 #: Seconds that one batch costs beside its run: the CPU of handing it to a lane and its outcomes
 #: back. It speaks for a larger batch where the engine itself hardly does. What it costs to claim
 #: and settle is shared by the batches formed ahead.
 PER_BATCH_S: Final = 0.1e-3
 #: A smaller batch is preferred to the fastest one if it reaches this share of it: it waits less.
 GOOD_ENOUGH: Final = 0.985
-#: Two sizes in a row below this share of the fastest end the search for larger ones.
-FALLING: Final = 0.9
-#: How many of the fastest are measured again, and how often: what else runs on the machine can
-#: only make a size look slow, so the best of its measurements counts.
-AGAIN, ROUNDS = 3, 2
+#: A size beyond all that were measured counts with so much of what the line lets expect: the slope
+#: of a few runs is not sure.
+BEYOND: Final = 0.8
+
+
+@dataclass(frozen=True)
+class Line:
+    """Seconds that a batch takes: a fixed part, and one for each row. Neither is negative."""
+
+    fixed_s: float
+    per_row_s: float
+
+    def at(self, rows: float) -> float:
+        """Of so many rows."""
+        return self.fixed_s + self.per_row_s * rows
+
+
+def fitted(seconds: Mapping[int, float]) -> Line:
+    """The line through `seconds` (rows → seconds, at least one) with the least relative errors.
+
+    Of one point nothing tells the parts apart: then all of it counts as the rows' part, so that
+    nobody expects a gain that was not seen.
+    """
+    if len(seconds) == 1:
+        ((rows, taken),) = seconds.items()
+        return Line(0.0, taken / rows)
+    # Least squares of (fixed + per_row × rows) / taken - 1.
+    ones = [1 / taken for taken in seconds.values()]
+    slopes = [rows / taken for rows, taken in seconds.items()]
+    aa, bb = sum(x * x for x in ones), sum(x * x for x in slopes)
+    ab = sum(x * y for x, y in zip(ones, slopes, strict=True))
+    determinant = aa * bb - ab * ab
+    if determinant > 0:
+        fixed = (bb * sum(ones) - ab * sum(slopes)) / determinant
+        per_row = (aa * sum(slopes) - ab * sum(ones)) / determinant
+        if fixed >= 0 and per_row >= 0:
+            return Line(fixed, per_row)
+        if fixed >= 0:
+            return Line(sum(ones) / aa, 0.0)
+    return Line(0.0, sum(slopes) / bb)
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was measured. `rows_per_s` maps each tried size to all lanes' rows per second."""
+    """What was measured, and what follows from it."""
 
-    rows_per_s: dict[int, float]
+    #: Rows of each size that was measured, at least one → seconds of a batch.
+    seconds: Mapping[int, float]
+    #: The sizes that may be aimed at, ascending.
+    sizes: tuple[int, ...]
+    #: How many batches run at once.
+    lanes: int = 1
+
+    def batch_s(self, rows: int) -> float:
+        """Seconds of a batch of `rows`: measured, or else as the measured ones let expect."""
+        found = self.seconds.get(rows)
+        if found is not None:
+            return found
+        known = sorted(self.seconds)
+        place = bisect_left(known, rows)
+        if 0 < place < len(known):
+            below, above = known[place - 1], known[place]
+            share = (rows - below) / (above - below)
+            return (1 - share) * self.seconds[below] + share * self.seconds[above]
+        line = fitted(self.seconds)
+        nearest = known[min(place, len(known) - 1)]
+        return self.seconds[nearest] * line.at(rows) / line.at(nearest)
+
+    def rows_per_s(self, rows: int) -> float:
+        """What all lanes serve with batches of so many rows, what a batch costs included."""
+        return rows / (self.batch_s(rows) / self.lanes + PER_BATCH_S)
 
     @property
     def best(self) -> int:
-        """The smallest size that serves as many rows as the best, cost per batch included."""
-        served = {n: n / (n / rate + PER_BATCH_S) for n, rate in self.rows_per_s.items()}
+        """The smallest size that serves as many rows as the best."""
+        seen = max(self.seconds)
+        served = {n: self.rows_per_s(n) * (1 if n <= seen else BEYOND) for n in self.sizes}
         top = max(served.values())
         return min(size for size, rate in served.items() if rate >= GOOD_ENOUGH * top)
 
     @property
     def seconds_per_row(self) -> float:
-        return 1 / self.rows_per_s[self.best]
+        """With batches of the best size."""
+        best = self.best
+        return self.batch_s(best) / best / self.lanes
 
 
 def sizes(max_batch_size: int, buckets: Sequence[int]) -> list[int]:
@@ -93,77 +150,3 @@ def sample(
                 return None
         arrays[spec.name] = np.zeros(shape, spec.dtype)
     return arrays
-
-
-def measure(
-    lanes: Sequence[Lane],
-    signature: Signature,
-    tried: Sequence[int],
-    pads: Mapping[str, PadRule],
-    buckets: Sequence[int] = (),
-    usual: Sequence[Usual] = (),
-    *,
-    batchable: bool = True,
-) -> Tuning | None:
-    """Run each size in `tried`, measure the promising ones. None: no sample input can be made.
-
-    Each is padded to its bucket, as it will be. With several `usual` inputs the first are measured;
-    of the others each lane runs what they allow. Whatever an engine raises here is raised: a model
-    that cannot run zeros is not served.
-    """
-
-    def made(size: int, of: Usual) -> Batch | None:
-        arrays = sample(signature, size, pads, of.sizes, batchable=batchable)
-        if arrays is None:
-            return None
-        bucket = next((bucket for bucket in buckets if bucket >= size), size)
-        return Batch([arrays], size, bucket, batchable and signature.batch_symbol is not None)
-
-    first, *others = usual or [Usual({}, tried[-1])]
-    batches: dict[int, Batch] = {}
-    rates: dict[int, float] = {}
-    began = time.monotonic()
-    falling = 0
-    for size in tried:
-        batch = made(size, first)
-        if batch is None:
-            return None
-        batches[size] = batch
-        lanes[0].run(batch)
-        if rates and (falling == 2 or time.monotonic() - began > BUDGET_S):
-            continue
-        rates[size] = _rate(lanes, batches[size])
-        falling = falling + 1 if rates[size] < FALLING * max(rates.values()) else 0
-    if len(rates) > 1:
-        fastest = sorted(rates, key=lambda size: -rates[size])[:AGAIN]
-        for size in fastest * ROUNDS:
-            rates[size] = max(rates[size], _rate(lanes, batches[size]))
-    for other in others:
-        allowed = [made(size, other) for size in tried if size <= other.rows]
-        for lane in lanes:
-            for batch in filter(None, allowed):
-                lane.run(batch)
-    return Tuning(rates)
-
-
-def _rate(lanes: Sequence[Lane], batch: Batch) -> float:
-    counts = [0] * len(lanes)
-    problems: list[BaseException] = []
-    start = time.monotonic()
-
-    def drive(index: int) -> None:
-        try:
-            while not counts[index] or time.monotonic() - start < PER_SIZE_S:
-                lanes[index].run(batch)
-                counts[index] += 1
-        except Exception as problem:  # noqa: BLE001 - raised below, in the caller's thread
-            problems.append(problem)
-
-    threads = [threading.Thread(target=drive, args=(i,), daemon=True) for i in range(len(lanes))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if problems:
-        raise problems[0]
-    return sum(counts) * batch.rows / (time.monotonic() - start)

@@ -1,6 +1,6 @@
-"""What an engine is: it loads one model, warms up, and runs batches on lanes.
+"""What an engine is: it loads one model, and runs batches on lanes.
 
-Lifecycle, the same for every backend: ``load → warm_up → lane.run … → close``. A lane is what one
+Lifecycle, the same for every backend: ``load → lane.run … → close``. A lane is what one
 batch occupies: on CUDA one execution context, one stream and its buffers; on a CPU one core. Each
 lane is driven by one thread of its own that calls `Lane.run` and nothing else touches it, so
 copies and compute of different lanes overlap while ``run`` itself may simply wait, provided that
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -83,6 +83,8 @@ class Engine(ABC):
     #: How many times as much as on a CPU two runs of other shapes may differ by rounding: a card
     #: multiplies float32 as TF32, whose mantissa is float16's. `load` may set it.
     rounding: float = 1.0
+    #: How often a lane runs a size until the next run is as fast as any. `load` may set it.
+    runs_to_be_warm: int = 1
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
@@ -115,12 +117,6 @@ class Engine(ABC):
     @abstractmethod
     def close(self) -> None:
         """Free everything. No lane is running by then. Idempotent."""
-
-    def warm_up(self, make_batch: Callable[[int], Batch], sizes: Sequence[int]) -> None:
-        """Run every size in `sizes` once on every lane, so that first requests are not slow."""
-        for lane in self.lanes:
-            for size in sizes:
-                lane.run(make_batch(size))
 
 
 def gather(batch: Batch) -> dict[str, Array]:

@@ -109,6 +109,7 @@ class TorchEngine(Engine):
         opened.open(lanes, self.buckets, graphs=self._table.cuda_graphs)
         self._on_cuda = opened
         self.rounding = ROUNDING
+        self.runs_to_be_warm = 2  # the second is captured as a CUDA graph
 
     @property
     def buckets(self) -> tuple[int, ...]:

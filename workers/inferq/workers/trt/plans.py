@@ -30,6 +30,7 @@ from inferq.shared.errors import ConfigError
 from inferq.workers.trt import plan_lock, trusted_files
 from inferq.workers.trt.flavours import Progress
 from inferq.workers.trt.plan_record import PlanKey, Record, altered, read_record
+from inferq.workers.user_cache import user_cache
 
 logger = logging.getLogger(__name__)
 
@@ -69,12 +70,10 @@ def default_folder() -> Path:
     """INFERQ_PLANS, or else inferq/plans in the user's cache. ConfigError: there is no home."""
     if given := os.environ.get(VARIABLE):
         return _absolute(Path(given))
-    base = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    except RuntimeError as problem:
-        raise ConfigError(f"no folder for plans: {problem}; expected {VARIABLE}") from problem
-    return root / "inferq" / "plans"
+        return user_cache() / "plans"
+    except ConfigError as problem:
+        raise ConfigError(f"{problem.message} or {VARIABLE}") from problem
 
 
 def _absolute(path: Path) -> Path:

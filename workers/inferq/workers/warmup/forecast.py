@@ -1,0 +1,108 @@
+"""What a larger batch will take, from what the smaller ones took; and whether that is there.
+
+Sizes are elements of the inputs: rows of different lengths compare. What a process takes grows by
+the line through what it took so far, at least in proportion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from inferq.workers.warmup.limits import Gauge, Limit, Usage, forget_peak, limits, usage
+
+#: What a model takes grows by so much in service beyond what warm-up saw: batches of changing sizes
+#: leave gaps in an engine's memory (ONNX Runtime's arena: measured 1.2 to 1.3).
+IN_SERVICE: Final = 1.3
+#: So much more than expected may a size take that is tried long before the ones between.
+UNSEEN: Final = 2.0
+#: This share of a limit is left to all else: requests, results, other processes.
+RESERVE: Final = 0.05
+
+_GAUGES: Final[tuple[Gauge, ...]] = ("resident", "mapped")
+
+
+@dataclass(frozen=True)
+class Short:
+    """A batch does not fit: what it would take beyond what is taken now, and what is left."""
+
+    needed: int
+    limit: Limit
+
+    def __str__(self) -> str:
+        mb = 1_000_000
+        return (
+            f"about {max(0, self.needed) / mb:.0f} MB more, and {self.limit.left / mb:.0f} of "
+            f"{self.limit.limit / mb:.0f} MB of {self.limit.name} are left"
+        )
+
+
+class Forecast:
+    """Of one model, from `start` on. Where the kernel does not tell, everything fits."""
+
+    def __init__(
+        self,
+        read: Callable[[], Usage] = usage,
+        left: Callable[[], Sequence[Limit]] = limits,
+        forget: Callable[[], None] = forget_peak,
+    ) -> None:
+        self._read = read
+        self._left = left
+        self._forget = forget
+        self._base: Usage | None = None
+        #: Elements that have run at once → the most that was taken beyond the base, by gauge.
+        self._grown: dict[int, dict[Gauge, int]] = {}
+
+    def start(self) -> None:
+        """What is taken now is not the batches'."""
+        self._forget()
+        try:
+            self._base = self._read()
+        except (OSError, KeyError, ValueError):
+            self._base = None
+
+    def ran(self, elements: int) -> None:
+        """Batches of so many elements in all have just run."""
+        if self._base is None:
+            return
+        now = self._read()
+        before = self._grown.get(elements, dict.fromkeys(_GAUGES, 0))
+        self._grown[elements] = {
+            # The peak of what is mapped cannot begin anew: what was mapped before counts as base.
+            gauge: max(before[gauge], now.peak(gauge) - self._base.peak(gauge))
+            for gauge in _GAUGES
+        }
+        self._forget()
+
+    def growth(self, elements: int, gauge: Gauge) -> float:
+        """Bytes beyond the base that so many elements will take."""
+        known = [size for size in self._grown if size <= elements]
+        if not known:
+            return 0.0
+        last = max(known)
+        taken = max(self._grown[size][gauge] for size in known)
+        per_element = taken / last
+        smaller = [size for size in known if size < last]
+        if smaller:
+            below = max(smaller)
+            rise = self._grown[last][gauge] - self._grown[below][gauge]
+            per_element = max(per_element, rise / (last - below))
+        return taken + per_element * (elements - last)
+
+    def short(self, elements: int, factor: float = IN_SERVICE) -> Short | None:
+        """Why batches of so many elements in all do not fit; None if they do.
+
+        `factor`: how much more than expected they may take.
+        """
+        if self._base is None or not self._grown:
+            return None
+        now = self._read()
+        worst: Short | None = None
+        for limit in self._left():
+            taken = now.now(limit.gauge) - self._base.now(limit.gauge)
+            needed = int(factor * self.growth(elements, limit.gauge) - taken)
+            over = needed + RESERVE * limit.limit - limit.left
+            if over > 0 and (worst is None or limit.left < worst.limit.left):
+                worst = Short(needed, limit)
+        return worst

@@ -1,0 +1,241 @@
+"""One model's warm-up: its sizes run on all lanes, within the memory that there is.
+
+What was measured is kept beside the digest of the model and what the machine is, so that the next
+start only runs the sizes, and what ended a process is not tried again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import platform
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inferq.shared.errors import ConfigError, FatalEngineError
+from inferq.workers.engines.base import Batch, Engine, Lane
+from inferq.workers.engines.cores import usable_cores
+from inferq.workers.logs.fields import about
+from inferq.workers.metrics.versions import installed_versions
+from inferq.workers.ranges import Usual
+from inferq.workers.repository import ModelSpec
+from inferq.workers.tuning import Tuning, sample, sizes
+from inferq.workers.warmup import limits
+from inferq.workers.warmup.cache import Cache, Killed, files_digest, key_of
+from inferq.workers.warmup.fit import Fit, lacks_memory, row_elements
+from inferq.workers.warmup.forecast import Forecast
+from inferq.workers.warmup.notes import Notes
+from inferq.workers.warmup.runs import Runs, Warmed
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Prepared:
+    """A loaded model, ready for requests."""
+
+    #: Those that fit.
+    lanes: Sequence[Lane]
+    #: The most rows of a batch that is formed.
+    rows: int
+    fit: Fit
+    #: None: nothing was measured.
+    tuning: Tuning | None = None
+    #: Elements of the inputs of one row that was measured.
+    row_elements: int = 0
+    notes: Notes | None = None
+
+    def serve(self) -> None:
+        """Requests are served from now on."""
+        if self.notes is not None:
+            self.notes.serve()
+
+    def keep(self, learnt: Tuning) -> None:
+        """Keep what was measured, for the next start."""
+        if self.notes is not None:
+            self.notes.record.seconds = dict(learnt.seconds)
+            self.notes.save()
+
+
+class Preparation:
+    """Of one model. `start` before the engine loads: the files' digest takes time, too."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
+        self._digest = ""
+        self._thread = threading.Thread(target=self._read, name="inferq-digest", daemon=True)
+        self._notes: Notes | None = None
+
+    def start(self) -> None:
+        """Begin to read the model's files."""
+        self._thread.start()
+
+    def _read(self) -> None:
+        path = self._spec.path
+        try:
+            self._digest = files_digest(path.parent) if path is not None else "none"
+        except OSError as problem:
+            logger.info("%s cannot be read: %s", path, problem.strerror)
+
+    def told_to_end(self) -> None:
+        """Whatever ends this process from now on, no batch is to blame."""
+        if self._notes is not None:
+            self._notes.close()
+
+    def prepare(self, engine: Engine) -> Prepared:
+        """Warm up `engine`, which is loaded. ConfigError: it cannot run one row."""
+        spec = self._spec
+        tried = sizes(spec.max_batch_size, engine.buckets) if spec.batchable else [1]
+        killed = self._open(engine) if len(tried) > 1 else None
+        refused = self._refused(killed) if killed is not None else None
+        if not spec.config.warm_up:
+            return self._as_it_is(engine, tried, killed, refused)
+        first, *others = engine.usual or [Usual({}, tried[-1])]
+        if self._make(engine, tried[0], first) is None:
+            return self._as_it_is(engine, tried, killed, refused)
+        known = self._notes.record.seconds if self._notes is not None else {}
+        runs = Runs(
+            spec.name,
+            engine.lanes,
+            lambda size: self._batch(engine, size, first),
+            tried,
+            forecast=Forecast(),
+            notes=self._notes,
+            known=known,
+            refused=(killed.elements, refused) if killed is not None and refused else None,
+            times=engine.runs_to_be_warm,
+        )
+        try:
+            warmed = runs.run()
+            for other in others:
+                fitting = [size for size in tried if size <= other.rows]
+                runs.also(lambda size, other=other: self._batch(engine, size, other), fitting)  # type: ignore[misc]
+        except FatalEngineError:
+            raise
+        except Exception as problem:
+            raise self._cannot_run(problem) from problem
+        self._tell(warmed, len(engine.lanes))
+        prepared = Prepared(
+            engine.lanes[: warmed.lanes],
+            warmed.rows,
+            Fit(spec.name, self._notes, warmed.elements if warmed.why else math.inf),
+            warmed.tuning,
+            row_elements(self._batch(engine, 1, first).parts[0]),
+            self._notes,
+        )
+        if not known.keys() >= warmed.tuning.seconds.keys():
+            prepared.keep(warmed.tuning)
+        return prepared
+
+    def _open(self, engine: Engine) -> Killed | None:
+        self._thread.join()
+        if not self._digest:
+            return None
+        spec = self._spec
+        key = key_of(
+            {
+                "model": self._digest,
+                "engine": spec.config.engine,
+                "table": {name: repr(value) for name, value in spec.engine_table.items()},
+                "versions": installed_versions(),
+                "batch": [spec.max_batch_size, list(engine.buckets), spec.batch_symbol],
+                "lanes": len(engine.lanes),
+                "pad": {symbol: repr(rule) for symbol, rule in spec.config.pad.items()},
+                "usual": [repr(usual) for usual in engine.usual],
+                "machine": _machine(),
+            }
+        )
+        cache = Cache()
+        cache.open()
+        allowed = min((limit.limit for limit in limits.limits()), default=0)
+        self._notes = Notes(cache, f"{spec.name}.{spec.version}.{key[:16]}", allowed)
+        return self._notes.open()
+
+    def _refused(self, killed: Killed) -> str:
+        by = "the kernel, for want of memory" if killed.sure else "something, maybe for memory"
+        place = self._notes.place if self._notes is not None else ""
+        return (
+            f"{killed.rows} were the last that a process ran before {by}, killed it "
+            f"(to try them again, delete {place})"
+        )
+
+    def _as_it_is(
+        self, engine: Engine, tried: Sequence[int], killed: Killed | None, refused: str | None
+    ) -> Prepared:
+        """Without any run."""
+        spec = self._spec
+        rows, fit = tried[-1], Fit(spec.name, self._notes)
+        if killed is not None and refused is not None:
+            fit.elements = max(1, killed.elements - 1)
+            varies = any(not isinstance(d, int) for i in spec.signature.inputs for d in i.shape[1:])
+            if not varies:
+                rows = max((size for size in tried if size < killed.rows), default=tried[0])
+            self._tell_rows(rows, refused)
+        return Prepared(engine.lanes, rows, fit, notes=self._notes)
+
+    def _batch(self, engine: Engine, size: int, usual: Usual) -> Batch:
+        batch = self._make(engine, size, usual)
+        assert batch is not None
+        return batch
+
+    def _make(self, engine: Engine, size: int, usual: Usual) -> Batch | None:
+        spec = self._spec
+        arrays = sample(
+            spec.signature, size, spec.config.pad, usual.sizes, batchable=spec.batchable
+        )
+        if arrays is None:
+            return None
+        bucket = next((bucket for bucket in engine.buckets if bucket >= size), size)
+        return Batch([arrays], size, bucket, spec.batchable)
+
+    def _cannot_run(self, problem: Exception) -> ConfigError:
+        what = self._spec.path or self._spec.name
+        if lacks_memory(problem):
+            left = [f"{limit.left / 1e6:.0f} MB of {limit.name}" for limit in limits.limits()]
+            return ConfigError(
+                f"{what} has no memory for its smallest batch; left are {', '.join(left)}: "
+                f"{problem}"
+            )
+        return ConfigError(
+            f"{what} cannot run zeros to warm up (warm_up = false serves it without): {problem}"
+        )
+
+    def _tell(self, warmed: Warmed, lanes: int) -> None:
+        if warmed.why_lanes:
+            logger.warning(
+                "model %s: %d of %d lanes, since %s; in model.toml, lanes = %d says so",
+                self._spec.name, warmed.lanes, lanes, warmed.why_lanes, warmed.lanes,
+                extra=about(model=self._spec.name),
+            )  # fmt: skip
+        if warmed.why:
+            self._tell_rows(warmed.rows, warmed.why)
+
+    def _tell_rows(self, rows: int, why: str) -> None:
+        logger.warning(
+            "model %s: batches of at most %d rows, in place of %d, since %s; in model.toml, "
+            "max_batch_size = %d says so",
+            self._spec.name, rows, self._spec.max_batch_size, why, rows,
+            extra=about(model=self._spec.name),
+        )  # fmt: skip
+
+
+def _machine() -> dict[str, Any]:
+    """What run times depend on."""
+    model = ""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("model name", "CPU part")):
+                model = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    return {
+        "cpu": model or platform.processor(),
+        "arch": platform.machine(),
+        "cores": usable_cores(),
+        "cards": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+    }

@@ -1,0 +1,338 @@
+"""Runs a model's sizes on all its lanes before the first request: what fits, and how long it takes.
+
+    1 row, on one lane, then on all at once     what a row takes
+    the largest size                            if memory and time clearly suffice,
+    or the next ones, up to it                  each only if what the last ones took lets it fit
+    what lies between                           as long as there is time
+
+Sizes that are fast are measured, those next to the faster end first. One that takes long is
+measured by its one run. What was not run is never taken for slow: the line through the others
+tells.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Final
+
+from inferq.shared.errors import FatalEngineError
+from inferq.workers.engines.base import Batch, Lane
+from inferq.workers.logs.fields import about
+from inferq.workers.tuning import Tuning, fitted
+from inferq.workers.warmup.fit import lacks_memory, row_elements
+from inferq.workers.warmup.forecast import UNSEEN, Forecast
+from inferq.workers.warmup.notes import Notes, Size
+
+logger = logging.getLogger(__name__)
+
+#: Seconds spent on one measurement of one size, at least one run in any case.
+PER_SIZE_S: Final = 0.1
+#: A size whose first run took so long is measured by it.
+SLOW_S: Final = 0.5
+#: Seconds after which only sizes run that must, and none that is expected to end later.
+BUDGET_S: Final = 30.0
+#: Seconds after which no size is measured any more: it only runs once.
+MEASURING_S: Final = 5.0
+#: Two sizes in a row below this share of the fastest end the search for faster ones.
+FALLING: Final = 0.9
+#: How many of the fastest are measured again, and how often: what else runs on the machine can
+#: only make a size look slow, so the best of its measurements counts.
+AGAIN, ROUNDS = 3, 2
+#: A run that takes so many seconds is told.
+TOLD_S: Final = 1.0
+
+
+@dataclass(frozen=True)
+class Warmed:
+    """What was found out."""
+
+    tuning: Tuning
+    #: The most rows, and elements of the inputs, of a batch that fits.
+    rows: int
+    elements: int
+    #: How many lanes fit, with one row at least.
+    lanes: int
+    #: Why not all rows do, and why not all lanes; empty: they do.
+    why: str = ""
+    why_lanes: str = ""
+
+
+class Runs:
+    """One model's warm-up. `run` does it; whatever the engine raises on one row is raised.
+
+    `make`: a batch of so many rows. `known`: seconds of sizes that need not be measured.
+    `refused`: the fewest elements of a batch that ended a process, and what is to be said of it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        lanes: Sequence[Lane],
+        make: Callable[[int], Batch],
+        sizes: Sequence[int],
+        *,
+        forecast: Forecast,
+        notes: Notes | None = None,
+        known: Mapping[int, float] | None = None,
+        refused: tuple[int, str] | None = None,
+        times: int = 1,
+    ) -> None:
+        self._name = name
+        self._lanes = list(lanes)
+        self._make = make
+        self._sizes = list(sizes)
+        self._forecast = forecast
+        self._notes = notes
+        self._known = dict(known or {})
+        self._refused = refused
+        #: How often a lane runs a size until it is warm.
+        self._times = times
+        #: Size → seconds of a batch, all lanes at work.
+        self._seconds: dict[int, float] = {}
+        self._why = self._why_lanes = ""
+        #: What was tried and does not fit.
+        self._too_large = self._sizes[-1] + 1
+
+    def run(self) -> Warmed:
+        """Take the time that it takes."""
+        self._began = time.monotonic()
+        self._forecast.start()
+        self._first()
+        tried = [self._sizes[0]]
+        while (size := self._larger(tried[-1])) is not None:
+            if self._try(size):
+                tried.append(size)
+            else:
+                self._too_large = size
+        fits = self._fits(tried[-1])
+        self._between([size for size in self._sizes if size < tried[-1] and size not in tried])
+        self._measure()
+        usable = tuple(size for size in self._sizes if size <= fits)
+        seconds = {size: taken for size, taken in self._seconds.items() if size <= fits}
+        return Warmed(
+            Tuning(seconds, usable, len(self._lanes)), fits, self._elements(fits),
+            len(self._lanes), self._why, self._why_lanes,
+        )  # fmt: skip
+
+    def also(self, make: Callable[[int], Batch], sizes: Sequence[int]) -> None:
+        """Run further usual inputs, of `sizes`, as far as they fit. After `run`."""
+        for size in sizes:
+            batch = make(size)
+            if self._forecast.short(self._at_once(batch)) is None:
+                self._note(batch, lambda batch=batch: self._together(batch))  # type: ignore[misc]
+
+    # --- what is tried ----------------------------------------------------------------------
+
+    def _first(self) -> None:
+        """The smallest size, on one lane, then on as many as fit."""
+        size = self._sizes[0]
+        batch = self._make(size)
+        lanes = self._lanes
+        self._lanes = lanes[:1]
+        self._run_once(batch)
+        one = self._elements(size)
+        self._forecast.ran(one)
+        fitting = len(lanes)
+        while fitting > 1 and (short := self._forecast.short(one * fitting)) is not None:
+            fitting -= 1
+            self._why_lanes = f"{fitting + 1} lanes of {size} rows would take {short}"
+        self._lanes = lanes[:fitting]
+        if fitting > 1:
+            self._note(batch, lambda: self._run_once(batch))
+            self._forecast.ran(one * fitting)
+
+    def _larger(self, last: int) -> int | None:
+        """The next size to try: the largest that surely fits memory and time, or else the next.
+
+        None: there is none, or it does not fit.
+        """
+        larger = [size for size in self._sizes if size > last and self._is_allowed(size)]
+        if not larger:
+            return None
+        for size in reversed(larger):
+            if self._takes(size) and self._short(size, UNSEEN) is None:
+                return size
+        short = self._short(larger[0])
+        if short is not None:
+            self._why = f"{larger[0]} would take {short}"
+            return None
+        # Two points at least, or nothing would tell what a larger batch costs.
+        return larger[0] if self._takes(larger[0]) or len(self._seconds) < 2 else None
+
+    def _is_allowed(self, size: int) -> bool:
+        if size >= self._too_large:
+            return False
+        if self._refused is None or self._elements(size) < self._refused[0]:
+            return True
+        self._why = self._refused[1]
+        return False
+
+    def _takes(self, size: int) -> bool:
+        """Whether there is time for it."""
+        left = BUDGET_S - (time.monotonic() - self._began)
+        known = self._known.get(size)
+        return (known if known is not None else fitted(self._seconds).at(size)) <= left
+
+    def _try(self, size: int) -> bool:
+        """Run `size` on all lanes for the first time; False if it turns out not to fit."""
+        batch = self._make(size)
+        try:
+            self._note(batch, lambda: self._run_once(batch))
+        except FatalEngineError:
+            raise
+        except Exception as problem:
+            if not lacks_memory(problem):
+                raise
+            self._seconds.pop(size, None)
+            self._why = f"there is no memory for {size} ({problem})"
+            return False
+        self._forecast.ran(self._at_once(batch))
+        short = self._short(size)
+        if short is not None:
+            self._why = f"{size} take, as batches of changing sizes, {short}"
+            return False
+        return True
+
+    def _between(self, sizes: Sequence[int]) -> None:
+        """Each once, as long as there is time."""
+        for size in sizes:
+            if self._takes(size):
+                batch = self._make(size)
+                self._note(batch, lambda batch=batch: self._run_once(batch))  # type: ignore[misc]
+
+    def _fits(self, last: int) -> int:
+        """The largest size that fits, `last` having run: also what there was no time for."""
+        if self._why:
+            return last
+        fits = last
+        for size in self._sizes:
+            if size > last:
+                if not self._is_allowed(size):
+                    break
+                short = self._short(size)
+                if short is not None:
+                    self._why = f"{size} would take {short}"
+                    break
+                fits = size
+        return fits
+
+    # --- how it is run ----------------------------------------------------------------------
+
+    def _note(self, batch: Batch, run: Callable[[], object]) -> None:
+        elements = batch.bucket * row_elements(batch.parts[0])
+        noted = self._notes is not None and batch.rows > 1 and elements > self._notes.survived
+        size = Size(elements, batch.rows)
+        with self._notes.trying(size) if noted and self._notes is not None else nullcontext():
+            run()
+
+    def _run_once(self, batch: Batch) -> None:
+        """On all lanes at once; as often as they need to be warm, unless it takes long."""
+        for _ in range(self._times):
+            seconds = self._together(batch)
+            self._seconds[batch.rows] = seconds
+            if seconds >= SLOW_S:
+                break
+        if seconds >= TOLD_S:
+            logger.info(
+                "model %s warms up: a batch of %d rows took %.1f s", self._name, batch.rows,
+                seconds, extra=about(model=self._name),
+            )  # fmt: skip
+
+    def _measure(self) -> None:
+        """Those that are fast, from the faster end on, until they fall behind for good."""
+        fast = sorted(size for size, taken in self._seconds.items() if taken < SLOW_S)
+        for size in fast:
+            if size in self._known:
+                self._seconds[size] = self._known[size]
+        fast = [size for size in fast if size not in self._known]
+        if len(self._sizes) < 2 or not fast:
+            return
+        until = time.monotonic() + MEASURING_S
+        rates: dict[int, float] = {}
+
+        def rate(size: int) -> None:
+            if time.monotonic() < until or size not in rates:
+                taken = self._rate(size)
+                self._seconds[size] = min(taken, self._seconds[size]) if size in rates else taken
+                rates[size] = size / self._seconds[size]
+
+        for size in {fast[0], fast[-1]}:
+            rate(size)
+        inner, falling = fast[1:-1], 0
+        if rates[fast[-1]] > rates[fast[0]]:
+            inner.reverse()
+        for size in inner:
+            if falling == 2 or time.monotonic() >= until:
+                break
+            rate(size)
+            falling = falling + 1 if rates[size] < FALLING * max(rates.values()) else 0
+        for size in sorted(rates, key=lambda size: -rates[size])[:AGAIN] * ROUNDS:
+            if len(rates) > 1:
+                rate(size)
+        # First runs allocate and compile: they tell nothing of those that were left out.
+        for size in set(fast) - rates.keys():
+            del self._seconds[size]
+
+    def _rate(self, size: int) -> float:
+        """Seconds of a batch of `size`, all lanes at work."""
+        batch = self._make(size)
+        count, started = 0, time.monotonic()
+        counts = [0] * len(self._lanes)
+
+        def drive(number: int) -> None:
+            while not counts[number] or time.monotonic() - started < PER_SIZE_S:
+                self._lanes[number].run(batch)
+                counts[number] += 1
+
+        _at_once(drive, len(self._lanes))
+        count = sum(counts)
+        return (time.monotonic() - started) * len(self._lanes) / count
+
+    def _together(self, batch: Batch) -> float:
+        """Run `batch` once on every lane, all at once; the seconds that took."""
+        started = time.monotonic()
+        _at_once(lambda number: self._lanes[number].run(batch), len(self._lanes))
+        return time.monotonic() - started
+
+    def _elements(self, size: int) -> int:
+        batch = self._make(size)
+        return batch.bucket * row_elements(batch.parts[0])
+
+    def _at_once(self, batch: Batch) -> int:
+        return len(self._lanes) * batch.bucket * row_elements(batch.parts[0])
+
+    def _short(self, size: int, factor: float | None = None) -> object:
+        elements = len(self._lanes) * self._elements(size)
+        if factor is None:
+            return self._forecast.short(elements)
+        return self._forecast.short(elements, factor)
+
+
+def _at_once(drive: Callable[[int], object], count: int) -> None:
+    """Call `drive` with 0 to `count` - 1, each in a thread. Raises what the first one raised."""
+    if count == 1:
+        drive(0)
+        return
+    problems: list[BaseException] = []
+    # What each takes is there at the same time only if none has ended before the last one begins.
+    together = threading.Barrier(count)
+
+    def run(number: int) -> None:
+        try:
+            together.wait()
+            drive(number)
+        except Exception as problem:  # noqa: BLE001 - raised below, in the caller's thread
+            problems.append(problem)
+
+    threads = [threading.Thread(target=run, args=(n,), daemon=True) for n in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if problems:
+        raise problems[0]
