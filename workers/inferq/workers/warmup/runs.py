@@ -246,10 +246,13 @@ class Runs:
     def _measure(self) -> None:
         """Those that are fast, from the faster end on, until they fall behind for good."""
         fast = sorted(size for size, taken in self._seconds.items() if taken < SLOW_S)
+        # What an earlier start left out among those that it knew is left out again.
+        seen = max(self._known, default=0)
         for size in fast:
-            if size in self._known:
-                self._seconds[size] = self._known[size]
-        fast = [size for size in fast if size not in self._known]
+            if size < seen and size not in self._known:
+                del self._seconds[size]
+        self._seconds |= {n: self._known[n] for n in self._seconds.keys() & self._known.keys()}
+        fast = [size for size in fast if size > seen]
         if len(self._sizes) < 2 or not fast:
             return
         until = time.monotonic() + MEASURING_S
