@@ -249,6 +249,7 @@ def main() -> int:
     if not console.is_terminal:
         console = Console(width=LOG_WIDTH)
     folder = Path(tempfile.mkdtemp(prefix="inferq-chaos-"))
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     quotas = Quotas.scaled(args.requests)
     try:
         with Display(console, args.requests, quotas) as display:

@@ -46,6 +46,7 @@ def main() -> None:
     console = Console(width=None if sys.stdout.isatty() else 140)
     with tempfile.TemporaryDirectory(prefix="inferq-gpu-") as name:
         os.environ["INFERQ_PLANS"] = str(Path(name) / "plans")
+        os.environ["XDG_CACHE_HOME"] = str(Path(name) / "cache")
         root = Path(name) / "models"
         report = _Report(console, args.quick)
         report.found["left_out"] = lay_out(root)

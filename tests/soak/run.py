@@ -119,6 +119,7 @@ def soak(
     series: dict[str, Series] = {}
     problems: list[str] = []
     with tempfile.TemporaryDirectory() as folder, EmbeddedRedis(appendonly=True) as server:
+        os.environ["XDG_CACHE_HOME"] = str(Path(folder) / "cache")
         root = Path(folder) / "models"
         knobs = "lanes = 1\nmax_batch_size = 8\nwarm_up = false"
         fake_model(root, "m", knobs=knobs, fake="delay_ms = 2")

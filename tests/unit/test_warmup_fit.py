@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -14,7 +16,9 @@ from inferq.workers.batching.policy import Knobs
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.engines.base import Batch, Lane, OutOfDeviceMemory, gather
 from inferq.workers.lanes import Outcome, execute
+from inferq.workers.warmup.cache import Cache
 from inferq.workers.warmup.fit import Fit, lacks_memory
+from inferq.workers.warmup.notes import Note, Notes
 
 
 class Small(Lane):
@@ -109,3 +113,25 @@ def test_a_refusal_of_memory_is_told_from_other_errors() -> None:
     wrapped.__cause__ = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
     assert lacks_memory(wrapped)
     assert not lacks_memory(ValueError("bad row"))
+
+
+def test_what_was_survived_before_is_not_looked_at_again(tmp_path: Path) -> None:
+    notes = Notes(Cache(tmp_path), "m", 0)
+    notes.open()
+    (path,) = tmp_path.glob("*.trying")
+    noted: list[int] = []
+
+    class Telling(Small):
+        def run(self, batch: Batch) -> Mapping[str, Array]:
+            trying = msgspec.json.decode(path.read_bytes(), type=Note).trying
+            noted.append(trying.rows if trying is not None else 0)
+            return super().run(batch)
+
+    lane, fit = Telling(), Fit("m", notes, row=2)
+    for rows in (1, 4, 3, 8, 8, 5):
+        _check(_run(lane, [_item(rows)], fit))
+    assert noted == [0, 4, 0, 8, 0, 0]
+    assert fit.free == 8
+    fit.lower({"x": np.zeros((1, 2))}, 8)
+    assert fit.free == 4
+    notes.close()

@@ -119,7 +119,7 @@ def execute(
     started = time.monotonic() * 1000
     outputs: Tensors | None
     try:
-        if rows == 1 or not knobs.batchable:
+        if bucket <= fit.free or rows == 1 or not knobs.batchable:
             outputs = lane.run(batch)
         elif (most := fit.rows(batch.parts[0])) >= bucket:
             with fit.running(batch.parts[0], bucket):

@@ -44,13 +44,36 @@ def row_elements(inputs: Tensors) -> int:
 
 
 class Fit:
-    """How much fits of one model, counted in elements of the inputs. Shared by its lanes."""
+    """How much fits of one model, counted in elements of the inputs. Shared by its lanes.
 
-    def __init__(self, name: str, notes: Notes | None = None, elements: float = math.inf) -> None:
+    `row`: elements of each row; None: rows differ.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        notes: Notes | None = None,
+        elements: float = math.inf,
+        row: int | None = None,
+    ) -> None:
         self._name = name
         self._notes = notes
+        self._row = row
         #: The most of one batch.
         self.elements = elements
+        #: Batches of at most so many rows need not be looked at: such ran before.
+        self.free: float = 1
+        self._look()
+
+    def _look(self) -> None:
+        survived = math.inf if self._notes is None else self._notes.survived
+        most = min(self.elements, survived)
+        if most == math.inf:
+            self.free = most
+        elif self._row is not None:
+            self.free = max(1, most // self._row)
+        else:
+            self.free = 1
 
     def rows(self, inputs: Tensors) -> float:
         """The most rows such as those of `inputs`, at least one."""
@@ -60,23 +83,24 @@ class Fit:
 
     def lower(self, inputs: Tensors, rows: int) -> None:
         """Memory did not suffice for `rows` such rows: at most half of them fit."""
-        fits = max(1, rows // 2) * row_elements(inputs)
+        most = max(1, rows // 2)
+        fits = most * row_elements(inputs)
         if fits < self.elements:
             self.elements = fits
+            self._look()
             logger.warning(
                 "model %s: there is no memory for a batch of %d rows; batches of such rows are of "
                 "at most %d now (max_batch_size = %d in model.toml keeps it so)",
-                self._name, rows, max(1, rows // 2), max(1, rows // 2),
-                extra=about(model=self._name),
+                self._name, rows, most, most, extra=about(model=self._name),
             )  # fmt: skip
 
     @contextmanager
     def running(self, inputs: Tensors, rows: int) -> Iterator[None]:
         """While `rows` such rows run."""
         elements = rows * row_elements(inputs)
-        # Nothing is smaller than one row.
-        if self._notes is None or rows == 1 or elements <= self._notes.survived:
+        if self._notes is None or elements <= self._notes.survived:
             yield
             return
         with self._notes.trying(Size(elements, rows)):
             yield
+        self._look()

@@ -122,7 +122,7 @@ class Preparation:
         prepared = Prepared(
             engine.lanes[: warmed.lanes],
             warmed.rows,
-            Fit(spec.name, self._notes, warmed.elements if warmed.why else math.inf),
+            self._fit(warmed.elements if warmed.why else math.inf),
             warmed.tuning,
             row_elements(self._batch(engine, 1, first).parts[0]),
             self._notes,
@@ -167,15 +167,26 @@ class Preparation:
         self, engine: Engine, tried: Sequence[int], killed: Killed | None, refused: str | None
     ) -> Prepared:
         """Without any run."""
-        spec = self._spec
-        rows, fit = tried[-1], Fit(spec.name, self._notes)
+        rows, elements = tried[-1], math.inf
         if killed is not None and refused is not None:
-            fit.elements = max(1, killed.elements - 1)
-            varies = any(not isinstance(d, int) for i in spec.signature.inputs for d in i.shape[1:])
-            if not varies:
+            elements = max(1, killed.elements - 1)
+            if self._row() is not None:
                 rows = max((size for size in tried if size < killed.rows), default=tried[0])
             self._tell_rows(rows, refused)
-        return Prepared(engine.lanes, rows, fit, notes=self._notes)
+        return Prepared(engine.lanes, rows, self._fit(elements), notes=self._notes)
+
+    def _fit(self, elements: float) -> Fit:
+        return Fit(self._spec.name, self._notes, elements, self._row())
+
+    def _row(self) -> int | None:
+        """Elements of one row of all inputs; None: rows differ."""
+        total = 0
+        for tensor in self._spec.signature.inputs:
+            sizes_of = [dim for dim in tensor.shape[1:] if isinstance(dim, int)]
+            if len(sizes_of) < len(tensor.shape[1:]):
+                return None
+            total += math.prod(sizes_of)
+        return max(1, total)
 
     def _batch(self, engine: Engine, size: int, usual: Usual) -> Batch:
         batch = self._make(engine, size, usual)
