@@ -29,11 +29,17 @@ settings.load_profile("untimed")
 KINDS = ["valkey", *(["redis-server"] if shutil.which("redis-server") else [])]
 
 
-@pytest.fixture(scope="session")
-def cache_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Names of folders that are not there, one after the other."""
+@pytest.fixture(scope="session", autouse=True)
+def cache_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iterator[Path]]:
+    """Names of folders that are not there, one after the other.
+
+    The first is the cache of what is not of one test alone.
+    """
     root = tmp_path_factory.mktemp("cache")
-    return (root / str(number) for number in count())
+    folders = (root / str(number) for number in count())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(next(folders)))
+        yield folders
 
 
 @pytest.fixture(autouse=True)
