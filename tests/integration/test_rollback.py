@@ -18,13 +18,18 @@ from helpers.worker import Worker
 from redis import Redis
 
 from inferq.producer import Client
+from inferq.shared.connect import redis_client
 from inferq.shared.names import Names
+from inferq.workers import recovery
 from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.kept import KEEP_REQUESTS
 
 NAMES = Names()
 SERVER = {"appendonly": True, "args": AOF_ARGS}
 #: Columns of a request that is claim-checked.
 WIDE = 16_384
+#: Requests that are settled beside a claim, so that what was settled before is kept no more.
+MANY = KEEP_REQUESTS + 600
 
 
 @pytest.fixture
@@ -35,6 +40,9 @@ def models(tmp_path: Path) -> Path:
     fake_model(root, "slow", knobs="lanes = 1\nmax_batch_size = 4\nwarm_up = false",
                fake="delay_ms = 1000")  # fmt: skip
     fake_model(root, "wide", knobs="warm_up = false", width=WIDE)
+    fake_model(root, "quick", knobs="lanes = 1\nmax_batch_size = 64\nwarm_up = false")
+    fake_model(root, "long", knobs="lanes = 1\nmax_batch_size = 4\nwarm_up = false",
+               fake="delay_ms = 4000")  # fmt: skip
     return root
 
 
@@ -74,6 +82,37 @@ def test_a_claim_that_was_half_settled_is_settled_whole(
             np.testing.assert_array_equal(outputs_of(redis, request_id)["x"], numbered(n))
         assert meta_of(redis, late) == stored
         until(partial(nothing_is_held, redis), what="nothing is held any more")
+
+
+def settle_many(redis: Redis) -> None:
+    """So much that what was settled before is not kept any more."""
+    sent = dict(message("quick", numbered(n)) for n in range(MANY))
+    redis.lpush(NAMES.queue("quick"), *sent.values())
+    stored = partial(redis.exists, *map(NAMES.meta, sent))
+    until(lambda: stored() == MANY, timeout=60.0, what="the others are settled")
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["the rest computes", "the rest ended"])
+def test_what_was_settled_longer_ago_than_is_kept_is_computed_again(
+    server: EmbeddedRedis, redis: Redis, models: Path, ended: bool
+) -> None:
+    """Also where the end of its claim, at which that is deleted, is kept to be settled again."""
+    with Worker(server.url, models, ["long", "quick"]) as worker:
+        late, raw = message("long", numbered(0), deadline_ms=1.0)
+        sent = dict(message("long", numbered(n)) for n in range(3))
+        redis.lpush(NAMES.queue("long"), raw, *sent.values())
+        assert meta_of(redis, late)["result"]["exc_type"] == "DeadlineExceeded"
+        mark = after_last(server, b"LMOVE", b"EXEC")
+        settle_many(redis)
+        if ended:
+            until(lambda: redis.exists(*map(NAMES.meta, sent)) == len(sent))
+        crash_back_to(server, mark)
+        assert held_by(redis, worker.incarnation) == 4, "as it was right after the claim"
+        assert meta_of(redis, late, 30.0)["result"]["exc_type"] == "DeadlineExceeded"
+        for n, request_id in enumerate(sent):
+            np.testing.assert_array_equal(outputs_of(redis, request_id)["x"], numbered(n))
+        until(partial(nothing_is_held, redis), timeout=30.0, what="nothing is held any more")
+        assert worker.alive
 
 
 def test_a_worker_whose_birth_was_forgotten_is_born_again(
@@ -126,6 +165,35 @@ def test_a_restart_that_forgets_nothing_repeats_nothing(
         assert redis.keys(NAMES.later + "*") == []
         until(partial(nothing_is_held, redis), what="nothing is held any more")
         assert worker.alive
+
+
+def test_a_lease_that_ran_out_as_redis_went_back_may_be_renewed_first(
+    server: EmbeddedRedis, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where Redis is back before anybody who watches leases has noticed."""
+    monkeypatch.setattr(recovery, "SCAN_EVERY_S", 2.0)
+    lease_s = 4.0
+
+    def scans() -> int:
+        return int(redis.info("commandstats").get("cmdstat_evalsha", {}).get("calls", 0))
+
+    with redis_client(server.url) as client:
+        recoverer = recovery.Recoverer(client, NAMES, lease_s)
+        recoverer.start()
+        try:
+            until(lambda: scans() >= 3, what="it has watched for a lease")
+            redis.set(NAMES.fence("alive"), 1)
+            redis.zadd(NAMES.leases, {"alive": time.time() * 1000 + 300})
+            mark = aof_size(server)
+            redis.zadd(NAMES.leases, {"alive": time.time() * 1000 + 60_000})
+            renewed = time.monotonic()
+            until(lambda: time.monotonic() > renewed + 0.4)
+            crash_back_to(server, mark)
+            back = time.monotonic()
+            until(lambda: not redis.exists(NAMES.fence("alive")), what="it is taken for dead")
+            assert time.monotonic() - back >= lease_s - 0.1
+        finally:
+            recoverer.stop()
 
 
 def test_a_client_pushes_again_what_was_forgotten_with_its_payload(

@@ -171,6 +171,24 @@ def test_a_failure_is_stored_before_its_errbacks_are_called_unless_it_is_ignored
     assert bool(store.exists(Names().meta(task_id))) != ignored
 
 
+@pytest.mark.parametrize("errback", [False, True])
+def test_links_follow_the_result_that_was_first(
+    app: Celery, store: redis_py.Redis, canvas: Canvas, ready: Ready, errback: bool
+) -> None:
+    """A copy that fails (its payload was deleted with the first) calls no errback, nor a chord."""
+    options = {"link_error": app.signature("plain.e", queue="failed")} if errback else {}
+    message = linked(app, store, "plain", **options)
+    first = succeeded(message)
+    assert first.request_id is not None
+    store.set(Names().meta(first.request_id), first.outcome)
+    meta = codec.encode_failure(first.request_id, EngineError("it"), NOW, codec.JSON)
+    canvas.put("i", Settlement(Slot(CLAIM, 0), "m", first.request_id, meta), message)
+    ready.get(timeout=10)
+    assert store.llen("failed") == 0
+    (published,) = store.lrange("plain", 0, -1)
+    assert json.loads(published)["headers"]["task"] == "plain.note"
+
+
 def have_it_full(store: redis_py.Redis, full: bool) -> None:
     store.config_set("maxmemory", 1 if full else 0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from inferq.workers import settling
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Claim, Slot
 from inferq.workers.clock import RedisClock
-from inferq.workers.kept import KEEP_BYTES, KEEP_REQUESTS, Kept
+from inferq.workers.kept import KEEP_BYTES, KEEP_REQUESTS, KEEP_S, Kept
 from inferq.workers.lanes import Finished, Job, Outcome, Run
 from inferq.workers.repository import load_model
 from inferq.workers.serving import ServedModel
@@ -65,7 +66,7 @@ def test_what_is_kept_is_bounded_in_requests() -> None:
         kept.add(pack([("SET", "key", n)]), 2, n)
     found = kept.after(-1)
     assert len(found) == KEEP_REQUESTS // 2
-    assert unpack(found[0]) == [(b"SET", b"key", b"10")]
+    assert unpack(found[0].settling) == [(b"SET", b"key", b"10")]
 
 
 def test_what_is_kept_is_bounded_in_bytes() -> None:
@@ -81,26 +82,31 @@ def test_only_what_redis_does_not_know_is_settled_again() -> None:
     kept = Kept()
     for n in range(5):
         kept.add(pack([("SET", "key", n)]), 1, n)
-    assert [unpack(one)[0][2] for one in kept.after(2)] == [b"3", b"4"]
+    assert [one.number for one in kept.after(2)] == [3, 4]
+    assert kept.last == 4
 
 
-def test_another_incarnation_keeps_what_was_stored_and_nothing_of_claims() -> None:
+def test_what_was_settled_again_is_kept_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Kept()
+    for n in range(3):
+        kept.add(pack([stored()]), 1, n)
+    now = time.monotonic() + KEEP_S + 1
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    for multi in kept.after(0):
+        kept.again(multi)
+    kept.trim()
+    assert [one.number for one in kept.after(-1)] == [1, 2]
+
+
+def test_of_what_settled_only_what_was_stored_and_told_goes_out_again() -> None:
     kept = Kept()
     letter = (("LREM", "dead", 1, b"letter"), ("LPUSH", "dead", b"letter"))
     stores = (stored(20_000), ("EVAL", "script", 1, "key"), ("PUBLISH", "reply", b"ids"), *letter)
     handed_on = (("ZADD", "later", 7.5, "place"), ("DEL", "place"), ("RPUSH", "place", b"message"))
     acknowledges = (("LSET", "claim", -1, b""), ("UNLINK", "claim"), ("HDEL", "claims", "claim"))
     kept.add(pack([*handed_on, *stores, *acknowledges]), 2, 1)
-    before = kept.after(0)[0].size
-    kept.keep_results()
-    (left,) = kept.after(0)
-    assert unpack(left) == unpack(pack(stores))
-    assert left.size < before
-    for n in range(2, KEEP_REQUESTS):
-        kept.add(pack([stored()]), 1, n)
-    assert len(kept.after(0)) == KEEP_REQUESTS - 1
-    kept.add(pack([stored()]), 1, KEEP_REQUESTS)
-    assert len(kept.after(0)) == KEEP_REQUESTS - 1, "it counts for as many requests as before"
+    (multi,) = kept.after(0)
+    assert unpack(multi.results()) == unpack(pack(stores))
 
 
 def test_an_engine_that_an_audit_found_beyond_use_is_told_and_its_batch_counts_once(

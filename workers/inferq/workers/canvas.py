@@ -150,12 +150,12 @@ class Canvas:
         celery_private.await_no_results(app)
         # An ignored result is still what links and chords are given.
         meta = codec.decode_meta(settlement.outcome)
-        status, result = meta["status"], meta["result"]
-        stored = bool(request.chord or request.errbacks) and not settlement.ignore_result
+        # A chord of groups, and an errback, reads this result back.
+        read_back = request.chord or request.errbacks or meta["status"] != "SUCCESS"
+        stored = bool(read_back) and not settlement.ignore_result
         if stored:
-            # A chord of groups, and an errback, reads this result back.
-            key = self._names.meta(request.id)
-            self._client.set(key, settlement.outcome, ex=self._expires_s, nx=True)
+            meta = codec.decode_meta(self._first(request.id, settlement.outcome))
+        status, result = meta["status"], meta["result"]
         if status == "SUCCESS":
             celery_private.publish_success(app, request, result)
             celery_private.finish_chord(app, request, status, result)
@@ -167,6 +167,14 @@ class Canvas:
             celery_private.finish_chord(app, request, status, error)
             celery_private.publish_failure(app, request, error)
         return stored
+
+    def _first(self, request_id: str, outcome: bytes) -> bytes:
+        """Store `outcome`, unless the request has a result, which then is what counts."""
+        key = self._names.meta(request_id)
+        if self._client.set(key, outcome, ex=self._expires_s, nx=True):
+            return outcome
+        found = self._client.get(key)
+        return found if isinstance(found, bytes) else outcome
 
     def _failed(self, settlement: Settlement, message: bytes, problem: Exception) -> Settlement:
         if settlement.request_id is None:

@@ -44,10 +44,19 @@ class Slot(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """A fresh claim and its messages, oldest first; None where an adopted claim has a blank."""
+    """A claim and the messages to take on from it, oldest first; None where there is none to.
+
+    `adopted`: it is no fresh one, so requests of it may have a result already.
+    """
 
     claim: Claim
     messages: Sequence[bytes | None]
+    adopted: bool = False
+
+    @property
+    def places(self) -> list[int]:
+        """The places of these messages in the claim."""
+        return [place for place, message in enumerate(self.messages) if message is not None]
 
 
 @dataclass(frozen=True, slots=True)

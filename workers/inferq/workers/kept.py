@@ -1,8 +1,12 @@
-"""What was settled lately, to be settled again if Redis goes back in time.
+"""What was settled lately, to be stored again if Redis goes back in time.
 
 With ``appendfsync everysec`` a Redis that crashes comes back as it was a second or two ago, and so
 does a replica that takes over. What it acknowledged since is gone: results, and which requests of
 a claim were settled. The very bytes that settled are kept: nothing else costs a worker so little.
+
+Only results and who is told of them are taken from these bytes again. What a MULTI acknowledged may
+belong to a claim of which an earlier one, not kept any more, settled a part: claims are looked
+through anew instead (see DataPlane._catch_up).
 """
 
 from __future__ import annotations
@@ -25,31 +29,39 @@ KEEP_REQUESTS: Final = 2_000
 KEEP_BYTES: Final = 16 * 1024 * 1024
 
 
-class _Multi(msgspec.Struct, frozen=True, gc=False):
+class Multi(msgspec.Struct, gc=False):
+    """One MULTI that settled."""
+
+    #: When Redis has last answered for it (monotonic s).
     at: float
     number: int
     settling: Packed
     requests: int
     size: int
 
+    def results(self) -> Packed:
+        """What stores its results again, and its dead letters, and tells who waits."""
+        return pack(storing(unpack(self.settling)))
+
 
 class Kept:
     """The MULTIs of the last seconds that settled, oldest first. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._multis: deque[_Multi] = deque()
+        self._multis: deque[Multi] = deque()
         self._requests = 0
         self._bytes = 0
+        #: The number of the last MULTI of this incarnation that Redis has answered for; 0: none.
+        self.last = 0
 
     def add(self, settling: Packed, requests: int, number: int) -> None:
         """Redis has answered: `settling` settled so many requests, in the MULTI of this number."""
-        self._add(_Multi(time.monotonic(), number, settling, requests, settling.size))
-        self.trim()
-
-    def _add(self, multi: _Multi) -> None:
+        multi = Multi(time.monotonic(), number, settling, requests, settling.size)
         self._multis.append(multi)
         self._requests += multi.requests
         self._bytes += multi.size
+        self.last = number
+        self.trim()
 
     def trim(self) -> None:
         """Drop what is old enough. Only while Redis answers: its own absence is not counted."""
@@ -61,17 +73,13 @@ class Kept:
             self._requests -= multi.requests
             self._bytes -= multi.size
 
-    def after(self, number: int) -> list[Packed]:
+    def after(self, number: int) -> list[Multi]:
         """What is kept of MULTIs later than that of this number."""
-        return [multi.settling for multi in self._multis if multi.number > number]
+        return [multi for multi in self._multis if multi.number > number]
 
-    def keep_results(self) -> None:
-        """Go on as another incarnation: claims, and what was handed on, are nothing of its own."""
-        multis = list(self._multis)
-        self.clear()
-        for multi in multis:
-            results = pack(storing(unpack(multi.settling)))
-            self._add(msgspec.structs.replace(multi, settling=results, size=results.size))
+    def again(self, multi: Multi) -> None:
+        """Redis has answered for `multi` once more: it is as new as what was settled just now."""
+        multi.at = time.monotonic()
 
     def clear(self) -> None:
         """Keep nothing of what was."""

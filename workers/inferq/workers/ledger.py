@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,7 +26,7 @@ from inferq.shared.names import Names
 from inferq.shared.resp import Command, Packed, Reply, ReplyError, pack, unpack
 from inferq.workers import settle
 from inferq.workers.amiss import HASH, LIST, NO_ATTEMPTS, NOTHING_CLAIMED, Told, is_wrong_type
-from inferq.workers.claims import Claim, Claimed, Want
+from inferq.workers.claims import Claim, Claimed, Slot, Want
 from inferq.workers.full import forced
 from inferq.workers.link import Link
 from inferq.workers.settle import Settlement
@@ -156,7 +156,8 @@ class Ledger:
         # kill point: exchange-unwritten
         ending = settle.commands(settlements, self._names, self._incarnation, self._result_ttl_s)
         settling = pack(ending)
-        done = self._transact(settling, claiming, listen, sent)
+        number = next(self._settles) if settling.count else 0
+        done = self._transact(settling, number, claiming, listen, sent)
         self._tell_refused(ending, done)
         overtaken = settle.overtaken(settlements, ending, done[: len(ending)])
         offset = len(done) - len(claiming)  # what settles comes first
@@ -194,21 +195,30 @@ class Ledger:
         # kill point: exchange-read
         return Exchange(claimed, suspicious, missed, settling, overtaken)
 
-    def settle_again(self, settling: Packed) -> None:
-        """Settle what was settled before, on a Redis that has forgotten it."""
-        _log_errors(self._transact(settling, [], list(self._queues), lambda: None))
+    def settle_again(self, settling: Packed, number: int) -> None:
+        """Settle what was settled before, on a Redis that has forgotten it.
+
+        `number` is that of then. So wherever this breaks off, the fence tells what is still to be
+        settled again.
+        """
+        again = self._transact(settling, number, [], list(self._queues), lambda: None)
+        _log_errors(again)
 
     def _transact(
         self,
         settling: Packed,
+        number: int,
         claiming: list[Command],
         listen: Sequence[QueueId],
         sent: Callable[[], None],
     ) -> list[Reply]:
-        """The replies to `settling` and to `claiming`, from one fenced MULTI."""
-        if settling.count:
-            self.settles_sent = next(self._settles)
-            claiming = [("SET", self._fence, self.settles_sent), *claiming]
+        """The replies to `settling` and to `claiming`, from one fenced MULTI.
+
+        `number` is that of the MULTI; 0: it settles nothing.
+        """
+        if number:
+            self.settles_sent = number
+            claiming = [("SET", self._fence, number), *claiming]
         if not self._is_full():
             try:
                 return self._multi(settling, claiming, listen, sent)
@@ -277,32 +287,62 @@ class Ledger:
         """Note what was to start computing ("<m>/<id>") and shall wait again."""
         self._link.note(("SREM", self._names.running(self._incarnation), *recalled))
 
+    def unmark_all(self) -> None:
+        """Note that nothing computes: what does is to be marked anew."""
+        self._link.note(("DEL", self._names.running(self._incarnation)))
+
     def flush(self) -> None:
         """Write what was noted, if nothing else is to be written."""
         self._link.flush()
 
-    def adopt(self, known: Mapping[str, Claim]) -> list[Claimed]:
-        """Claims of ours in Redis that we do not know: the reply that brought them was lost."""
-        (held,) = self._link.call([("HKEYS", self._claims)])
-        if isinstance(held, ReplyError):
-            raise self._own_amiss()
-        keys = [key.decode(errors="replace") for key in held or ()]
-        strangers = [key for key in keys if key not in known and self._is_ours(key)]
-        if not strangers:
-            return []
-        lists = self._link.call([("LRANGE", key, 0, -1) for key in strangers])
-        adopted: list[Claimed] = []
-        for key, items in zip(strangers, lists, strict=True):
-            if isinstance(items, ReplyError) or not any(items):
+    def adopt(self, known: Mapping[str, Claim]) -> Iterator[Claimed]:
+        """Claims of ours in Redis that we do not know: the reply that brought them was lost.
+
+        Or it was settled whole, and Redis went back.
+        """
+        for key in self._held():
+            if key in known:
+                continue
+            items = self._messages(key)
+            if not any(items):
                 self._note(("UNLINK", key))
                 self._note(("HDEL", self._claims, key))
                 continue
             name = self._names.parse_claim(key)
-            messages: list[bytes | None] = [item or None for item in reversed(items)]
-            claim = Claim(key, name.model, name.step, len(messages))
-            claim.settled = {place for place, item in enumerate(messages) if item is None}
-            adopted.append(Claimed(claim, messages))
-        return adopted
+            claim = Claim(key, name.model, name.step, len(items))
+            claim.settled = {place for place, item in enumerate(items) if item is None}
+            yield Claimed(claim, items, adopted=True)
+
+    def unsettled(
+        self, known: Mapping[str, Claim], settling: Collection[Slot]
+    ) -> Iterator[Claimed]:
+        """What Redis, which went back, holds of `known` claims though it was settled.
+
+        `settling`: places of which it is not known yet whether they are.
+        """
+        for key in self._held():
+            claim = known.get(key)
+            if claim is None or not claim.settled:
+                continue
+            messages = [
+                item if place in claim.settled and Slot(claim, place) not in settling else None
+                for place, item in enumerate(self._messages(key))
+            ]
+            if any(messages):
+                yield Claimed(claim, messages, adopted=True)
+
+    def _held(self) -> list[str]:
+        """The keys of our claims, as Redis has them."""
+        (held,) = self._link.call([("HKEYS", self._claims)])
+        if isinstance(held, ReplyError):
+            raise self._own_amiss()
+        keys = [key.decode(errors="replace") for key in held or ()]
+        return [key for key in keys if self._is_ours(key)]
+
+    def _messages(self, key: str) -> list[bytes | None]:
+        """The messages of a claim, oldest first; None: settled."""
+        (items,) = self._link.call([("LRANGE", key, 0, -1)])
+        return [] if isinstance(items, ReplyError) else [item or None for item in reversed(items)]
 
     def attempts(self, model: str, fields: Sequence[str]) -> dict[str, int]:
         """The counts in attempts:<m> of those `fields` that have one."""
@@ -311,6 +351,11 @@ class Ledger:
             self._lacks_attempts(model, counts)
             return {}
         return {name: _count(n) for name, n in zip(fields, counts, strict=True) if n is not None}
+
+    def result(self, request_id: str) -> bytes:
+        """The stored result of a request; empty if there is none."""
+        (found,) = self._link.call([("GET", self._names.meta(request_id))])
+        return found if isinstance(found, bytes) else b""
 
     def stored(self, ids: Sequence[str]) -> set[str]:
         """Those of `ids` that have a result."""

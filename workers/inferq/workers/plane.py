@@ -98,8 +98,10 @@ class DataPlane:
         self._unfetched = Backlog()
         self._ledger: Ledger | None = None
         self._told = Told()
-        #: The Redis that last knew this incarnation.
+        #: The Redis that last knew this incarnation, and all that it had settled.
         self._run_id = ""
+        #: Whether Redis went back in time, and it was not looked yet for what it took back.
+        self._went_back = False
         #: Batches that were formed and not given to the lanes yet.
         self._leaving: list[tuple[ServedModel, Job]] = []
         self._claims: dict[str, Claim] = {}
@@ -230,9 +232,10 @@ class DataPlane:
                     self._ledger = ledger
                     ledger.take_over()
                     ledger.arm()
-                    self._run_id = link.run_id
-                    self._mark_all(ledger)
+                    if link.run_id != self._run_id:
+                        self._settling.publish_again()
                     self._catch_up(ledger)
+                    self._run_id = link.run_id
                     self._serve(link, ledger)
                 except LeaseLost:
                     self._be_reborn(forgotten=link.run_id != self._run_id)
@@ -264,10 +267,30 @@ class DataPlane:
         return not computing and self._settling.is_over()
 
     def _catch_up(self, ledger: Ledger) -> None:
-        """Learn what became, before this link, of what was sent on the one before it."""
-        for settling in self._settling.kept.after(ledger.settles_known):
-            ledger.settle_again(settling)
-        self._receive(ledger, ledger.adopt(self._claims), frozenset(self._models))
+        """Learn what became, before this link, of what was sent on the one before it.
+
+        Where Redis went back, results that are kept are stored again first. Then each request that
+        Redis holds for us is taken on, unless it still waits, computes or is being settled here: it
+        is acknowledged if it has a result, and computed once more if not.
+        """
+        kept = self._settling.kept
+        if ledger.settles_known < kept.last:
+            self._went_back = True
+        if self._went_back:
+            ledger.unmark_all()
+        self._mark_all(ledger)
+        for multi in kept.after(ledger.settles_known):
+            ledger.settle_again(multi.results(), multi.number)
+            kept.again(multi)
+        models = frozenset(self._models)
+        if self._went_back:
+            settling = {done.slot for done in self._settling.due}
+            for claimed in ledger.unsettled(self._claims, settling):
+                self._receive(ledger, [claimed], models)
+            self._went_back = False
+        for claimed in ledger.adopt(self._claims):
+            self._receive(ledger, [claimed], models)
+        kept.last = ledger.settles_known
 
     def _serve(self, link: Link, ledger: Ledger) -> None:
         settling = self._settling
@@ -398,9 +421,10 @@ class DataPlane:
             # If this breaks off, the claim stays unknown here and is adopted on the next link.
             received = self._receiver.receive(ledger, batch, claim.model in suspicious, room)
             self._claims[claim.key] = claim
-            places = [n for n, message in enumerate(batch.messages) if message is not None]
+            if batch.adopted:
+                claim.settled.difference_update(batch.places)
             inputs = sum(map(len, filter(None, batch.messages))) + sum(received.payloads)
-            self._budget.claimed(claim, places, inputs, received.whole)
+            self._budget.claimed(claim, batch.places, inputs, received.whole)
             # kill point: claim-decoded
             self._decoded.append(claim)
             if received.unfetched:
@@ -442,6 +466,7 @@ class DataPlane:
         told = about(*held, requests=len(held), incarnation=lost)
         logger.error("the lease of %s is lost; its results are discarded", lost, extra=told)
         self._settling.drop(forgotten=forgotten)
+        self._went_back = False
         self._claims.clear()
         self._budget.clear()
         self._unfetched.clear()

@@ -40,10 +40,14 @@ class Dead(msgspec.Struct, frozen=True):
 
 
 class Answered(msgspec.Struct, frozen=True):
-    """It has a result already: a copy, which a client pushed again when Redis was restarted."""
+    """It has a result already: a copy, which a client pushed again when Redis was restarted.
+
+    Or it was settled, and Redis went back in time. `result`: as stored, where that is of use.
+    """
 
     slot: Slot
     ticket: Ticket
+    result: bytes
 
 
 Found = Opened | Failed | Revoked | Foreign | Early | Quarantined | Dead | Answered
@@ -81,7 +85,7 @@ class Receiver:
         self._payloads = payloads
 
     def receive(self, ledger: Ledger, claimed: Claimed, suspicious: bool, room: int) -> Received:
-        """Decode one claim. `suspicious`: its model has entries in attempts:<m>.
+        """Decode one claim. `suspicious`: its model has entries in attempts:<m>, or may have.
 
         `room`: bytes that requests with payloads may take; those beyond it are left `unfetched`.
         """
@@ -100,7 +104,9 @@ class Receiver:
         fields = [suspect(message) for _, message in places]
         deaths = ledger.attempts(model.name, fields)
         clear = [place for place, field in zip(places, fields, strict=True) if field not in deaths]
-        self._admit(model, self._open_counted(ledger, model, clear), received, room)
+        adopted = claimed.adopted
+        found = self._open_counted(ledger, model, clear, adopted)
+        self._admit(model, found, received, room)
         for (slot, message), field in zip(places, fields, strict=True):
             count = deaths.get(field, 0)
             if count >= model.spec.config.max_attempts:
@@ -116,7 +122,7 @@ class Receiver:
                 # By itself: should this end the worker again, only the culprit is counted on.
                 ledger.mark([f"{model.name}/{field}"], [])
                 ledger.flush()
-                found = self._open_counted(ledger, model, [(slot, message)])
+                found = self._open_counted(ledger, model, [(slot, message)], adopted)
                 self._admit(model, found, received, math.inf)
                 # kill point: suspect-decoded
                 ledger.forgive(model.name, field)
@@ -131,23 +137,28 @@ class Receiver:
             return Quarantined(slot, message, f"reading it raised {problem!r}")
 
     def _open_counted(
-        self, ledger: Ledger, model: ServedModel, places: Sequence[tuple[Slot, bytes]]
+        self,
+        ledger: Ledger,
+        model: ServedModel,
+        places: Sequence[tuple[Slot, bytes]],
+        adopted: bool,
     ) -> list[Found]:
         """As `_open`; Dead are those that ended too many workers while they were computed.
 
-        Of one that ended any, a copy is Answered: with the first, the attempts are forgotten.
+        Of one that ended any, a copy is Answered: with the first, the attempts are forgotten. So is
+        what has a result in an `adopted` claim.
         """
         opened = [self._open(model, slot, message) for slot, message in places]
         ids = [found.ticket.id for found in opened if isinstance(found, Opened | Failed | Revoked)]
         counts = ledger.attempts(model.name, ids) if ids else {}
-        if not counts:
+        if not counts and not adopted:
             return opened
-        stored = ledger.stored(list(counts))
+        stored = ledger.stored(ids if adopted else list(counts))
         counted: list[Found] = []
         for found, (slot, message) in zip(opened, places, strict=True):
             if isinstance(found, Opened | Failed | Revoked):
                 if found.ticket.id in stored:
-                    counted.append(Answered(slot, found.ticket))
+                    counted.append(self._answered(ledger, slot, found.ticket))
                     continue
                 again = retried(found, counts.get(found.ticket.id, 0))
                 if (
@@ -161,6 +172,10 @@ class Receiver:
             else:
                 counted.append(found)
         return counted
+
+    def _answered(self, ledger: Ledger, slot: Slot, ticket: Ticket) -> Answered:
+        of_use = ticket.canvas is not None or ticket.payload_keys
+        return Answered(slot, ticket, ledger.result(ticket.id) if of_use else b"")
 
     def fetch(self, model: ServedModel, some: Sequence[Unfetched]) -> Received:
         """Fetch the payloads of requests that were left `unfetched`."""
@@ -234,8 +249,9 @@ class Receiver:
                     extra=about(ticket.id, model=model.name),
                 )  # fmt: skip
                 return results.dead(slot, ticket, message, self._clock.now()), ticket.canvas
-            case Answered(slot=slot, ticket=ticket):
-                return results.answered(slot, ticket), None
+            case Answered(slot=slot, ticket=ticket, result=result):
+                # What follows on it may be forgotten, or was never published: then it is twice.
+                return results.answered(slot, ticket, result), ticket.canvas if result else None
             case Foreign(slot=slot, message=message):
                 try:
                     return self._hooks.hand_over(slot, model.name, message), None

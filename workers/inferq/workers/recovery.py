@@ -133,8 +133,8 @@ def _move(client: redis.Redis, names: Names, claim: ClaimName, key: str) -> int:
 class Recoverer:
     """The thread that watches everybody's leases.
 
-    It acts only after its own connection was up for one whole lease: a Redis that was away must
-    not make everybody's lease look expired before they could renew.
+    It acts only after this Redis was up, and reached, for one whole lease: one that was away, or
+    went back in time, must not make everybody's lease look expired before they could renew.
     """
 
     def __init__(self, client: redis.Redis, names: Names, lease_s: float) -> None:
@@ -143,6 +143,8 @@ class Recoverer:
         self._lease_s = lease_s
         self._expired = client.register_script(source("expired"))
         self._revoke = client.register_script(source("revoke"))
+        #: The Redis that answers, and since when (monotonic s).
+        self._run_id = ""
         self._up_since: float | None = None
         self._told = Told()
         self._sayings = Sayings()
@@ -165,13 +167,14 @@ class Recoverer:
 
     def _turn(self) -> None:
         try:
-            if self._up_since is None:
-                self._client.ping()
-                self._up_since = time.monotonic()
+            # The client connects anew without a word: a quick restart is told by this alone.
+            run_id = self._client.info("server").get("run_id", "?")
+            if run_id != self._run_id:
+                self._run_id, self._up_since = run_id, time.monotonic()
             for names in self._names.spoken():
                 self._look(names)
         except RedisError:
-            self._up_since = None
+            self._run_id, self._up_since = "", None
             raise
 
     def _look(self, names: Names) -> None:

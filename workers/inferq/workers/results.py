@@ -14,7 +14,13 @@ import msgpack
 from msgspec.structs import replace
 
 from inferq.shared import codec
-from inferq.shared.errors import DeadLettered, EngineError, InferqError, PayloadTooLarge
+from inferq.shared.errors import (
+    DeadLettered,
+    EngineError,
+    InferqError,
+    PayloadTooLarge,
+    from_wire,
+)
 from inferq.shared.schema import Ticket
 from inferq.workers.batching.padding import Padding
 from inferq.workers.claims import Slot
@@ -38,6 +44,18 @@ def _now() -> str:
 def _iso(hundredths: int) -> str:
     """`date_done`, made once per batch rather than once per request."""
     return datetime.fromtimestamp(hundredths / 100, UTC).isoformat()
+
+
+def _is_final(result: bytes) -> bool:
+    """Whether this stored result is one whose request nobody will ever send once more."""
+    try:
+        meta = codec.decode_meta(result)
+    except codec.MalformedMessage:
+        return False
+    status = meta["status"]
+    return status == "SUCCESS" or not isinstance(
+        from_wire(status, meta.get("result")), DeadLettered
+    )
 
 
 @dataclass(frozen=True)
@@ -107,9 +125,16 @@ class Results:
         ended = Revoked(slot, ticket, reason)
         return self._settlement(slot, ticket, meta, running=running, ending=REVOKED, ended=ended)
 
-    def answered(self, slot: Slot, ticket: Ticket) -> Settlement:
-        """Only acknowledged, and its attempts forgotten; a dead letter may need its payload."""
-        return Settlement(slot, ticket.model, ticket.id, b"", attempts=1)
+    def answered(self, slot: Slot, ticket: Ticket, result: bytes) -> Settlement:
+        """Only acknowledged, and its attempts forgotten.
+
+        `result`: what is stored of it, if it has links or payloads; a dead letter needs its own.
+        """
+        return Settlement(
+            slot, ticket.model, ticket.id, result if ticket.canvas else b"",
+            ignore_result=True, attempts=1, stored=True,
+            payload_keys=ticket.payload_keys if _is_final(result) else (),
+        )  # fmt: skip
 
     def late(self, found: Failed | Revoked) -> Settlement:
         """What a lane found to be too late to be computed."""

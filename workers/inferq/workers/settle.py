@@ -76,6 +76,8 @@ class Settlement(msgspec.Struct, frozen=True, eq=False):
     run: Run | None = None
     #: Its result was stored ahead of this, for those to read who are told of it first.
     stored: bool = False
+    #: The whole message, if it has links, a chain or a chord: these are published ahead of this.
+    canvas: bytes | None = None
 
     @property
     def error_code(self) -> str:

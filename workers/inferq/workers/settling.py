@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Container, Mapping
 from typing import Final
 
+from msgspec.structs import replace
+
 from inferq.shared.errors import FatalEngineError
 from inferq.shared.resp import Packed
 from inferq.workers.hooks import Hooks
@@ -131,6 +133,9 @@ class Settling:
             for late in finished.late:
                 if late.slot.claim.key in claims:
                     self.add(results.late(late), late.ticket.canvas)
+        self._take_ready()
+
+    def _take_ready(self) -> None:
         while self._ready:
             incarnation, settlement = self._ready.popleft()
             if incarnation == self.incarnation:
@@ -142,10 +147,23 @@ class Settling:
         if canvas is None:
             self.due.append(settlement)
         else:
-            self.away_in_canvas += 1
             if settlement.running:
                 self.stopped.append(f"{settlement.model}/{settlement.request_id}")
-            self._hooks.publish_canvas(self.incarnation, settlement, canvas)
+            self._publish(replace(settlement, canvas=canvas), canvas)
+
+    def _publish(self, settlement: Settlement, canvas: bytes) -> None:
+        self.away_in_canvas += 1
+        self._hooks.publish_canvas(self.incarnation, settlement, canvas)
+
+    def publish_again(self) -> None:
+        """Redis was started anew, and may have forgotten what was published for those due."""
+        self._take_ready()
+        again = [done for done in self.due if done.canvas is not None]
+        self._doubtful = sum(done.canvas is None for done in self.due[: self._doubtful])
+        self.due = [done for done in self.due if done.canvas is None]
+        for done in again:
+            done.slot.claim.settled.discard(done.slot.index)
+            self._publish(done, done.canvas or b"")
 
     def unanswered(self, sent: list[Settlement]) -> None:
         """Redis may have settled the first ones due, `sent`; they are sent again."""
@@ -196,10 +214,9 @@ class Settling:
         it had stored are gone, and are kept to be stored again.
         """
         self.due.clear()
-        if forgotten:
-            self.kept.keep_results()
-        else:
+        if not forgotten:
             self.kept.clear()
+        self.kept.last = 0
         self.stopped.clear()
         self.away_in_canvas = 0
         self._doubtful = 0
