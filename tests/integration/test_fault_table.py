@@ -184,7 +184,11 @@ def test_a_request_that_is_pushed_twice_has_one_result_the_first(
         redis.lpush(NAMES.queue("m"), raw)
         outputs_of(redis, request_id)
         first = redis.get(NAMES.meta(request_id))
-        redis.lpush(NAMES.queue("m"), raw, other)
-        until(lambda: redis.llen(NAMES.queue("m")) == 0, what="they are claimed")
-        until(partial(nothing_is_held, redis), what="they are settled")
-        assert redis.get(NAMES.meta(request_id)) == first
+        with redis.pubsub(ignore_subscribe_messages=True) as waiting:  # type: ignore[no-untyped-call]
+            waiting.subscribe(NAMES.meta(request_id))
+            until(lambda: redis.pubsub_numsub(NAMES.meta(request_id))[0][1] == 1)
+            redis.lpush(NAMES.queue("m"), raw, other)
+            until(lambda: redis.llen(NAMES.queue("m")) == 0, what="they are claimed")
+            until(partial(nothing_is_held, redis), what="they are settled")
+            told = until(lambda: waiting.get_message(timeout=1), what="who waits is told")
+        assert redis.get(NAMES.meta(request_id)) == first == told["data"]

@@ -21,6 +21,7 @@ from inferq.workers.batching.growth import Grid, Growth
 from inferq.workers.batching.padding import Measured, Padding, PadRule
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Claim, Slot
+from inferq.workers.full import forced
 from inferq.workers.intake import Quarantined
 from inferq.workers.lanes import Outcome, Run
 from inferq.workers.results import Results
@@ -28,7 +29,6 @@ from inferq.workers.settle import (
     DEAD_LETTERS_KEPT,
     DEAD_PAYLOAD_S,
     KEYS_AT_ONCE,
-    LARGE_BYTES,
     Settlement,
     commands,
     without_scripts,
@@ -111,7 +111,8 @@ def test_what_was_computing_its_attempts_and_its_payload_are_gone(
 
 def test_an_ignored_result_is_neither_stored_nor_told(redis: Redis, claim: Claim) -> None:
     given = settled(claim, 0, ignore_result=True, reply="channel")
-    assert not any(command[0] in ("SET", "PUBLISH") for command in commands([given], NAMES, I, 60))
+    told = ("SET", "PUBLISH", "EVAL")
+    assert not any(command[0] in told for command in commands([given], NAMES, I, 60))
     apply(redis, [given])
     assert redis.lrange(claim.key, 0, -1) == [b"third", b"second", b""]
 
@@ -268,7 +269,7 @@ def test_what_was_given_up_is_answered_if_the_bytes_name_who_asked(
         assert (done.outcome[:1] == b"{") == (kind == codec.JSON)
 
 
-@pytest.mark.parametrize("size", [LARGE_BYTES - 1, LARGE_BYTES])
+@pytest.mark.parametrize("size", [10, 100_000])
 def test_who_waits_on_a_results_channel_is_told_of_it(
     redis: Redis, claim: Claim, size: int
 ) -> None:
@@ -281,26 +282,46 @@ def test_who_waits_on_a_results_channel_is_told_of_it(
         assert told["data"] == redis.get(NAMES.meta("id1")) == b"\1" * size
 
 
-def test_of_a_large_result_the_one_that_was_first_is_told(redis: Redis, claim: Claim) -> None:
+@pytest.mark.parametrize("full", [False, True], ids=["", "while Redis is full"])
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_nobody_is_told_a_result_that_is_not_the_stored_one(
+    redis: Redis, claim: Claim, size: int, full: bool
+) -> None:
     redis.set(NAMES.meta("id0"), b"first")
-    with redis.pubsub(ignore_subscribe_messages=True) as waiting:  # type: ignore[no-untyped-call]
-        waiting.subscribe(NAMES.meta("id0"))
-        until(lambda: redis.pubsub_numsub(NAMES.meta("id0"))[0][1] == 1)
-        apply(redis, [replace(settled(claim, 0), outcome=b"x" * LARGE_BYTES)])
-        assert until(lambda: waiting.get_message(timeout=1))["data"] == b"first"
-
-
-def test_in_a_script_a_large_result_is_published_by_its_bytes(redis: Redis, claim: Claim) -> None:
-    done = [replace(settled(claim, n), outcome=b"%d" % n * LARGE_BYTES) for n in (0, 1)]
-    packed = pack(commands(done, NAMES, I, 60))
+    done = [replace(settled(claim, n), outcome=b"x" * size) for n in (0, 1)]
     with redis.pubsub(ignore_subscribe_messages=True) as waiting:  # type: ignore[no-untyped-call]
         waiting.subscribe(NAMES.meta("id0"), NAMES.meta("id1"))
         until(lambda: redis.pubsub_numsub(NAMES.meta("id1"))[0][1] == 1)
-        for command in without_scripts(unpack(packed)):
-            assert command[0] != b"EVAL"
-            redis.execute_command(*command)  # type: ignore[no-untyped-call]
-        told = [until(lambda: waiting.get_message(timeout=1))["data"] for _ in done]
-    assert told == [one.outcome for one in done]
+        if full:
+            packed = pack(commands(done, NAMES, I, 60))
+            replies = redis.execute_command(*forced(without_scripts(unpack(packed)), NAMES))  # type: ignore[no-untyped-call]
+            assert not any(isinstance(reply, Exception) for reply in replies)
+        else:
+            apply(redis, done)
+        told = [until(lambda: waiting.get_message(timeout=1)) for _ in done]
+    assert {each["channel"]: each["data"] for each in told} == {
+        NAMES.meta("id0").encode(): b"first",
+        NAMES.meta("id1").encode(): b"x" * size,
+    }
+
+
+def test_a_key_of_another_type_keeps_nobody_else_from_being_told(
+    redis: Redis, claim: Claim
+) -> None:
+    redis.lpush(NAMES.meta("id0"), "no result")
+    with redis.pubsub(ignore_subscribe_messages=True) as waiting:  # type: ignore[no-untyped-call]
+        waiting.subscribe(NAMES.meta("id0"), NAMES.meta("id1"))
+        until(lambda: redis.pubsub_numsub(NAMES.meta("id1"))[0][1] == 1)
+        apply(redis, [settled(claim, 0), settled(claim, 1)])
+        assert until(lambda: waiting.get_message(timeout=1))["data"] == b"done"
+
+
+def test_no_command_names_more_results_than_lua_can_take(redis: Redis, claim: Claim) -> None:
+    many = [replace(settled(claim, 0), request_id=f"id{n}") for n in range(2 * KEYS_AT_ONCE + 1)]
+    made = commands(many, NAMES, I, 60)
+    assert max(len(command) for command in made) == KEYS_AT_ONCE + 3
+    apply(redis, many)
+    assert redis.exists(*(NAMES.meta(str(done.request_id)) for done in many)) == len(many)
 
 
 def test_no_unlink_names_more_keys_than_lua_can_take(redis: Redis, claim: Claim) -> None:

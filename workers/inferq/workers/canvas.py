@@ -154,7 +154,9 @@ class Canvas:
         read_back = request.chord or request.errbacks or meta["status"] != "SUCCESS"
         stored = bool(read_back) and not settlement.ignore_result
         if stored:
-            meta = codec.decode_meta(self._first(request.id, settlement.outcome))
+            first = codec.decode_meta(self._first(request.id, settlement.outcome))
+            if not first["status"] == meta["status"] == "REVOKED":  # Celery's says it otherwise
+                meta = first
         status, result = meta["status"], meta["result"]
         if status == "SUCCESS":
             celery_private.publish_success(app, request, result)

@@ -25,12 +25,10 @@ DEAD_LETTERS_KEPT: Final = 10_000
 #: How long the claim-checked payload of a dead letter is kept, in seconds.
 DEAD_PAYLOAD_S: Final = 7 * 24 * 3600
 
-#: Most keys that one UNLINK names: Lua, which is needed on a full Redis, takes a few thousand.
+#: Most keys that one command names: Lua, which is needed on a full Redis, takes a few thousand.
 KEYS_AT_ONCE: Final = 1_000
 #: The commands that do nothing else: no claim is touched by them, nor what is handed to Celery.
 _STORING: Final = {b"SET", b"PUBLISH", b"EVAL", b"LREM", b"LPUSH", b"LTRIM", b"EXPIRE"}
-#: Results of so many bytes are sent once: Redis itself publishes what it has stored.
-LARGE_BYTES: Final = 16 * 1024
 
 #: How a request may end, as metrics have it.
 SUCCESS: Final = "success"
@@ -100,15 +98,13 @@ def commands(
     stopped: list[str] = []
     forgiven: defaultdict[str, list[str]] = defaultdict(list)
     garbage: list[str] = []
+    stored: list[str] = []
     for done in settlements:
         out += done.before
         if done.request_id is not None and _stores(done):
             key = names.meta(done.request_id)
             out.append(("SET", key, done.outcome, "EX", result_expires_s, "NX"))
-            if len(done.outcome) < LARGE_BYTES:
-                out.append(("PUBLISH", key, done.outcome))
-            else:
-                out.append(("EVAL", source("publish"), 1, key))
+            stored.append(key)
             if done.reply is not None:
                 replies[done.reply].append(done.request_id)
         if done.dead_letter is not None:
@@ -127,6 +123,9 @@ def commands(
             forgiven[done.model].append(done.suspect)
         done.slot.claim.settled.add(done.slot.index)
         touched[done.slot.claim].append(done.slot.index)
+    for at in range(0, len(stored), KEYS_AT_ONCE):
+        keys = stored[at : at + KEYS_AT_ONCE]
+        out.append(("EVAL", source("publish"), len(keys), *keys))
     for channel, ids in replies.items():
         out.append(("PUBLISH", channel, msgpack.packb(ids)))
     finished = [claim for claim in touched if claim.complete]
@@ -175,9 +174,8 @@ def without_scripts(commands: Iterable[Command]) -> list[Command]:
     """What `commands` made (each word as bytes), to run in a script: that may call no other."""
     out: list[Command] = []
     for command in commands:
-        if command[0] == b"EVAL":  # stands behind the SET of the result that it is to publish
-            _, key, outcome, *_ = out[-1]
-            out.append((b"PUBLISH", key, outcome))
+        if command[0] == b"EVAL":  # force.lua publishes what is stored where nothing is given
+            out += [(b"PUBLISH", key) for key in command[3:]]
         else:
             out.append(command)
     return out

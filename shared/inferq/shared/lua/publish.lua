@@ -1,10 +1,17 @@
--- Tell who waits for a large result, if anybody does: what is stored is published, so that it need
--- not travel to Redis twice.
+-- Tell who waits for one of these results, if anybody does. What is stored is published, which may
+-- not be what was computed last; and it need not travel to Redis twice.
 --
--- KEYS[1]  celery-task-meta-<id>, also the name of the channel
+-- KEYS[1..]  celery-task-meta-<id>, also the name of the channel; a thousand at most
 -- Returns the number of those who were told.
-if redis.call('PUBSUB', 'NUMSUB', KEYS[1])[2] == 0 then
-  return 0
+local told = 0
+local everywhere = redis.call('PUBSUB', 'NUMPAT') > 0
+local listening = redis.call('PUBSUB', 'NUMSUB', unpack(KEYS))
+for n = 1, #KEYS do
+  if everywhere or listening[2 * n] > 0 then
+    local stored = redis.pcall('GET', KEYS[n])
+    if type(stored) == 'string' then
+      told = told + redis.call('PUBLISH', KEYS[n], stored)
+    end
+  end
 end
-local stored = redis.call('GET', KEYS[1])
-return stored and redis.call('PUBLISH', KEYS[1], stored) or 0
+return told
