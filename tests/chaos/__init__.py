@@ -4,6 +4,7 @@ schedule    what fails when, drawn from a seed
 clock       the schedule's time
 content     what is asked and what the answer must be, drawn from the same seed
 proxy       stands between everybody and Redis: cuts, delays, swallows
+burst       thousands of quick requests beside claims that are settled in part
 store       the real Redis, killed and started again, with the end of its AOF cut off or not
 crew        three real worker processes, killed, stopped and started again
 faults      does the schedule's faults to Redis and to the network

@@ -14,6 +14,10 @@ from inferq.workers.engines.fake import FAULT_EXIT, FAULT_RAISE
 #: Model → ms a batch, ms a row, most rows, and how many of a hundred requests are for it. One
 #: worker is just about able to serve what a run asks for: else the least urgent would starve.
 MODELS = {"fast": (1.0, 0.0, 8, 10), "brisk": (10.0, 0.0, 4, 15), "slow": (40.0, 4.0, 4, 75)}
+#: What bursts ask for (see burst.py), in the same way.
+QUICK, LONG = "quick", "long"
+LONG_ROWS = 4
+BESIDE = {QUICK: (0.0, 0.0, 64, 0), LONG: (0.0, 400.0, LONG_ROWS, 0)}
 WIDTH = 4
 #: One request in so many makes the engine raise.
 RAISE_EVERY = 500

@@ -7,11 +7,12 @@ import time
 
 import redis
 
+from chaos.burst import Beside
 from chaos.clock import Clock
 from chaos.crew import Worker, held_by
 from chaos.proxy import Proxy
 from chaos.record import Hit, Record
-from chaos.schedule import Fault, Kind
+from chaos.schedule import ON_TAIL, WORKERS, Fault, Kind
 from chaos.store import Store
 
 #: Seconds until who is in a black hole gives up waiting for a reply.
@@ -21,9 +22,14 @@ NOTICED_S = 5.0
 class OnRedis(threading.Thread):
     """Starts Redis and does its restarts. Redis ends with the thread that started it."""
 
-    def __init__(self, store: Store, faults: list[Fault], clock: Clock, record: Record) -> None:
+    def __init__(
+        self, store: Store, beside: Beside, faults: list[Fault], clock: Clock, record: Record
+    ) -> None:
         super().__init__(name="chaos-redis", daemon=True)
         self._store, self._faults, self._clock, self._record = store, faults, clock, record
+        self._beside = beside
+        #: Stands before the workers, once they are there.
+        self.proxy: Proxy | None = None
         self.pending = len(faults)
         self.started = threading.Event()
         #: Whether Redis can be had back.
@@ -37,8 +43,13 @@ class OnRedis(threading.Thread):
             for fault in self._faults:
                 if not self._clock.wait(fault.at_s, self.over):
                     break
-                cut_tail = fault.kind is Kind.TAIL_CUT
-                self._store.restart(fault.length_s, cut_tail=cut_tail, fsync=fault.fsync)
+                far = fault.kind is Kind.FAR_BACK
+                mark = self._beside.burst(self.over) if far else None
+                if self.proxy is not None and fault.kind in (Kind.CUT_AGAIN, Kind.FAR_BACK):
+                    self.proxy.cut_catching_up([f"w{n}" for n in range(WORKERS)])
+                self._store.restart(
+                    fault.length_s, cut_tail=fault.kind in ON_TAIL, fsync=fault.fsync, mark=mark
+                )
                 self._record.done.append((time.monotonic(), fault))
                 self.pending -= 1
         except Exception as problem:  # noqa: BLE001  the run must hear of it

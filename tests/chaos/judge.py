@@ -46,7 +46,8 @@ class Verdict:
     changed: dict[str, str] = field(default_factory=dict)
     wrong: dict[str, str] = field(default_factory=dict)
     #: Told to their producer, then rolled back by Redis when the worker that could have stored
-    #: them again was gone as well. That is no promise broken.
+    #: them again was gone as well, or together with the request itself and further than workers
+    #: keep. That is no promise broken.
     gone: dict[str, str] = field(default_factory=dict)
 
 
@@ -73,7 +74,8 @@ def judge(
             verdict.wrong[request_id] = f"{resolved.outcome}; expected {wanted}"
         if not end.outcome:
             lost_twice = _rolled_back_with_its_worker(resolved, restarts, away)
-            matters = verdict.gone if lost_twice else verdict.changed
+            whole = any(_rolled_back_whole(accepted, resolved, one) for one in restarts)
+            matters = verdict.gone if lost_twice or whole else verdict.changed
             matters[request_id] = f"was {resolved.outcome}; nothing is stored now"
         elif end.outcome != resolved.outcome:
             verdict.changed[request_id] = f"was {resolved.outcome}, is {end.outcome}"
@@ -89,6 +91,22 @@ def _before(resolved: Resolved, restart: Restart) -> bool:
     return restart.rolled_back and resolved.at < restart.back_at
 
 
+def _rolled_back_whole(accepted: Accepted, resolved: Resolved, restart: Restart) -> bool:
+    """Whether Redis may have gone back behind its very push, and further than workers keep."""
+    far = restart.back_to is not None and accepted.at >= restart.back_to
+    return far and _before(resolved, restart)
+
+
+def judge_beside(asked: Mapping[str, Request], ends: Mapping[str, End], verdict: Verdict) -> None:
+    """Hold what bursts asked for against what is stored; see burst.py."""
+    for request_id, request in asked.items():
+        outcome = ends[request_id].outcome
+        if not outcome:
+            verdict.lost[request_id] = f"asked of {request.model} in a burst; nothing is stored"
+        elif outcome != request.expected:
+            verdict.wrong[request_id] = f"{outcome}; expected {request.expected} of a burst"
+
+
 def _rolled_back_with_its_worker(
     resolved: Resolved, restarts: Sequence[Restart], away: Sequence[tuple[float, str]]
 ) -> bool:
@@ -102,17 +120,15 @@ def _rolled_back_with_its_worker(
     return False
 
 
-def read_ends(
-    store: redis.Redis, ledger: Ledger, asked: Callable[[Accepted], Request]
-) -> dict[str, End]:
-    """What is stored of every accepted request."""
+def read_ends(store: redis.Redis, asked: Mapping[str, Request]) -> dict[str, End]:
+    """What is stored of every request that was asked, by id."""
     names, ends = Names(), {}
-    ids = list(ledger.accepted)
+    ids = list(asked)
     for start in range(0, len(ids), _AT_ONCE):
         block = ids[start : start + _AT_ONCE]
         found: Any = store.mget([names.meta(one) for one in block])
         for request_id, raw in zip(block, found, strict=True):
-            outcome = _outcome(raw, asked(ledger.accepted[request_id])) if raw else ""
+            outcome = _outcome(raw, asked[request_id]) if raw else ""
             ends[request_id] = End(digest_of(raw), outcome)
     return ends
 

@@ -30,6 +30,9 @@ class Proxy:
         #: Whose new connections are swallowed too.
         self._silent: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        #: Whose next data plane's connection is to be cut, and how many were.
+        self._to_cut: set[str] = set()
+        self.cut_while_catching_up = 0
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -53,6 +56,13 @@ class Proxy:
     def delay(self, clients: Iterable[str], delay_s: float) -> None:
         """From now on let each piece of their traffic come later; 0: no longer."""
         self._do(lambda: self._delays.update(dict.fromkeys(clients, delay_s)))
+
+    def cut_catching_up(self, clients: Iterable[str]) -> None:
+        """Cut the next connection of each worker's data plane as it settles again.
+
+        Once what it settles first was answered, and if there is more.
+        """
+        self._do(lambda: self._to_cut.update(clients))
 
     def swallow(self, clients: Iterable[str]) -> Callable[[], None]:
         """Carry nothing more on the connections that they have now, and end none of them.
@@ -123,14 +133,29 @@ class Proxy:
         self._pairs.add(pair)
         try:
             await asyncio.gather(
-                self._pump(pair, reader, up_writer), self._pump(pair, up_reader, writer)
+                self._pump(pair, reader, up_writer, upward=True),
+                self._pump(pair, up_reader, writer),
             )
         finally:
             self._pairs.discard(pair)
             pair.abort()
 
+    def _is_cut(self, pair: _Pair, chunk: bytes) -> bool:
+        """Whether what this connection says is the second that it settles again, and is cut off."""
+        if pair.client not in self._to_cut or not pair.catches_up(chunk):
+            return False
+        if pair.multis == 2:
+            self._to_cut.discard(pair.client)
+            self.cut_while_catching_up += pair.abort()
+        return pair.multis == 2
+
     async def _pump(
-        self, pair: _Pair, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        pair: _Pair,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        *,
+        upward: bool = False,
     ) -> None:
         try:
             while chunk := await reader.read(_CHUNK):
@@ -138,6 +163,8 @@ class Proxy:
                 if delay_s:
                     await asyncio.sleep(delay_s)
                 await pair.open.wait()
+                if upward and self._is_cut(pair, chunk):
+                    return
                 writer.write(chunk)
                 await writer.drain()
             await pair.open.wait()
@@ -164,6 +191,18 @@ class _Pair:
         self.open = asyncio.Event()
         self.open.set()
         self._writers = (down, up)
+        #: MULTIs that it has sent so far; None: it is no data plane's, or has caught up.
+        self.multis: int | None = None
+
+    def catches_up(self, chunk: bytes) -> bool:
+        """Whether it is a data plane's that settles again, now that it says `chunk`."""
+        if b"TRACKING\r\n" in chunk:
+            self.multis = 0
+        elif b"HKEYS\r\n" in chunk:  # which comes next
+            self.multis = None
+        if self.multis is not None:
+            self.multis += chunk.count(b"\r\nMULTI\r\n")
+        return self.multis is not None
 
     def abort(self) -> bool:
         if not self.open.is_set():  # in a black hole nobody is told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -91,6 +92,12 @@ class Outcome:
     runs: list[int]
     #: Keys that should be gone.
     left: list[str]
+    #: Requests of bursts, which are not among the accepted ones.
+    beside: int = 0
+    #: See Beside.forgotten.
+    forgotten: Sequence[tuple[int, int]] = ()
+    #: Connections that were cut while their worker settled again.
+    cut_while_catching_up: int = 0
 
     @property
     def done(self) -> dict[str, int]:
@@ -139,6 +146,12 @@ class Outcome:
             "refused_submits": dict(self.ledger.refused),
             "outcomes": dict(Counter(one.outcome for one in self.ledger.resolved.values())),
             "redeliveries": self.recovered,
+            "bursts": {
+                "asked": self.beside,
+                "results_forgotten": [count for count, _ in self.forgotten],
+                "of_claims_settled_in_part": [count for _, count in self.forgotten],
+            },
+            "cut_while_catching_up": self.cut_while_catching_up,
             "executions": {
                 "mean": round(float(np.mean(self.runs)), 4) if self.runs else 0,
                 "max": max(self.runs, default=0),
@@ -162,7 +175,7 @@ class Outcome:
             table.add_row(kind, str(count))
         table.add_section()
         executions, recovery = figures["executions"], figures["recovery_s"]
-        waited = figures["answered_after_s"]
+        waited, bursts = figures["answered_after_s"], figures["bursts"]
         histogram = ", ".join(f"{n}: {count}" for n, count in executions["histogram"].items())
         rows = {
             "seconds with faults": figures["faults_s"],
@@ -170,6 +183,10 @@ class Outcome:
             "outcomes": figures["outcomes"],
             "refused submits": figures["refused_submits"] or 0,
             "redeliveries": figures["redeliveries"],
+            "asked in bursts": bursts["asked"],
+            "results that Redis forgot": bursts["results_forgotten"],
+            "of claims settled in part": bursts["of_claims_settled_in_part"],
+            "cut while told again": figures["cut_while_catching_up"],
             "executions a request": f"mean {executions['mean']}, max {executions['max']}",
             "executions: requests": histogram,
             "recovery, s": f"p50 {recovery['p50']}, p99 {recovery['p99']}, "

@@ -24,11 +24,12 @@ import redis
 from helpers.wait import until
 from rich.console import Console
 
+from chaos.burst import Beside
 from chaos.clock import Clock
-from chaos.content import MODELS, TOML, Request, request
+from chaos.content import BESIDE, MODELS, TOML, Request, request
 from chaos.crew import RESULT_EXPIRES_S, Worker
 from chaos.faults import OnNetwork, OnRedis
-from chaos.judge import judge, leftovers, read_ends, recoveries, whereabouts
+from chaos.judge import judge, judge_beside, leftovers, read_ends, recoveries, whereabouts
 from chaos.ledger import Accepted, Books, Ledger, executions
 from chaos.proxy import Proxy
 from chaos.record import Record
@@ -68,6 +69,7 @@ class Scene:
     clock: Clock
     record: Record
     store: Store
+    beside: Beside
     proxy: Proxy
     crew: list[Worker]
     on_redis: OnRedis
@@ -85,10 +87,11 @@ class Scene:
 
 
 @contextmanager
-def open_scene(faults: list[Fault], folder: Path) -> Iterator[Scene]:
+def open_scene(faults: list[Fault], seed: int, folder: Path) -> Iterator[Scene]:
     """Everything runs and serves; no fault is done before the clock is started."""
     clock, record, store = Clock(), Record(), Store()
-    on_redis = OnRedis(store, [f for f in faults if f.kind in ON_REDIS], clock, record)
+    beside = Beside(store, seed)
+    on_redis = OnRedis(store, beside, [f for f in faults if f.kind in ON_REDIS], clock, record)
     places = [f"w{n}" for n in range(WORKERS)]
     clients = [*places, *[f"p{n}" for n in range(PRODUCERS)]]
     with ExitStack() as opened:
@@ -97,6 +100,7 @@ def open_scene(faults: list[Fault], folder: Path) -> Iterator[Scene]:
         on_redis.start()
         until(lambda: on_redis.started.is_set() or record.troubles, READY_S, "Redis runs")
         proxy = opened.enter_context(Proxy(store.server.port, clients))
+        on_redis.proxy = proxy
         in_crew = [f for f in faults if f.kind not in (*ON_REDIS, *ON_NETWORK)]
         crew = [
             Worker(
@@ -114,7 +118,7 @@ def open_scene(faults: list[Fault], folder: Path) -> Iterator[Scene]:
         opened.callback(on_network.over.set)
         on_network.start()
         until(lambda: all(one.state == "up" for one in crew), READY_S, "all workers serve")
-        yield Scene(clock, record, store, proxy, crew, on_redis, on_network)
+        yield Scene(clock, record, store, beside, proxy, crew, on_redis, on_network)
 
 
 def run(requests: int, seed: int, quotas: Quotas, folder: Path, display: Display) -> Outcome:
@@ -129,8 +133,8 @@ def run(requests: int, seed: int, quotas: Quotas, folder: Path, display: Display
     def asked(accepted: Accepted) -> Request:
         return request(seed, accepted.producer, accepted.number)
 
-    with open_scene(faults, folder) as scene, ExitStack() as opened:
-        store, record = scene.store, scene.record
+    with open_scene(faults, seed, folder) as scene, ExitStack() as opened:
+        store, record, beside = scene.store, scene.record, scene.beside
         producers = [
             opened.enter_context(_Producer(n, scene.proxy.url(f"p{n}"), store, folder, seed, pace))
             for n in range(PRODUCERS)
@@ -158,11 +162,13 @@ def run(requests: int, seed: int, quotas: Quotas, folder: Path, display: Display
             found_in = whereabouts(client, ledger.unresolved)
             for worker in scene.crew:
                 worker.end()
-            ends = read_ends(client, ledger, asked)
+            ends = read_ends(client, {one: asked(of) for one, of in ledger.accepted.items()})
+            ends_beside = read_ends(client, beside.asked)
             left = leftovers(client)
     verdict = judge(ledger, ends, lambda one: asked(one).expected, store.restarts, record.away)
-    for request_id in verdict.lost:
+    for request_id in ledger.unresolved:
         verdict.lost[request_id] += f"; in Redis: {found_in.get(request_id, 'nowhere')}"
+    judge_beside(beside.asked, ends_beside, verdict)
     runs = executions(folder)
     (folder / "record.json").write_text(record.dump(began, store.restarts))
     return Outcome(
@@ -171,6 +177,8 @@ def run(requests: int, seed: int, quotas: Quotas, folder: Path, display: Display
         recoveries=recoveries(ledger, record, store.restarts),
         recovered=sum(worker.recovered() for worker in scene.crew),
         runs=[runs[a.producer, a.number] for a in ledger.accepted.values()],
+        beside=len(beside.asked), forgotten=beside.forgotten,
+        cut_while_catching_up=scene.proxy.cut_while_catching_up,
         left=left if settled else ["(not settled in time)", *left],
     )  # fmt: skip
 
@@ -229,7 +237,7 @@ def _settles(client: redis.Redis, crew: list[Worker]) -> bool:
 
 
 def _write_models(root: Path) -> None:
-    for name, (delay_ms, per_row_ms, rows, _) in MODELS.items():
+    for name, (delay_ms, per_row_ms, rows, _) in {**MODELS, **BESIDE}.items():
         (root / name).mkdir(parents=True)
         text = TOML.format(rows=rows, delay_ms=delay_ms, per_row_ms=per_row_ms)
         (root / name / "model.toml").write_text(text)

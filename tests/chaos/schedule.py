@@ -25,6 +25,8 @@ GUARD_S = 13.0
 START_S = 5.0
 #: Seconds before the first fault.
 LEAD_S = 3.0
+#: Longest that a burst takes before Redis is killed, in seconds (see burst.py).
+BURST_S = 12.0
 #: Seconds of faults per request of the whole run: 100,000 requests in 24 minutes.
 S_PER_REQUEST = 0.0144
 
@@ -35,6 +37,8 @@ class Kind(StrEnum):
     SIGTERM = "sigterm"
     RESTART = "redis restart"
     TAIL_CUT = "redis restart, tail cut"
+    CUT_AGAIN = "redis restart, tail cut, connections cut while it is told again"
+    FAR_BACK = "redis restart, back behind a claim settled in part and what is kept"
     CUT = "connections cut"
     DELAY = "traffic delayed"
     HOLE = "black hole"
@@ -55,7 +59,7 @@ class Fault:
     for_good: bool = False
     #: DELAY: seconds by which each piece of traffic comes later.
     delay_s: float = 0.0
-    #: RESTART and TAIL_CUT: appendfsync from the moment that Redis is back.
+    #: ON_REDIS: appendfsync from the moment that Redis is back.
     fsync: str = ""
 
 
@@ -70,7 +74,7 @@ class Quotas:
     def scaled(cls, requests: int) -> Quotas:
         """Those of a run of so many requests."""
         counts = {kind: max(1, math.ceil(n * requests / 100_000)) for kind, n in FULL.items()}
-        restarts = counts[Kind.RESTART] + counts[Kind.TAIL_CUT]
+        restarts = sum(counts[kind] for kind in ON_REDIS)
         return cls(counts, max(requests * S_PER_REQUEST, restarts * (REDIS_APART_S + 2)))
 
 
@@ -81,11 +85,15 @@ FULL = {
     Kind.SIGTERM: 10,
     Kind.RESTART: 16,
     Kind.TAIL_CUT: 7,
+    Kind.CUT_AGAIN: 6,
+    Kind.FAR_BACK: 6,
     Kind.CUT: 24,
     Kind.DELAY: 12,
     Kind.HOLE: 12,
 }
-ON_REDIS = (Kind.RESTART, Kind.TAIL_CUT)
+#: Faults at which Redis goes back in time.
+ON_TAIL = (Kind.TAIL_CUT, Kind.CUT_AGAIN, Kind.FAR_BACK)
+ON_REDIS = (Kind.RESTART, *ON_TAIL)
 ON_NETWORK = (Kind.CUT, Kind.DELAY, Kind.HOLE)
 
 
@@ -150,9 +158,9 @@ class _Planner:
     def _restart(self, at_s: float, kind: Kind, following: Kind | None) -> None:
         down_s = self.rng.uniform(0.2, 4.0)
         # A tail can only be lost where it was not written through.
-        fsync = "everysec" if following is Kind.TAIL_CUT else self.rng.choice(_FSYNC)
+        fsync = "everysec" if following in ON_TAIL else self.rng.choice(_FSYNC)
         self.planned.append(Fault(at_s, kind, (), down_s, fsync=fsync))
-        back_s = at_s + down_s
+        back_s = at_s + down_s + (BURST_S if kind is Kind.FAR_BACK else 0.0)
         guardian = self._guardian(at_s, None)
         if guardian is not None:
             guardian.guards_s = max(guardian.guards_s, back_s + GUARD_S + 2.0)

@@ -29,6 +29,16 @@ class Restart:
     cut: int
     #: Whether what Redis had answered may be gone: it was not written through.
     rolled_back: bool
+    #: It went back further than workers keep results: what was accepted since then may be gone.
+    back_to: float | None = None
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What Redis is to go back to: so much of its AOF; all that was pushed before `began` is in."""
+
+    aof_bytes: int
+    began: float
 
 
 class Store:
@@ -58,20 +68,42 @@ class Store:
             self.server.url, socket_timeout=10.0, retry=Retry(NoBackoff(), 0)
         )
 
-    def restart(self, down_s: float, *, cut_tail: bool, fsync: str) -> None:
-        """SIGKILL it, keep it down, start it; `fsync` is its appendfsync from then on."""
+    def restart(
+        self, down_s: float, *, cut_tail: bool, fsync: str, mark: Mark | None = None
+    ) -> None:
+        """SIGKILL it, keep it down, start it; `fsync` is its appendfsync from then on.
+
+        Where its tail is cut, that is the last `TAIL_S`, or what is behind `mark`.
+        """
         if cut_tail and self._fsync != "everysec":
             raise RuntimeError("nothing is lost of an AOF that is written through")
         killed_at = time.monotonic()
         self.server.kill()
-        cut = self._cut_tail(killed_at) if cut_tail else 0
+        cut = 0
+        if cut_tail:
+            cut = self._cut_to(mark.aof_bytes if mark else self._tail_at(killed_at))
         rolled_back = self._fsync == "everysec"
         self._ended.wait(down_s)
         self.server.start()
         with self.client() as client:
             client.config_set("appendfsync", fsync)
         self._fsync = fsync
-        self.restarts.append(Restart(killed_at, time.monotonic(), cut, rolled_back))
+        back_to = mark.began if mark else None
+        self.restarts.append(Restart(killed_at, time.monotonic(), cut, rolled_back, back_to))
+
+    def aof_bytes(self) -> int:
+        """How much was appended so far, once all that was answered is."""
+        with self.client() as client:
+            while client.info("persistence")["aof_buffer_length"]:
+                time.sleep(0.01)
+        return self._the_aof().stat().st_size
+
+    def read_aof(self, start: int, end: int | None = None) -> bytes:
+        """What was appended between these places; None: up to now."""
+        end = self.aof_bytes() if end is None else end
+        with self._the_aof().open("rb") as aof:
+            aof.seek(start)
+            return aof.read(end - start)
 
     def _aof(self) -> Path | None:
         files = sorted((self.server.directory / "appendonlydir").glob("*.incr.aof"))
@@ -83,14 +115,21 @@ class Store:
             if aof is not None:
                 self._sizes.append((time.monotonic(), aof.stat().st_size))
 
-    def _cut_tail(self, killed_at: float) -> int:
+    def _the_aof(self) -> Path:
         aof = self._aof()
         if aof is None:
             raise RuntimeError("Redis has no AOF")
+        return aof
+
+    def _tail_at(self, killed_at: float) -> int:
+        """Where in the AOF the last `TAIL_S` before `killed_at` begin."""
         # A copy, for the sampler goes on.
         before = [size for at, size in list(self._sizes) if at <= killed_at - TAIL_S]
+        return before[-1] if before else self._the_aof().stat().st_size
+
+    def _cut_to(self, kept: int) -> int:
+        aof = self._the_aof()
         size = aof.stat().st_size
-        kept = before[-1] if before else size
         with aof.open("r+b") as file:
             file.truncate(kept)
         return size - kept
