@@ -197,18 +197,18 @@ class Audit:
         self.results[found.result] += 1
         self.took_s += took_s
         self.budget.spent(took_s)
-        self._judge(found, chosen.run.rows)
+        self._judge(found, chosen.run.rows, len(outcomes))
 
-    def _judge(self, found: Evidence, rows: int) -> None:
+    def _judge(self, found: Evidence, rows: int, requests: int) -> None:
         results = self.results
         self._failures = self._failures + 1 if found.result is Result.FAILED else 0
         told = about(model=self._model)
         if found.result is Result.DIFFERENT:
-            self._tell(found.what, rows)
+            self._tell(found.what, rows, requests)
         elif found.result is Result.UNCLEAR:
             unclear = results[Result.UNCLEAR]
             if unclear >= max(UNCLEAR, UNCLEAR_PART * sum(results.values())):
-                self._tell(found.what, rows)
+                self._tell(found.what, rows, requests)
         elif found.result is Result.RANDOM:
             self.budget.end()
             logger.warning(
@@ -231,15 +231,16 @@ class Audit:
         """
         self._odd_requests += odd.alone
         if odd.together and not failed:
-            self._tell(odd.together, odd.rows)
+            self._tell(odd.together, odd.rows, 0)
         elif self._odd_requests >= ODD_REQUESTS:
-            self._tell(odd.what, 1)
+            self._tell(odd.what, 1, 0)
 
-    def _tell(self, what: str, rows: int) -> None:
+    def _tell(self, what: str, rows: int, requests: int) -> None:
+        """`requests` of this batch were handed over; they may not be counted yet."""
         with self._telling:
             if self.mismatch is not None:
                 return
-            answered = self._answered()
+            answered = max(self._answered(), requests)
             self.mismatch = Mismatch(what, rows, answered)
         if self._unbatch:
             self.unbatched = True
