@@ -7,14 +7,16 @@ import itertools
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from chaos.clock import Clock
-from chaos.content import LARGE_EVERY, SUCCESS, request
-from chaos.judge import End, Recovery, Verdict, judge, recoveries
+from chaos.content import LARGE_EVERY, LONG, SUCCESS, Request, request
+from chaos.judge import End, Recovery, Verdict, judge, judge_beside, recoveries
 from chaos.ledger import Accepted, Ledger, Resolved
 from chaos.producer import ABSENT, UNREAD
 from chaos.record import Hit, Record
@@ -23,14 +25,17 @@ from chaos.run import run
 from chaos.schedule import ON_REDIS, REDIS_APART_S, Fault, Kind, Quotas, generate
 from chaos.store import Restart
 from inferq.producer.outgoing import INLINE_LIMIT
+from inferq.workers.kept import KEEP_REQUESTS
 
 SHORT = Quotas(
     {
         Kind.SIGKILL: 6,
         Kind.SIGSTOP: 1,
         Kind.SIGTERM: 1,
-        Kind.RESTART: 2,
-        Kind.TAIL_CUT: 1,
+        Kind.RESTART: 1,
+        Kind.TAIL_CUT: 0,
+        Kind.CUT_AGAIN: 1,
+        Kind.FAR_BACK: 1,
         Kind.CUT: 2,
         Kind.DELAY: 1,
         Kind.HOLE: 1,
@@ -62,6 +67,8 @@ def test_a_whole_run_has_the_faults_that_were_asked_for() -> None:
     assert counts[Kind.SIGSTOP] >= 20
     assert counts[Kind.RESTART] + counts[Kind.TAIL_CUT] >= 20
     assert counts[Kind.TAIL_CUT] >= 5
+    assert counts[Kind.CUT_AGAIN] >= 5
+    assert counts[Kind.FAR_BACK] >= 5
     assert counts[Kind.CUT] >= 20
     assert Quotas.scaled(100_000).duration_s <= 26 * 60
 
@@ -199,6 +206,22 @@ def test_what_was_rolled_back_together_with_its_worker_is_told_apart() -> None:
     assert gone(11.5, "w1", RESTART) == {"changed": 1}
 
 
+def test_what_was_pushed_before_the_point_that_redis_went_far_back_to_must_be_there() -> None:
+    """Their requests are accepted at 10."""
+    far, before = replace(ROLLBACK, back_to=9.0), replace(ROLLBACK, back_to=10.5)
+    assert judged(told(), End(ABSENT, ""), restarts=(far,)) == {"gone": 1}
+    assert judged(told(), End(ABSENT, ""), restarts=(before,)) == {"changed": 1}
+    assert judged(told(at=15.0), End(ABSENT, ""), restarts=(far,)) == {"changed": 1}
+
+
+def test_what_a_burst_asked_for_is_lost_or_wrong_whatever_redis_did() -> None:
+    asked = Request(LONG, 0, np.ones((1, 4)), SUCCESS)
+    verdict = Verdict()
+    ends = {"a": End("aa", SUCCESS), "b": End(ABSENT, ""), "c": End("aa", "EngineError")}
+    judge_beside(dict.fromkeys(ends, asked), ends, verdict)
+    assert (set(verdict.lost), set(verdict.wrong)) == ({"b"}, {"c"})
+
+
 def test_a_recovery_is_counted_from_the_last_fault_that_hit_it() -> None:
     ledger = Ledger(
         {name: Accepted(0.0, 0, n) for n, name in enumerate("abc")},
@@ -271,4 +294,8 @@ def test_no_accepted_request_is_lost_changed_or_wrong_under_faults(tmp_path: Pat
     assert result.failures() == [], shown.getvalue()
     # Not each kill finds a worker that holds something: on a busy machine some still start.
     assert len(result.recoveries) >= 3
+    ((forgotten, of_claims),) = result.forgotten
+    assert forgotten > KEEP_REQUESTS
+    assert of_claims >= 1, "Redis went back behind a claim that was settled in part"
+    assert result.cut_while_catching_up >= 1
     assert max(result.runs) >= 2, "no request was hit while it computed"
