@@ -296,6 +296,7 @@ def test_nobody_is_told_a_result_that_is_not_the_stored_one(
             packed = pack(commands(done, NAMES, I, 60))
             replies = redis.execute_command(*forced(without_scripts(unpack(packed)), NAMES))  # type: ignore[no-untyped-call]
             assert not any(isinstance(reply, Exception) for reply in replies)
+            assert len(replies) == packed.count, "each tells of its own command"
         else:
             apply(redis, done)
         told = [until(lambda: waiting.get_message(timeout=1)) for _ in done]

@@ -490,7 +490,8 @@ class Ledger:
             return
         for command, reply in zip(ending, done, strict=False):
             if isinstance(reply, ReplyError) and not _is_repeated(reply):
-                logger.error("Redis refused %s %s of a settle: %s", command[0], command[1], reply)
+                key = command[3 if command[0] == "EVAL" else 1]
+                logger.error("Redis refused %s %s of a settle: %s", command[0], key, reply)
 
 
 def _count(number: bytes) -> int:

@@ -174,8 +174,8 @@ def without_scripts(commands: Iterable[Command]) -> list[Command]:
     """What `commands` made (each word as bytes), to run in a script: that may call no other."""
     out: list[Command] = []
     for command in commands:
-        if command[0] == b"EVAL":  # force.lua publishes what is stored where nothing is given
-            out += [(b"PUBLISH", key) for key in command[3:]]
+        if command[0] == b"EVAL":  # publish.lua, of which force.lua does the same
+            out.append((b"TELL", *command[3:]))
         else:
             out.append(command)
     return out

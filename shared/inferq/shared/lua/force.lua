@@ -6,18 +6,26 @@
 -- Only ever used while Redis is full: what passes through Lua is copied twice.
 --
 -- KEYS[1]  a key that never exists
--- ARGV     the commands, one after another: the number of its words, then these; PUBLISH with a
---          channel alone publishes what is stored under its name, as publish.lua does
+-- ARGV     the commands, one after another: the number of its words, then these; TELL with some
+--          keys of results publishes what is stored, as publish.lua does
 -- Returns their replies, errors among them.
 redis.call('DEL', KEYS[1])
+local function tell(first, last)
+  local told = 0
+  for n = first, last do
+    local stored = redis.pcall('GET', ARGV[n])
+    if type(stored) == 'string' then
+      told = told + redis.call('PUBLISH', ARGV[n], stored)
+    end
+  end
+  return told
+end
 local replies = {}
 local at = 1
 while at <= #ARGV do
   local words = tonumber(ARGV[at])
-  if words == 2 and ARGV[at + 1] == 'PUBLISH' then
-    local stored = redis.pcall('GET', ARGV[at + 2])
-    local found = type(stored) == 'string'
-    replies[#replies + 1] = found and redis.pcall('PUBLISH', ARGV[at + 2], stored) or 0
+  if ARGV[at + 1] == 'TELL' then
+    replies[#replies + 1] = tell(at + 2, at + words)
   else
     replies[#replies + 1] = redis.pcall(unpack(ARGV, at + 1, at + words))
   end
