@@ -63,7 +63,7 @@ class Told:
 
     def amiss(self, key: str, found: str, expected: str, until: str) -> None:
         """`until`: a sentence, on which "until it is removed" follows."""
-        if key not in self._keys:
+        if key not in self._keys and found not in (expected, "none"):  # or it is right by now
             self._keys[key] = None
             if len(self._keys) > MAX_TOLD:
                 del self._keys[next(iter(self._keys))]

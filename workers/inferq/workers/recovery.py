@@ -80,6 +80,9 @@ def give_back(client: redis.Redis, names: Names, incarnation: str, told: Told) -
                 queue = names.queue(claim.model, claim.step)
                 told.amiss(queue, type_of(client, queue), LIST, NOTHING_CLAIMED)
                 continue
+        else:
+            if told:
+                told.right(names.queue(claim.model, claim.step))
         # kill point: giveback-claim-moved
         client.hdel(names.claims(incarnation), key)
     return GivenBack(moved, left)
@@ -96,9 +99,11 @@ def _held(client: redis.Redis, names: Names, incarnation: str) -> list[ClaimName
         kind = type_of(client, key)
         logger.error("key %r is a %s; expected a hash: the claims are looked for", key, kind)
         fields = list(client.scan_iter(match=f"{glob_of(names.claim_head(incarnation))}*"))
-        client.unlink(key)
-        if fields:  # as it should be: what is not moved now is found there the next time
-            client.hset(key, mapping=dict.fromkeys(fields, 1))
+        with client.pipeline(transaction=True) as pipe:
+            pipe.unlink(key)
+            if fields:  # as it should be: what is not moved now is found there the next time
+                pipe.hset(key, mapping=dict.fromkeys(fields, 1))
+            pipe.execute()
     claims = []
     for field in fields:
         try:
