@@ -284,7 +284,7 @@ CANVAS: Mapping[str, Hostile] = {
         [{"subtask_type": "chord", "task": "celery.chord"}],
     ),
     "errbacks of a failure": Hostile("InvalidInput", failing({"errbacks": [5]})),
-    "chain of a failure": Hostile("EngineError", failing({"chain": [5]})),
+    "chain of a failure": Hostile("InvalidInput", failing({"chain": [5]})),
     "embed a list": Hostile("InvalidInput", envelope(body({"inputs": {"x": X}}, embed=[1]))),
     "embed a number": Hostile("InvalidInput", envelope(body({"inputs": {"x": X}}, embed=1))),
     "a long chain": Hostile(SUCCESS, request(1, embed={"chain": links(MAX_FOLLOWING)})),
