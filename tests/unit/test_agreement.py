@@ -70,6 +70,11 @@ def test_the_largest_difference_of_several_outputs_is_told() -> None:
     assert found.output == "b"
 
 
+def test_a_difference_from_zeros_is_told_as_one() -> None:
+    found = difference({"y": np.zeros(2)}, {"y": np.array([0.0, 1.5])})
+    assert str(found) == "output 'y' differs by 1.5 from zeros"
+
+
 def test_nothing_is_equal_to_nothing() -> None:
     empty = {"y": np.zeros((0, 4), np.float32)}
     assert difference(empty, {"y": np.zeros((0, 4), np.float32)}) is None

@@ -122,9 +122,10 @@ def test_the_advice_was_tried_and_holds(tmp_path: Path) -> None:
         padded, _ = WRONG[name]
         with pytest.raises(ConfigError) as refusal:
             Model(tmp_path / name, padded).padding()
-        _, found, advice = refusal.value.message.partition("expected pad.")
+        _, found, advice = refusal.value.message.partition("expected value = ")
         assert found
-        value = advice.partition(".value = ")[2].partition(", under")[0]
+        value, _, where = advice.partition(" in [pad.")
+        assert where.endswith("], under which they do not")
         table = padded.pad[: padded.pad.index("value")] + f"value = {value}\n"
         Model(tmp_path / name / "again", Padded(padded.graph, table)).padding()
 

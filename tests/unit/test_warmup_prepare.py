@@ -78,6 +78,27 @@ def test_without_a_sample_or_without_warm_up_nothing_runs(tmp_path: Path, warm_u
     assert prepared.rows == 32
 
 
+def test_what_a_profile_says_of_open_dims_is_run_on_any_engine(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "models" / "m" / "1" / "model.onnx"
+    onnx_models.double(path, ("batch", "n"))
+    (path.parents[1] / "model.toml").write_text("[profile]\nn = [8, 16, 16]\n")
+    prepared = _prepare(load_model(tmp_path / "models", "m"))
+    assert prepared.tuning is not None
+    assert prepared.row_elements == 16
+    assert "is not warmed up" not in caplog.text
+
+
+def test_a_model_of_which_nothing_says_how_large_it_is_is_told_to_be_untried(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    onnx_models.double(tmp_path / "models" / "m" / "1" / "model.onnx", ("batch", "n"))
+    _prepare(load_model(tmp_path / "models", "m"))
+    (told,) = (each.getMessage() for each in caplog.records if "not warmed up" in each.getMessage())
+    assert "nothing says how large dim 1 of input x: float32[batch, n] is" in told
+
+
 def test_without_warm_up_a_size_that_ended_a_process_is_not_formed_either(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -91,7 +91,10 @@ def _compare(
         return None
     most = float(apart.max())
     share = most / largest if largest else math.inf
-    return Difference(name, share, _cosine(a, b), f"by {most:.3g} of values up to {largest:.3g}")
+    what = (
+        f"by {most:.3g} of values up to {largest:.3g}" if largest else f"by {most:.3g} from zeros"
+    )
+    return Difference(name, share, _cosine(a, b), what)
 
 
 def _compare_exactly(name: str, expected: Array, got: Array) -> Difference | None:

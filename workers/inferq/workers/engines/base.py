@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
-from inferq.shared.errors import EngineError
+from inferq.shared.errors import ConfigError, EngineError
 from inferq.shared.schema import Array, GpuTimes, Tensors
+from inferq.workers.ranges import Usual, usual_inputs
 from inferq.workers.signatures import Declared
 
 if TYPE_CHECKING:
-    from inferq.workers.ranges import Usual
     from inferq.workers.repository import ModelSpec
 
 #: Libraries' messages can hold whole shapes and stack traces.
@@ -107,7 +107,10 @@ class Engine(ABC):
     @property
     def usual(self) -> Sequence[Usual]:
         """The usual inputs that it was told of, those of the largest batches first; empty: none."""
-        return ()
+        try:
+            return usual_inputs(self.spec) if self.spec.config.profile else ()
+        except ConfigError:  # only an engine that is built for its profiles needs all of them
+            return ()
 
     @property
     @abstractmethod

@@ -117,7 +117,7 @@ class TorchEngine(Engine):
 
     @property
     def usual(self) -> Sequence[Usual]:
-        return usual_inputs(self.spec) if self._table.device == "cuda" else ()
+        return usual_inputs(self.spec) if self._table.device == "cuda" else super().usual
 
     @property
     def lanes(self) -> Sequence[Lane]:

@@ -126,7 +126,8 @@ def _advice(
         again = Comparisons(signature, rules, measured, sizes, trials, rounding=rounding)
         if again.compare(changed.case) is None and (again.first_change() is None):
             shown = ", ".join(f"{toml_key(name)} = {number:g}" for name, number in value.items())
-            return f"expected pad.{toml_key(symbol)}.value = {{ {shown} }}, under which they do not"
+            where = f"[pad.{toml_key(symbol)}]"
+            return f"expected value = {{ {shown} }} in {where}, under which they do not"
         if not trials.within(1.0):
             break
     which = " and ".join(f"[pad.{toml_key(symbol)}]" for symbol in changed.case.padded)

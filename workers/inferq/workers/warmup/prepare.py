@@ -96,6 +96,7 @@ class Preparation:
             return self._as_it_is(engine, tried, killed, refused)
         first, *others = engine.usual or [Usual({}, tried[-1])]
         if self._make(engine, tried[0], first) is None:
+            self._tell_untried()
             return self._as_it_is(engine, tried, killed, refused)
         known = self._notes.record.seconds if self._notes is not None else {}
         runs = Runs(
@@ -214,6 +215,21 @@ class Preparation:
         return ConfigError(
             f"{what} cannot run zeros to warm up (warm_up = false serves it without): {problem}"
         )
+
+    def _tell_untried(self) -> None:
+        open_dims = [
+            f"dim {axis} of input {tensor}"
+            for tensor in self._spec.signature.inputs
+            for axis, dim in enumerate(tensor.shape)
+            if axis and not isinstance(dim, int)
+        ]
+        logger.warning(
+            "model %s is not warmed up, and what fits the memory is not known, since nothing says "
+            "how large %s is; expected its sizes in model.toml, as in "
+            "[profile] symbol = [smallest, usual, largest]",
+            self._spec.name, " or ".join(open_dims[:3]) or "an input",
+            extra=about(model=self._spec.name),
+        )  # fmt: skip
 
     def _tell(self, warmed: Warmed, lanes: int) -> None:
         if warmed.why_lanes:
