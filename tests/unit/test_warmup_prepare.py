@@ -38,7 +38,7 @@ def _kept() -> list[Path]:
 
 
 def test_what_was_measured_is_not_measured_again(tmp_path: Path) -> None:
-    spec = _fake(tmp_path)
+    spec = _fake(tmp_path, fake="delay_ms = 20")
     first, second = _prepare(spec), _prepare(spec)
     assert first.tuning is not None
     assert second.tuning is not None

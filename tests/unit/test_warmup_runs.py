@@ -118,13 +118,22 @@ def test_every_lane_has_run_every_size_before_the_first_request(count: int) -> N
 
 
 def test_every_lane_runs_every_size_where_nothing_needs_to_be_measured() -> None:
-    lanes = [Timed(lambda rows: 0.001) for _ in range(2)]
+    lanes = [Timed(lambda rows: 0.001 * rows) for _ in range(2)]
     known = {size: 0.001 * size for size in SIZES}
     tuning = _run(lanes, SIZES, known=known).tuning
     assert tuning.seconds == known
     for lane in lanes:
         assert set(lane.ran) == set(SIZES)
         assert len(lane.ran) <= len(SIZES) + 1, "the first lane alone runs the first once more"
+
+
+def test_what_was_measured_on_a_busy_machine_is_measured_anew() -> None:
+    """A batch of 32 takes as long as one row, which another start did not see."""
+    lanes = [Timed(lambda rows: 0.002) for _ in range(2)]
+    known = {size: 0.01 * size for size in SIZES}
+    tuning = _run(lanes, SIZES, known=known).tuning
+    assert tuning.best == 32
+    assert tuning.seconds[32] < known[32] / 2
 
 
 def test_a_lane_runs_each_size_as_often_as_it_needs_to_be_warm() -> None:

@@ -221,7 +221,8 @@ def _all_queues(repository: Path, *, strict: bool) -> list[str]:
         named = [why_no_name(name) for name in misnamed]
         empty = [f"no model in {repository / name}; expected model.toml or a version's folder there"
                  for name in folders.others]  # fmt: skip
-        raise ConfigError("\n".join([*named, *empty]))
+        rest = f"--strict serves none then; all that is wrong: inferq models {repository}"
+        raise ConfigError("\n".join([*named, *empty, rest]))
     served = [queue_of(name) for name in folders.models if name not in misnamed]
     if not served:
         raise ConfigError(

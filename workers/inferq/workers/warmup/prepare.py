@@ -128,7 +128,7 @@ class Preparation:
             row_elements(self._batch(engine, 1, first).parts[0]),
             self._notes,
         )
-        if not known.keys() >= warmed.tuning.seconds.keys():
+        if not known.items() >= warmed.tuning.seconds.items():
             prepared.keep(warmed.tuning)
         return prepared
 

@@ -40,6 +40,9 @@ BUDGET_S: Final = 30.0
 MEASURING_S: Final = 5.0
 #: Two sizes in a row below this share of the fastest end the search for faster ones.
 FALLING: Final = 0.9
+#: Share of what is known of a size, below which its first run shows that this was measured while
+#: something else ran on the machine: then all are measured anew.
+OUTDATED: Final = 0.8
 #: How many of the fastest are measured again, and how often: what else runs on the machine can
 #: only make a size look slow, so the best of its measurements counts.
 AGAIN, ROUNDS = 3, 2
@@ -246,6 +249,12 @@ class Runs:
     def _measure(self) -> None:
         """Those that are fast, from the faster end on, until they fall behind for good."""
         fast = sorted(size for size, taken in self._seconds.items() if taken < SLOW_S)
+        if any(taken < OUTDATED * self._known.get(n, 0.0) for n, taken in self._seconds.items()):
+            logger.info(
+                "model %s is measured anew: it runs faster than it did at an earlier start",
+                self._name, extra=about(model=self._name),
+            )  # fmt: skip
+            self._known = {}
         # What an earlier start left out among those that it knew is left out again.
         seen = max(self._known, default=0)
         for size in fast:
