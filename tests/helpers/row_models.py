@@ -89,6 +89,14 @@ MIXED: Final[Mapping[str, str]] = {
     "negative values": f"""{_SAME} <float a = {{0.01}}> {{
         n = Neg(x)  r = Relu(n)  m = ReduceMean<axes=[0], keepdims=1>(r)  s = Mul(m, a)
         y = Add(x, s) }}""",
+    "the mean behind a mask": f"""{_SAME} <float a = {{0.05}},
+        float[4] mask = {{-1000000000.0, 0, -1000000000.0, 0}}> {{
+        m = ReduceMean<axes=[0], keepdims=1>(x)  s = Mul(m, a)  t = Add(x, s)  u = Tanh(t)
+        y = Add(u, mask) }}""",
+    "the mean beside time stamps": f"""{_SAME} <float a = {{0.05}},
+        float[4] stamps = {{1700000000.0, 1700000000.0, 1700000000.0, 0}}> {{
+        m = ReduceMean<axes=[0], keepdims=1>(x)  s = Mul(m, a)  t = Add(x, s)  u = Sigmoid(t)
+        y = Add(u, stamps) }}""",
     "zero rows": f"""{_SAME} <{_AXIS}, int64[1] last = {{1}}, float none = {{0.0}}> {{
         a = Abs(x)  t = ReduceSum<keepdims=1>(a, last)  z = Equal(t, none)  f = Cast<to=1>(z)
         n = ReduceSum<keepdims=1>(f, rows)  y = Add(x, n) }}""",
@@ -132,11 +140,12 @@ INDEPENDENT: Final[Mapping[str, str]] = {
     "indices of 8": """g (int64[batch] x) => (float[batch, 2] y)
         <float[8, 2] table = {0,0,0,0,0,0,0,0,1,2,3,4,5,6,7,8}> {
         y = Gather<axis=0>(table, x) }""",
+    "behind a mask": f"""{_SAME} <float[4] mask = {{-1000000000.0, 0, -1000000000.0, 0}}> {{
+        u = Tanh(x)  y = Add(u, mask) }}""",
     "half": """g (float16[batch, 4] x) => (float16[batch, 4] y) { y = Softmax<axis=1>(x) }""",
     "quantised beforehand": f"""{_SAME} <float s = {{0.05}}, int8 z = {{3}}> {{
         q = QuantizeLinear(x, s, z)  d = DequantizeLinear(q, s, z)  r = Relu(d)
         p = QuantizeLinear(r, s, z)  y = DequantizeLinear(p, s, z) }}""",
-    "random": f"{_SAME} {{ n = RandomNormalLike(x)  y = Add(x, n) }}",
     "bytes": """g (uint8[batch, 4] x) => (float[batch, 4] y) <float most = {255.0}> {
         f = Cast<to=1>(x)  y = Div(f, most) }""",
 }

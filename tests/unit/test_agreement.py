@@ -70,6 +70,29 @@ def test_the_largest_difference_of_several_outputs_is_told() -> None:
     assert found.output == "b"
 
 
+@pytest.mark.parametrize("filler", [-1e9, -1e6, np.finfo("f4").min, 1.7e9])
+@pytest.mark.parametrize("scores", [1, 2, 50])
+def test_what_a_mask_puts_in_place_of_scores_hides_no_change_of_them(
+    filler: float, scores: int
+) -> None:
+    exact = np.full(100, filler, np.float32)
+    exact[:scores] = np.linspace(0.5, 1, scores)
+    off = exact.copy()
+    off[:scores] *= 1.05
+    found = difference({"y": exact}, {"y": off})
+    assert found is not None
+    assert found.share == pytest.approx(0.05, rel=0.1)
+    assert difference({"y": exact}, {"y": exact * np.float32(1 - 1e-6)}) is None
+
+
+def test_values_next_to_nothing_round_by_the_larger_ones_beside_them() -> None:
+    exact = np.linspace(-1, 1, 1000, dtype=np.float32)
+    exact[7] = 1e-9
+    off = exact.copy()
+    off[7] = 1e-6
+    assert difference({"y": exact}, {"y": off}) is None
+
+
 def test_a_difference_from_zeros_is_told_as_one() -> None:
     found = difference({"y": np.zeros(2)}, {"y": np.array([0.0, 1.5])})
     assert str(found) == "output 'y' differs by 1.5 from zeros"

@@ -168,17 +168,16 @@ def test_a_difference_between_one_row_and_several_on_all_inputs_is_a_dependence(
     assert "differs by 0.01" in why
 
 
-def test_outputs_that_vary_from_run_to_run_are_judged_by_their_shapes() -> None:
+def test_of_outputs_that_vary_from_run_to_run_nothing_shows_that_rows_are_independent() -> None:
+    """The noise may hide that they are not."""
     rng = np.random.default_rng()
 
     def run(inputs: Tensors) -> Mapping[str, Array]:
-        return {"y": inputs["x"] + rng.random(4, np.float32)}
+        x = inputs["x"]
+        return {"y": x + x.mean() + 0.001 * rng.random(4, np.float32)}
 
-    shown = _shown(run)
-    assert shown.why_not_batchable is None
-    assert shown.remark == (
-        "its outputs vary from run to run ('y'), so that only shapes could be compared"
-    )
+    varies = "its outputs vary from run to run ('y'), so that only shapes could be compared"
+    assert str(_shown(run).why_not_batchable).startswith(varies)
 
 
 def test_a_model_that_rounds_otherwise_from_run_to_run_is_still_judged() -> None:

@@ -3,6 +3,10 @@
 A row is computed again in other company, or with other padding; what it comes to must not change.
 Integers, flags and shapes are compared by value. Floats may differ by rounding, since an engine may
 add in another order when it runs another number of rows: `ROUNDING` says by how much, by dtype.
+
+Values next to nothing round by what they were made of, so they are measured by the larger ones
+beside them; but not by those of another kind, of which an output may hold some: what a mask puts
+in place of a score (-1e9), a time stamp. These lie decades above all others.
 """
 
 from __future__ import annotations
@@ -33,6 +37,16 @@ ROUNDING: Final[Mapping[str, Tolerance]] = {
     "complex64": Tolerance(1e-4, 2e-5),
     "complex128": Tolerance(1e-4, 2e-5),
 }
+
+
+#: Values of which the larger is so many times the next smaller one are of two kinds; and if there
+#: are fewer than `FEW` smaller ones, any of which may be next to nothing by chance.
+GAP: Final = 1e3
+FEW, FEW_GAP = 3, 1e5
+#: But for values next to nothing: of two kinds the smaller is so large a part of all, or the larger
+#: is all but one value.
+PART: Final = 0.05
+ALL_BUT_ONE: Final = 2.0
 
 
 @dataclass(frozen=True)
@@ -85,16 +99,54 @@ def _compare(
     if not a.size:
         return None
     apart = np.abs(a - b)
-    largest = max(usual, float(np.abs(a).max()))
-    allowed = scale * (rounding.of_value * np.abs(a) + rounding.of_largest * largest)
-    if (apart <= allowed).all():
+    if not apart.any():
         return None
-    most = float(apart.max())
+    sizes = np.abs(a)
+    beside = _beside(sizes, usual)
+    wrong = apart > scale * (rounding.of_value * sizes + rounding.of_largest * beside)
+    if not wrong.any():
+        return None
+    with np.errstate(over="ignore"):
+        shares = apart / np.maximum(beside, np.finfo(float).tiny)
+    worst = int(np.argmax(np.where(wrong, shares, 0.0)))
+    most, largest = float(apart[worst]), float(beside[worst])
     share = most / largest if largest else math.inf
     what = (
         f"by {most:.3g} of values up to {largest:.3g}" if largest else f"by {most:.3g} from zeros"
     )
     return Difference(name, share, _cosine(a, b), what)
+
+
+def typical(array: Array) -> float:
+    """The largest of an output's values, but for those of another kind that lie far above."""
+    if array.dtype.kind not in "fc":
+        return 0.0
+    sizes = np.abs(_widened(array))
+    sizes = sizes[np.isfinite(sizes)]
+    return float(_tops(sizes)[0]) if sizes.size else 0.0
+
+
+def _beside(sizes: Array, usual: float) -> Array:
+    """For each of `sizes` the largest of its kind; of the smallest kind at least `usual`."""
+    tops = _tops(sizes)
+    kinds = np.searchsorted(tops[:-1], sizes)
+    tops[0] = max(tops[0], usual)
+    return tops[kinds]
+
+
+def _tops(sizes: Array) -> Array:
+    """The largest of each kind of `sizes`, ascending."""
+    there = np.sort(sizes[sizes > 0])
+    if there.size < 2:
+        return there if there.size else np.zeros(1)
+    ratios = there[1:] / there[:-1]
+    ends = [
+        end
+        for end in np.flatnonzero(ratios >= GAP)
+        if ratios[end] >= (GAP if end + 1 >= FEW else FEW_GAP)
+        and (end + 1 >= PART * there.size or there[-1] <= ALL_BUT_ONE * there[end + 1])
+    ]
+    return there[[*ends, there.size - 1]]
 
 
 def _compare_exactly(name: str, expected: Array, got: Array) -> Difference | None:

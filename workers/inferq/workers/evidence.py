@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
@@ -22,7 +21,7 @@ import numpy as np
 
 from inferq.shared.errors import FatalEngineError
 from inferq.shared.schema import Array, Tensors
-from inferq.workers.agreement import Difference, difference
+from inferq.workers.agreement import Difference, difference, typical
 from inferq.workers.engines.base import Batch, RowsDiffer
 
 if TYPE_CHECKING:
@@ -180,30 +179,19 @@ class _Company:
         """How its answer differs from `outputs`, beyond what is rounding in this batch.
 
         A value that is next to nothing differs by a large share of itself. So rounding is measured
-        by the largest value of the whole batch, once that matters.
+        by what is typical of the whole batch, once that matters.
         """
         own = _difference(outputs, self._answer, scale)
         if own is None or math.isinf(own.share) or own.cosine is None:
             return own
-        wide = difference(self._beside_largest(outputs), self._beside_largest(self._answer), scale)
-        if wide is None or wide.output != own.output:
-            return wide
-        return replace(wide, cosine=own.cosine)
+        found = (
+            difference({name: array}, _sample({name: self._answer[name]}), scale, self._usual(name))
+            for name, array in _sample(outputs).items()
+        )
+        return max(filter(None, found), key=lambda each: each.share, default=None)
 
-    def _beside_largest(self, outputs: Tensors) -> dict[str, Array]:
-        """`outputs` of the request, each with the largest value of the whole batch behind it."""
-        found = {}
-        for name, array in _sample(outputs).items():
-            largest = max(_largest(answer[name]) for answer in self._answers)
-            found[name] = np.append(array.reshape(-1), np.asarray(largest, array.dtype))
-        return found
-
-
-def _largest(array: Array) -> float:
-    if array.dtype.kind not in "fc":
-        return 0.0
-    sizes = np.abs(_sample({"": array})[""])
-    return float(np.max(sizes, initial=0.0, where=np.isfinite(sizes)))
+    def _usual(self, name: str) -> float:
+        return max(typical(_sample({name: answer[name]})[name]) for answer in self._answers)
 
 
 def _difference(expected: Tensors, got: Tensors, scale: float = 1.0) -> Difference | None:

@@ -23,10 +23,8 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Final
 
-import numpy as np
-
 from inferq.shared.schema import Array, Tensors, TensorSpec
-from inferq.workers.agreement import Difference, difference
+from inferq.workers.agreement import Difference, difference, typical
 from inferq.workers.examples import ROWS, UNIT, Kind, further_kinds, rows_of, shapes_of
 
 logger = logging.getLogger(__name__)
@@ -39,7 +37,7 @@ SIZES: Final = (32, 224, 8, 128, 64, 16, 1, 2, 4, 256, 512, 640)
 #: Share of what is taken for rounding between runs of equal shapes.
 EXACT: Final = 0.01
 #: Amplified rounding is at most this share of the largest value.
-AMPLIFIED: Final = 0.1
+AMPLIFIED: Final = 0.03
 #: A kind speaks for another one if its values are at most so many times as large.
 ALIKE: Final = 10.0
 #: Rows of larger batches, and seconds of CPU in which three rows must have run for such a batch to
@@ -148,7 +146,7 @@ class _Study:
         """Whether a row's difference by itself is rounding, which the model made larger."""
         # An index is turned over, or it is not.
         little = answers.dtype.kind not in "fc" or alone.share <= AMPLIFIED
-        most = ALIKE * _largest(answers)
+        most = ALIKE * typical(answers)
         return little and any(largest <= most for largest in self._steady[name])
 
     def attempt(self, rows: Tensors, kind: Kind) -> bool:
@@ -167,7 +165,7 @@ class _Study:
         if self._differences:
             return True  # rows that cannot be told apart would still matter
         if kind is UNIT:
-            self._usual = {name: _largest(array) for name, array in base.items()}
+            self._usual = {name: typical(array) for name, array in base.items()}
         others, last = range(width, 2 * width - 1), width - 1
         alone = [self._by_itself(rows, base, 0)]
         self._in_company(rows, base, (0, *others), 0)
@@ -209,7 +207,7 @@ class _Study:
             found = [each for each in compared if each is not None]
             self._alone[name] += [(each, base[name]) for each in found]
             if compared and not found and _tells_apart(base[name]):
-                self._steady[name].append(_largest(base[name]))
+                self._steady[name].append(typical(base[name]))
 
     # --- running ----------------------------------------------------------------------------
 
@@ -293,13 +291,6 @@ class _Study:
             return difference({name: right}, {name: seen}, 1.0, usual)
         self._varying.add(name)
         return None
-
-
-def _largest(array: Array) -> float:
-    if array.dtype.kind not in "fc":
-        return 0.0
-    finite = np.abs(array[np.isfinite(array)])
-    return float(finite.max(initial=0.0))
 
 
 def _tells_apart(array: Array) -> bool:

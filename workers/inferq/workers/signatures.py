@@ -102,6 +102,8 @@ def examine(
         return _unbatched(*_without_untold(signature, shown), batchable)
     varying = _varying(shown.varying) if shown.varying else None
     if not shown.differences:
+        if varying is not None and not batchable:
+            return _unbatched(signature, f"{varying}; {_IF_ACCEPTABLE}", batchable)
         return _batched(signature, symbol, varying)
     depends = _depends(shown.differences)
     if batchable:

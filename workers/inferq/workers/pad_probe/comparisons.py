@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 
 from inferq.shared.schema import Array, Signature, Tensors
-from inferq.workers.agreement import Difference, difference
+from inferq.workers.agreement import Difference, difference, typical
 from inferq.workers.batching.growth import Grid
 from inferq.workers.batching.padding import Measured, Padding, PadRule
 from inferq.workers.pad_probe.examples import Example, Examples, Sizes
@@ -138,7 +138,7 @@ class Comparisons:
         return Changed(case, buckets, found) if found is not None else None
 
     def _difference(self, inputs: Tensors, alone: Tensors, answer: Tensors) -> Difference | None:
-        if all(a.size and (a == a.flat[0]).all() for a in inputs.values()):
+        if all(a.size > 1 and (a == a.flat[0]).all() for a in inputs.values()):
             # Where all is equal, rounding decides which of them an index names.
             alone = {
                 name: a for name, a in alone.items()
@@ -171,7 +171,8 @@ class Comparisons:
             if array.dtype.kind in "fc":
                 values = np.abs(array[np.isfinite(array) & (array != 0)])
                 if values.size:
-                    self._usual[name] = max(float(np.median(values)), self._usual.get(name, 0.0))
+                    usual = min(float(np.median(values)), typical(values))
+                    self._usual[name] = max(usual, self._usual.get(name, 0.0))
 
     def _cases(self) -> Iterator[Case]:
         taken, kinds = self._taken, self._kinds
@@ -197,7 +198,8 @@ class Comparisons:
             if len(near) > 1:
                 yield case(example, near, needed=example is kinds[0])
         for example, (symbol, found) in itertools.product(kinds[:ALWAYS], usable.items()):
-            for size in {*found[0][-NEIGHBOURS:], found[0][0]} - {near[symbol]}:
+            some = {*found[0][-NEIGHBOURS:], found[0][len(found[0]) // 2], found[0][0]}
+            for size in some - {near[symbol]}:
                 yield case(example, {symbol: size})
         for example, (symbol, found) in itertools.product(kinds[:ALWAYS], usable.items()):
             for sizes in found[1:]:
