@@ -150,6 +150,11 @@ INDEPENDENT: Final[Mapping[str, str]] = {
         f = Cast<to=1>(x)  y = Div(f, most) }""",
 }
 
+#: Doubles until a value is large, which those that are zero or negative never are.
+ENDLESS: Final = f"""{_SAME} <float two = {{2.0}}, float large = {{100.0}}, bool go = {{1}}> {{
+    y = Loop("", go, x) <body = b (int64 i, bool c, float[p, q] s) => (bool more, float[p, q] t) {{
+        t = Mul(s, two)  m = ReduceMax<keepdims=0>(t)  more = Less(m, large) }}> }}"""
+
 
 def write(path: Path, text: str) -> Path:
     """The model of `text`, in ONNX' own notation, as a file at `path`, whose folders are made."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-from helpers import onnx_models
+from helpers import onnx_models, row_models
 from helpers.onnx_models import FLOAT, node
 from helpers.repository import spec_of
 
@@ -275,3 +275,11 @@ def test_a_bad_table_is_refused(file: Path, table: dict[str, str], message: str)
     with pytest.raises(ConfigError) as caught:
         OnnxRuntimeEngine.read(onnx_models.double(file), table)
     assert message in str(caught.value)
+
+
+def test_a_loop_that_an_example_keeps_going_for_ever_is_ended(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "MAX_PROBE_S", 0.05)
+    read = _read(row_models.write(file, row_models.ENDLESS))
+    assert read.why_not_batchable is not None

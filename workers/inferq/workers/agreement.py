@@ -141,7 +141,7 @@ def _tops(sizes: Array) -> Array:
         return there if there.size else np.zeros(1)
     ratios = there[1:] / there[:-1]
     ends = [
-        end
+        int(end)
         for end in np.flatnonzero(ratios >= GAP)
         if ratios[end] >= (GAP if end + 1 >= FEW else FEW_GAP)
         and (end + 1 >= PART * there.size or there[-1] <= ALL_BUT_ONE * there[end + 1])

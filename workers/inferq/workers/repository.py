@@ -20,6 +20,7 @@ from inferq.shared.names import is_model_name
 from inferq.shared.schema import ModelAdvert, Signature
 from inferq.workers.folders import TOML, inside, look_through, versions_of, why_no_name
 from inferq.workers.logs.fields import about
+from inferq.workers.logs.slow import told_if_slow
 from inferq.workers.model_config import ModelConfig, ModelToml, check_pad, check_profile, read_toml
 from inferq.workers.not_served import NotServed, not_served
 from inferq.workers.signatures import examine
@@ -104,7 +105,8 @@ def load_models(
     bad: list[NotServed] = []
     for name in names:
         try:
-            specs.append(load_model(root, name, on_cpu=on_cpu))
+            with told_if_slow(logger, name, "reading it and running examples"):
+                specs.append(load_model(root, name, on_cpu=on_cpu))
         except ConfigError as problem:
             bad.append(not_served(name, problem.message))
         except OSError as problem:

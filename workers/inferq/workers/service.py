@@ -41,6 +41,7 @@ from inferq.workers.heartbeat import UNANSWERED_S, Heartbeat, links_s
 from inferq.workers.lanes import Finished
 from inferq.workers.later import Later
 from inferq.workers.lease import Lease
+from inferq.workers.logs.slow import told_if_slow
 from inferq.workers.main_loop import MainLoop
 from inferq.workers.memory import keep_freed_memory
 from inferq.workers.metrics.counts import WorkerStats
@@ -137,16 +138,17 @@ class Service:
         """
         for model in self._models:
             try:
-                model.load(
-                    self._worker.hostname,
-                    self._names,
-                    self._clock,
-                    is_revoked=celery_private.is_revoked,
-                    on_finished=self._on_finished,
-                    on_begun=self._events.on_begun,
-                    wake=self._look,
-                    result_expires_s=self._settings.result_expires_s,
-                )
+                with told_if_slow(logger, model.name, "loading it and warming it up"):
+                    model.load(
+                        self._worker.hostname,
+                        self._names,
+                        self._clock,
+                        is_revoked=celery_private.is_revoked,
+                        on_finished=self._on_finished,
+                        on_begun=self._events.on_begun,
+                        wake=self._look,
+                        result_expires_s=self._settings.result_expires_s,
+                    )
             except FatalEngineError:
                 raise
             except InferqError as problem:

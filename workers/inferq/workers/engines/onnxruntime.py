@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -50,6 +51,9 @@ logger = logging.getLogger(__name__)
 
 #: Protobuf's own limit. Larger models keep their weights in files of their own.
 MAX_ONNX_BYTES: Final = (1 << 31) - 1
+
+#: Seconds after which a run on an example is ended.
+MAX_PROBE_S: Final = 30.0
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 #: Log errors only; warnings about every unused initialiser are of no use to who serves the model.
@@ -91,7 +95,15 @@ class OnnxRuntimeEngine(Engine):
         names = [spec.name for spec in declared.outputs]
 
         def probe(inputs: Tensors) -> Mapping[str, Array]:
-            return dict(zip(names, session.run(names, inputs), strict=True))
+            options = ort.RunOptions()
+            # A loop that an example keeps going for ever must not keep other models waiting.
+            ended = threading.Timer(MAX_PROBE_S, setattr, (options, "terminate", True))
+            ended.daemon = True
+            ended.start()
+            try:
+                return dict(zip(names, session.run(names, inputs, options), strict=True))
+            finally:
+                ended.cancel()
 
         return Declared(declared, probe)
 

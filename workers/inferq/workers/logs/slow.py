@@ -1,0 +1,31 @@
+"""Says what takes long while it does: whoever waits for it, or it ends, is to know for what."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from inferq.workers.logs.fields import about
+
+#: Seconds after which it is said.
+TOLD_S: Final = 10.0
+
+
+@contextmanager
+def told_if_slow(logger: logging.Logger, model: str, what: str) -> Iterator[None]:
+    """One line, once `what` of `model` has taken `TOLD_S` seconds inside and goes on."""
+    timer = threading.Timer(
+        TOLD_S,
+        logger.warning,
+        ["model %s: %s has taken %g s so far, and goes on", model, what, TOLD_S],
+        {"extra": about(model=model)},
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
