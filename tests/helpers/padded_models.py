@@ -244,6 +244,22 @@ WRONG: Final = {
         ),
         "expected value = { x = -1e+09 } in [pad.n]",
     ),
+    "mean_as_a_flag": (
+        Padded(
+            _chain("float[batch, n] x", "bool[batch, 1] y",
+                   "m = ReduceMean<axes=[1]>(x) y = Greater(m, quarter)"),
+            _pad(buckets="[64]"),
+        ),
+        "output 'y' differs in 1 of 1 values",
+    ),
+    "mean_behind_a_mask": (
+        Padded(
+            _chain("float[batch, n, 2] x", "float[batch, 2] y",
+                   "m = ReduceMean<axes=[1], keepdims=0>(x) t = Tanh(m) y = Add(t, far)"),
+            _pad(),
+        ),
+        "output 'y' differs by",
+    ),
     "attention_without_mask": (
         Padded(
             _chain("float[batch, n, 4] x", "float[batch, n, 4] y",
@@ -336,7 +352,14 @@ def _constants() -> list[onnx.TensorProto]:
         "w2": (2, 16, 3), "r2": (2, 16, 4),
         "b1": (1, 32), "b2": (2, 32),
     }  # fmt: skip
-    numbers = {"one": [1.0], "low": [-10_000.0], "scales": [1.0, 1.0, 2.0], "again": [1, 1, 1.5]}
+    numbers = {
+        "one": [1.0],
+        "low": [-10_000.0],
+        "scales": [1.0, 1.0, 2.0],
+        "again": [1, 1, 1.5],
+        "quarter": [0.25],
+        "far": [-1e9, 0.0],
+    }
     whole = {
         "axes0": [0], "axes1": [1], "axes2": [2], "id1": [1], "minus1": [-1],
         "lowest": [-(1 << 62)], "flat": [0, 3, -1],

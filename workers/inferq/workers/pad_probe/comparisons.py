@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from inferq.shared.schema import Array, Signature, Tensors
+from inferq.shared.schema import DTYPES, Array, Signature, Tensors
 from inferq.workers.agreement import Difference, difference, typical
 from inferq.workers.batching.growth import Grid
 from inferq.workers.batching.padding import Measured, Padding, PadRule
@@ -23,6 +23,9 @@ NEIGHBOURS: Final = 9
 SMALL: Final = 0.03
 #: Kinds of inputs that are compared at all sizes.
 ALWAYS: Final = 3
+#: Further inputs where an output is an index or a flag, which few changes turn over; each is of
+#: another size, so many sizes further.
+LABELS, STRIDE = 120, 7
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Case:
     padded: tuple[str, ...]
     #: Compared however long it takes.
     needed: bool = False
+    #: Of the random values.
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ class Comparisons:
         self._examples = Examples(signature, rules)
         self._rounding = rounding
         self._kinds = self._examples.kinds()
+        #: Whether an output is an index or a flag.
+        self._labels = any(DTYPES[spec.dtype].kind not in "fc" for spec in signature.outputs)
         #: Output → how large its values usually are, of inputs that are neither large nor small.
         self._usual: dict[str, float] = {}
         #: Symbol → comparisons made in which it was padded.
@@ -118,7 +125,7 @@ class Comparisons:
 
     def compare(self, case: Case) -> Changed | None:
         """None: padding changes nothing, or the model rejects this even without."""
-        inputs = self._examples.inputs(case.example, case.sizes)
+        inputs = self._examples.inputs(case.example, case.sizes, case.seed)
         alone = self._trials.outputs(inputs)
         if inputs is None or alone is None:
             return None
@@ -186,11 +193,12 @@ class Comparisons:
             *,
             base: Sizes = taken.base,
             needed: bool = False,
+            seed: int = 0,
         ) -> Case:
             changed = {each: size for name, size in sizes.items() for each in taken.ties[name]}
             at: dict[str | None, int] = dict(base)
             at.update(changed)
-            return Case(at, example, tuple(changed), needed)
+            return Case(at, example, tuple(changed), needed=needed, seed=seed)
 
         for example in kinds:
             for symbol, size in near.items():
@@ -205,6 +213,12 @@ class Comparisons:
             for sizes in found[1:]:
                 for size in {sizes[-1], sizes[len(sizes) // 2], sizes[0]}:
                     yield case(example, {symbol: size})
+        if self._labels:
+            for seed in range(1, LABELS + 1):
+                for symbol, found in usable.items():
+                    sizes = found[seed % len(found)]
+                    size = sizes[seed * STRIDE % len(sizes)]
+                    yield case(kinds[seed % len(kinds)], {symbol: size}, seed=seed)
         if taken.other is not None:
             for symbol, size in near.items():
                 yield case(kinds[0], {symbol: size}, base=taken.other)
