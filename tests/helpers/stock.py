@@ -42,6 +42,8 @@ def stock_environment(redis_url: str, content: str) -> dict[str, str]:
 def stock_app(redis_url: str) -> Iterator[Celery]:
     """A stock application in this process."""
     app = Celery("stock", broker=redis_url, backend=redis_url, set_as_current=False)
+    # kombu's pools belong to the process: a test before may have killed what is in them.
+    app.conf.broker_pool_limit = 0
     try:
         yield app
     finally:

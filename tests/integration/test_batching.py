@@ -21,12 +21,13 @@ from inferq.workers.embedded import EmbeddedRedis
 NAMES = Names()
 #: ms of one batch: long enough for what is submitted meanwhile to be claimed.
 DELAY_MS = 250
-ONE = "lanes = 1\nwarm_up = false\n"
+#: An audit would keep a lane for as long as a batch.
+ONE = "lanes = 1\nwarm_up = false\naudit_every = 0\n"
 KNOBS = {
     "plain": ONE + "max_batch_size = 8",
     "buckets": ONE + "max_batch_size = 8\nbuckets = [1, 4, 8]",
     "preferred": ONE + "max_batch_size = 8\npreferred_batch_sizes = [2, 4]",
-    "two_lanes": "lanes = 2\nwarm_up = false\nmax_batch_size = 8",
+    "two_lanes": "lanes = 2\nwarm_up = false\naudit_every = 0\nmax_batch_size = 8",
     "delay": ONE + "max_batch_size = 4\nmax_queue_delay_ms = 400",
     "single": ONE + "max_batch_size = 1",
 }

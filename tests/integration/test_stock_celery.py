@@ -233,7 +233,7 @@ def test_requests_are_served_when_they_are_due(side: Side, store: redis_py.Redis
 
 def test_a_request_may_be_revoked_or_expire_before_its_eta(side: Side) -> None:
     def ask() -> object:
-        revoked, expired = send("echo", 1, countdown=1), send("echo", 2, countdown=1, expires=0.5)
+        revoked, expired = send("echo", 1, countdown=4), send("echo", 2, countdown=1, expires=0.5)
         app.control.revoke(revoked.id)
         return [ending(revoked), ending(expired)]
 
