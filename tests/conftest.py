@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import redis as redis_py
 from helpers import fakecuda
+from helpers.acl import Users
 from hypothesis import HealthCheck, settings
 from kombu import pools
 
@@ -84,6 +85,19 @@ def redis(redis_url: str) -> Iterator[redis_py.Redis]:
     """A client of that empty database; replies are bytes."""
     with redis_py.Redis.from_url(redis_url, socket_timeout=10.0) as client:
         yield client
+
+
+@pytest.fixture
+def users(redis_url: str) -> Iterator[Users]:
+    """Redis users of the test's own: a producer that may only push, and those of users.acl."""
+    with Users(redis_url) as users:
+        yield users
+
+
+@pytest.fixture
+def push_only(users: Users) -> redis_py.Redis:
+    """A client that may LPUSH to the queues of models, and do nothing else."""
+    return users.push_only()
 
 
 @pytest.fixture

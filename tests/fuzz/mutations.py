@@ -1,6 +1,7 @@
 """Messages for the fuzzer: good ones, and what a seeded random generator makes of others.
 
-The same seed gives the same messages, whatever the worker does with them.
+The same seed gives the same messages, whatever the worker does with them. Messages that mean harm
+are made by modules of their own, one for each matter, and registered in `HOSTILE`.
 """
 
 from __future__ import annotations
@@ -28,8 +29,30 @@ GOOD_SHARE: Final = 0.25
 #: Earlier messages that are kept to splice others with.
 _DONORS: Final = 200
 _LONGEST: Final = 60_000
+#: Of the messages that are not good, so many are of `HOSTILE`; so many of these are broken besides.
+_HOSTILE_SHARE: Final = 1 / 3
+_BROKEN_SHARE: Final = 0.2
 
 Tree = Any
+#: Makes a message that means harm: from the generator and a good request, as its envelope with the
+#: body unpacked (``{"body": [args, kwargs, embed], "headers": …, "properties": …, …}``), which it
+#: may change in place. It gives such an envelope again, whose body is packed if it is no text, or
+#: bytes, which are pushed as they are. All that is random in it comes of the generator.
+Hostile = Callable[[random.Random, Tree], Tree]
+
+
+def stray_reply(rng: random.Random, tree: Tree) -> Tree:
+    """A request that asks for its news on a channel that is no client's."""
+    tree["headers"]["inferq_reply"] = rng.choice(
+        ("celery-task-meta-other", "/0.celery.pidbox", "inferq:1:later", "", "x" * 20_000, 5, ["a"])
+    )
+    return tree
+
+
+#: Kind of message → how often it is made, as against the others, and what makes it.
+HOSTILE: Final[dict[str, tuple[int, Hostile]]] = {
+    "stray reply": (1, stray_reply),
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +66,8 @@ class Message:
     expected: Array | None = None
     #: Key and value to be set before it is pushed.
     payload: tuple[str, bytes] | None = None
+    #: Its name in `HOSTILE`, "good", or "broken".
+    kind: str = "broken"
 
 
 class Messages:
@@ -62,13 +87,26 @@ class Messages:
         raw, payload = self._request(request_id, model, x, plain=good)
         if good:
             expected = x if model == "echo" else 2 * x
-            return Message(model, step, raw, request_id, expected, payload)
+            return Message(model, step, raw, request_id, expected, payload, "good")
+        if HOSTILE and rng.random() < _HOSTILE_SHARE:
+            return self._hostile(model, step, request_id, x)
         self._donors.append(raw)
         if len(self._donors) > _DONORS:
             self._donors.pop(rng.randrange(_DONORS))
         for _ in range(rng.choice((1, 1, 1, 2, 3))):
             raw = self._mutated(raw)[:_LONGEST]
         return Message(model, step, raw, payload=payload)
+
+    def _hostile(self, model: str, step: int, request_id: str, x: Array) -> Message:
+        rng = self._rng
+        (name,) = rng.choices(list(HOSTILE), [weight for weight, _ in HOSTILE.values()])
+        tree = json.loads(envelope(b"", request_id=request_id))
+        tree["body"] = [[], {"model": model, "inputs": {"x": tensor(x)}}, None]
+        made = HOSTILE[name][1](rng, tree)
+        raw = made if isinstance(made, bytes) else _sealed(made)
+        if rng.random() < _BROKEN_SHARE and self._donors:
+            raw = self._mutated(raw)
+        return Message(model, step, raw, kind=name)
 
     def _request(
         self, request_id: str, model: str, x: Array, *, plain: bool
@@ -252,6 +290,13 @@ class Messages:
                 for _ in range(rng.choice((5, 100, 400))):
                     nested = [nested] if rng.random() < 0.5 else {"a": nested}
                 return nested
+
+
+def _sealed(tree: Tree) -> bytes:
+    """An envelope with its body packed."""
+    if not isinstance(tree["body"], str):
+        tree = {**tree, "body": base64.b64encode(msgpack.packb(tree["body"])).decode()}
+    return _dumped(tree)
 
 
 def _dumped(tree: Tree) -> bytes:

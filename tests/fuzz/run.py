@@ -166,11 +166,13 @@ class Campaign:
                 break
             if not self._worker.alive:
                 sums.deaths += 1
-                sums.culprits += [("the worker died", each.raw) for each, *_ in open_]
+                sums.culprits += [(f"the worker died: {each.kind}", each.raw) for each, *_ in open_]
                 return
             if time.monotonic() > deadline:
                 sums.unanswered += len(open_)
-                sums.culprits += [("not accounted for", each.raw) for each, *_ in open_]
+                sums.culprits += [
+                    (f"not accounted for: {each.kind}", each.raw) for each, *_ in open_
+                ]
                 if not open_:
                     sums.left.append("the worker is not quiet")
                     sums.unanswered += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fuzz.mutations import Messages
+from fuzz.mutations import HOSTILE, Messages
 from fuzz.run import campaign, read_id
 from helpers.envelopes import request
 
@@ -26,6 +26,11 @@ def test_a_seed_gives_the_same_messages_again() -> None:
     first, again, other = ([stream.next().raw for _ in range(500)] for stream in streams)
     assert first == again
     assert first != other
+
+
+def test_every_kind_of_harm_is_among_the_messages() -> None:
+    stream = Messages(7)
+    assert {stream.next().kind for _ in range(MESSAGES)} == {"good", "broken", *HOSTILE}
 
 
 def test_a_message_names_an_id_if_a_lenient_reader_finds_one() -> None:
