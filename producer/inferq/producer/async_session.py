@@ -32,6 +32,7 @@ from inferq.shared.connect import CONNECT_TIMEOUT_S, async_redis_client
 from inferq.shared.errors import ClientClosed, InferqError, RedisUnavailable
 from inferq.shared.resp import BROKEN, Command, Reply
 from inferq.shared.settings import Settings
+from inferq.shared.tls_mistakes import PROBE_S
 
 _log: Final = logging.getLogger(__name__)
 #: Seconds that `close` waits for replies.
@@ -48,6 +49,9 @@ class AsyncSession:
             settings.redis_url, sentinel_master=settings.sentinel_master
         )
         self.core = Core(settings)
+        # A handshake may fail at its end only, and then it is found out why.
+        over_tls = settings.redis_url.startswith("rediss://")
+        self._connect_s = CONNECT_TIMEOUT_S + (3 * PROBE_S if over_tls else 0.0)
         self._wire: AsyncWire | None = None
         self._task: asyncio.Task[None] | None = None
         #: Resolved with the next attempt to connect: None, or why it failed.
@@ -105,7 +109,7 @@ class AsyncSession:
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name="inferq-connection")
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            async with asyncio.timeout(self._connect_s):
                 problem = await asyncio.shield(self._attempt)
         except TimeoutError as late:
             raise RedisUnavailable("Redis cannot be reached: no connection in time") from late

@@ -9,6 +9,7 @@ from celery import Celery
 
 from inferq.shared.connect import socket_limits
 from inferq.shared.settings import Settings
+from inferq.shared.tls import split_tls, with_tls
 
 #: Seconds between PINGs on connections that only listen (remote control, events, waiting for
 #: results). kombu gives up one that has not answered two of them: remote control is back within
@@ -39,13 +40,19 @@ def make_app(settings: Settings) -> Celery:
     if settings.redis_url.startswith("sentinel://"):
         backend["master_name"] = settings.sentinel_master
         backend["sentinel_kwargs"] = limits  # else it would ask them without; kombu does not
-    url = _celery_url(settings.redis_url)
-    app = Celery("inferq", broker=url, backend=url, set_as_current=False)
+    plain, tls = split_tls(settings.redis_url)
+    backend_url = _celery_url(plain)
+    # In its URL, too: kombu warns of any rediss:// without, also where one is only to be shown.
+    url = with_tls(backend_url, tls.options()) if tls else backend_url
+    app = Celery("inferq", broker=url, backend=backend_url, set_as_current=False)
     app.conf.update(
         accept_content=["json", "msgpack"],
         # Also where Redis answers with an error, as a full one does: Celery's own side waits then.
         broker_channel_error_retry=True,
         broker_connection_retry_on_startup=True,
+        # Else CELERY_BROKER_URL would win, which is not always ours, and is not read as ours is.
+        broker_read_url=url,
+        broker_write_url=url,
         broker_transport_options=transport,
         redis_backend_health_check_interval=PING_S,
         redis_socket_connect_timeout=limits["socket_connect_timeout"],
@@ -57,6 +64,8 @@ def make_app(settings: Settings) -> Celery:
         worker_pool="solo",
         worker_prefetch_multiplier=1,
     )
+    if tls is not None:
+        app.conf.update(broker_use_ssl=tls.options(), redis_backend_use_ssl=tls.options())
     return app
 
 

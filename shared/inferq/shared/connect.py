@@ -1,7 +1,7 @@
 """redis-py clients from a URL, in every form that kombu takes, with every wait bounded.
 
     redis://[[user]:password@]host[:port][/db]      TCP
-    rediss://…                                      TLS
+    rediss://…[?ssl_…]                              TLS, see tls.py
     unix://[[user]:password@]/path[?db=…]           Unix socket
     sentinel://[:password@]host[:port][/db][;…]     the master that Sentinels name, Celery's form
 
@@ -27,6 +27,14 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from inferq.shared.errors import ConfigError, RedisUnavailable
+from inferq.shared.tls import split_tls
+from inferq.shared.tls_mistakes import (
+    AsyncPlainConnection,
+    AsyncTlsConnection,
+    PlainConnection,
+    TlsConnection,
+    WrongTls,
+)
 
 #: Seconds.
 CONNECT_TIMEOUT_S: Final = 2.0
@@ -72,10 +80,13 @@ def redis_client(url: str, *, sentinel_master: str = "mymaster", **options: Any)
     timeout is not. `options` go to redis-py and win. ConfigError for a URL of another form.
     """
     settings = _options(url, Retry(NoBackoff(), 1, (redis.ConnectionError,)), options)
-    scheme, plain = _scheme(url)
+    scheme, plain, tls = _parts(url)
     if scheme != "sentinel":
         with _naming(url):
-            return redis.Redis.from_url(plain, **settings)
+            client = redis.Redis.from_url(plain, **tls, **settings)
+        if scheme != "unix":
+            client.connection_pool.connection_class = TlsConnection if tls else PlainConnection
+        return client
     at = _parse_sentinel(plain)
     module: Any = redis.sentinel
     sentinel = module.Sentinel(at.hosts, sentinel_kwargs=_socket_options(settings))
@@ -89,10 +100,14 @@ def async_redis_client(
     """The asyncio twin of `redis_client`."""
     retry = redis.asyncio.retry.Retry(NoBackoff(), 1, (redis.ConnectionError,))
     settings = _options(url, retry, given)
-    scheme, plain = _scheme(url)
+    scheme, plain, tls = _parts(url)
     if scheme != "sentinel":
         with _naming(url):
-            return redis.asyncio.Redis.from_url(plain, **settings)
+            client = redis.asyncio.Redis.from_url(plain, **tls, **settings)
+        if scheme != "unix":
+            kind = AsyncTlsConnection if tls else AsyncPlainConnection
+            client.connection_pool.connection_class = kind
+        return client
     at = _parse_sentinel(plain)
     module: Any = redis.asyncio.sentinel
     sentinel = module.Sentinel(at.hosts, sentinel_kwargs=_socket_options(settings))
@@ -102,13 +117,15 @@ def async_redis_client(
 
 
 def check_server(client: redis.Redis) -> Server:
-    """Ask Redis what it is. ConfigError: a cluster node, or older than 6.2.
+    """Ask Redis what it is. ConfigError: a cluster node, older than 6.2, or TLS is not right.
 
     RedisUnavailable if it does not answer.
     """
     try:
         server = judge_server(client.info("server"), client.info("cluster"))
         memory = client.info("memory")
+    except WrongTls as problem:
+        raise ConfigError(f"Redis cannot be reached: {problem}") from problem
     except (redis.ConnectionError, redis.TimeoutError) as problem:
         raise RedisUnavailable(f"Redis does not answer: {problem}") from problem
     policy = str(memory.get("maxmemory_policy", "noeviction"))
@@ -119,6 +136,8 @@ async def async_check_server(client: redis.asyncio.Redis) -> Server:
     """The asyncio twin of `check_server`."""
     try:
         return judge_server(await client.info("server"), await client.info("cluster"))
+    except WrongTls as problem:
+        raise ConfigError(f"Redis cannot be reached: {problem}") from problem
     except (redis.ConnectionError, redis.TimeoutError) as problem:
         raise RedisUnavailable(f"Redis does not answer: {problem}") from problem
 
@@ -148,7 +167,7 @@ def socket_limits(url: str) -> dict[str, Any]:
     """redis-py's options (kombu's, too) that bound every wait on a socket to the Redis at `url`."""
     limits: dict[str, Any] = {"socket_timeout": SOCKET_TIMEOUT_S}
     limits["socket_connect_timeout"] = CONNECT_TIMEOUT_S
-    if _scheme(url)[0] != "unix":  # there the kernel itself knows of the other end
+    if _parts(url)[0] != "unix":  # there the kernel itself knows of the other end
         limits["socket_keepalive"] = True
         limits["socket_keepalive_options"] = KEEPALIVE_OPTIONS
     return limits
@@ -170,13 +189,14 @@ def _socket_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key.startswith("socket_")}
 
 
-def _scheme(url: str) -> tuple[str, str]:
-    plain = re.sub(r"^redis\+socket://", "unix://", url)
+def _parts(url: str) -> tuple[str, str, dict[str, Any]]:
+    """Its scheme, `url` as redis-py reads it without TLS' options, and those."""
+    plain, tls = split_tls(re.sub(r"^redis\+socket://", "unix://", url))
     scheme = plain.partition("://")[0]
     if scheme not in _SCHEMES or "://" not in plain:
         expected = ", ".join(f"{known}://" for known in _SCHEMES)
         raise ConfigError(f"Redis URL {redact(url)!r}; expected one of {expected}")
-    return scheme, plain
+    return scheme, plain, tls.options() if tls else {}
 
 
 @contextmanager

@@ -58,7 +58,10 @@ def inferq(ctx: click.Context) -> None:
 
 def _settings(conf: Any) -> dict[str, str]:
     """The environment variables by which we find the queues of a Celery app so configured."""
-    found = {"INFERQ_REDIS_URL": _our_url(str(conf.broker_url))}
+    from inferq.shared.tls import with_tls  # noqa: PLC0415
+
+    url = with_tls(_our_url(str(conf.broker_url)), conf.broker_use_ssl)
+    found = {"INFERQ_REDIS_URL": url}
     transport = conf.broker_transport_options or {}
     given = {variable: transport.get(option) for option, variable in _OPTIONS.items()}
     backend = conf.result_backend_transport_options or {}

@@ -8,12 +8,15 @@ import sys
 from typing import Any
 
 import flower
+import redis
 from prometheus_client import REGISTRY
+from redis.exceptions import RedisError
 from tornado.options import options
 
 from inferq.shared.connect import redis_client
 from inferq.shared.errors import ConfigError
 from inferq.shared.settings import Settings
+from inferq.shared.tls_mistakes import WrongTls
 from inferq.workers.flower import access, flower_private
 from inferq.workers.flower.readings import CONNECT_TIMEOUT_S, SOCKET_TIMEOUT_S, Readings
 from inferq.workers.metrics.prometheus import DepthCollector
@@ -32,6 +35,7 @@ def configure() -> None:
             socket_connect_timeout=CONNECT_TIMEOUT_S,
             socket_timeout=SOCKET_TIMEOUT_S,
         )
+        _check_tls(client)
     except ConfigError as problem:
         raise SystemExit(f"inferq: {problem.message}") from None
     if not flower_private.is_tested(flower.__version__):
@@ -49,6 +53,16 @@ def configure() -> None:
         logger.warning("Flower %s: %s; its own pages are shown", flower.__version__, problem)
         return
     REGISTRY.register(DepthCollector(client, names))
+
+
+def _check_tls(client: redis.Redis) -> None:
+    """ConfigError: what Flower would be shown, and log, again and again."""
+    try:
+        client.ping()
+    except WrongTls as problem:
+        raise ConfigError(f"Redis cannot be reached: {problem}") from None
+    except RedisError as problem:  # it may come; until then the pages say so
+        logger.warning("Redis does not answer yet: %s", problem)
 
 
 def _decide_access(options: Any) -> None:
