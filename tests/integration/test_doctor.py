@@ -31,6 +31,7 @@ from inferq.workers.doctor import models as doctor_models
 from inferq.workers.doctor import redis as redis_checks
 from inferq.workers.doctor.finding import Finding, Level, ok, within
 from inferq.workers.doctor.models import models
+from inferq.workers.doctor.network import network
 from inferq.workers.embedded import EmbeddedRedis
 from inferq.workers.repository import ModelSpec, load_model
 
@@ -358,3 +359,40 @@ def test_a_check_that_hangs_is_given_up_and_one_that_fails_says_so() -> None:
 def test_a_server_that_ends_meanwhile_is_told(doctor: Doctor, server: EmbeddedRedis) -> None:
     server.stop()
     assert "does not answer" in _checks(doctor)["redis"].found
+
+
+@pytest.mark.parametrize(
+    ("url", "level", "found"),
+    [
+        ("redis://redis:6379/0", "warning", "go to redis as they are: whoever is on the way"),
+        ("redis://:pw@10.0.0.1/0", "warning", "go to 10.0.0.1 as they are: whoever is on the way"),
+        ("sentinel://localhost;sentinel://far", "warning", "the password go to far as they are"),
+        ("rediss://far/0?ssl_cert_reqs=none", "warning", "TLS without verification: ssl_cert_reqs"),
+        ("rediss://127.0.0.1/0?ssl_cert_reqs=CERT_NONE", "warning", "TLS without verification"),
+        ("rediss://far/0?ssl_check_hostname=false", "warning", "TLS without the host's name"),
+        ("rediss://far:1/0", "ok", "TLS, and the certificate must be of far"),
+    ],
+)
+def test_a_way_to_redis_that_others_can_read_or_take_is_warned_of(
+    url: str, level: str, found: str
+) -> None:
+    (finding,) = network(url)
+    assert finding.check == "network"
+    assert finding.level == level
+    assert found in finding.found
+    assert "pw" not in finding.found.replace("password", "")
+    assert bool(finding.todo) == (level == "warning")
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://127.0.0.1:1/0", "redis://localhost", "redis://[::1]:1", "unix:///r.sock",
+            "redis+socket:///r.sock", "sentinel://localhost:1;sentinel://127.0.0.2", "redis://"],
+)  # fmt: skip
+def test_a_way_that_stays_on_this_host_is_not(url: str) -> None:
+    assert list(network(url)) == []
+
+
+def test_doctor_tells_of_the_way_also_where_redis_does_not_answer(doctor: Doctor) -> None:
+    found = _checks(doctor, "--redis-url", "redis://no-such-host.invalid:1/0")
+    assert found["network"].level == "warning"
+    assert found["redis"].level == "error"

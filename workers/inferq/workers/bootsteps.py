@@ -18,6 +18,7 @@ from inferq.workers.cuda.pinning import pin
 from inferq.workers.found import Found, find_models
 from inferq.workers.main_loop import TICK_S
 from inferq.workers.service import Service
+from inferq.workers.visible_passwords import visible_password
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,9 @@ class DataPlaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
         return found
 
     def start(self, worker: WorkController) -> None:
+        told = visible_password(sys.argv[1:])
+        if told and not self._settings.incarnation:  # else our supervisor has said it
+            logger.warning("%s", told)
         worker.inferq = Service(worker, self._settings, self._found)
         try:
             worker.inferq.start()

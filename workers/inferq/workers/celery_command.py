@@ -47,6 +47,10 @@ class _Commands(click.Group):
 @click.pass_context
 def inferq(ctx: click.Context) -> None:
     """Batched deep-learning inference behind a Redis queue."""
+    from inferq.workers.visible_passwords import warn_of_visible_password  # noqa: PLC0415
+
+    if ctx.invoked_subcommand != "worker":  # which logs it
+        warn_of_visible_password()
     if os.environ.get("INFERQ_REDIS_URL"):
         return
     # CELERY_BROKER_URL is Celery's own variable: the app takes it, and keeps its prefix.

@@ -17,6 +17,7 @@ from inferq.workers.infer_command import infer
 from inferq.workers.models_command import models
 from inferq.workers.queues_command import queues
 from inferq.workers.redis_command import redis_command
+from inferq.workers.visible_passwords import warn_of_visible_password
 from inferq.workers.worker_command import worker
 
 #: Which extra brings a module that may be missing; all others come with `worker`.
@@ -32,8 +33,11 @@ EXTRAS = {
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version("inferq"), prog_name="inferq")
-def inferq() -> None:
+@click.pass_context
+def inferq(ctx: click.Context) -> None:
     """Batched deep-learning inference behind a Redis queue."""
+    if ctx.invoked_subcommand != "worker":  # which logs it
+        warn_of_visible_password()
 
 
 inferq.add_command(worker)

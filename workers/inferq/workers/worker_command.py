@@ -19,6 +19,8 @@ from inferq.shared.names import is_model_name, model_of, queue_of
 if TYPE_CHECKING:
     from inferq.workers.devices import Place
 
+logger = logging.getLogger(__name__)
+
 #: Seconds that the supervisor waits for Redis: it has signals to pass on meanwhile.
 REDIS_TIMEOUT_S = 2.0
 
@@ -100,6 +102,7 @@ def worker(
     from inferq.workers.devices import chosen_devices  # noqa: PLC0415
     from inferq.workers.health import default_folder, forget_the_dead  # noqa: PLC0415
     from inferq.workers.supervisor import Child, Supervisor  # noqa: PLC0415
+    from inferq.workers.visible_passwords import visible_password  # noqa: PLC0415
     from inferq.workers.whose import place_of  # noqa: PLC0415
 
     try:
@@ -151,6 +154,8 @@ def worker(
         logging.basicConfig(
             level=logging.INFO, format="[%(asctime)s: %(levelname)s/supervisor] %(message)s"
         )
+    if (told := visible_password(sys.argv[1:])) is not None:
+        logger.warning("%s", told)
     status = Supervisor(children, client, settings.names()).run()
     if folder:
         with suppress(OSError):  # others' heartbeats are in it

@@ -74,6 +74,7 @@ def _findings(folder: Path | None, redis_url: str | None) -> Iterator[Finding]:
 
 def _of_redis(settings: Settings) -> Iterator[Finding]:
     """What Redis says of itself and, if it can be asked, what the workers behind it say."""
+    from inferq.workers.doctor.network import network  # noqa: PLC0415
     from inferq.workers.doctor.redis import examine, keys, unreachable  # noqa: PLC0415
 
     def look() -> Iterable[Finding]:
@@ -87,6 +88,7 @@ def _of_redis(settings: Settings) -> Iterator[Finding]:
             yield from keys(client, settings.names())
 
     try:
+        yield from network(settings.redis_url)
         found = within(REDIS_S, "redis", look)
     except ConfigError as problem:
         yield error("redis", problem.message, "correct the URL (--redis-url, INFERQ_REDIS_URL)")

@@ -20,12 +20,15 @@ from inferq.shared.tls_mistakes import WrongTls
 from inferq.workers.flower import access, flower_private
 from inferq.workers.flower.readings import CONNECT_TIMEOUT_S, SOCKET_TIMEOUT_S, Readings
 from inferq.workers.metrics.prometheus import DepthCollector
+from inferq.workers.visible_passwords import visible_password
 
 logger = logging.getLogger(__name__)
 
 
 def configure() -> None:
     """Configure the Flower that is starting in this process. SystemExit: a setting is bad."""
+    if (told := visible_password(sys.argv[1:])) is not None:
+        logger.warning("%s", told)
     try:
         _decide_access(options)
         settings = Settings.load()
