@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -186,7 +187,7 @@ def test_a_slow_link_and_a_clock_that_is_off_are_warnings(
     monkeypatch.setattr(redis_checks, "time", off)
     found = _checks(doctor)
     assert found["latency"].level == found["clock"].level == "warning"
-    assert found["clock"].found.startswith("Redis' clock is 90.0")
+    assert re.match(r"Redis' clock is (89\.9|90\.0)\d* s", found["clock"].found)
     assert found["clock"].found.endswith(" s behind ours")
 
 

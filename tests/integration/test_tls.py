@@ -170,7 +170,7 @@ def mistakes(
             "expired": (old.url(ca), "is refused: certificate has expired; expected"),
             "no certificate of ours": (asking.url(ca), "expected ssl_certfile and ssl_keyfile"),
             "TLS to a plain port": (
-                f"rediss://127.0.0.1:{port}/0", f"127.0.0.1:{port} speaks no TLS; expected redis://"
+                f"rediss://127.0.0.1:{port}/0", f"127.0.0.1:{port} speaks no TLS; expected the po"
             ),
             "no TLS to its port": (
                 f"redis://127.0.0.1:{fine.port}/0",

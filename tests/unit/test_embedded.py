@@ -45,6 +45,30 @@ def test_it_listens_on_loopback_only(new_redis: NewRedis) -> None:
         assert client.config_get("bind") == {"bind": HOST}
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["CONFIG", "SET", "dir", "/tmp"],
+        ["CONFIG", "SET", "dbfilename", "authorized_keys"],
+        ["CONFIG", "SET", "logfile", "/tmp/x"],
+        ["CONFIG", "REWRITE"],
+        ["MODULE", "LOAD", "/tmp/x.so"],
+        ["DEBUG", "SLEEP", "0"],
+    ],
+    ids=" ".join,
+)
+def test_others_of_this_host_who_may_use_it_have_it_write_no_file_and_run_no_code(
+    command: list[str],
+) -> None:
+    """It has no password. (A redis-server before 7.0 knows no such limits.)"""
+    with (
+        EmbeddedRedis("valkey") as server,
+        redis_py.Redis.from_url(server.url) as client,
+        pytest.raises(redis_py.ResponseError),
+    ):
+        client.execute_command(*command)
+
+
 def test_it_never_evicts(new_redis: NewRedis) -> None:
     with redis_py.Redis.from_url(new_redis(maxmemory=4_000_000).url) as client:
         assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}

@@ -109,7 +109,10 @@ def _why_not_tls(connection: _Connection, problem: Exception) -> str | None:
     if _is_away_or_refuses(problem):
         return None
     if _redis_there(connection):
-        return f"{at} speaks no TLS; expected redis:// in {_URL}, or the port at which it does"
+        return (
+            f"{at} speaks no TLS; expected the port at which it does in {_URL}, or, if nobody else "
+            "is on the way, redis://"
+        )
     refusal = _tls_there(connection)
     if not refusal:
         return None
