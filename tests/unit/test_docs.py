@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from inferq.shared.settings import Settings
 from inferq.workers.engines import ENGINES
+from inferq.workers.flower.access import VARIABLE
 from inferq.workers.model_config import ModelConfig
+from inferq.workers.worker_command import worker
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_every_test_that_the_docs_name_exists() -> None:
@@ -55,3 +58,14 @@ def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
         target = (page.parent / name).resolve() if name else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_what_is_said_of_security_names_settings_and_options_that_there_are() -> None:
+    text = (ROOT / "SECURITY.md").read_text()
+    settings = {f"INFERQ_{name.upper()}" for name in Settings.model_fields} | {VARIABLE}
+    assert set(re.findall(r"INFERQ_\w+", text)) - settings == set()
+    options = {name for parameter in worker.params for name in parameter.opts}
+    assert set(re.findall(r"`(--[\w-]+)`", text)) - options == set()
+    users = (ROOT / "deploy" / "redis" / "users.acl").read_text()
+    for user in ("producer", "canceller", "watcher", "worker"):
+        assert f"user {user} " in users
