@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -16,7 +17,8 @@ from prometheus_client import CollectorRegistry, Gauge
 from inferq.shared.errors import ConfigError
 from inferq.shared.settings import Settings, split_address
 from inferq.workers.metrics import endpoint
-from inferq.workers.metrics.endpoint import MAX_CONNECTIONS, MAX_REQUEST_BYTES, Endpoint
+from inferq.workers.metrics.endpoint import MAX_REQUEST_BYTES, Endpoint
+from inferq.workers.metrics.visitors import MAX_CONNECTIONS, MAX_PER_ADDRESS
 
 Ask = Callable[..., tuple[HTTPResponse, str]]
 
@@ -62,6 +64,43 @@ def ask(at: tuple[str, int]) -> Ask:
             connection.close()
 
     return ask
+
+
+def connected(at: tuple[str, int], stack: ExitStack, source: str = "127.0.0.1") -> socket.socket:
+    """A connection from an address of this machine's, closed with `stack`."""
+    peer = socket.create_connection(at, timeout=10, source_address=(source, 0))
+    return stack.enter_context(peer)
+
+
+def tells(peer: socket.socket, what: bytes) -> bool:
+    """Whether the other side takes `what`."""
+    try:
+        peer.sendall(what)
+    except ConnectionError:
+        return False
+    return True
+
+
+def answers(peer: socket.socket, rest: bytes = b"GET /healthz HTTP/1.1\r\n\r\n") -> bool:
+    """Whether a request that ends with `rest` is answered."""
+    try:
+        peer.sendall(rest)
+        return peer.recv(100).startswith(b"HTTP/1.1 200 ")
+    except ConnectionError:
+        return False
+
+
+def is_closed(peer: socket.socket) -> bool:
+    """By the other side, which has said nothing."""
+    peer.setblocking(False)
+    try:
+        return peer.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
+    finally:
+        peer.settimeout(10)
 
 
 def test_metrics_are_told_in_either_format(ask: Ask) -> None:
@@ -126,21 +165,105 @@ def test_what_is_no_request_is_answered_or_cut_off(
     assert ask("/metrics")[0].status == 200
 
 
-def test_scrapers_that_hang_are_dropped_and_others_served(
+def test_scrapers_that_hang_are_dropped_in_time(
     at: tuple[str, int], ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(endpoint, "ANSWER_WITHIN_S", 1.0)
     with ExitStack() as stack:
-        hanging = [
-            stack.enter_context(socket.create_connection(at, timeout=10))
-            for _ in range(MAX_CONNECTIONS - 1)
-        ]
+        hanging = [connected(at, stack) for _ in range(MAX_PER_ADDRESS - 1)]
         for peer in hanging:
             peer.sendall(b"GET /metrics HTTP/1.1\r\n")
         assert ask("/metrics")[0].status == 200, "there is room for one more"
         for peer in hanging:
             assert peer.recv(1) == b"", "each is dropped in time"
         assert ask("/metrics")[0].status == 200
+
+
+def test_a_request_that_comes_byte_by_byte_has_no_more_time_than_others(
+    at: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint, "ANSWER_WITHIN_S", 1.0)
+    with ExitStack() as stack:
+        peer = connected(at, stack)
+        peer.sendall(b"GET /metrics HTTP/1.1\r\nX-Slow: ")
+        until(lambda: not tells(peer, b"x"), 20, "it is dropped")
+
+
+def test_connections_that_say_nothing_keep_nobody_out(at: tuple[str, int], ask: Ask) -> None:
+    with ExitStack() as stack:
+        for count in range(1, 65):
+            connected(at, stack)
+            if count in {16, 32, 33, 64}:
+                assert ask("/healthz")[0].status == 200
+                assert ask("/metrics")[0].status == 200
+
+
+def test_scrapers_that_do_not_read_keep_nobody_out(
+    registry: CollectorRegistry, at: tuple[str, int], ask: Ask
+) -> None:
+    large = Gauge("large", "x" * 8_000_000, registry=registry)
+    with ExitStack() as stack:
+        for _ in range(MAX_PER_ADDRESS + 2):
+            peer = connected(at, stack)
+            peer.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+            assert peer.recv(12) == b"HTTP/1.1 200"
+        assert ask("/healthz")[0].status == 200
+        registry.unregister(large)
+        assert ask("/metrics")[0].status == 200
+
+
+def test_the_oldest_that_says_nothing_makes_room_for_a_new_one(at: tuple[str, int]) -> None:
+    with ExitStack() as stack:
+        hanging = [connected(at, stack) for _ in range(MAX_PER_ADDRESS)]
+        assert answers(hanging[0]), "there was room for all of them"
+        hanging[0] = connected(at, stack)
+        newest = connected(at, stack)
+        until(lambda: is_closed(hanging[1]), what="the oldest is closed")
+        for peer in (*hanging[2:], hanging[0], newest):
+            assert answers(peer), "and no other"
+
+
+def test_one_address_takes_no_room_from_another(at: tuple[str, int]) -> None:
+    with ExitStack() as stack:
+        slow = connected(at, stack, "127.0.0.2")
+        slow.sendall(b"GET /metrics HTTP/1.1\r\n")
+        for _ in range(MAX_CONNECTIONS + 8):
+            connected(at, stack, "127.0.0.3")
+        assert answers(slow, b"\r\n")
+
+
+def test_where_many_addresses_come_those_with_the_most_connections_make_room(
+    at: tuple[str, int],
+) -> None:
+    with ExitStack() as stack:
+        slow = connected(at, stack, "127.0.0.2")
+        slow.sendall(b"GET /metrics HTTP/1.1\r\n")
+        for number in range(2 * MAX_CONNECTIONS):
+            connected(at, stack, f"127.0.1.{number // 2 % 20}")
+        assert answers(slow, b"\r\n")
+
+
+def test_health_is_told_while_others_do_their_worst(at: tuple[str, int], ask: Ask) -> None:
+    ending = threading.Event()
+
+    def knock(first: bytes) -> None:
+        while not ending.is_set():
+            with suppress(OSError), socket.create_connection(at, timeout=10) as peer:
+                peer.sendall(first)
+
+    threads = [
+        threading.Thread(target=knock, args=(first,))
+        for first in (b"", b"GET /met", b"GET /metrics HTTP/1.1\r\n\r\n", b"x" * 9000)
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(50):
+            assert ask("/healthz")[1] == "ok\n"
+    finally:
+        ending.set()
+        for thread in threads:
+            thread.join()
 
 
 def test_a_scraper_that_does_not_read_is_dropped(
@@ -154,30 +277,12 @@ def test_a_scraper_that_does_not_read_is_dropped(
         registry.unregister(large)
         assert ask("/metrics")[0].status == 200
 
-        def dropped() -> bool:
-            try:
-                peer.sendall(b"x")
-            except ConnectionError:
-                return True
-            return False
-
-        until(dropped, 20, "it is dropped")
+        until(lambda: not tells(peer, b"x"), 20, "it is dropped")
 
 
-def test_one_connection_more_than_there_may_be_is_closed_at_once(
-    at: tuple[str, int], ask: Ask
+def test_its_end_waits_for_nobody_and_says_nothing(
+    registry: CollectorRegistry, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with ExitStack() as stack:
-        hanging = [
-            stack.enter_context(socket.create_connection(at, timeout=3))
-            for _ in range(MAX_CONNECTIONS + 1)
-        ]
-        with suppress(ConnectionResetError):
-            assert hanging[-1].recv(1) == b""
-    until(lambda: ask("/healthz")[0].status == 200, what="there is room again")
-
-
-def test_its_end_waits_for_nobody(registry: CollectorRegistry) -> None:
     served = Endpoint("127.0.0.1:0", registry, lambda: None)
     served.start()
     parts = urlsplit(served.url)
@@ -186,6 +291,7 @@ def test_its_end_waits_for_nobody(registry: CollectorRegistry) -> None:
         served.stop()
         assert not any(thread.name == "inferq-metrics" for thread in threading.enumerate())
         served.stop()
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
     again = Endpoint(f"127.0.0.1:{parts.port}", registry, lambda: None)
     again.start()
     again.stop()

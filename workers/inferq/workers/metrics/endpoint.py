@@ -1,12 +1,14 @@
 """A worker's own little HTTP server, for Prometheus: ``/metrics`` and ``/healthz``.
 
 One thread with an event loop of its own. Whatever a scraper does, the request path does not notice:
-each connection has a few seconds, a short request and one answer, and there are few at a time.
+each connection has a few seconds, a short request and one answer, and there are few at a time
+(`visitors`), the newest among them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import math
 import socket
@@ -20,6 +22,7 @@ from prometheus_client.exposition import choose_encoder
 
 from inferq.shared.errors import ConfigError
 from inferq.shared.settings import split_address
+from inferq.workers.metrics.visitors import Visitors
 from inferq.workers.periodic import Periodic
 
 logger = logging.getLogger(__name__)
@@ -28,10 +31,11 @@ logger = logging.getLogger(__name__)
 ANSWER_WITHIN_S: Final = 5.0
 #: Bytes that a request may have.
 MAX_REQUEST_BYTES: Final = 8 * 1024
-#: Connections at a time; one more is closed at once.
-MAX_CONNECTIONS: Final = 16
 #: Connections that the kernel holds until there is time for them.
-_BACKLOG: Final = 16
+_BACKLOG: Final = 128
+#: Why none can be accepted for the moment, and seconds until that is tried again.
+_NOTHING_LEFT: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_PAUSE_S: Final = 0.5
 _REASONS: Final = {
     200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed",
     500: "Internal Server Error", 503: "Service Unavailable",
@@ -53,7 +57,6 @@ class Endpoint:
         self._address = address
         self._registry = registry
         self._problem = problem
-        self._open = 0
         self._socket: socket.socket | None = None
         #: Of the turn that runs: ends it.
         self._end: Callable[[], object] = lambda: None
@@ -99,32 +102,25 @@ class Endpoint:
         loop, ending = asyncio.get_running_loop(), asyncio.Event()
         with self._lock:
             self._end = lambda: loop.call_soon_threadsafe(ending.set)
-        server = await asyncio.start_server(self._serve, sock=listening, limit=MAX_REQUEST_BYTES)
-        if not self.loop.stopping:
-            await ending.wait()
-        server.close()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._open += 1
+        visitors = Visitors(self._answer, MAX_REQUEST_BYTES, ANSWER_WITHIN_S)
+        receiving = asyncio.create_task(_receive(listening, visitors))
+        until_end = asyncio.create_task(ending.wait())
         try:
-            if self._open <= MAX_CONNECTIONS:
-                async with asyncio.timeout(ANSWER_WITHIN_S):
-                    writer.write(await self._answer(reader))
-                    await writer.drain()
-                    writer.close()
-                    await writer.wait_closed()
-        except (OSError, asyncio.IncompleteReadError):  # it went away, or was too slow
-            pass
+            if not self.loop.stopping:
+                await asyncio.wait((receiving, until_end), return_when=asyncio.FIRST_COMPLETED)
+            if receiving.done():
+                receiving.result()  # raises what it met
         finally:
-            self._open -= 1
-            writer.transport.abort()
+            receiving.cancel()
+            until_end.cancel()
+            visitors.drop_all()
 
-    async def _answer(self, reader: asyncio.StreamReader) -> bytes:
+    def _answer(self, asked: bytes | None) -> bytes:
+        """The whole answer to a request of which the head is given; None: that was too long."""
         try:
-            request = await reader.readuntil(b"\r\n\r\n")
-            line, *headers = request.decode("latin-1").split("\r\n")
+            line, *headers = (asked or b"").decode("latin-1").split("\r\n")
             method, target, _ = line.split(" ", 2)
-        except (asyncio.LimitOverrunError, ValueError):
+        except ValueError:
             method, (status, kind, body) = "", (400, _TEXT, b"expected GET /metrics HTTP/1.1\n")
         else:
             status, kind, body = self._page(method, target.partition("?")[0], headers)
@@ -154,6 +150,27 @@ class Endpoint:
             return 500, _TEXT, b"see the worker's log\n"
 
 
+async def _receive(listening: socket.socket, visitors: Visitors) -> None:
+    """One after the other, so that between two of them the others get their turn."""
+    loop, short_of = asyncio.get_running_loop(), ""
+    while True:
+        try:
+            peer, _ = await loop.sock_accept(listening)
+        except OSError as problem:
+            if problem.errno not in _NOTHING_LEFT:
+                continue  # it went away before
+            if not short_of:
+                short_of = str(problem)
+                logger.warning("no connection to the metrics for the moment: %s", problem)
+            await asyncio.sleep(_PAUSE_S)
+            continue
+        short_of = ""
+        try:
+            await loop.connect_accepted_socket(visitors.visitor, peer)
+        except OSError:  # it went away
+            peer.close()
+
+
 def _format(accepted: str) -> tuple[Callable[[CollectorRegistry], bytes], str]:
     """How to write metrics, and its content type: the oldest format for an odd Accept header."""
     try:
@@ -174,6 +191,7 @@ def _listen(address: str) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(at)
         listening.listen(_BACKLOG)
+        listening.setblocking(False)
     except BaseException:
         listening.close()
         raise
