@@ -44,7 +44,8 @@ def make_app(settings: Settings) -> Celery:
     backend_url = _celery_url(plain)
     # In its URL, too: kombu warns of any rediss:// without, also where one is only to be shown.
     url = with_tls(backend_url, tls.options()) if tls else backend_url
-    app = Celery("inferq", broker=url, backend=backend_url, set_as_current=False)
+    # No fix-ups: it is no Django project, of whose folder Celery would import first of all.
+    app = Celery("inferq", broker=url, backend=backend_url, set_as_current=False, fixups=[])
     app.conf.update(
         accept_content=["json", "msgpack"],
         # Also where Redis answers with an error, as a full one does: Celery's own side waits then.

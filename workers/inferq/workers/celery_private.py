@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -22,6 +22,7 @@ from celery.apps import worker as worker_program
 from celery.canvas import group, maybe_signature
 from celery.events.event import EVENT_EXCHANGE_NAME
 from celery.exceptions import TaskRevokedError
+from celery.utils import imports
 from celery.worker import state as worker_state
 from celery.worker.consumer import Consumer
 from kombu import Queue
@@ -100,6 +101,11 @@ def be_patient(app: Celery, queues: Sequence[str]) -> None:
 def is_solo(pool_cls: object) -> bool:
     """Whether a worker's resolved pool class is the solo pool."""
     return getattr(pool_cls, "__module__", "") == "celery.concurrency.solo"
+
+
+def keep_out_working_directory() -> None:
+    """Have Celery import nothing from there in this process, as it otherwise does by name."""
+    imports.cwd_in_path = nullcontext
 
 
 def asks_for_prefork(arguments: Sequence[str]) -> bool:

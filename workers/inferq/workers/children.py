@@ -1,4 +1,7 @@
-"""Child processes that end with the process that started them, however that one ends."""
+"""Child processes that end with the process that started them, however that one ends.
+
+What they import is installed, or stands on PYTHONPATH: never what lies in the working directory.
+"""
 
 from __future__ import annotations
 
@@ -42,10 +45,18 @@ def start_child(
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=None if output is None else subprocess.STDOUT,
-        env=None if env is None else dict(env),
+        env=safe_environment(os.environ if env is None else env),
         cwd=cwd,
         start_new_session=True,
     )
+
+
+def safe_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment` for a process that does not look in the working directory for its modules.
+
+    Python would put it first for a program that is started by ``-m`` or ``-c``.
+    """
+    return {**environment, "PYTHONSAFEPATH": "1"}
 
 
 def end_child(process: subprocess.Popen[bytes], timeout: float) -> int:

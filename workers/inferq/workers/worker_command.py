@@ -134,9 +134,9 @@ def worker(
     children = []
     for node, device, address in zip(nodes, devices, addresses, strict=True):
         command = [
-            sys.executable, "-m", "celery", "-A", "inferq.workers.app", "worker", "-P", "solo",
-            "-Q", ",".join(served), "-n", node, "-l", loglevel, *(["-E"] if events else []),
-            *celery_options,
+            sys.executable, "-m", "inferq.workers.celery_process", "-A", "inferq.workers.app",
+            "worker", "-P", "solo", "-Q", ",".join(served), "-n", node, "-l", loglevel,
+            *(["-E"] if events else []), *celery_options,
         ]  # fmt: skip
         file = f"{node}-{whose}.json"
         heartbeat = folder / file if folder else Path(str(settings.heartbeat_file))

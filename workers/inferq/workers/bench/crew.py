@@ -15,6 +15,7 @@ from typing import IO, Final, Self
 from inferq.shared.errors import InferqError
 from inferq.workers.bench import messages
 from inferq.workers.bench.messages import Failed, FromProcess, Ready, Setup, Step, Stop
+from inferq.workers.children import safe_environment
 
 #: Seconds.
 START_S: Final = 60.0
@@ -64,6 +65,7 @@ class Crew:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=said,
+                env=safe_environment(os.environ),
                 # Ctrl-C in the terminal does not reach it: the command decides.
                 start_new_session=True,
             )

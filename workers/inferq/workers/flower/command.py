@@ -47,6 +47,7 @@ def flower(
     """
     from inferq.shared.connect import redis_client  # noqa: PLC0415 (heavy)
     from inferq.shared.settings import Settings  # noqa: PLC0415
+    from inferq.workers.children import safe_environment  # noqa: PLC0415
     from inferq.workers.flower import CONF, access  # noqa: PLC0415
 
     try:
@@ -56,12 +57,12 @@ def flower(
     except InferqError as problem:
         raise click.ClickException(problem.message) from problem
     _check_options(flower_options)
-    environment = {**os.environ, "INFERQ_REDIS_URL": settings.redis_url}
+    environment = {**safe_environment(os.environ), "INFERQ_REDIS_URL": settings.redis_url}
     if basic_auth:
         environment[access.VARIABLE] = basic_auth
         environment.pop("FLOWER_BASIC_AUTH", None)
     command = [
-        sys.executable, "-m", "celery", "-A", "inferq.workers.app", "flower",
+        sys.executable, "-m", "inferq.workers.celery_process", "-A", "inferq.workers.app", "flower",
         f"--conf={CONF}", f"--address={address}", f"--port={port}", *flower_options,
     ]  # fmt: skip
     sys.stdout.flush()

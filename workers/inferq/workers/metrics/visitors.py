@@ -1,4 +1,4 @@
-"""Connections to a small HTTP server, of which there are only so many, and always room for a new one.
+"""Connections to a small HTTP server: only so many, and always room for a new one.
 
 Who connects and says nothing makes room for who comes after: first within one address, so that it
 takes nothing from the others. Nobody has more than a few seconds, a short request and one answer.
@@ -113,4 +113,3 @@ def _whose(peer: object) -> str:
             return str(address.ipv4_mapped)
         return str(ipaddress.ip_network((address, _PREFIX), strict=False))
     return str(address)
-
