@@ -50,6 +50,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, cache_folders: Iterator[P
         if name.startswith(("INFERQ_", "CELERY_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(next(cache_folders)))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "")  # nor is anything kept in the developer's own
 
 
 @pytest.fixture(scope="session", params=KINDS)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from shutil import rmtree
 
 import msgspec
 import pytest
@@ -20,6 +24,7 @@ from redis import Redis
 
 from inferq.shared.names import Names
 from inferq.workers import health
+from inferq.workers.children import end_child, start_child
 from inferq.workers.embedded import EmbeddedRedis
 from inferq.workers.engines.fake import FAULT_HANG
 from inferq.workers.health import (
@@ -37,6 +42,7 @@ from inferq.workers.repository import load_model
 from inferq.workers.serving import ServedModel
 
 NAMES = Names()
+SOMEBODY = 4242
 
 
 def ask(*args: str) -> subprocess.CompletedProcess[str]:
@@ -56,6 +62,14 @@ def models(tmp_path: Path) -> Path:
     fake_model(root, "m", knobs="lanes = 1\nwarm_up = false\nmax_run_seconds = 1.0",
                fake="faults = true")  # fmt: skip
     return root
+
+
+@pytest.fixture
+def heartbeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where workers that run here have their heartbeats by default."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    return tmp_path / "tmp" / f"inferq-{os.geteuid()}"
 
 
 def test_a_worker_is_healthy_until_its_batch_never_ends(
@@ -256,3 +270,121 @@ def test_a_stopped_process_has_no_fresh_heartbeat(
             return (problem_of(found) or "") if found else ""
 
         until(lambda: "no heartbeat for" in reason(), what="it is noticed")
+
+
+# --- the folder of heartbeats --------------------------------------------------------------------
+
+
+@contextmanager
+def _supervised(redis_url: str, models: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """``inferq worker``, whose heartbeats are where they are by default."""
+    command = [sys.executable, "-m", "inferq.workers.cli", "worker", "--models", str(models)]
+    with log.open("wb") as output:
+        environment = {**os.environ, "INFERQ_REDIS_URL": redis_url}
+        process = start_child(command, output, env=environment)
+    try:
+        yield process
+    finally:
+        end_child(process, 40)
+
+
+def _linked(folder: Path, planted: Path) -> None:
+    folder.symlink_to(planted)
+
+
+def _opened(folder: Path, planted: Path) -> None:
+    planted.rename(folder)
+    folder.chmod(0o777)
+
+
+def _given_away(folder: Path, planted: Path) -> None:
+    planted.rename(folder)
+    os.chown(folder, SOMEBODY, SOMEBODY)
+
+
+TAKEN = [
+    pytest.param(_linked, id="a link"),
+    pytest.param(_opened, id="open to all"),
+    pytest.param(
+        _given_away, id="somebody else's",
+        marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others"),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("take", TAKEN)
+def test_a_worker_does_not_start_where_somebody_else_has_made_its_folder(
+    redis_url: str, models: Path, heartbeats: Path, take: Callable[[Path, Path], None]
+) -> None:
+    planted = heartbeats.parent / "planted"
+    planted.mkdir(mode=0o700)
+    take(heartbeats, planted)
+    log = heartbeats.parent / "log"
+    with _supervised(redis_url, models, log) as process:
+        assert process.wait(30) == 1
+    said = log.read_text().splitlines()
+    assert len(said) == 1
+    assert said[0].startswith(f"Error: {heartbeats} ")
+    answer = ask("--redis-url", redis_url)
+    assert answer.returncode == 1
+    assert answer.stderr.startswith(f"Error: {heartbeats} ")
+
+
+@pytest.mark.parametrize("take", TAKEN)
+def test_a_worker_is_not_killed_by_heartbeats_that_somebody_else_has_put_there(
+    redis_url: str, redis: Redis, models: Path, heartbeats: Path,
+    take: Callable[[Path, Path], None],
+) -> None:  # fmt: skip
+    log = heartbeats.parent / "log"
+    with _supervised(redis_url, models, log):
+
+        def serving() -> tuple[Path, Beat] | None:
+            for path in heartbeats.glob("*.json"):
+                beat = read_beat(path)
+                if beat is not None and beat.state == SERVING:
+                    return path, beat
+            return None
+
+        until(lambda: " serves, " in log.read_text(), 60, "the supervisor knows its child")
+        found = until(serving, what="a heartbeat")
+        assert found is not None
+        path, beat = found
+        assert stat.S_IMODE(heartbeats.lstat().st_mode) == 0o700
+        forged = msgspec.json.encode(msgspec.structs.replace(beat, overdue=True))
+        planted = heartbeats.parent / "planted"
+        planted.mkdir(mode=0o700)
+        heartbeats.rename(heartbeats.parent / "aside")
+        (planted / path.name).write_bytes(forged)
+        take(heartbeats, planted)
+
+        def told() -> bool:
+            (heartbeats / path.name).write_bytes(forged)  # the worker itself may write there, too
+            said = log.read_text()
+            return "is killed" in said or f"no heartbeat: {heartbeats} " in said
+
+        until(told, 30, "the worker itself says that it does not write there")
+        (heartbeats.unlink if heartbeats.is_symlink() else partial(rmtree, heartbeats))()
+        (heartbeats.parent / "aside").rename(heartbeats)
+        (heartbeats / path.name).unlink()
+        again = until(serving, 30, "its heartbeat is there again")
+        assert again is not None
+        assert again[1].pid == beat.pid
+    assert log.read_text().count(f" is not watched: {heartbeats} ") == 1, "said once"
+    assert "Traceback" not in log.read_text()
+    assert "is killed" not in log.read_text()
+
+
+def test_workers_are_found_in_xdg_runtime_dir_and_where_it_is_not_set(
+    redis_url: str, redis: Redis, models: Path, heartbeats: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = heartbeats.parent / "run"
+    run.mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(run))
+    with _supervised(redis_url, models, heartbeats.parent / "log"):
+        until(lambda: list((run / "inferq").glob("*.json")), 60, "it is told there")
+        until(lambda: ask("--redis-url", redis_url).returncode == 0, what="it is healthy")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "")
+    with _supervised(redis_url, models, heartbeats.parent / "log"):
+        until(lambda: list(heartbeats.glob("*.json")), 60, "it is told there")
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(run))
+        until(lambda: ask("--redis-url", redis_url).returncode == 0, what="it is healthy")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
-from inferq.shared.errors import ConfigError
 from inferq.workers.not_served import NotServed
+from inferq.workers.own_files import read_own
 from inferq.workers.whose import RedisPlace
 
 #: Exit status of a worker whose engine is beyond use; its supervisor starts a fresh one.
@@ -23,7 +22,8 @@ STALE_S: Final = 10.0
 UNHEARD_S: Final = 15.0
 #: Seconds of work without progress while nothing computes.
 STUCK_S: Final = 30.0
-
+#: A heartbeat names what is not served, with reasons that are short.
+_MAX_BYTES: Final = 4 << 20
 
 #: What a worker's state is called.
 LOADING: Final = "loading"
@@ -39,7 +39,7 @@ LOADS: Final = "it is loading"
 class Beat(msgspec.Struct, frozen=True):
     """One JSON object. Times are s of CLOCK_MONOTONIC, which all processes of a host share."""
 
-    pid: int
+    pid: Annotated[int, msgspec.Meta(gt=0, lt=1 << 31)]
     node: str
     state: str
     written: float
@@ -64,16 +64,6 @@ class Beat(msgspec.Struct, frozen=True):
     loops: dict[str, str] = {}
 
 
-def default_folder() -> Path:
-    """Where `inferq worker` keeps heartbeat files, one per child: this user's own. ConfigError."""
-    folder = Path(tempfile.gettempdir()) / f"inferq-{os.getuid()}"
-    if folder.exists() and folder.stat().st_uid != os.getuid():
-        raise ConfigError(
-            f"{folder} belongs to another user; expected you: set INFERQ_HEARTBEAT_FILE"
-        )
-    return folder
-
-
 def forget_the_dead(folder: Path) -> None:
     """Remove the heartbeats in `folder` of workers that were killed along with their supervisor."""
     for path in folder.glob("*.json"):
@@ -82,11 +72,15 @@ def forget_the_dead(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def read_beat(path: Path) -> Beat | None:
-    """The heartbeat at `path`; None if there is none, or it is no heartbeat."""
+def read_beat(path: Path, *, anybodys: bool = False) -> Beat | None:
+    """The heartbeat at `path`; None if there is none, or it is no heartbeat.
+
+    It is this user's or root's; `anybodys`: root may read those of others.
+    """
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Beat)
-    except (OSError, msgspec.DecodeError):
+        content = read_own(path, _MAX_BYTES, roots=True, anybodys=anybodys)
+        return msgspec.json.decode(content, type=Beat)
+    except (OSError, ValueError, msgspec.DecodeError, RecursionError):
         return None
 
 

@@ -14,7 +14,8 @@ from redis.exceptions import RedisError
 from inferq.shared.connect import redis_client
 from inferq.shared.errors import ConfigError
 from inferq.shared.settings import Settings
-from inferq.workers.health import LOADS, Beat, default_folder, problem_of, read_beat, silence_s
+from inferq.workers import runtime_folder
+from inferq.workers.health import LOADS, Beat, problem_of, read_beat, silence_s
 from inferq.workers.not_served import listed
 from inferq.workers.whose import place_of, run_id_of
 
@@ -38,17 +39,8 @@ def health(path: Path | None, redis_url: str | None, as_json: bool) -> None:
     A worker that serves some of its models but not all is healthy, and says so. One that waits for
     a Redis that does not answer here either is healthy: to restart it would be of no use.
     """
-    try:
-        folder = default_folder()
-    except ConfigError as error:
-        raise click.ClickException(error.message) from error
-    paths = [path] if path else sorted(folder.glob("*.json"))
-    if not paths:
-        raise click.ClickException(
-            f"no worker's heartbeat in {folder}; expected one: start inferq worker here, or name "
-            "with --file what a worker of `celery worker` has as INFERQ_HEARTBEAT_FILE"
-        )
-    beats = {each: read_beat(each) for each in paths}
+    paths = [path] if path else _found()
+    beats = {each: read_beat(each, anybodys=path is not None) for each in paths}
     if path is None:
         beats = _own(beats, redis_url)
     healthy = True
@@ -63,6 +55,28 @@ def health(path: Path | None, redis_url: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(told, indent=2))
     raise SystemExit(0 if healthy else 1)
+
+
+def _found() -> list[Path]:
+    """All heartbeats where workers that run here have them. ClickException: there are none."""
+    folders = runtime_folder.all_known()
+    there = [folder for folder in folders if os.path.lexists(folder)]
+    problems = {folder: runtime_folder.problem_of(folder) for folder in there}
+    paths = [
+        path for folder in there if problems[folder] is None
+        for path in sorted(folder.glob("*.json"))
+    ]  # fmt: skip
+    for problem in filter(None, problems.values()):
+        if not paths:
+            raise click.ClickException(problem)
+        click.echo(f"passed over: {problem}", err=True)
+    if not paths:
+        raise click.ClickException(
+            f"no worker's heartbeat in {' or '.join(map(str, folders))}; expected one: start "
+            "inferq worker here, or name with --file what a worker of `celery worker` has as "
+            "INFERQ_HEARTBEAT_FILE"
+        )
+    return paths
 
 
 def _own(beats: dict[Path, Beat | None], redis_url: str | None) -> dict[Path, Beat | None]:

@@ -17,6 +17,7 @@ from typing import Final, Protocol
 import msgspec
 
 from inferq.shared.errors import ConfigError
+from inferq.workers import runtime_folder
 from inferq.workers.health import LOADING, SERVING, STOPPING, Beat
 from inferq.workers.not_served import NotServed
 from inferq.workers.periodic import Loop, Periodic, troubles
@@ -94,6 +95,7 @@ class Heartbeat:
         self.redis: RedisPlace | None = None
         self.stopping = False
         self._serves = False
+        self._folder_is_usual = False
         self._steps = 0
         self._progressed = time.monotonic()
         self._loop = Periodic(
@@ -103,6 +105,7 @@ class Heartbeat:
 
     def start(self) -> None:
         """Write it, from now on. ConfigError if it cannot be written."""
+        self._folder_is_usual = runtime_folder.is_known(self._path.parent)
         try:
             self._write()
         except OSError as problem:
@@ -118,7 +121,10 @@ class Heartbeat:
         self._path.unlink(missing_ok=True)
 
     def _turn(self) -> float:
-        self._write()
+        try:
+            self._write()
+        except ConfigError as problem:  # somebody else has the folder now
+            raise PermissionError(problem.message) from None
         return BEAT_S if self._serves else LOADING_BEAT_S
 
     def _lasting(self, bad: dict[str, str]) -> dict[str, str]:
@@ -127,7 +133,11 @@ class Heartbeat:
         return {name: how for name, how in bad.items() if name in before}
 
     def _write(self) -> None:
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = self._path.parent
+        if self._folder_is_usual:
+            runtime_folder.make(folder)
+        else:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         content = json.dumps(msgspec.to_builtins(self._beat())).encode()
         handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.")
         try:

@@ -23,8 +23,9 @@ from typing import Final, Self
 import redis
 
 from inferq.shared.names import Names
+from inferq.workers import runtime_folder
 from inferq.workers.children import start_child
-from inferq.workers.health import EX_FATAL_ENGINE, LOADING, SERVING, read_beat, stuck
+from inferq.workers.health import EX_FATAL_ENGINE, LOADING, SERVING, Beat, read_beat, stuck
 from inferq.workers.recovery import Recoverer
 from inferq.workers.warmup.limits import limits, oom_kills, was_killed
 from inferq.workers.warmup.notes import absolve
@@ -63,6 +64,10 @@ class Child:
     command: Sequence[str]
     environment: Mapping[str, str]
     heartbeat: Path
+    #: The folder of that, where nobody has named it: it may be among temporary files.
+    folder: Path | None = None
+    #: Why its heartbeat is not believed, as was said; empty: it is.
+    unheard: str = ""
     process: subprocess.Popen[bytes] | None = None
     #: What the names of its incarnations begin with.
     prefix: str = ""
@@ -201,7 +206,7 @@ class Supervisor:
             child.heartbeat.unlink(missing_ok=True)
 
     def _watch(self, child: Child, process: subprocess.Popen[bytes]) -> None:
-        beat, now = read_beat(child.heartbeat), time.monotonic()
+        beat, now = self._beat_of(child), time.monotonic()
         if beat is None or beat.pid != process.pid:
             return
         if beat.written != child.beat or now - child.looked_at > SILENT_S / 4:
@@ -219,6 +224,16 @@ class Supervisor:
         if reason is not None:
             logger.critical("%s is killed: %s", child.node, reason, extra=_of(child))
             process.kill()
+
+    def _beat_of(self, child: Child) -> Beat | None:
+        """Its heartbeat; None where it has none, or where another user may have written it."""
+        problem = runtime_folder.problem_of(child.folder) if child.folder else None
+        if (problem or "") != child.unheard:
+            child.unheard = problem or ""
+            if problem:
+                logger.error("%s is not watched: %s", child.node, problem, extra=_of(child))
+            child.beat_at = time.monotonic()
+        return None if problem else read_beat(child.heartbeat)
 
     def _ended(self, child: Child, pid: int, status: int) -> None:
         child.process = None

@@ -99,8 +99,9 @@ def worker(
         _log_json()
     from inferq.shared.connect import redis_client  # noqa: PLC0415 (heavy)
     from inferq.shared.settings import Settings  # noqa: PLC0415
+    from inferq.workers import runtime_folder  # noqa: PLC0415
     from inferq.workers.devices import chosen_devices  # noqa: PLC0415
-    from inferq.workers.health import default_folder, forget_the_dead  # noqa: PLC0415
+    from inferq.workers.health import forget_the_dead  # noqa: PLC0415
     from inferq.workers.supervisor import Child, Supervisor  # noqa: PLC0415
     from inferq.workers.visible_passwords import visible_password  # noqa: PLC0415
     from inferq.workers.whose import place_of  # noqa: PLC0415
@@ -120,10 +121,11 @@ def worker(
         nodes = _nodes(name, devices)
         addresses = _addresses(settings.metrics, len(devices))
         served = _queues(queues) or _all_queues(repository, strict=settings.strict)
-        folder = None if settings.heartbeat_file else default_folder()
+        folder = None if settings.heartbeat_file else runtime_folder.usual()
         # Two stacks may serve on one GPU, under one name.
         whose = place_of(settings).digest
         if folder:
+            runtime_folder.make(folder)
             forget_the_dead(folder)
         client = redis_client(
             settings.redis_url, sentinel_master=settings.sentinel_master,
@@ -149,7 +151,7 @@ def worker(
             "INFERQ_LOG_FORMAT": log_format,
             **({"INFERQ_STRICT": "1"} if settings.strict else {}),
         }
-        children.append(Child(node, command, environment, heartbeat))
+        children.append(Child(node, command, environment, heartbeat, folder))
     if log_format == "text":
         logging.basicConfig(
             level=logging.INFO, format="[%(asctime)s: %(levelname)s/supervisor] %(message)s"

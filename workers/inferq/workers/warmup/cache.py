@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import secrets
 import stat
 import time
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from typing import Any, Final
 import msgspec
 
 from inferq.shared.errors import ConfigError
+from inferq.workers.own_files import read_own, write_own
 from inferq.workers.user_cache import user_cache
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class Cache:
             return Record()
         path = self.folder / f"{stem}.json"
         try:
-            record = msgspec.json.decode(read_own(path), type=Record, strict=False)
+            record = msgspec.json.decode(read_own(path, MAX_BYTES), type=Record, strict=False)
             if not record.is_sound:
                 raise ValueError("not what is written there")
         except FileNotFoundError:
@@ -152,30 +152,3 @@ class Cache:
             if written < oldest or number < len(entries) - MAX_FILES:
                 with suppress(OSError):
                     os.unlink(path)
-
-
-def read_own(path: Path) -> bytes:
-    """A plain small file of this user's. OSError, ValueError."""
-    file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(file, "rb") as reader:
-        found = os.fstat(file)
-        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
-            raise ValueError("it is no file of this user's")
-        content = reader.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise ValueError(f"more than {MAX_BYTES} bytes")
-    return content
-
-
-def write_own(path: Path, content: bytes) -> None:
-    """Replace `path`, for this user alone. OSError."""
-    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        file = os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-        with os.fdopen(file, "wb") as writer:
-            writer.write(content)
-        new.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            new.unlink()
-        raise

@@ -20,9 +20,10 @@ from typing import Final
 
 import msgspec
 
+from inferq.workers.own_files import read_own
 from inferq.workers.user_cache import user_cache
 from inferq.workers.warmup import limits
-from inferq.workers.warmup.cache import Cache, Killed, Record, read_own
+from inferq.workers.warmup.cache import MAX_BYTES, Cache, Killed, Record
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +226,7 @@ def _dead(path: Path) -> Iterator[Note | None]:
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            note = msgspec.json.decode(read_own(path), type=Note)
+            note = msgspec.json.decode(read_own(path, MAX_BYTES), type=Note)
         except BlockingIOError:
             yield None
             return
@@ -244,5 +245,5 @@ def absolve(pid: int) -> None:
     with suppress(Exception):
         for path in (user_cache() / "warm-up").glob("*.trying"):
             with suppress(OSError, ValueError, msgspec.DecodeError):
-                if msgspec.json.decode(read_own(path), type=Note).pid == pid:
+                if msgspec.json.decode(read_own(path, MAX_BYTES), type=Note).pid == pid:
                     path.unlink()
