@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from celery.__main__ import main
 
-from inferq.workers import celery_private
+from inferq.workers import celery_private, shelves
 
 if __name__ == "__main__":
+    shelves.guard("--statedb or --schedule")
     celery_private.keep_out_working_directory()
     main()

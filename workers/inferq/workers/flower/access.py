@@ -1,8 +1,12 @@
-"""Who may see Flower: on loopback who is on this machine, elsewhere who has the password."""
+"""Who may see Flower: on loopback who is on this machine, elsewhere who has the password.
+
+What a browser on this machine does for a website is another matter: see `guard`.
+"""
 
 from __future__ import annotations
 
 import ipaddress
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +15,13 @@ from typing import Final
 from inferq.shared.errors import ConfigError
 
 VARIABLE: Final = "INFERQ_FLOWER_BASIC_AUTH"
+HOSTS_VARIABLE: Final = "INFERQ_FLOWER_HOSTS"
 LOOPBACK: Final = "127.0.0.1"
 #: The user of a password that is made up.
 USER: Final = "inferq"
 _RANDOM_BYTES: Final = 18
+#: As a browser writes a host: a name, or a number.
+_NAME: Final = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?|\[[0-9a-f:.]+\]")
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,17 @@ def decide(
     if credentials or other_login or is_loopback(address):
         return Access(credentials)
     return Access((f"{USER}:{secrets.token_urlsafe(_RANDOM_BYTES)}",), made=True)
+
+
+def hosts(given: str | None) -> frozenset[str]:
+    """The names that `given` has between commas, in lower case. ConfigError: it has others."""
+    names = frozenset(given.lower().split(",")) if given else frozenset()
+    if not all(_NAME.fullmatch(name) for name in names):
+        raise ConfigError(
+            f"--allow-host or {HOSTS_VARIABLE} is {given!r}; expected names such as "
+            "flower.example.org, between commas, without http:// and without a port"
+        )
+    return names
 
 
 def _check(credential: str) -> None:

@@ -32,12 +32,18 @@ flower command: from inferq.workers.flower.configure import configure; configure
     help="Let in only who knows it. Off loopback one is made up and printed if none is given. "
     "Also, and better, since others see a command line: INFERQ_FLOWER_BASIC_AUTH.",
 )  # fmt: skip
+@click.option(
+    "--allow-host", "hosts", metavar="NAME[,NAME…]", envvar="INFERQ_FLOWER_HOSTS",
+    help="On loopback, without a password: answer also where a browser asks for this host, as "
+    "through a proxy that passes the Host on. Also: INFERQ_FLOWER_HOSTS.",
+)  # fmt: skip
 @click.argument("flower_options", nargs=-1, type=click.UNPROCESSED)
 def flower(
     redis_url: str | None,
     address: str,
     port: int,
     basic_auth: str | None,
+    hosts: str | None,
     flower_options: tuple[str, ...],
 ) -> None:
     """Show queues, workers and the page Inference in a browser.
@@ -54,6 +60,7 @@ def flower(
         settings = Settings.load(redis_url=redis_url)
         redis_client(settings.redis_url, sentinel_master=settings.sentinel_master).close()
         access.decide(address, (), basic_auth)
+        access.hosts(hosts)
     except InferqError as problem:
         raise click.ClickException(problem.message) from problem
     _check_options(flower_options)
@@ -61,6 +68,8 @@ def flower(
     if basic_auth:
         environment[access.VARIABLE] = basic_auth
         environment.pop("FLOWER_BASIC_AUTH", None)
+    if hosts:
+        environment[access.HOSTS_VARIABLE] = hosts
     command = [
         sys.executable, "-m", "inferq.workers.celery_process", "-A", "inferq.workers.app", "flower",
         f"--conf={CONF}", f"--address={address}", f"--port={port}", *flower_options,

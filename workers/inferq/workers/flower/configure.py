@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import Any
+from typing import Any, Final
 
 import flower
 import redis
@@ -17,12 +17,18 @@ from inferq.shared.connect import redis_client
 from inferq.shared.errors import ConfigError
 from inferq.shared.settings import Settings
 from inferq.shared.tls_mistakes import WrongTls
-from inferq.workers.flower import access, flower_private
+from inferq.workers import shelves
+from inferq.workers.flower import access, flower_private, guard
 from inferq.workers.flower.readings import CONNECT_TIMEOUT_S, SOCKET_TIMEOUT_S, Readings
 from inferq.workers.metrics.prometheus import DepthCollector
+from inferq.workers.trt.trusted_files import make_folder
+from inferq.workers.user_cache import user_cache
 from inferq.workers.visible_passwords import visible_password
 
 logger = logging.getLogger(__name__)
+
+#: Where stock Flower keeps its tasks: in the working directory.
+_STOCK_DB: Final = "flower"
 
 
 def configure() -> None:
@@ -31,6 +37,7 @@ def configure() -> None:
         logger.warning("%s", told)
     try:
         _decide_access(options)
+        _keep_tasks_apart(options)
         settings = Settings.load()
         client = redis_client(
             settings.redis_url,
@@ -87,3 +94,25 @@ def _decide_access(options: Any) -> None:
         sys.stderr.flush()
     if decided.basic_auth:
         options.basic_auth = list(decided.basic_auth)
+    allowed = access.hosts(os.environ.get(access.HOSTS_VARIABLE))
+    everybodys = bool(decided.basic_auth or options.auth or options.unix_socket)
+    if not guard.install(None if everybodys else allowed) and not everybodys:
+        raise ConfigError(
+            f"Flower {flower.__version__} is made otherwise than {flower_private.TESTED}, so that "
+            "websites could read it through a browser on this machine; expected --basic-auth "
+            f"({access.VARIABLE})"
+        )
+
+
+def _keep_tasks_apart(options: Any) -> None:
+    """Tasks that are kept are unpickled: by default not what stands in the working directory."""
+    shelves.guard("--db")
+    if options.persistent and options.db == _STOCK_DB:
+        folder = user_cache() / "flower"
+        try:
+            make_folder(folder)
+        except OSError as problem:
+            raise ConfigError(
+                f"{folder} cannot be made: {problem.strerror}; expected --db FILE"
+            ) from None
+        options.db = str(folder / "tasks")

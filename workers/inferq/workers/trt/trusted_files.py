@@ -23,7 +23,8 @@ from inferq.shared.errors import ConfigError
 #: Nobody writes one file for so long: who began it was killed.
 ABANDONED_S: Final = 86_400.0
 _OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
-_ALONE: Final = "to be writable by you or root alone, since plans are code"
+_ALONE: Final = "to be writable by you or root alone"
+_CODE: Final = "since plans are code"
 _CHUNK: Final = 1 << 24
 #: As `write` names what is not whole yet.
 _UNFINISHED: Final = re.compile(r"\..+\.[0-9a-f]{8}")
@@ -36,10 +37,11 @@ def make_folder(path: Path) -> None:
         each.mkdir(mode=0o700 if each == path else 0o755, exist_ok=True)
 
 
-def trusted_folder(path: Path, instead: str) -> Path:
+def trusted_folder(path: Path, instead: str, because: str = _CODE) -> Path:
     """The folder `path`, with links followed: nobody but us and root can write or exchange it.
 
-    Raises ConfigError naming the folder that others may write; `instead` says what to do. OSError.
+    Raises ConfigError naming the folder that others may write; `because` says why they may not, and
+    `instead` what to do. OSError.
     """
     real = path.resolve(strict=True)
     for each in (*reversed(real.parents), real):
@@ -48,9 +50,9 @@ def trusted_folder(path: Path, instead: str) -> Path:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(each))
         above = each != real
         shared = above and bool(found.st_mode & stat.S_ISVTX)
-        if problem := _problem(found, shared=shared):
+        if problem := problem_of(found, shared=shared):
             what = f"what is above {real}" if above else "it"
-            raise ConfigError(f"{each} {problem}; expected {what} {_ALONE}: {instead}")
+            raise ConfigError(f"{each} {problem}; expected {what} {_ALONE}, {because}: {instead}")
     return real
 
 
@@ -63,8 +65,8 @@ def opened(path: Path) -> Iterator[int]:
         found = os.fstat(file)
         if not stat.S_ISREG(found.st_mode):
             raise ConfigError(f"{path} is no file; expected one: delete it")
-        if problem := _problem(found):
-            raise ConfigError(f"{path} {problem}; expected it {_ALONE}: delete it")
+        if problem := problem_of(found):
+            raise ConfigError(f"{path} {problem}; expected it {_ALONE}, {_CODE}: delete it")
         yield file
     finally:
         os.close(file)
@@ -122,7 +124,7 @@ def sweep(folder: Path, ours: str) -> None:
                     os.unlink(entry.path)
 
 
-def _problem(found: os.stat_result, *, shared: bool = False) -> str | None:
+def problem_of(found: os.stat_result, *, shared: bool = False) -> str | None:
     """Why others may write that of which `found` tells; None: they may not, or it is `shared`."""
     if found.st_uid not in {0, os.geteuid()}:
         return f"belongs to user {found.st_uid}"
