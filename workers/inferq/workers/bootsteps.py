@@ -17,6 +17,7 @@ from inferq.workers import celery_private
 from inferq.workers.cuda.pinning import pin
 from inferq.workers.found import Found, find_models
 from inferq.workers.main_loop import TICK_S
+from inferq.workers.printing import plain_lines
 from inferq.workers.service import Service
 from inferq.workers.visible_passwords import visible_password
 
@@ -28,7 +29,7 @@ RESTORE_EVERY_S = 10.0
 
 def refuse(reason: str) -> SystemExit:
     """A worker that cannot be started says so in one line."""
-    return SystemExit(f"inferq: {reason}")
+    return SystemExit(f"inferq: {plain_lines(reason)}")
 
 
 class DataPlaneStep(bootsteps.StartStopStep):  # type: ignore[misc]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from contextlib import closing
@@ -14,6 +13,7 @@ import click
 from inferq.shared.errors import ConfigError, InferqError
 from inferq.shared.names import is_model_name
 from inferq.workers.build_progress import Steps, shown
+from inferq.workers.printing import say, say_json
 
 if TYPE_CHECKING:
     from inferq.shared.schema import Array
@@ -109,9 +109,9 @@ def build(
                 plan = _verified(order, folder, plan, given, progress)
             others = prune(folder, order, plan) if pruned else []
         for each in spec.passed_over:
-            click.echo(f"inferq: passed over: {each}", err=True)
+            say(f"inferq: passed over: {each}", err=True)
         if as_json:
-            click.echo(json.dumps(_told(order, plan, others), indent=2))
+            say_json(_told(order, plan, others))
         else:
             _print(order, plan)
             _print_pruned(others)
@@ -179,9 +179,9 @@ def _print_pruned(others: Sequence[Other]) -> None:
     for other in others:
         size = f"{other.bytes / 1e6:.1f} MB"
         if other.in_use:
-            click.echo(f"left {other.path}: {size}, which a process has loaded")
+            say(f"left {other.path}: {size}, which a process has loaded")
         else:
-            click.echo(f"deleted {other.path}: {size}")
+            say(f"deleted {other.path}: {size}")
 
 
 def _told(order: Order, plan: Plan, others: Sequence[Other]) -> dict[str, Any]:
@@ -212,14 +212,14 @@ def _print(order: Order, plan: Plan) -> None:
     record = plan.record
     known = UNVERIFIED if not record.verified else f"verified: differs by {record.max_error:.2g}"
     origin = "from the cache, built" if plan.from_cache else "built"
-    click.echo(
+    say(
         f"{plan.path}: {record.bytes / 1e6:.1f} MB, {origin} in {record.seconds:.1f} s by "
         f"{order.flavour.name} {order.flavour.version} as {record.key.precision}; {known}"
     )
-    click.echo("\n".join(_profile_lines(plan)))
+    say("\n".join(_profile_lines(plan)))
     told = _to_be_told(order)
     if told:
-        click.echo("\n".join(["workers take this plan if model.toml says:", *told]))
+        say("\n".join(["workers take this plan if model.toml says:", *told]))
 
 
 def _profile_lines(plan: Plan) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-import click
+from inferq.workers.printing import plain, say
 
 #: Phases within phases that are shown: as lines, and as bars, which vanish again.
 LINES_DEPTH: Final = 2
@@ -50,7 +50,7 @@ class Lines(Steps):
         super().__init__(LINES_DEPTH)
 
     def began(self, phase: str, depth: int, steps: int) -> None:
-        click.echo(f"{'  ' * depth}{phase}", err=True)
+        say("  " * depth + plain(phase), err=True)
 
 
 class Bars(Steps):
@@ -62,7 +62,7 @@ class Bars(Steps):
         self._tasks: dict[str, Any] = {}
 
     def began(self, phase: str, depth: int, steps: int) -> None:
-        self._tasks[phase] = self._bars.add_task("  " * depth + phase, total=steps or None)
+        self._tasks[phase] = self._bars.add_task("  " * depth + plain(phase), total=steps or None)
 
     def went_on(self, phase: str, done: int) -> None:
         self._bars.update(self._tasks[phase], completed=done)

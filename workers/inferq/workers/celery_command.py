@@ -26,9 +26,11 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         from inferq.workers import cli  # noqa: PLC0415 (heavy)
+        from inferq.workers.printing import plain_failures  # noqa: PLC0415
 
         try:
-            return super().invoke(ctx)
+            with plain_failures():
+                return super().invoke(ctx)
         except ModuleNotFoundError as problem:
             raise cli.missing(problem) from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from typing import Any
 
 import click
 
@@ -15,6 +16,7 @@ from inferq.workers.flower.command import flower
 from inferq.workers.health_command import health
 from inferq.workers.infer_command import infer
 from inferq.workers.models_command import models
+from inferq.workers.printing import plain_failures
 from inferq.workers.queues_command import queues
 from inferq.workers.redis_command import redis_command
 from inferq.workers.visible_passwords import warn_of_visible_password
@@ -31,7 +33,15 @@ EXTRAS = {
 }
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """What a command fails with is told in plain text."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with plain_failures():
+            return super().invoke(ctx)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version("inferq"), prog_name="inferq")
 @click.pass_context
 def inferq(ctx: click.Context) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from inferq.shared.names import is_model_name, queue_of
 from inferq.shared.settings import Settings
 from inferq.workers.dead_letters import DeadLetters
 from inferq.workers.letters import Letter, headers_in, problem_with
-from inferq.workers.printing import age, plain, print_table
+from inferq.workers.printing import age, plain, print_table, say, say_json
 
 #: Bytes shown of a message that cannot be read.
 FIRST_BYTES = 200
@@ -73,11 +72,11 @@ def list_letters(model: str | None, as_json: bool, redis_url: str | None) -> Non
         models = [model] if model else letters.models()
         rows = [_row(letter, now) for each in models for letter in letters.read(each)]
     if as_json:
-        click.echo(json.dumps(rows, indent=2))
+        say_json(rows)
     elif rows:
         _print_table(rows)
     else:
-        click.echo(f"no dead letters{f' of {model}' if model else ''}", err=True)
+        say(f"no dead letters{f' of {model}' if model else ''}", err=True)
 
 
 @dead.command()
@@ -99,13 +98,13 @@ def show(request_id: str, model: str | None, as_json: bool, redis_url: str | Non
     if not details:
         raise click.ClickException(_unknown(request_id, model))
     if as_json:
-        click.echo(json.dumps(details, indent=2))
+        say_json(details)
         return
     for each in details:
         for key, value in each.items():
             parts = value.items() if isinstance(value, dict) else [(None, value)]
             for part, content in parts:
-                click.echo(f"{key if part is None else f'{key}.{plain(part)}'}: {plain(content)}")
+                say(f"{key if part is None else f'{key}.{plain(part)}'}: {plain(content)}")
 
 
 @dead.command()
@@ -177,7 +176,7 @@ def _each(
                     known.add(letter.name)
                     named.setdefault(each, set()).add(letter.digest)
         for unknown in dict.fromkeys(name for name in ids if name not in known):
-            click.echo(f"Error: {_unknown(unknown, model)}", err=True)
+            say(f"Error: {_unknown(unknown, model)}", err=True)
             failed = True
         count = sum(map(len, named.values()))
         if everything:
@@ -190,13 +189,13 @@ def _each(
                     text, details = act(letters, letter)
                     told.append({"model": letter.model, "id": letter.name, **details})
                     if not as_json:
-                        click.echo(plain(text))
+                        say(plain(text))
                 except InferqError as problem:
-                    click.echo(f"Error: {plain(letter.name)}: {plain(problem.message)}", err=True)
+                    say(f"Error: {plain(letter.name)}: {plain(problem.message)}", err=True)
                     failed = True
         finally:  # also of a Redis that was lost half way
             if as_json:
-                click.echo(json.dumps(told, indent=2))
+                say_json(told)
     if failed:
         raise SystemExit(1)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from inferq.shared.settings import Settings
 from inferq.workers import runtime_folder
 from inferq.workers.health import LOADS, Beat, problem_of, read_beat, silence_s
 from inferq.workers.not_served import listed
+from inferq.workers.printing import plain, say, say_json
 from inferq.workers.whose import place_of, run_id_of
 
 
@@ -53,7 +53,7 @@ def health(path: Path | None, redis_url: str | None, as_json: bool) -> None:
         else:
             _tell(each, beat, problem, remark)
     if as_json:
-        click.echo(json.dumps(told, indent=2))
+        say_json(told)
     raise SystemExit(0 if healthy else 1)
 
 
@@ -69,7 +69,7 @@ def _found() -> list[Path]:
     for problem in filter(None, problems.values()):
         if not paths:
             raise click.ClickException(problem)
-        click.echo(f"passed over: {problem}", err=True)
+        say(f"passed over: {problem}", err=True)
     if not paths:
         raise click.ClickException(
             f"no worker's heartbeat in {' or '.join(map(str, folders))}; expected one: start "
@@ -99,7 +99,7 @@ def _own(beats: dict[Path, Beat | None], redis_url: str | None) -> dict[Path, Be
                 continue
         own[path] = beat
     if others:
-        click.echo(f"passed over, as of other Redis servers: {', '.join(others)}", err=True)
+        say(plain(f"passed over, as of other Redis servers: {', '.join(others)}"), err=True)
     if not own:
         raise click.ClickException(
             f"no worker's heartbeat of {mine} here; expected one: start inferq worker with this "
@@ -138,4 +138,4 @@ def _tell(path: Path, beat: Beat | None, problem: str | None, remark: str) -> No
     who = beat.node if beat is not None else os.fspath(path)
     if beat is not None and problem is not None:
         remark = os.fspath(path)
-    click.echo(f"{who}: {'ok' if problem is None else problem}{remark and f' ({remark})'}")
+    say(plain(f"{who}: {'ok' if problem is None else problem}{remark and f' ({remark})'}"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import msgspec
 
 from inferq.shared.errors import ConfigError, InferqError
 from inferq.workers.numbers_given import NumberRange
-from inferq.workers.printing import plain
+from inferq.workers.printing import plain, say, say_json
 
 if TYPE_CHECKING:
     from inferq.producer import Result
@@ -71,11 +70,11 @@ def infer(
             result = client.infer(model, given, timeout=timeout, timeout_ms=timeout * 1000)
         if output is not None:
             write_npz(output, result.outputs)
-        text = json.dumps(_told(model, result, output), indent=2) if as_json else ""
+        told = _told(model, result, output) if as_json else None
     except InferqError as problem:
         raise click.ClickException(plain(problem.message)) from problem
-    if as_json:
-        click.echo(text)
+    if told is not None:
+        say_json(told)
     else:
         _print(result, output)
 
@@ -146,19 +145,19 @@ def _print(result: Result, output: Path | None) -> None:
         shape = ", ".join(map(str, array.shape))
         first = " ".join(_short(value) for value in array.flat[:SHOWN].tolist())
         more = " …" if array.size > SHOWN else ""
-        click.echo(f"{plain(name)}: {array.dtype}[{shape}] {first}{more}")
+        say(f"{plain(name)}: {array.dtype}[{shape}] {first}{more}")
     if output is not None:
-        click.echo(f"written to {output}")
+        say(f"written to {output}")
     receipt = result.receipt
     if receipt is None:
-        click.echo(f"took {result.latency_ms:.1f} ms; no receipt")
+        say(f"took {result.latency_ms:.1f} ms; no receipt")
         return
     queued = "" if receipt.queue_ms is None else f"queue {receipt.queue_ms:.1f}, "
-    click.echo(
+    say(
         f"took {result.latency_ms:.1f} ms: {queued}form {receipt.form_ms:.1f}, "
         f"compute {receipt.compute_ms:.1f}, settle {receipt.settle_ms:.1f}"
     )
-    click.echo(
+    say(
         f"by {plain(receipt.worker)}: {plain(receipt.model)} version {receipt.version} on "
         f"{plain(receipt.engine)}, in a batch of {receipt.batch_size} rows "
         f"and {receipt.padding} of padding, attempt {receipt.attempt}"

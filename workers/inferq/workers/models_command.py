@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import msgspec
 
 from inferq.shared.errors import ConfigError
 from inferq.workers.folders import look_through
-from inferq.workers.printing import plain
+from inferq.workers.printing import plain, say, say_json
 from inferq.workers.repository import ModelSpec, load_models
 
 
@@ -32,19 +31,19 @@ def models(folder: Path, as_json: bool) -> None:
     if as_json:
         told = [_told(spec) for spec in good]
         told += [{"name": each.model, "problem": each.reason} for each in bad]
-        click.echo(json.dumps(sorted(told, key=lambda each: str(each["name"])), indent=2))
+        say_json(sorted(told, key=lambda each: str(each["name"])))
     else:
         if good:
             _print(good)
         elif not bad:
-            click.echo(f"no models in {folder}; expected {folder}/<name>/<version>/model.onnx")
+            say(f"no models in {folder}; expected {folder}/<name>/<version>/model.onnx")
         if passed_over:
-            click.echo(f"passed over: {', '.join(passed_over)}")
+            say(f"passed over: {', '.join(passed_over)}")
     newer = [each for spec in good for each in spec.passed_over]
     for each in bad:
-        click.echo(f"inferq: {each}", err=True)
+        say(f"inferq: {each}", err=True)
     for each in newer:
-        click.echo(f"inferq: passed over: {each}", err=True)
+        say(f"inferq: passed over: {each}", err=True)
     if bad or newer:
         raise SystemExit(1)
 
@@ -87,13 +86,13 @@ def _print(specs: list[ModelSpec]) -> None:
         whole = [str(version) for version in spec.versions if version not in newer]
         *older, served = whole
         table.add_row(
-            escape(spec.name),
+            escape(plain(spec.name)),
             " ".join([*older, f"[bold]{served}[/bold]", *(f"({v})" for v in sorted(newer))]),
-            spec.config.engine,
+            escape(plain(spec.config.engine)),
             f"≤ {spec.max_batch_size}"
             if spec.batchable
-            else f"no: {escape(spec.why_not_batchable or '')}",
-            escape("\n".join(_signature(spec) + _knobs(spec))),
+            else f"no: {escape(plain(spec.why_not_batchable or ''))}",
+            escape("\n".join(map(plain, _signature(spec) + _knobs(spec)))),
         )
     Console().print(table)
 

@@ -1,12 +1,37 @@
-"""What commands print for people: a table on a terminal, columns elsewhere, each in plain text."""
+"""What commands print: text that steers no terminal, tables, JSON.
+
+Names in a model's files, what Redis holds and what messages say is written by others. All of it is
+printed here, and by nothing else.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import click
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print lines to stdout, `err`: to stderr."""
+    click.echo(plain_lines(text), err=err)
+
+
+def say_json(document: object) -> None:
+    """Print JSON, in which all that is not ASCII is escaped."""
+    click.echo(json.dumps(document, indent=2).replace("\x7f", "\\u007f"))
+
+
+@contextmanager
+def plain_failures() -> Iterator[None]:
+    """While a command runs: what it fails with is told in plain text, too."""
+    try:
+        yield
+    except click.ClickException as failure:
+        failure.message = plain_lines(failure.message)  # type: ignore[misc]
+        raise
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -16,7 +41,7 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
         for line in (list(headings), *cells):
             padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-            click.echo("  ".join(padded).rstrip())
+            say("  ".join(padded).rstrip())
         return
     from rich.console import Console  # noqa: PLC0415 (comes with an extra)
     from rich.table import Table  # noqa: PLC0415
@@ -34,6 +59,11 @@ def plain(value: object) -> str:
     """Fit for a terminal: what others wrote does not steer it."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def plain_lines(text: str) -> str:
+    """The same of each line of `text`."""
+    return "\n".join(map(plain, text.split("\n")))
 
 
 def age(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 import click
@@ -16,7 +15,7 @@ from inferq.shared.settings import Settings
 from inferq.workers.amiss import find_amiss
 from inferq.workers.depths import Depth, DepthReader, Depths
 from inferq.workers.metrics.published import read_rates
-from inferq.workers.printing import age, plain, print_table
+from inferq.workers.printing import age, plain, print_table, say, say_json
 
 _COLUMNS = (
     "model", "depth", "by priority", "oldest", "rate", "later", "claimed", "dead", "consumers",
@@ -62,28 +61,28 @@ def queues(models: tuple[str, ...], as_json: bool, redis_url: str | None) -> Non
         for each in told["models"]:
             each["rate"] = rates.get(each["model"])
         told["amiss"] = [msgspec.to_builtins(each) for each in amiss]
-        click.echo(json.dumps(told, indent=2))
+        say_json(told)
         return
     _print(depths, rates)
     for key in amiss:
-        click.echo(plain(str(key)), err=True)
+        say(plain(str(key)), err=True)
 
 
 def _print(depths: Depths, rates: Mapping[str, float]) -> None:
     if depths.models:
         print_table(_COLUMNS, [_row(depth, rates.get(depth.model)) for depth in depths.models])
     else:
-        click.echo("no models: Redis knows no queue, dead letter or worker of any", err=True)
+        say("no models: Redis knows no queue, dead letter or worker of any", err=True)
     for depth in depths.models:
         if depth.near_limit:
             limit = f"{depth.max_queue_depth} (max_queue_depth)"
             full = depth.depth >= (depth.max_queue_depth or 0)
             state = f"full: at its limit of {limit}" if full else f"near its limit of {limit}"
-            click.echo(f"{depth.model}: {state}", err=True)
+            say(f"{depth.model}: {state}", err=True)
         if depth.depth and not depth.consumers:
-            click.echo(f"{depth.model}: requests wait and no worker serves it", err=True)
+            say(f"{depth.model}: requests wait and no worker serves it", err=True)
     if depths.later_unread:
-        click.echo(f"later: {depths.later_unread} more, of models not looked at", err=True)
+        say(f"later: {depths.later_unread} more, of models not looked at", err=True)
 
 
 def _row(depth: Depth, rate: float | None) -> list[str]:

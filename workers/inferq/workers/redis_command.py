@@ -8,6 +8,7 @@ from typing import Final
 import click
 
 from inferq.shared.errors import InferqError
+from inferq.workers.printing import say
 
 #: Seconds between looks whether the server runs.
 _LOOK_S: Final = 0.25
@@ -34,7 +35,7 @@ def redis_command(port: int, kind: str) -> None:
     end_on_signals()
     try:
         with EmbeddedRedis(kind, port=port) as server:
-            click.echo(f"redis   {server.url}, an embedded {kind}; its data is gone when this ends")
+            say(f"redis   {server.url}, an embedded {kind}; its data is gone when this ends")
             while server.running:
                 time.sleep(_LOOK_S)
             raise click.ClickException(f"the server ended; the end of its log:\n{server.log}")

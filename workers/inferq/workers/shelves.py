@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from inferq.shared.errors import ConfigError
+from inferq.workers.printing import plain_lines
 from inferq.workers.trt import trusted_files
 
 #: What the kinds of `dbm` add to a shelf's name, one or several of them.
@@ -32,7 +33,7 @@ def guard(option: str) -> None:
         try:
             check(Path(filename), f"name a file in a folder of your own by {option}")
         except ConfigError as problem:
-            raise SystemExit(f"inferq: {problem.message}") from None
+            raise SystemExit(f"inferq: {plain_lines(problem.message)}") from None
         before = os.umask(0o077)
         try:
             return _stock_open(filename, *args, **options)

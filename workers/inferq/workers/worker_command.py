@@ -102,6 +102,7 @@ def worker(
     from inferq.workers import runtime_folder  # noqa: PLC0415
     from inferq.workers.devices import chosen_devices  # noqa: PLC0415
     from inferq.workers.health import forget_the_dead  # noqa: PLC0415
+    from inferq.workers.logs.one_line import OneLine  # noqa: PLC0415
     from inferq.workers.supervisor import Child, Supervisor  # noqa: PLC0415
     from inferq.workers.visible_passwords import visible_password  # noqa: PLC0415
     from inferq.workers.whose import place_of  # noqa: PLC0415
@@ -156,6 +157,8 @@ def worker(
         logging.basicConfig(
             level=logging.INFO, format="[%(asctime)s: %(levelname)s/supervisor] %(message)s"
         )
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(OneLine())
     if (told := visible_password(sys.argv[1:])) is not None:
         logger.warning("%s", told)
     status = Supervisor(children, client, settings.names()).run()

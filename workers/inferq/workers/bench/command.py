@@ -12,7 +12,7 @@ import click
 
 from inferq.shared.errors import ConfigError, InferqError
 from inferq.workers.numbers_given import NumberRange
-from inferq.workers.printing import plain
+from inferq.workers.printing import plain, say_json
 
 if TYPE_CHECKING:
     from inferq.workers.bench.figures import Report
@@ -229,11 +229,11 @@ def _run(
 def _write_json(path: Path | None, report: Report) -> None:
     import msgspec  # noqa: PLC0415
 
-    text = json.dumps(_rounded(msgspec.to_builtins(report)), indent=2) + "\n"
+    told = _rounded(msgspec.to_builtins(report))
     if path is None:
-        click.echo(text, nl=False)
+        say_json(told)
     else:
-        _replace(path, text.encode())
+        _replace(path, f"{json.dumps(told, indent=2)}\n".encode())
 
 
 def _rounded(value: object) -> object:

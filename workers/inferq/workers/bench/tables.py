@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import click
-
 from inferq.shared.schema import ModelAdvert
 from inferq.workers.bench.compare import Ratio
 from inferq.workers.bench.figures import Report, Request, StepFigures, WindowFigures
 from inferq.workers.bench.loads import Load, kind_title
-from inferq.workers.printing import plain, print_table
+from inferq.workers.printing import plain, print_table, say
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -82,17 +80,17 @@ class Progress:
         if self._status is not None:
             self._status.console.print(plain(line), markup=False, highlight=False)
         else:
-            click.echo(plain(line), err=True)
+            say(plain(line), err=True)
 
 
 def print_report(report: Report) -> None:
     """Two tables of all steps, on stdout; each fits 80 columns as long as nothing failed."""
     loads = [_load(step) for step in report.steps]
     _print(report, loads, [_done(report, step) for step in report.steps])
-    click.echo("where the time of an answer went, in ms; rows of a batch")
+    say("where the time of an answer went, in ms; rows of a batch")
     _print(report, loads, [_spent(step) for step in report.steps])
     if not all(step.stable for step in report.steps):
-        click.echo("*: not stable")
+        say("*: not stable")
 
 
 def _print(report: Report, loads: Sequence[str], rows: Sequence[dict[str, str]]) -> None:
@@ -138,10 +136,10 @@ def print_ratios(ratios: Sequence[Ratio], kind: str, notes: Sequence[str]) -> No
         for one in ratios
     ]
     columns = ("requests/s", "p50", "p95", "p99", "queue", "compute", "CPU")
-    click.echo("now ÷ before")
+    say("now ÷ before")
     print_table((kind, *columns), rows)
     for note in notes:
-        click.echo(plain(note))
+        say(plain(note))
 
 
 def ms(value: float) -> str:

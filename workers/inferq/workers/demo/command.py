@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from inferq.shared.errors import InferqError
+from inferq.workers.printing import say
 
 
 @click.command
@@ -68,9 +69,7 @@ def _prepare(directory: Path) -> None:
     from inferq.workers.demo.models import prepare  # noqa: PLC0415 (heavy)
 
     prepare(directory)
-    click.echo(
-        f"model repository: {directory}\nserve it with:    inferq worker --models {directory}"
-    )
+    say(f"model repository: {directory}\nserve it with:    inferq worker --models {directory}")
 
 
 def _run(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
@@ -15,7 +14,7 @@ from inferq.shared.connect import redis_client
 from inferq.shared.errors import ConfigError
 from inferq.shared.settings import Settings
 from inferq.workers.doctor.finding import Finding, Level, error, within
-from inferq.workers.printing import plain
+from inferq.workers.printing import plain, say, say_json
 
 #: Seconds that one group of checks may take.
 REDIS_S: Final = 30.0
@@ -50,7 +49,7 @@ def doctor(folder: Path | None, as_json: bool, redis_url: str | None) -> None:
         else:
             _tell(finding)
     if as_json:
-        click.echo(json.dumps(told, indent=2))
+        say_json(told)
     raise SystemExit(1 if Level.ERROR in levels else 0)
 
 
@@ -127,4 +126,4 @@ def _of_workers(settings: Settings) -> Iterator[Finding]:
 def _tell(finding: Finding) -> None:
     level = click.style(f"{finding.level:<7}", fg=_COLOURS[finding.level])
     todo = f" → {finding.todo}" if finding.todo else ""
-    click.echo(f"{level}  {plain(finding.check)}: {plain(f'{finding.found}{todo}')}")
+    say(f"{level}  {plain(finding.check)}: {plain(f'{finding.found}{todo}')}")

@@ -21,6 +21,7 @@ from inferq.workers import shelves
 from inferq.workers.flower import access, flower_private, guard
 from inferq.workers.flower.readings import CONNECT_TIMEOUT_S, SOCKET_TIMEOUT_S, Readings
 from inferq.workers.metrics.prometheus import DepthCollector
+from inferq.workers.printing import plain_lines
 from inferq.workers.trt.trusted_files import make_folder
 from inferq.workers.user_cache import user_cache
 from inferq.workers.visible_passwords import visible_password
@@ -47,7 +48,7 @@ def configure() -> None:
         )
         _check_tls(client)
     except ConfigError as problem:
-        raise SystemExit(f"inferq: {problem.message}") from None
+        raise SystemExit(f"inferq: {plain_lines(problem.message)}") from None
     if not flower_private.is_tested(flower.__version__):
         logger.warning(
             "Flower %s was not tested with this inferq, which knows %s.x: its own pages are shown, "
