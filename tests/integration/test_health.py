@@ -370,7 +370,7 @@ def test_a_worker_is_not_killed_by_heartbeats_that_somebody_else_has_put_there(
         again = until(serving, 30, "its heartbeat is there again")
         assert again is not None
         assert again[1].pid == beat.pid
-    assert log.read_text().count(f" is not watched: {heartbeats} ") == 1, "said once"
+    assert log.read_text().count(f" is not watched: {heartbeats} ") < 5, "not at each look"
     assert "Traceback" not in log.read_text()
     assert "is killed" not in log.read_text()
 

@@ -60,10 +60,9 @@ def health(path: Path | None, redis_url: str | None, as_json: bool) -> None:
 def _found() -> list[Path]:
     """All heartbeats where workers that run here have them. ClickException: there are none."""
     folders = runtime_folder.all_known()
-    there = [folder for folder in folders if os.path.lexists(folder)]
-    problems = {folder: runtime_folder.problem_of(folder) for folder in there}
+    problems = {folder: runtime_folder.problem_of(folder) for folder in folders}
     paths = [
-        path for folder in there if problems[folder] is None
+        path for folder in folders if problems[folder] is None
         for path in sorted(folder.glob("*.json"))
     ]  # fmt: skip
     for problem in filter(None, problems.values()):

@@ -56,8 +56,11 @@ def make(folder: Path) -> None:
 
 
 def problem_of(folder: Path) -> str | None:
-    """Why nothing that stands in `folder` is to be believed; None if it is ours alone."""
-    what = _what_others_may(folder)
+    """Why nothing that stands in `folder` is to be believed; None: it is ours alone, or not there.
+
+    It goes with the last worker that ends, and the next one makes it again.
+    """
+    what = _what_others_may(folder) if os.path.lexists(folder) else None
     return None if what is None else f"{folder} {what}; {_INSTEAD}"
 
 

@@ -26,6 +26,7 @@ from inferq.shared.names import Names
 from inferq.workers import runtime_folder
 from inferq.workers.children import start_child
 from inferq.workers.health import EX_FATAL_ENGINE, LOADING, SERVING, Beat, read_beat, stuck
+from inferq.workers.periodic import Sayings
 from inferq.workers.recovery import Recoverer
 from inferq.workers.warmup.limits import limits, oom_kills, was_killed
 from inferq.workers.warmup.notes import absolve
@@ -66,8 +67,6 @@ class Child:
     heartbeat: Path
     #: The folder of that, where nobody has named it: it may be among temporary files.
     folder: Path | None = None
-    #: Why its heartbeat is not believed, as was said; empty: it is.
-    unheard: str = ""
     process: subprocess.Popen[bytes] | None = None
     #: What the names of its incarnations begin with.
     prefix: str = ""
@@ -147,6 +146,7 @@ class Supervisor:
         self._names = names
         # Its thread is never started: the dead are known here.
         self._recoverer = Recoverer(client, names, lease_s=0.0)
+        self._sayings = Sayings()
         self._status = 0
         self._stops = 0
 
@@ -228,12 +228,12 @@ class Supervisor:
     def _beat_of(self, child: Child) -> Beat | None:
         """Its heartbeat; None where it has none, or where another user may have written it."""
         problem = runtime_folder.problem_of(child.folder) if child.folder else None
-        if (problem or "") != child.unheard:
-            child.unheard = problem or ""
-            if problem:
-                logger.error("%s is not watched: %s", child.node, problem, extra=_of(child))
-            child.beat_at = time.monotonic()
-        return None if problem else read_beat(child.heartbeat)
+        if problem is None:
+            return read_beat(child.heartbeat)
+        child.beat_at = time.monotonic()  # its silence is not its own
+        if self._sayings.due(child.node) is not None:
+            logger.error("%s is not watched: %s", child.node, problem, extra=_of(child))
+        return None
 
     def _ended(self, child: Child, pid: int, status: int) -> None:
         child.process = None
