@@ -14,9 +14,10 @@ from contextlib import contextmanager
 import click
 
 
-def say(text: str, *, err: bool = False) -> None:
-    """Print lines to stdout, `err`: to stderr."""
-    click.echo(plain_lines(text), err=err)
+def say(text: str, *, err: bool = False, mark: str = "", colour: str | None = None) -> None:
+    """Print lines to stdout, `err`: to stderr; before them `mark`, on a terminal in `colour`."""
+    shown = click.style(plain(mark), fg=colour) if colour else plain(mark)
+    click.echo(shown + plain_lines(text), err=err)
 
 
 def say_json(document: object) -> None:

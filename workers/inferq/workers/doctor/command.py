@@ -124,6 +124,6 @@ def _of_workers(settings: Settings) -> Iterator[Finding]:
 
 
 def _tell(finding: Finding) -> None:
-    level = click.style(f"{finding.level:<7}", fg=_COLOURS[finding.level])
     todo = f" → {finding.todo}" if finding.todo else ""
-    say(f"{level}  {plain(finding.check)}: {plain(f'{finding.found}{todo}')}")
+    told = plain(f"  {finding.check}: {finding.found}{todo}")
+    say(told, mark=f"{finding.level:<7}", colour=_COLOURS[finding.level])
