@@ -25,7 +25,7 @@ from helpers.deploy import ROOT
 USERS_FILE: Final = ROOT / "deploy" / "redis" / "users.acl"
 #: May push to the queues of all models, and do nothing else at all: not even PING.
 PUSH_ONLY: Final = ("resetchannels", "~inferq.*", "-@all", "+lpush")
-ROLES_SINCE: Final = (7, 0)
+ROLES_SINCE: Final = (7, 2)
 
 
 def roles() -> dict[str, list[str]]:
@@ -50,7 +50,8 @@ class Users:
         self._owner = redis_py.Redis.from_url(redis_url, socket_timeout=10.0)
         self._suffix = secrets.token_hex(4)
         self._password = secrets.token_hex(16)
-        self._made: dict[str, str] = {}
+        #: Role and rules → name.
+        self._made: dict[tuple[str, ...], str] = {}
         self._clients: list[redis_py.Redis] = []
 
     def __enter__(self) -> Self:
@@ -71,52 +72,56 @@ class Users:
 
     def push_only(self) -> redis_py.Redis:
         """A client of a user that may LPUSH to queues, and nothing else."""
-        self._make("push-only", PUSH_ONLY)
-        return self._client("push-only")
+        return self._client(self._make("push-only", list(PUSH_ONLY)))
 
-    def url(self, role: str) -> str:
-        """The URL for a role of deploy/redis/users.acl: producer, canceller, worker or watcher."""
-        if role not in self._made:
-            version = str(self._owner.info("server")["redis_version"])
-            if tuple(map(int, version.split(".")[:2])) < ROLES_SINCE:
-                pytest.skip(f"Redis {version} cannot tell reading from writing by key")
-            self._make(role, roles()[role])
-        return self._url(role)
+    def url(self, role: str, *more: str) -> str:
+        """The URL for a role of deploy/redis/users.acl: producer, canceller, worker or watcher.
+
+        `more`: rules that it has besides, as an application's own queues ask for.
+        """
+        version = str(self._owner.info("server")["redis_version"])
+        if tuple(map(int, version.split(".")[:2])) < ROLES_SINCE:
+            pytest.skip(f"Redis {version} does not know all rules of {USERS_FILE.name}")
+        return self._url(self._make(role, [*roles()[role], *more]))
 
     def connect(self, role: str, **options: Any) -> redis_py.Redis:
         """A client of a role; `options` go to redis-py."""
         self.url(role)
-        return self._client(role, **options)
+        return self._client(self._make(role, roles()[role]), **options)
 
     def refused(self) -> list[str]:
-        """What these users were refused since the start: "role: what, in which context".
+        """What these users were refused since the start: "role: what (by which command, where)".
 
         The server remembers some 128 refusals, of all users together.
         """
-        mine = {user: role for role, user in self._made.items()}
+        mine = {user: role for (role, *_), user in self._made.items()}
         told: Any = self._owner.acl_log()
         return [
-            f"{mine[each['username']]}: {each['reason']} {each['object']} ({each['client-info']})"
+            f"{mine[each['username']]}: {each['reason']} {each['object']}"
+            f" (by {each['client-info']['cmd']}, {each['context']})"
             for each in told
             if each["username"] in mine
         ]
 
-    def _make(self, kind: str, rules: tuple[str, ...] | list[str]) -> None:
-        if kind in self._made:
-            return
-        name = f"{kind}-{self._suffix}"
-        owner: Any = self._owner
-        owner.execute_command("ACL", "SETUSER", name, "reset", "on", f">{self._password}", *rules)
-        self._made[kind] = name
+    def _make(self, role: str, rules: list[str]) -> str:
+        """The name of a user with these rules, who is made if there is none yet."""
+        made = self._made.get((role, *rules))
+        if made is None:
+            made = self._made[role, *rules] = f"{role}-{len(self._made)}-{self._suffix}"
+            owner: Any = self._owner
+            owner.execute_command(
+                "ACL", "SETUSER", made, "reset", "on", f">{self._password}", *rules
+            )
+        return made
 
-    def _url(self, kind: str) -> str:
+    def _url(self, user: str) -> str:
         parts = urlsplit(self._redis_url)
-        at = f"{self._made[kind]}:{self._password}@{parts.netloc.rpartition('@')[2]}"
+        at = f"{user}:{self._password}@{parts.netloc.rpartition('@')[2]}"
         return parts._replace(netloc=at).geturl()
 
-    def _client(self, kind: str, **options: Any) -> redis_py.Redis:
+    def _client(self, user: str, **options: Any) -> redis_py.Redis:
         # Nothing but what it is told goes out on its connections: no CLIENT SETINFO, no PING.
         given = {"socket_timeout": 10.0, "driver_info": None, **options}
-        client = redis_py.Redis.from_url(self._url(kind), **given)
+        client = redis_py.Redis.from_url(self._url(user), **given)
         self._clients.append(client)
         return client

@@ -25,7 +25,7 @@ from kombu.utils.uuid import uuid
 
 __all__ = [
     "CONTENT", "WAIT_S", "AsyncResult", "app", "chain", "chord", "ending", "forge", "group",
-    "infer", "inputs", "noted", "numbers", "plain", "send", "tensor", "time", "values",
+    "infer", "inputs", "noted", "numbers", "plain", "send", "tensor", "time", "uuid", "values",
 ]  # fmt: skip
 
 #: Seconds that a result may take.

@@ -10,13 +10,17 @@ from inferq.shared.celery_app import make_app
 from inferq.shared.errors import ModelNotFound
 from inferq.shared.names import TASK
 from inferq.shared.settings import Settings
-from inferq.workers import control  # noqa: F401 - registers the remote control commands
+from inferq.workers import (
+    celery_private,
+    control,  # noqa: F401 - registers the remote control commands
+)
 from inferq.workers.bootsteps import DataPlaneStep, QueuesStep
 from inferq.workers.logs import celery as logs
 
 settings = Settings.load()
 logs.stand_by(settings.log_format)
 app = make_app(settings)
+celery_private.forgive_refused_returns()
 app.conf.inferq_settings = settings
 app.steps["worker"].add(DataPlaneStep)
 app.steps["consumer"].add(QueuesStep)

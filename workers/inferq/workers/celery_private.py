@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from uuid import uuid4
 
@@ -27,7 +27,8 @@ from celery.worker import state as worker_state
 from celery.worker.consumer import Consumer
 from kombu import Queue
 from kombu.exceptions import MessageStateError
-from redis.exceptions import ResponseError
+from kombu.transport import redis as redis_transport
+from redis.exceptions import NoPermissionError, ResponseError
 
 from inferq.shared.resp import Command
 from inferq.workers.amiss import is_wrong_type
@@ -222,6 +223,35 @@ def restore_messages(consumer: Consumer) -> None:
     if not channel.active_queues:
         with suppress(*channel.connection_errors):  # the consumer finds out by itself
             channel.qos.restore_visible(num=channel.unacked_restore_limit, interval=1)
+
+
+class _ForgivingQoS(redis_transport.QoS):  # type: ignore[misc]
+    """kombu's, which goes on where Redis does not let it put a message back into its queue.
+
+    Every consumer of kombu puts back what any consumer of this Redis took long ago and never
+    acknowledged: at its start, as it waits for answers, at times. One message for a queue that its
+    user may not write to would end each of these.
+    """
+
+    def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False) -> None:
+        try:
+            super().restore_by_tag(tag, client, leftmost)
+        except NoPermissionError:
+            _say_not_restored()
+
+
+@cache
+def _say_not_restored() -> None:
+    """Once: it is tried again and again."""
+    logger.warning(
+        "kombu's unacked holds a message of a queue that this process' Redis user may not write "
+        "to: it stays there until a worker of that queue puts it back"
+    )
+
+
+def forgive_refused_returns() -> None:
+    """Have all of kombu in this process go on where it may not put a message back."""
+    redis_transport.Channel.QoS = _ForgivingQoS
 
 
 def context_of(message: bytes, body: Sequence[Any]) -> Context:

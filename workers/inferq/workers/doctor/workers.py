@@ -8,6 +8,7 @@ from typing import Any, Final
 from inferq.shared.celery_app import make_app
 from inferq.shared.names import model_of
 from inferq.shared.settings import Settings
+from inferq.workers import celery_private
 from inferq.workers.doctor.finding import Finding, error, ok, warning
 
 #: Seconds that workers have to answer.
@@ -17,6 +18,7 @@ ANSWER_S: Final = 1.0
 def workers(settings: Settings) -> Iterator[Finding]:
     """One line for each worker that consumes a queue of ours. Raises kombu's and redis' errors."""
     app = make_app(settings)
+    celery_private.forgive_refused_returns()
     try:
         inspect = app.control.inspect(timeout=ANSWER_S)
         consumed: dict[str, list[dict[str, Any]]] = inspect.active_queues() or {}
