@@ -45,7 +45,7 @@ deploy: $(READY)
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 	$(BIN)/hadolint --failure-threshold style deploy/Dockerfile
 	$(BIN)/yamllint --strict .
-	@! docker compose version >/dev/null 2>&1 || INFERQ_REDIS_PASSWORD=x INFERQ_FLOWER_PASSWORD=x \
+	@! docker compose version >/dev/null 2>&1 || env $$(sed -n 's/=$$/=x/p' .env.example) \
 		docker compose --profile '*' config --quiet
 
 gpu:

@@ -79,15 +79,18 @@ class Users:
 
         `more`: rules that it has besides, as an application's own queues ask for.
         """
+        return self._url(self.name(role, *more))
+
+    def name(self, role: str, *more: str) -> str:
+        """The user that `url` connects as."""
         version = str(self._owner.info("server")["redis_version"])
         if tuple(map(int, version.split(".")[:2])) < ROLES_SINCE:
             pytest.skip(f"Redis {version} does not know all rules of {USERS_FILE.name}")
-        return self._url(self._make(role, [*roles()[role], *more]))
+        return self._make(role, [*roles()[role], *more])
 
     def connect(self, role: str, **options: Any) -> redis_py.Redis:
         """A client of a role; `options` go to redis-py."""
-        self.url(role)
-        return self._client(self._make(role, roles()[role]), **options)
+        return self._client(self.name(role), **options)
 
     def refused(self) -> list[str]:
         """What these users were refused since the start: "role: what (by which command, where)".

@@ -29,8 +29,11 @@ def read_env(path: Path = ENV_EXAMPLE) -> dict[str, str]:
 
 
 def example_env() -> dict[str, str]:
-    """.env.example with a value for whatever it leaves empty."""
-    return {name: value or f"secret{len(name)}of{name[:2]}" for name, value in read_env().items()}
+    """.env.example with a value for whatever it leaves empty, another for each."""
+    return {
+        name: value or "secretOf" + name.title().replace("_", "")
+        for name, value in read_env().items()
+    }
 
 
 def variables_of(text: str) -> set[str]:

@@ -43,6 +43,7 @@ NO_READING = (
 NO_WATCHER = (
     ("LPUSH", QUEUE, "x"), ("LRANGE", QUEUE, "0", "-1"), ("RPOP", QUEUE), ("DEL", QUEUE),
     ("DEL", NAMES.later), ("SET", PAYLOAD, "x"), ("SET", NAMES.model("m"), "x"), ("GET", META),
+    ("GET", PAYLOAD), ("LINDEX", NAMES.dead("m"), "0"), ("SET", NAMES.fence("i"), "0"),
     ("SET", META, "x"), ("PUBLISH", META, "x"), ("PUBLISH", "/0.celeryev/task.succeeded", "x"),
     ("HGET", "unacked", "x"), ("SUBSCRIBE", META), ("EVAL", "return 1", "0"),
 )  # fmt: skip

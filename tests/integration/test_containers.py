@@ -21,6 +21,7 @@ from typing import Final, Self
 
 import pytest
 import redis as redis_py
+from helpers.acl import Users, roles
 from helpers.deploy import ROOT, Container, Dockerfile, example_env, load_compose
 from helpers.wait import until
 
@@ -33,7 +34,8 @@ from inferq.workers.embedded import find_server, free_port
 pytestmark = pytest.mark.timeout(400)
 
 TIMEOUT_S: Final = 120.0
-PASSWORD: Final = example_env()["INFERQ_REDIS_PASSWORD"]
+ENV: Final = example_env()
+PASSWORD: Final = ENV["INFERQ_REDIS_PASSWORD"]
 
 _CLI: Final = """\
 import os, sys, redis
@@ -176,8 +178,10 @@ class Stack:
         assert container.wait() == 0, container.log[-6000:]
         return container
 
-    def redis(self, password: str | None = PASSWORD) -> redis_py.Redis:
-        return redis_py.Redis(port=self.redis_port, password=password, socket_timeout=10.0)
+    def redis(self, password: str | None = PASSWORD, user: str | None = None) -> redis_py.Redis:
+        return redis_py.Redis(
+            port=self.redis_port, username=user, password=password, socket_timeout=10.0
+        )
 
     def _here(self, text: str) -> str:
         for place, own in self._places.items():
@@ -218,21 +222,40 @@ def test_redis_runs_as_its_file_says_and_asks_for_its_password(stack: Stack) -> 
     (server,) = [each for each in stack.running if each.container.service == "redis"]
     shown = Path(f"/proc/{server.process.pid}/cmdline").read_bytes().split(b"\0")
     assert b"valkey-server" in shown[0]
-    assert PASSWORD.encode() not in b"".join(shown)
+    assert b"secretOf" not in b"".join(shown)
+
+
+def test_redis_has_a_user_for_each_role_with_its_password_and_rules(stack: Stack) -> None:
+    with stack.redis() as operator:
+        assert set(operator.acl_users()) == {"default", *roles()}
+        with Users(operator_url(stack)) as users:
+            for role, rules in roles().items():
+                told, expected = operator.acl_getuser(role), operator.acl_getuser(users.name(role))
+                assert {**told, "passwords": []} == {**expected, "passwords": []}, rules
+    for role in roles():
+        password = ENV[f"INFERQ_{role.upper()}_PASSWORD"]
+        with stack.redis(password, role) as client:
+            assert client.ping()
+        for wrong in (None, "", PASSWORD):
+            with stack.redis(wrong, role) as client, pytest.raises(redis_py.AuthenticationError):
+                client.ping()
 
 
 def test_redis_does_not_start_without_a_password_or_with_one_that_breaks_urls(
     tmp_path: Path,
 ) -> None:
-    for password in ("", "a b", 'x"y', "p@ss"):
-        done = subprocess.run(
-            ["sh", ROOT / "deploy" / "redis" / "start.sh"],
-            env={"REDISCLI_AUTH": password, "PATH": "/usr/bin:/bin"},
-            cwd=tmp_path, capture_output=True, text=True, timeout=30,
-        )  # fmt: skip
-        assert done.returncode != 0
-        assert "expected" in done.stderr
-        assert not password or password not in done.stderr
+    given = Container.of("redis", load_compose(), Dockerfile.load()).environment
+    assert len(given) == 1 + len(roles())
+    for name in given:
+        for password in (None, "", "a b", 'x"y', "p@ss", "$(id)", "`id`"):
+            env = {**given, "PATH": "/usr/bin:/bin", name: password}
+            done = subprocess.run(
+                ["sh", ROOT / "deploy" / "redis" / "start.sh"],
+                env={name: value for name, value in env.items() if value is not None},
+                cwd=tmp_path, capture_output=True, text=True, timeout=30,
+            )  # fmt: skip
+            assert done.returncode == 1
+            assert done.stderr == f"{name}: expected a password of Redis, letters and digits only\n"
 
 
 def test_the_demo_producer_gets_its_answers(stack: Stack, worker: Running) -> None:
@@ -276,12 +299,40 @@ def test_flower_asks_for_its_password(stack: Stack, flower: Running) -> None:
         assert _get(here + page, f"{user}:{password}")[0] == 200
 
 
+def test_nothing_is_refused_to_any_service(stack: Stack, worker: Running, flower: Running) -> None:
+    """Whatever the services of the tests above have done."""
+    stack.complete("demo")
+    here = f"http://127.0.0.1:{stack.flower_port}"
+    auth = flower.environment["INFERQ_FLOWER_BASIC_AUTH"]
+    until(lambda: "magika" in _get(f"{here}/inference/data", auth)[1], what="Flower shows models")
+    for command in (["inferq", "queues"], ["inferq", "doctor"]):
+        done = subprocess.run(
+            command, env=dict(flower.environment), cwd=flower.folder, capture_output=True,
+            text=True, timeout=TIMEOUT_S,
+        )  # fmt: skip
+        assert "magika" in done.stdout, done
+    with stack.redis() as operator:
+        refused = {
+            (each["username"], each["object"])
+            for each in operator.acl_log()
+            if each["reason"] != "auth"  # wrong passwords are tried above
+        }
+    assert refused <= {("watcher", "config|get")}
+    for each in stack.running:
+        assert "NOPERM" not in each.log
+        assert "permission" not in each.log
+
+
 def test_flower_and_redis_end_within_their_grace_periods(tmp_path: Path) -> None:
     """Workers do, too: see the second one above."""
     with Stack(tmp_path / "s") as stack:
         server, flower = stack.up("redis"), stack.up("flower")
         assert flower.stop() == 0
         assert server.stop() == 0
+
+
+def operator_url(stack: Stack) -> str:
+    return f"redis://:{PASSWORD}@127.0.0.1:{stack.redis_port}/0"
 
 
 def _get(url: str, auth: str | None = None) -> tuple[int, str]:

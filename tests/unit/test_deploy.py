@@ -17,6 +17,7 @@ from typing import Any
 import click
 import pytest
 import yaml
+from helpers.acl import roles
 from helpers.deploy import (
     COMPOSE_FILE,
     DOCKERFILE,
@@ -44,7 +45,15 @@ PROMETHEUS = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").
 OURS = sorted(name for name, service in SERVICES.items() if "build" in service)
 LASTING = sorted(name for name, service in SERVICES.items() if service["restart"] != "no")
 WORKERS = ["worker-cpu", "worker-gpu"]
-SECRETS = ["INFERQ_FLOWER_PASSWORD", "INFERQ_REDIS_PASSWORD"]
+#: Who each service is to Redis. The operator is in none of them but Redis itself.
+ROLE_OF = {
+    "demo": "producer", "flower": "watcher", "worker-cpu": "worker", "worker-gpu": "worker",
+}  # fmt: skip
+#: The user canceller is for whoever joins the network; its password is no less set.
+SECRETS = [
+    "INFERQ_FLOWER_PASSWORD", "INFERQ_REDIS_PASSWORD", "INFERQ_PRODUCER_PASSWORD",
+    "INFERQ_CANCELLER_PASSWORD", "INFERQ_WORKER_PASSWORD", "INFERQ_WATCHER_PASSWORD",
+]  # fmt: skip
 UID = "10001:10001"
 
 
@@ -192,9 +201,7 @@ def test_nothing_starts_without_a_password(name: str, unset: bool) -> None:
 
 
 def test_the_example_holds_no_password() -> None:
-    assert [name for name, value in read_env().items() if not value] == sorted(
-        SECRETS, reverse=True
-    )
+    assert [name for name, value in read_env().items() if not value] == SECRETS
     assert ".env" in (ROOT / ".gitignore").read_text().splitlines()
     assert ".env" not in tracked()
 
@@ -217,11 +224,33 @@ def test_the_settings_that_a_container_gets_are_valid(
         assert isinstance(value, str), f"{name} is no text"
         if name.startswith(ENV_PREFIX):
             monkeypatch.setenv(name, value)
-    if "INFERQ_REDIS_URL" in environment:
-        password = example_env()["INFERQ_REDIS_PASSWORD"]
-        assert Settings.load().redis_url == f"redis://:{password}@redis:6379/0"
+    if service in ROLE_OF:
+        role = ROLE_OF[service]
+        password = example_env()[f"INFERQ_{role.upper()}_PASSWORD"]
+        assert Settings.load().redis_url == f"redis://{role}:{password}@redis:6379/0"
     else:
-        assert service in {"models", "prometheus", "redis"}
+        assert "INFERQ_REDIS_URL" not in environment
+
+
+@pytest.mark.parametrize("service", sorted(SERVICES))
+def test_a_container_knows_no_password_but_those_that_it_needs(service: str) -> None:
+    env = example_env()
+    known = str({**SERVICES[service], "secrets": None})
+    wanted = {
+        "redis": {name for name in SECRETS if name != "INFERQ_FLOWER_PASSWORD"},
+        "flower": {"INFERQ_FLOWER_PASSWORD", "INFERQ_WATCHER_PASSWORD"},
+    }.get(service, {f"INFERQ_{ROLE_OF[service].upper()}_PASSWORD"} if service in ROLE_OF else set())
+    assert {name for name in SECRETS if env[name] in known} == wanted
+    assert len({env[name] for name in SECRETS}) == len(SECRETS), "each can be told from the others"
+
+
+def test_redis_is_told_the_password_of_every_user() -> None:
+    told = SERVICES["redis"]["environment"]
+    env = example_env()
+    assert told == {
+        "REDISCLI_AUTH": env["INFERQ_REDIS_PASSWORD"],
+        **{f"{role.upper()}_PASSWORD": env[f"INFERQ_{role.upper()}_PASSWORD"] for role in roles()},
+    }
 
 
 def _python(folder: Path) -> list[Path]:
@@ -251,7 +280,7 @@ def test_new_env_writes_random_passwords_for_the_owner_alone(tmp_path: Path) -> 
     told = read_env(written)
     passwords = [told[name] for name in SECRETS]
     assert all(re.fullmatch(r"[0-9a-f]{48}", each) for each in passwords)
-    assert len(set(passwords)) == 2
+    assert len(set(passwords)) == len(SECRETS)
     assert {**told, **dict.fromkeys(SECRETS, "")} == read_env()
     interpolate(COMPOSE_FILE.read_text(), told)
     before = written.read_text()
