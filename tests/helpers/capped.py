@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers.worker import SupervisedWorker
+from helpers.worker import SupervisedWorker, Worker
 from inferq.workers.warmup import limits
 
 #: While the last process leaves it, a cgroup cannot be removed.
@@ -81,12 +81,21 @@ def _make(mb: int) -> Path | None:
     return None
 
 
-class CappedWorker(SupervisedWorker):
-    """``inferq worker`` under `cap`."""
+class _Capped(Worker):
+    """A worker under `cap`; None: it has no limit."""
 
-    def __init__(self, cap: Cap, *given: Any, **options: Any) -> None:
+    def __init__(self, cap: Cap | None, *given: Any, **options: Any) -> None:
         super().__init__(*given, **options)
         self._cap = cap
 
     def _command(self) -> list[str]:
-        return self._cap.command(super()._command())
+        command = super()._command()
+        return command if self._cap is None else self._cap.command(command)
+
+
+class CappedWorker(_Capped, SupervisedWorker):
+    """``inferq worker`` under `cap`."""
+
+
+class CappedProcess(_Capped):
+    """The worker process alone, which nobody replaces, under `cap`."""
