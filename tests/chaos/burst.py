@@ -52,7 +52,7 @@ class Beside:
         messages = self._messages()
         start = self._store.aof_bytes()
         began = time.monotonic()
-        with self._store.client() as client:
+        with self._store.client("producer") as client:
             quick, long = (self._names.queue(model) for model in (QUICK, LONG))
             with client.pipeline(transaction=True) as pipe:
                 for model, asked in messages.items():

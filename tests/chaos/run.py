@@ -1,8 +1,10 @@
 """`make chaos`: many requests, faults of every kind, and a ledger that must balance.
 
 `python -m chaos.run [--requests 20000] [--seed 1]`. The seed fixes the schedule of faults and what
-is asked. Exit status 0 only if nothing was lost, changed or wrong, every fault of the schedule was
-done, every recovery took at most 15 s, and nothing is left in Redis.
+is asked. Workers and producers are Redis users who may do no more than they need
+(deploy/redis/users.acl). Exit status 0 only if nothing was refused to them, nothing was lost,
+changed or wrong, every fault of the schedule was done, every recovery took at most 15 s, and
+nothing is left in Redis.
 """
 
 from __future__ import annotations
@@ -58,6 +60,8 @@ HASTE = 1.08
 PATIENCE = 1.5
 #: Random bytes at the end of an incarnation's name, in hexadecimal.
 INCARNATION_BYTES = 8
+#: How Redis, and redis-py, say that a user may not do something.
+REFUSED = ("NOPERM", "no permissions", "No permissions", "NoPermission")
 #: Columns in a log file.
 LOG_WIDTH = 110
 
@@ -104,7 +108,7 @@ def open_scene(faults: list[Fault], seed: int, folder: Path) -> Iterator[Scene]:
         in_crew = [f for f in faults if f.kind not in (*ON_REDIS, *ON_NETWORK)]
         crew = [
             Worker(
-                place, proxy.url(place), folder, store,
+                place, store.as_user("worker", proxy.url(place)), folder, store,
                 [f for f in in_crew if f.targets == (place,)], clock, record,
             )
             for place in places
@@ -136,7 +140,16 @@ def run(requests: int, seed: int, quotas: Quotas, folder: Path, display: Display
     with open_scene(faults, seed, folder) as scene, ExitStack() as opened:
         store, record, beside = scene.store, scene.record, scene.beside
         producers = [
-            opened.enter_context(_Producer(n, scene.proxy.url(f"p{n}"), store, folder, seed, pace))
+            opened.enter_context(
+                _Producer(
+                    n,
+                    store.as_user("producer", scene.proxy.url(f"p{n}")),
+                    store.as_user("producer"),
+                    folder,
+                    seed,
+                    pace,
+                )
+            )
             for n in range(PRODUCERS)
         ]
         scene.clock.start()
@@ -169,6 +182,7 @@ def run(requests: int, seed: int, quotas: Quotas, folder: Path, display: Display
     for request_id in ledger.unresolved:
         verdict.lost[request_id] += f"; in Redis: {found_in.get(request_id, 'nowhere')}"
     judge_beside(beside.asked, ends_beside, verdict)
+    record.troubles += refusals(folder)
     runs = executions(folder)
     (folder / "record.json").write_text(record.dump(began, store.restarts))
     return Outcome(
@@ -185,10 +199,10 @@ def run(requests: int, seed: int, quotas: Quotas, folder: Path, display: Display
 
 class _Producer:
     def __init__(
-        self, number: int, url: str, store: Store, folder: Path, seed: int, pace: float
+        self, number: int, url: str, direct: str, folder: Path, seed: int, pace: float
     ) -> None:
         command = [
-            sys.executable, "-m", "chaos.producer", url, store.server.url, str(folder),
+            sys.executable, "-m", "chaos.producer", url, direct, str(folder),
             "--number", str(number), "--seed", str(seed), "--pace", f"{pace:.3f}",
             "--window", str(WINDOW), "--settle", str(SETTLE_S),
         ]  # fmt: skip
@@ -214,6 +228,17 @@ class _Producer:
 
     def wait(self, seconds: float) -> None:
         self._process.wait(seconds)
+
+
+def refusals(folder: Path) -> list[str]:
+    """The first line of each log that tells of a command that Redis refused to its user."""
+    told = []
+    for log in sorted(folder.glob("*.log")):
+        lines = log.read_text(errors="replace").splitlines()
+        refused = [line for line in lines if any(word in line for word in REFUSED)]
+        if refused:
+            told.append(f"{log.stem} was refused {len(refused)} times: {refused[0][:200]}")
+    return told
 
 
 def _settles(client: redis.Redis, crew: list[Worker]) -> bool:

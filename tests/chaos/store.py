@@ -1,7 +1,13 @@
-"""The real Redis of a run: killed, its AOF's tail cut off, started again."""
+"""The real Redis of a run: killed, its AOF's tail cut off, started again.
+
+It has the users of deploy/redis/users.acl: workers and producers of a run are these, and can do no
+more.
+"""
 
 from __future__ import annotations
 
+import secrets
+import tempfile
 import threading
 import time
 from collections import deque
@@ -9,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import redis
+from helpers.acl import configuration, with_user
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -45,7 +52,14 @@ class Store:
     """One thread owns it; `restarts` may be read by any."""
 
     def __init__(self) -> None:
-        self.server = EmbeddedRedis(appendonly=True, args=["--auto-aof-rewrite-percentage", "0"])
+        self._password = secrets.token_hex(16)
+        self._folder = tempfile.TemporaryDirectory(prefix="inferq-chaos-users-")
+        users = Path(self._folder.name) / "users.conf"
+        users.write_text(configuration(self._password))
+        self.server = EmbeddedRedis(
+            appendonly=True,
+            args=["--auto-aof-rewrite-percentage", "0", "--include", str(users)],
+        )
         self.restarts: list[Restart] = []
         self._sizes: deque[tuple[float, int]] = deque(maxlen=round(4 * TAIL_S / SAMPLE_S))
         self._fsync = "everysec"
@@ -61,12 +75,16 @@ class Store:
         if self._sampler.is_alive():
             self._sampler.join(5)
         self.server.stop()
+        self._folder.cleanup()
 
-    def client(self) -> redis.Redis:
-        """A client straight to it, past the proxy."""
-        return redis.Redis.from_url(
-            self.server.url, socket_timeout=10.0, retry=Retry(NoBackoff(), 0)
-        )
+    def as_user(self, role: str, url: str | None = None) -> str:
+        """`url`, or that straight to it, as the user of `role` connects."""
+        return with_user(url or self.server.url, role, self._password)
+
+    def client(self, role: str | None = None) -> redis.Redis:
+        """A client straight to it, past the proxy: the operator's, or that of `role`."""
+        url = self.as_user(role) if role else self.server.url
+        return redis.Redis.from_url(url, socket_timeout=10.0, retry=Retry(NoBackoff(), 0))
 
     def restart(
         self, down_s: float, *, cut_tail: bool, fsync: str, mark: Mark | None = None

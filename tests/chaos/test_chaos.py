@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import redis
 from rich.console import Console
 
 from chaos.clock import Clock
@@ -21,9 +22,9 @@ from chaos.ledger import Accepted, Ledger, Resolved
 from chaos.producer import ABSENT, UNREAD
 from chaos.record import Hit, Record
 from chaos.report import BOUND_S, Display, Outcome
-from chaos.run import run
+from chaos.run import refusals, run
 from chaos.schedule import ON_REDIS, REDIS_APART_S, Fault, Kind, Quotas, generate
-from chaos.store import Restart
+from chaos.store import Restart, Store
 from inferq.producer.outgoing import INLINE_LIMIT
 from inferq.workers.kept import KEEP_REQUESTS
 
@@ -263,6 +264,35 @@ def outcome(verdict: Verdict, **given: object) -> Outcome:
         "verdict": verdict, "recoveries": [], "recovered": 0, "runs": [1], "left": [],
     }  # fmt: skip
     return Outcome(**{**values, **given})  # type: ignore[arg-type]
+
+
+def test_workers_and_producers_are_users_of_their_roles_also_after_a_restart() -> None:
+    store = Store()
+    store.start()
+    try:
+        for _ in range(2):
+            for role in ("worker", "producer"):
+                with store.client(role) as client:
+                    assert client.ping()
+                    with pytest.raises(redis.exceptions.NoPermissionError):
+                        client.keys("*")
+            store.restart(0.0, cut_tail=False, fsync="everysec")
+    finally:
+        store.stop()
+
+
+def test_what_a_worker_or_producer_is_refused_fails_the_run(tmp_path: Path) -> None:
+    (tmp_path / "w0.log").write_text("all is well\n")
+    assert refusals(tmp_path) == []
+    for n, line in enumerate(
+        (
+            "User worker has no permissions to run the 'keys' command",
+            "NOPERM No permissions to access a key",
+            "No permissions to access a channel",
+        )
+    ):
+        (tmp_path / "p1.log").write_text(f"first\n{line}\n{line}\n")
+        assert refusals(tmp_path) == [f"p1 was refused 2 times: {line}"], n
 
 
 def test_whatever_is_the_matter_fails_the_run() -> None:

@@ -39,6 +39,21 @@ def roles() -> dict[str, list[str]]:
     return users
 
 
+def configuration(password: str) -> str:
+    """Lines of a server's configuration with the users of all roles, who have one password.
+
+    Unlike `Users` they are there again after the server has ended and started.
+    """
+    lines = (f"user {role} on >{password} {' '.join(rules)}\n" for role, rules in roles().items())
+    return "".join(lines)
+
+
+def with_user(redis_url: str, user: str, password: str) -> str:
+    """`redis_url` as `user` connects."""
+    parts = urlsplit(redis_url)
+    return parts._replace(netloc=f"{user}:{password}@{parts.netloc.rpartition('@')[2]}").geturl()
+
+
 class Users:
     """Users on the server at `redis_url`, each made when it is first asked for.
 
@@ -118,9 +133,7 @@ class Users:
         return made
 
     def _url(self, user: str) -> str:
-        parts = urlsplit(self._redis_url)
-        at = f"{user}:{self._password}@{parts.netloc.rpartition('@')[2]}"
-        return parts._replace(netloc=at).geturl()
+        return with_user(self._redis_url, user, self._password)
 
     def _client(self, user: str, **options: Any) -> redis_py.Redis:
         # Nothing but what it is told goes out on its connections: no CLIENT SETINFO, no PING.
