@@ -37,9 +37,11 @@ from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Slot
 
 #: A message body may have so many bytes for each of its inputs' (a number written out in JSON, in
-#: base64), and so many besides. What is decoded may take 64 times that: a list of empty maps.
+#: base64), and so many besides. What is decoded may take 40 times that: maps in maps.
 WRITTEN_OUT: Final = 10
 BODY_BYTES: Final = 4 << 20
+#: Longest description of a request that is kept with it, in characters: Celery's own limit.
+MAX_REPR_CHARS: Final = 1_024
 _ARGUMENTS = frozenset({"inputs", "model"})
 #: Most links, and most steps of a chain, that follow on a request. Where it fails, Celery stores as
 #: many failures one by one, while all other requests' links wait.
@@ -125,6 +127,7 @@ class Intake:
         self._redis_ms = redis_ms
         self._check = InputCheck(advert)
         self._most_body = BODY_BYTES + WRITTEN_OUT * most_bytes(advert)
+        self._most_message = min(self._most_body + codec.MAX_HEAD_BYTES, codec.MAX_MESSAGE_BYTES)
         self._dtypes = {spec.name: spec.dtype for spec in advert.signature.inputs}
         #: Requests always fit together if no dim but the batch may vary.
         self._varies = any(
@@ -135,10 +138,19 @@ class Intake:
         self, slot: Slot, message: bytes
     ) -> Opened | Failed | Revoked | Foreign | Early | Quarantined:
         """Read one message. Never raises."""
+        if len(message) > self._most_message:
+            told = f"the message is {len(message)} bytes; expected at most {self._most_body} of body"
+            return self._too_large(slot, message, f"{told} and {codec.MAX_HEAD_BYTES} besides")
         try:
             envelope = codec.decode_envelope(message)
         except codec.MalformedMessage as problem:
             return Quarantined(slot, message, str(problem))
+        head = len(message) - len(envelope.body)
+        if head > codec.MAX_HEAD_BYTES:
+            told = f"the headers and properties are {head} bytes"
+            return self._too_large(
+                slot, message, f"{told}; expected at most {codec.MAX_HEAD_BYTES}"
+            )
         headers = envelope.headers
         if not headers.id:
             return Quarantined(slot, message, "the id header is empty")
@@ -234,6 +246,13 @@ class Intake:
             return Revoked(slot, ticket, "revoked")
         return None
 
+    def _too_large(self, slot: Slot, message: bytes, told: str) -> Failed | Quarantined:
+        """What is not even looked at, but for who asked."""
+        ticket = codec.guess_ticket(message, self._advert.name)
+        if ticket is None:
+            return Quarantined(slot, message, told)
+        return Failed(slot, replace(ticket, priority=slot.claim.step), PayloadTooLarge(told))
+
     def _ticket(self, slot: Slot, envelope: codec.Envelope) -> Ticket:
         headers = envelope.headers
         extra: dict[str, Any] = {}
@@ -246,7 +265,7 @@ class Intake:
             content_type=codec.MSGPACK if envelope.content_type == codec.MSGPACK else codec.JSON,
             priority=slot.claim.step, reply=headers.inferq_reply, sent_ms=headers.inferq_sent_ms,
             deadline_ms=headers.inferq_deadline_ms, ignore_result=bool(headers.ignore_result),
-            extra=extra, kwargsrepr=headers.kwargsrepr or "", root_id=headers.root_id,
+            extra=extra, kwargsrepr=(headers.kwargsrepr or "")[:MAX_REPR_CHARS], root_id=headers.root_id,
             eta=headers.eta,
         )  # fmt: skip
 
@@ -256,10 +275,10 @@ class Intake:
             raise InvalidInput(f"argument {unknown[0][:100]!r}; expected inputs and model")
         model, inputs = given.get("model"), given.get("inputs")
         if model is not None and model != self._advert.name:
+            told = (model if isinstance(model, str) else codec.brief(model))[:100]
             raise ModelNotFound(
-                f"model {str(model)[:100]!r} is not served from this queue; "
-                f"expected {self._advert.name!r}",
-                model=str(model)[:100],
+                f"model {told!r} is not served from this queue; expected {self._advert.name!r}",
+                model=told,
             )
         if not isinstance(inputs, dict) or not all(map(_is_str, inputs)):
             raise InvalidInput(

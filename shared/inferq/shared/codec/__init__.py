@@ -1,8 +1,9 @@
 """Bytes on the wire: requests, tensors, results and what workers announce."""
 
 from inferq.shared.codec.adverts import decode_advert, encode_advert
-from inferq.shared.codec.content import JSON, MSGPACK, MalformedMessage
+from inferq.shared.codec.content import JSON, MSGPACK, MalformedMessage, brief
 from inferq.shared.codec.messages import (
+    MAX_HEAD_BYTES,
     MAX_MESSAGE_BYTES,
     Body,
     Envelope,
@@ -35,6 +36,7 @@ from inferq.shared.codec.tensors import (
 
 __all__ = [
     "JSON",
+    "MAX_HEAD_BYTES",
     "MAX_MESSAGE_BYTES",
     "MSGPACK",
     "Body",
@@ -43,6 +45,7 @@ __all__ = [
     "MalformedMessage",
     "Properties",
     "RequestEncoder",
+    "brief",
     "decode_advert",
     "decode_body",
     "decode_envelope",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from typing import Any, Final
 
 import msgspec
+
+from inferq.shared.codec.weight import BYTES_EACH, FREE, too_heavy
 
 MSGPACK: Final = "application/x-msgpack"
 JSON: Final = "application/json"
@@ -13,11 +16,33 @@ JSON: Final = "application/json"
 _json_decoder = msgspec.json.Decoder()
 # msgspec's msgpack: the same bytes as the msgpack package, in half the time.
 pack = msgspec.msgpack.Encoder().encode
-unpack = msgspec.msgpack.Decoder().decode
+_msgpack_decoder = msgspec.msgpack.Decoder()
 
 
 class MalformedMessage(ValueError):
     """The bytes are no request that could be answered: not JSON, no id, an unknown content type."""
+
+
+#: Longest `brief`, in characters.
+_BRIEF_CHARS: Final = 80
+_brief = reprlib.Repr()
+_brief.maxlevel = 3
+_brief.maxstring = _brief.maxother = 60
+
+
+def unpack(data: bytes) -> Any:
+    """Whatever msgpack writes. ValueError or msgspec.DecodeError if it is none, or too heavy."""
+    if len(data) > FREE and too_heavy(data):
+        raise ValueError(
+            f"its {len(data)} bytes hold too many lists and maps; "
+            f"expected at most {FREE}, and one more for every {BYTES_EACH} bytes"
+        )
+    return _msgpack_decoder.decode(data)
+
+
+def brief(value: object) -> str:
+    """What a message says of `value`, whatever that is: its beginning, of bounded length."""
+    return _brief.repr(value)[:_BRIEF_CHARS]
 
 
 def from_json(data: bytes) -> Any:

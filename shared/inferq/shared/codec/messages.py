@@ -15,12 +15,22 @@ from typing import Annotated, Any, Final
 import msgspec
 import pybase64
 
-from inferq.shared.codec.content import JSON, MSGPACK, MalformedMessage, from_json, pack, unpack
+from inferq.shared.codec.content import (
+    JSON,
+    MSGPACK,
+    MalformedMessage,
+    brief,
+    from_json,
+    pack,
+    unpack,
+)
 from inferq.shared.errors import InvalidInput
 from inferq.shared.schema import Tensors, Ticket, describe
 
 #: Most bytes of one message on the queue; a longer one is quarantined unread.
 MAX_MESSAGE_BYTES: Final = 512 * 1024 * 1024
+#: Of these, most that are not the body: headers and properties.
+MAX_HEAD_BYTES: Final = 1024 * 1024
 #: Most characters of an id, or of a reply channel: they stand in results and in keys.
 MAX_ID_CHARS: Final = 1_000
 
@@ -62,10 +72,22 @@ class Envelope(msgspec.Struct):
     content_type: str = msgspec.field(name="content-type", default=JSON)
 
 
-#: Inside strings quotes are escaped, so this matches keys alone.
-_ID: Final = re.compile(rb'"id": ?"([ !#-\[\]-~]{1,200})"')
+class _NamedHeaders(msgspec.Struct):
+    id: Id
+
+
+class _Named(msgspec.Struct):
+    """As much of an envelope as says who asked; nothing else of it is made an object."""
+
+    headers: _NamedHeaders
+    content_type: msgspec.Raw = msgspec.field(name="content-type", default=msgspec.Raw())
+
+
+#: Ids as clients make them. Other ones are not looked for where the rest is broken.
+_PLAIN_ID: Final = re.compile(r"[ !#-\[\]-~]{1,200}")
 
 _envelope_decoder = msgspec.json.Decoder(Envelope)
+_named_decoder = msgspec.json.Decoder(_Named)
 _STR: Final = frozenset({str})
 _NO_CANVAS: Final = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 
@@ -95,12 +117,19 @@ def decode_envelope(raw: bytes) -> Envelope:
 
 
 def guess_ticket(raw: bytes, model: str) -> Ticket | None:
-    """Who asked, looked up in bytes that must not be decoded again; None: they do not say."""
-    found = _ID.search(raw)
-    if found is None:
+    """Who asked, of an envelope that is refused for something else; None: it does not say.
+
+    It must be sound JSON with the id where it belongs. What merely holds somebody's id, in bytes
+    that are no envelope, is no reason to tell him that his request has failed.
+    """
+    try:
+        named = _named_decoder.decode(raw)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         return None
-    kind = MSGPACK if MSGPACK.encode() in raw else JSON
-    return Ticket(id=found[1].decode(), model=model, content_type=kind)
+    if _PLAIN_ID.fullmatch(named.headers.id) is None:
+        return None
+    kind = MSGPACK if bytes(named.content_type) == b'"%s"' % MSGPACK.encode() else JSON
+    return Ticket(id=named.headers.id, model=model, content_type=kind)
 
 
 def decode_body(envelope: Envelope) -> Body:
@@ -113,9 +142,9 @@ def decode_body(envelope: Envelope) -> Body:
         elif kind == JSON:
             body = from_json(data)
         else:
-            raise InvalidInput(f"content type {kind!r}; expected {MSGPACK} or {JSON}")
+            raise InvalidInput(f"content type {brief(kind)}; expected {MSGPACK} or {JSON}")
     except (ValueError, msgspec.DecodeError, RecursionError) as problem:
-        raise InvalidInput(f"the message body is not {kind}: {problem}") from problem
+        raise InvalidInput(f"the message body cannot be read as {kind}: {problem}") from problem
     if isinstance(body, list | tuple) and len(body) == 3:
         args, kwargs, embed = body
         if (

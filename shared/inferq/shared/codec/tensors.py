@@ -14,6 +14,8 @@ from typing import Any, Final
 import numpy as np
 import pybase64
 
+from inferq.shared.codec.content import brief
+from inferq.shared.codec.lists import array_of, is_list
 from inferq.shared.errors import InvalidInput
 from inferq.shared.schema import DTYPES, MAX_DIMS, WIRE_DTYPES, Array
 
@@ -21,7 +23,12 @@ _NUMBERS: Final = (list, int, float)
 
 
 def wire_array(name: str, value: object) -> Array:
-    """`value` as an array that can travel: contiguous, little-endian, of a dtype in DTYPES."""
+    """`value` as an array that can travel: contiguous, little-endian, of a dtype in DTYPES.
+
+    Lists keep what NumPy makes of them.
+    """
+    if is_list(value):
+        return array_of(name, value, None)
     array = np.asarray(value)
     if array.dtype.name not in DTYPES:
         raise InvalidInput(
@@ -70,7 +77,7 @@ def decode_tensor(name: str, tensor: object, dtype: str | None = None) -> Array:
     ``data``. The array is read-only where it shares the message's bytes.
     """
     if isinstance(tensor, _NUMBERS):
-        return _from_lists(name, tensor, dtype)
+        return array_of(name, tensor, _known(name, dtype))
     if not isinstance(tensor, dict):
         raise InvalidInput(
             f"input {name!r}: {type(tensor).__name__}; "
@@ -78,10 +85,11 @@ def decode_tensor(name: str, tensor: object, dtype: str | None = None) -> Array:
         )
     kind, shape, data = tensor.get("dtype"), tensor.get("shape"), tensor.get("data")
     if isinstance(data, _NUMBERS):
-        array = _from_lists(name, data, kind if isinstance(kind, str) else dtype)
+        array = array_of(name, data, _known(name, kind if isinstance(kind, str) else dtype))
         if shape is not None and list(array.shape) != shape:
             raise InvalidInput(
-                f"input {name!r}: nested lists of shape {list(array.shape)}; expected {shape!r}"
+                f"input {name!r}: nested lists of shape {list(array.shape)}; "
+                f"expected {brief(shape)}, the shape beside them"
             )
         return array
     real = _dtype(name, kind)
@@ -91,7 +99,7 @@ def decode_tensor(name: str, tensor: object, dtype: str | None = None) -> Array:
         or not all(type(size) is int and size >= 0 for size in shape)
     ):
         raise InvalidInput(
-            f"input {name!r}: shape {str(shape)[:80]!r}; "
+            f"input {name!r}: shape {brief(shape)}; "
             f"expected a list of at most {MAX_DIMS} sizes"
         )
     if isinstance(data, dict):
@@ -111,8 +119,8 @@ def decode_tensor(name: str, tensor: object, dtype: str | None = None) -> Array:
         )
     try:
         return np.frombuffer(data, real).reshape(shape)
-    except ValueError as problem:  # no element, yet a size that no array can have
-        raise InvalidInput(f"input {name!r}: shape {str(shape)[:80]!r}: {problem}") from problem
+    except (ValueError, OverflowError) as problem:  # no element, yet a size that no array can have
+        raise InvalidInput(f"input {name!r}: shape {brief(shape)}: {problem}") from problem
 
 
 def _kombu_bytes(data: Mapping[str, Any]) -> object:
@@ -125,32 +133,14 @@ def _kombu_bytes(data: Mapping[str, Any]) -> object:
     return data
 
 
+def _known(name: str, kind: str | None) -> np.dtype[Any] | None:
+    return None if kind is None else _dtype(name, kind)
+
+
 def _dtype(name: str, kind: object) -> np.dtype[Any]:
     found = (WIRE_DTYPES.get(kind) or DTYPES.get(kind)) if isinstance(kind, str) else None
     if found is None:
         raise InvalidInput(
-            f"input {name!r}: dtype {str(kind)[:40]!r}; expected one of {', '.join(WIRE_DTYPES)}"
+            f"input {name!r}: dtype {brief(kind)}; expected one of {', '.join(WIRE_DTYPES)}"
         )
     return found
-
-
-def _from_lists(name: str, lists: Any, kind: str | None) -> Array:
-    """The numbers of nested lists, if the dtype holds them: 2.0 is an integer, 2.5 is none.
-
-    Rounding to a float's precision is what everybody expects; overflow to infinity is not.
-    """
-    dtype = _dtype(name, kind) if kind is not None else None
-    try:
-        free = wire_array(name, np.array(lists))
-        if dtype is None:
-            return free
-        with np.errstate(all="ignore"):
-            array = np.array(lists, dtype)
-            lost = np.isinf(array) & ~np.isinf(free) if dtype.kind in "fc" else array != free
-    except (ValueError, TypeError, OverflowError, RecursionError) as problem:
-        wanted = dtype.name if dtype is not None else "numbers"
-        raise InvalidInput(f"input {name!r}: nested lists are not {wanted}: {problem}") from problem
-    if lost.any():
-        value = free[lost].item(0)
-        raise InvalidInput(f"input {name!r}: nested lists hold {value}; expected {dtype.name}")
-    return array
