@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
-import msgpack
+import msgspec
 
 from inferq.producer.admission import Admission, ModelView
 from inferq.producer.outcome import outcome_of
@@ -148,12 +148,13 @@ class Core:
         if len(push) != 3 or push[0] != b"message" or push[1] != self._channel_bytes:
             return []
         try:
-            ids = msgpack.unpackb(push[2], raw=False)
-        except (ValueError, msgpack.UnpackException):
+            ids = codec.unpack(push[2])
+        except (msgspec.DecodeError, ValueError, TypeError, RecursionError):
             return []
         if not isinstance(ids, list):
             return []
-        return [one for one in ids if isinstance(one, str) and one in self._table]
+        known = [one for one in ids if isinstance(one, str) and one in self._table]
+        return list(dict.fromkeys(known))
 
     def patience_s(self, told: int) -> float:
         """Seconds to wait for more news before reading what `told` requests came to.

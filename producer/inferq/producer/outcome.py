@@ -12,12 +12,20 @@ from inferq.shared import codec
 from inferq.shared.errors import EngineError, InferqError, InvalidInput, from_wire
 from inferq.shared.schema import Array, Receipt
 
+#: Most bytes of a result that is no success of a worker's: what is made of it may be 40 times that.
+MAX_ODD_BYTES: Final = 8 * 1024 * 1024
 _TERMINAL: Final = frozenset({"SUCCESS", "FAILURE", "REVOKED"})
 
 
 def outcome_of(pending: PendingRequest, raw: bytes) -> Outcome | None:
-    """What a result meta stands for; None if it is not terminal."""
-    read = codec.decode_success(raw) or _read_slowly(pending, raw)
+    """What a result meta stands for; None if it is not terminal. Never raises.
+
+    Whoever has the password may have stored it: what cannot be read fails this request alone.
+    """
+    try:
+        read = codec.decode_success(raw) or _read_slowly(pending, raw)
+    except Exception as problem:  # noqa: BLE001  the others' results are read all the same
+        return _unreadable(pending, f"{type(problem).__name__}: {codec.brief(str(problem))}")
     if not isinstance(read, tuple):
         return read
     outputs, receipt = read
@@ -28,6 +36,11 @@ def outcome_of(pending: PendingRequest, raw: bytes) -> Outcome | None:
 def _read_slowly(
     pending: PendingRequest, raw: bytes
 ) -> tuple[dict[str, Array], Receipt | None] | InferqError | None:
+    if len(raw) > MAX_ODD_BYTES:
+        return _unreadable(
+            pending,
+            f"{len(raw)} bytes that are no tensors in msgpack; expected at most {MAX_ODD_BYTES}",
+        )
     try:
         meta = codec.decode_meta(raw)
         status = meta["status"]
@@ -37,8 +50,12 @@ def _read_slowly(
             return from_wire(status, meta.get("result"))
         outputs = codec.decode_outputs(meta.get("result"))
     except (codec.MalformedMessage, InvalidInput) as problem:
-        return EngineError(f"request {pending.request_id}: unreadable result: {problem}")
+        return _unreadable(pending, str(problem))
     try:
         return outputs, msgspec.convert(meta.get("receipt"), Receipt)
     except msgspec.ValidationError:
         return outputs, None
+
+
+def _unreadable(pending: PendingRequest, why: str) -> EngineError:
+    return EngineError(f"request {pending.request_id}: unreadable result: {why}")

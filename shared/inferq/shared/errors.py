@@ -173,16 +173,24 @@ def from_wire(status: str, wire: object) -> InferqError:
     program stored (a plain Celery exception, say) becomes an EngineError, or Cancelled if REVOKED.
     """
     fields = wire if isinstance(wire, dict) else {}
-    message = fields.get("exc_message", "")
-    if isinstance(message, list | tuple):
-        message = ", ".join(str(part) for part in message)
+    message = _text(fields.get("exc_message", ""))
     detail = fields.get("detail")
     known = {str(k): v for k, v in detail.items()} if isinstance(detail, dict) else {}
     code = fields.get("code")
     cls = BY_CODE.get(code) if isinstance(code, str) else None
     if cls is None:
         cls = Cancelled if status == "REVOKED" else EngineError
-        message = f"{fields.get('exc_type', status)}: {message}" if message else status.lower()
-    error = cls(str(message))
+        kind = _text(fields.get("exc_type", status))
+        message = f"{kind}: {message}" if message else status.lower()
+    error = cls(message)
     error.detail = known
     return error
+
+
+def _text(said: object) -> str:
+    """What somebody stored for a message, whatever it is, of bounded length."""
+    parts = said if isinstance(said, list | tuple) else [said]
+    try:
+        return ", ".join(map(str, parts))[:MAX_MESSAGE_CHARS]
+    except RecursionError:
+        return "a message that is nested too deep"

@@ -15,7 +15,8 @@ upgraded one by one, and the clients after them.
     running:<i>           SET    "<m>/<id>" of requests now computing
     attempts:<m>          HASH   id -> how often a worker died computing it, expires;
                                  "#<sha1>" -> how often one died decoding these bytes
-    dead:<m>              LIST   dead letters, newest at the left end
+    dead:<m>              LIST   dead letters, newest at the left end; expires
+    quarantined:<m>       STRING at least how many of these are quarantined; expires
     later                 ZSET   "<m>:<p>:<random>" -> Redis ms at which that request is due
     later:<m>:<p>:<random> LIST  its message
     model:<m>             STRING what workers announce of a model (msgpack), expires
@@ -145,6 +146,9 @@ class Names:
 
     def dead(self, model: str) -> str:
         return f"{self.root}dead:{model}"
+
+    def quarantined(self, model: str) -> str:
+        return f"{self.root}quarantined:{model}"
 
     @property
     def later(self) -> str:

@@ -232,7 +232,7 @@ def _row(letter: Letter, now_ms: float) -> dict[str, Any]:
         "model": letter.model, "id": letter.name, "reason": letter.reason,
         "attempts": letter.attempts, "at_ms": letter.at_ms,
         "age_s": max(0.0, round((now_ms - letter.at_ms) / 1000, 3)),
-        "worker": letter.worker, "message_bytes": len(letter.message),
+        "worker": letter.worker, "message_bytes": letter.size,
     }  # fmt: skip
 
 

@@ -116,6 +116,9 @@ class DeadLetters:
         """
         if not letter.genuine:
             raise InferqError(f"{letter.reason}; it can only be dropped")
+        if letter.is_cut:
+            kept, size = len(letter.message), letter.size
+            raise InferqError(f"{kept} of its {size} bytes are kept; it can only be dropped")
         stored = self._stored(letter)
         status = _status(stored)
         if status not in {None, "FAILURE"}:

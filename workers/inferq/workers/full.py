@@ -22,7 +22,7 @@ def forced(commands: Sequence[Command], names: Names) -> Command:
     for command in commands:
         words.append(len(command))
         words += command
-    return ("EVAL", source("force"), 1, names.nowhere, *words)
+    return ("EVAL", source("letters") + source("force"), 1, names.nowhere, *words)
 
 
 def pipelined(client: redis.Redis, names: Names, commands: Sequence[Command]) -> list[Any]:

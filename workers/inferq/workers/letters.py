@@ -22,6 +22,7 @@ class _Stored(msgspec.Struct, frozen=True):
     at_ms: Annotated[float, msgspec.Meta(ge=0, le=1e14)]
     worker: str
     message: bytes
+    size: int = 0
 
 
 class Letter(msgspec.Struct, frozen=True):
@@ -38,6 +39,8 @@ class Letter(msgspec.Struct, frozen=True):
     at_ms: float
     worker: str
     message: bytes
+    #: Bytes of the request, of which what nobody can read is not kept whole.
+    size: int
     #: False for what is no dead letter at all, and only stands where they do.
     genuine: bool = True
 
@@ -45,6 +48,11 @@ class Letter(msgspec.Struct, frozen=True):
     def name(self) -> str:
         """What the command line calls it."""
         return self.id or f"#{hashlib.sha1(self.message, usedforsecurity=False).hexdigest()[:12]}"
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether `message` is only the beginning of the request."""
+        return self.size > len(self.message)
 
     @property
     def digest(self) -> bytes:
@@ -76,10 +84,10 @@ def read_letter(model: str, raw: bytes) -> Letter:
         stored = _decoder.decode(raw)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as problem:
         reason = f"not a dead letter: {problem}"
-        return Letter(model, raw, None, reason, 0, 0.0, "", raw, genuine=False)
+        return Letter(model, raw, None, reason, 0, 0.0, "", raw, len(raw), genuine=False)
     return Letter(
         model, raw, stored.id, stored.reason, stored.attempts, stored.at_ms, stored.worker,
-        stored.message,
+        stored.message, max(stored.size, len(stored.message)),
     )  # fmt: skip
 
 
@@ -98,7 +106,7 @@ def priority_in(message: bytes) -> int:
 
 def problem_with(letter: Letter) -> str | None:
     """Why no worker can read it; None if its envelope is sound."""
-    if not letter.genuine:
+    if not letter.genuine or letter.is_cut:
         return letter.reason
     try:
         codec.decode_envelope(letter.message)

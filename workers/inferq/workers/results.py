@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 #: Most bytes of its message that a dead letter holds; Redis takes no value much larger than the
 #: largest message, and closes the connection on one that is.
 MAX_LETTER_BYTES: Final = 256 * 1024 * 1024
+#: Most bytes that are kept of what no worker can read, and characters of why.
+MAX_QUARANTINED_BYTES: Final = 64 * 1024
+MAX_REASON_CHARS: Final = 500
 
 
 def _now() -> str:
@@ -56,6 +59,10 @@ def _is_final(result: bytes) -> bool:
     return status == "SUCCESS" or not isinstance(
         from_wire(status, meta.get("result")), DeadLettered
     )
+
+
+def _short(reason: str) -> str:
+    return reason if len(reason) <= MAX_REASON_CHARS else reason[:MAX_REASON_CHARS] + "…"
 
 
 @dataclass(frozen=True)
@@ -152,40 +159,73 @@ class Results:
     ) -> Settlement:
         """A dead letter: decoding it ended its worker too often. `suspect`: see Settlement."""
         reason = f"its worker died decoding it {deaths} times"
-        found = Quarantined(slot, message, reason)
-        return replace(self.quarantined(found, redis_ms, deaths), suspect=suspect)
+        ticket = codec.guess_ticket(message, slot.claim.model)
+        if ticket is None:
+            done = self.quarantined(Quarantined(slot, message, reason), redis_ms, deaths)
+        else:
+            ticket = replace(ticket, attempts=deaths)
+            done = self._dead(slot, ticket, message, reason, redis_ms)
+        return replace(done, suspect=suspect)
 
     def quarantined(self, found: Quarantined, redis_ms: float, attempts: int = 0) -> Settlement:
-        """A dead letter: nobody can read it. Answered if the bytes say whom."""
-        ticket = codec.guess_ticket(found.message, found.slot.claim.model)
+        """A dead letter: nobody can read it. Answered if it is an envelope that names its id."""
+        model = found.slot.claim.model
+        ticket = codec.guess_ticket(found.message, model)
         if ticket is None:
-            letter = self._letter(None, found.message, found.reason, redis_ms, attempts)
-            model = found.slot.claim.model
-            return Settlement(found.slot, model, None, b"", dead_letter=letter, ending=DEAD_LETTER)
-        ticket = replace(ticket, attempts=attempts)
-        return self._dead(found.slot, ticket, found.message, found.reason, redis_ms)
+            letter = self._quarantined(None, found, redis_ms, attempts)
+            return Settlement(
+                found.slot, model, None, b"",
+                dead_letter=letter, quarantined=True, ending=DEAD_LETTER,
+            )  # fmt: skip
+        letter = self._quarantined(ticket.id, found, redis_ms, attempts)
+        return replace(
+            self._given_up(
+                found.slot, replace(ticket, attempts=attempts), letter, _short(found.reason)
+            ),
+            quarantined=True,
+        )
 
     def _dead(
         self, slot: Slot, ticket: Ticket, message: bytes, reason: str, redis_ms: float
     ) -> Settlement:
+        letter = self._letter(ticket.id, message, reason, redis_ms, ticket.attempts)
+        return self._given_up(slot, ticket, letter, reason)
+
+    def _given_up(self, slot: Slot, ticket: Ticket, letter: bytes, reason: str) -> Settlement:
         error = DeadLettered(reason, attempts=ticket.attempts, reason=reason)
         meta = codec.encode_failure(
             ticket.id, error, _now(), ticket.content_type, extra=ticket.extra
         )
-        letter = self._letter(ticket.id, message, reason, redis_ms, ticket.attempts)
         ended = Failed(slot, ticket, error)
         return self._settlement(
             slot, ticket, meta, dead_letter=letter, ending=DEAD_LETTER, ended=ended
         )
 
+    def _quarantined(
+        self, request_id: str | None, found: Quarantined, redis_ms: float, attempts: int
+    ) -> bytes:
+        """The letter begins with QUARANTINED_MARK: it is told by that where letters are kept."""
+        return self._letter(
+            request_id, found.message, _short(found.reason), redis_ms, attempts,
+            most=min(MAX_QUARANTINED_BYTES, MAX_LETTER_BYTES), quarantined=True,
+        )  # fmt: skip
+
     def _letter(
-        self, request_id: str | None, message: bytes, reason: str, redis_ms: float, attempts: int
+        self,
+        request_id: str | None,
+        message: bytes,
+        reason: str,
+        redis_ms: float,
+        attempts: int,
+        *,
+        most: int = MAX_LETTER_BYTES,
+        **first: bool,
     ) -> bytes:
         letter: bytes = msgpack.packb(
             {
-                "id": request_id, "reason": reason, "attempts": attempts,
+                **first, "id": request_id, "reason": reason, "attempts": attempts,
                 "at_ms": redis_ms, "worker": self.worker, "size": len(message),
-                "message": message[:MAX_LETTER_BYTES],
+                "message": message[:most],
             }
         )  # fmt: skip
         return letter

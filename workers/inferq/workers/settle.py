@@ -6,7 +6,7 @@ the first result, LSET and UNLINK of a place that is settled change nothing.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
@@ -20,15 +20,26 @@ from inferq.workers.claims import Claim, Slot
 from inferq.workers.intake import Failed, Revoked
 from inferq.workers.lanes import Run
 
-#: Newest dead letters kept per model.
+#: Newest dead letters kept per model, and bytes that they may take in Redis.
 DEAD_LETTERS_KEPT: Final = 10_000
+DEAD_LETTERS_BYTES: Final = 256 * 1024 * 1024
+#: Of these, quarantined ones: beyond the first number the oldest go, until the second is left.
+QUARANTINED_KEPT: Final = 1_000
+QUARANTINED_LEFT: Final = 500
+#: What a quarantined one begins with: ``quarantined`` is the first key of its map.
+QUARANTINED_MARK: Final = b"\x88\xabquarantined"
+#: How long dead letters are kept after the last one, in seconds.
+DEAD_LETTERS_S: Final = 7 * 24 * 3600
 #: How long the claim-checked payload of a dead letter is kept, in seconds.
-DEAD_PAYLOAD_S: Final = 7 * 24 * 3600
+DEAD_PAYLOAD_S: Final = DEAD_LETTERS_S
+#: See letters.lua; KEYS and ARGV are its arguments in their order.
+KEEP_LETTERS: Final = source("letters") + "return keep_letters(KEYS[1], KEYS[2], unpack(ARGV))\n"
 
 #: Most keys that one command names: Lua, which is needed on a full Redis, takes a few thousand.
 KEYS_AT_ONCE: Final = 1_000
 #: The commands that do nothing else: no claim is touched by them, nor what is handed to Celery.
 _STORING: Final = {b"SET", b"PUBLISH", b"EVAL", b"LREM", b"LPUSH", b"LTRIM", b"EXPIRE"}
+_KEEP_LETTERS: Final = KEEP_LETTERS.encode()
 
 #: How a request may end, as metrics have it.
 SUCCESS: Final = "success"
@@ -59,6 +70,8 @@ class Settlement(msgspec.Struct, frozen=True, eq=False):
     suspect: str | None = None
     payload_keys: tuple[str, ...] = ()
     dead_letter: bytes | None = None
+    #: The dead letter is of bytes that no worker can read: it goes before others do.
+    quarantined: bool = False
     before: tuple[Command, ...] = ()
     #: Called once the MULTI was answered.
     after: Callable[[], None] | None = None
@@ -99,6 +112,8 @@ def commands(
     forgiven: defaultdict[str, list[str]] = defaultdict(list)
     garbage: list[str] = []
     stored: list[str] = []
+    #: Model with new dead letters → how many of these are quarantined.
+    letters: Counter[str] = Counter()
     for done in settlements:
         out += done.before
         if done.request_id is not None and _stores(done):
@@ -111,7 +126,9 @@ def commands(
             dead = names.dead(done.model)
             out.append(("LREM", dead, 1, done.dead_letter))  # of a MULTI whose answer was lost
             out.append(("LPUSH", dead, done.dead_letter))
-            out.append(("LTRIM", dead, 0, DEAD_LETTERS_KEPT - 1))
+            if not done.quarantined:
+                out.append(("LTRIM", dead, 0, DEAD_LETTERS_KEPT - 1))
+            letters[done.model] += done.quarantined
             out += [("EXPIRE", key, DEAD_PAYLOAD_S) for key in done.payload_keys]
         else:
             garbage += done.payload_keys
@@ -123,6 +140,7 @@ def commands(
             forgiven[done.model].append(done.suspect)
         done.slot.claim.settled.add(done.slot.index)
         touched[done.slot.claim].append(done.slot.index)
+    out += [_keep_letters(names, model, added) for model, added in letters.items()]
     for at in range(0, len(stored), KEYS_AT_ONCE):
         keys = stored[at : at + KEYS_AT_ONCE]
         out.append(("EVAL", source("publish"), len(keys), *keys))
@@ -143,6 +161,13 @@ def commands(
     for at in range(0, len(garbage), KEYS_AT_ONCE):
         out.append(("UNLINK", *garbage[at : at + KEYS_AT_ONCE]))
     return out
+
+
+def _keep_letters(names: Names, model: str, added: int) -> Command:
+    return (
+        "EVAL", KEEP_LETTERS, 2, names.dead(model), names.quarantined(model), added,
+        QUARANTINED_KEPT, QUARANTINED_LEFT, DEAD_LETTERS_BYTES, DEAD_LETTERS_S, QUARANTINED_MARK,
+    )  # fmt: skip
 
 
 def _stores(done: Settlement) -> bool:
@@ -174,8 +199,9 @@ def without_scripts(commands: Iterable[Command]) -> list[Command]:
     """What `commands` made (each word as bytes), to run in a script: that may call no other."""
     out: list[Command] = []
     for command in commands:
-        if command[0] == b"EVAL":  # publish.lua, of which force.lua does the same
-            out.append((b"TELL", *command[3:]))
+        if command[0] == b"EVAL":  # of which force.lua does the same
+            what = b"LETTERS" if command[1] == _KEEP_LETTERS else b"TELL"
+            out.append((what, *command[3:]))
         else:
             out.append(command)
     return out

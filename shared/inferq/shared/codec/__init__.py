@@ -1,7 +1,7 @@
 """Bytes on the wire: requests, tensors, results and what workers announce."""
 
 from inferq.shared.codec.adverts import decode_advert, encode_advert
-from inferq.shared.codec.content import JSON, MSGPACK, MalformedMessage, brief
+from inferq.shared.codec.content import JSON, MSGPACK, MalformedMessage, brief, unpack
 from inferq.shared.codec.messages import (
     MAX_HEAD_BYTES,
     MAX_MESSAGE_BYTES,
@@ -65,5 +65,6 @@ __all__ = [
     "reference_of",
     "shown",
     "tensor_bytes",
+    "unpack",
     "wire_array",
 ]

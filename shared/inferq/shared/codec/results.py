@@ -133,11 +133,19 @@ class _WireMeta(msgspec.Struct):
     receipt: Receipt | None = None
 
 
+class _BareMeta(msgspec.Struct):
+    """Of another version's worker, whose receipt may hold less or else than ours."""
+
+    status: str
+    result: msgspec.Raw
+
+
 def _odd(shape: tuple[int, ...]) -> bool:
     return len(shape) > MAX_DIMS or min(shape, default=0) < 0
 
 
 _meta_decoder = msgspec.msgpack.Decoder(_WireMeta)
+_bare_decoder = msgspec.msgpack.Decoder(_BareMeta)
 _outputs_decoder = msgspec.msgpack.Decoder(dict[str, _WireTensor])
 
 
@@ -146,18 +154,26 @@ def decode_success(data: bytes) -> tuple[dict[str, Array], Receipt | None] | Non
 
     None for anything else, whatever is wrong with it: `decode_meta` and `decode_outputs` tell.
     """
+    receipt: Receipt | None = None
     try:
-        meta = _meta_decoder.decode(data)
-        if meta.status != "SUCCESS":
+        try:
+            known = _meta_decoder.decode(data)
+            status, result, receipt = known.status, known.result, known.receipt
+        except msgspec.ValidationError:
+            bare = _bare_decoder.decode(data)
+            status, result = bare.status, bare.result
+        if status != "SUCCESS":
             return None
-        tensors = _outputs_decoder.decode(meta.result)
+        tensors = _outputs_decoder.decode(result)
         if len(tensors) > MAX_TENSORS or any(_odd(t.shape) for t in tensors.values()):
             return None
-        outputs = {
-            name: np.frombuffer(tensor.data, WIRE_DTYPES[tensor.dtype]).reshape(tensor.shape)
-            for name, tensor in tensors.items()
-            if tensor.data.nbytes
-        }
-    except (msgspec.DecodeError, ValueError, KeyError):
+        outputs = {name: _array(tensor) for name, tensor in tensors.items()}
+    except (msgspec.DecodeError, ValueError, OverflowError, KeyError, RecursionError):
         return None
-    return (outputs, meta.receipt) if len(outputs) == len(tensors) else None
+    return outputs, receipt
+
+
+def _array(tensor: _WireTensor) -> Array:
+    dtype = WIRE_DTYPES[tensor.dtype]
+    flat = np.frombuffer(tensor.data, dtype) if tensor.data.nbytes else np.empty(0, dtype)
+    return flat.reshape(tensor.shape)

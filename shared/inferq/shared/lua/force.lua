@@ -7,7 +7,8 @@
 --
 -- KEYS[1]  a key that never exists
 -- ARGV     the commands, one after another: the number of its words, then these; TELL with some
---          keys of results publishes what is stored, as publish.lua does
+--          keys of results publishes what is stored, as publish.lua does, and LETTERS does as
+--          letters.lua, whose text goes ahead of this
 -- Returns their replies, errors among them.
 redis.call('DEL', KEYS[1])
 local function tell(first, last)
@@ -26,6 +27,8 @@ while at <= #ARGV do
   local words = tonumber(ARGV[at])
   if ARGV[at + 1] == 'TELL' then
     replies[#replies + 1] = tell(at + 2, at + words)
+  elseif ARGV[at + 1] == 'LETTERS' then
+    replies[#replies + 1] = keep_letters(unpack(ARGV, at + 2, at + words))
   else
     replies[#replies + 1] = redis.pcall(unpack(ARGV, at + 1, at + words))
   end
