@@ -24,6 +24,9 @@ from inferq.workers import replies
 
 #: Most requests with an ETA whose model is looked at: those that are due first.
 LATER_PLACES: Final = 10_000
+#: Most queues that are listed of models that no worker is known to have served: whoever may push can
+#: make as many as it likes.
+STRAYS: Final = 10_000
 #: Part of max_queue_depth from which on a queue is nearly full.
 NEAR: Final = 0.8
 #: Keys that Redis looks at for one reply of a SCAN.
@@ -56,10 +59,24 @@ class Depth(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Depths(msgspec.Struct, frozen=True, kw_only=True):
-    """One reading. `later_unread`: requests with an ETA of which the model was not looked at."""
+    """One reading. `later_unread`: requests with an ETA of which the model was not looked at.
+
+    `unlisted`: further models, beyond `STRAYS`, that have a queue and that no worker announced.
+    """
 
     models: Sequence[Depth]
     later_unread: int
+    unlisted: int = 0
+
+
+class Found(msgspec.Struct, frozen=True, kw_only=True):
+    """The models that Redis knows of, each list sorted."""
+
+    #: A worker announces or announced them in the last day, or left something of them.
+    known: Sequence[str]
+    #: Those that only have a queue, as far as they are listed; and how many more there are at least.
+    strays: Sequence[str]
+    unlisted: int
 
 
 class DepthReader:
@@ -71,27 +88,48 @@ class DepthReader:
         self._oldest = client.register_script(source("oldest"))
 
     def models(self) -> list[str]:
-        """The models that have a queue, dead letters, an announcement or a worker.
+        """The models that have a queue, dead letters, an announcement or a worker; see `find`.
 
-        Looks at every key's name (SCAN, twice): about a second where there are a million.
+        Those that workers know come first.
         """
-        found = {
-            self._model_of_queue(key) for key in self._scan(self._names.prefix, "inferq.*", "list")
-        }
+        found = self.find()
+        return [*found.known, *found.strays]
+
+    def find(self) -> Found:
+        """Look for all models, by every key's name (SCAN, twice).
+
+        That takes about a second where there are a million keys.
+        """
+        known: set[str] = set()
         for names in self._names.spoken():
             heads = (names.dead(""), names.model(""), names.serving(""))
             for key in self._scan(names.root, "[dms]*"):
-                found |= {key.removeprefix(head) for head in heads if key.startswith(head)}
+                known |= {key.removeprefix(head) for head in heads if key.startswith(head)}
             with self._client.pipeline(transaction=False) as pipe:
                 pipe.zrange(names.later, 0, LATER_PLACES - 1)
                 [places] = replies.of_each(pipe)
-            found |= {_model_of_place(place) for place in places or ()}
-        return sorted(model for model in found if model is not None and is_model_name(model))
+            known |= {_model_of_place(place) for place in places or ()}
+        strays: set[str] = set()
+        unlisted = 0
+        for key in self._scan(self._names.prefix, "inferq.*", "list"):
+            model = self._model_of_queue(key)
+            if model is None or model in known or model in strays:
+                continue
+            if len(strays) < STRAYS:
+                strays.add(model)
+            else:
+                unlisted += 1
+        return Found(known=sorted(filter(is_model_name, known)), strays=sorted(strays),
+                     unlisted=unlisted)  # fmt: skip
 
     def read(self, models: Sequence[str] | None = None) -> Depths:
         """The depths of `models` in their order, or of all that are known."""
         names, spoken = self._names, self._names.spoken()
-        wanted = self.models() if models is None else list(dict.fromkeys(models))
+        unlisted = 0
+        if models is None:
+            found = self.find()
+            models, unlisted = sorted([*found.known, *found.strays]), found.unlisted
+        wanted = list(dict.fromkeys(models))
         steps = names.priority_steps
         with self._client.pipeline(transaction=False) as pipe:
             pipe.time()
@@ -132,6 +170,7 @@ class DepthReader:
                 for model in wanted
             ],
             later_unread=max(0, unread),
+            unlisted=unlisted,
         )
 
     def _claimed(self, holders: Sequence[tuple[Names, str]]) -> Counter[str]:
@@ -156,10 +195,10 @@ class DepthReader:
             claimed[model] += max(0, (size or 0) - len(blank or ()))
         return claimed
 
-    def _scan(self, prefix: str, pattern: str, kind: str | None = None) -> list[str]:
+    def _scan(self, prefix: str, pattern: str, kind: str | None = None) -> Iterator[str]:
         match = glob_of(prefix) + pattern
         keys = self._client.scan_iter(match=match, count=_SCAN_COUNT, _type=kind)
-        return [key.decode("utf-8", "replace") for key in keys]
+        return (key.decode("utf-8", "replace") for key in keys)
 
     def _model_of_queue(self, key: str) -> str | None:
         queue = key.removeprefix(self._names.prefix)

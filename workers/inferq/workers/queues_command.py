@@ -81,6 +81,8 @@ def _print(depths: Depths, rates: Mapping[str, float]) -> None:
             say(f"{depth.model}: {state}", err=True)
         if depth.depth and not depth.consumers:
             say(f"{depth.model}: requests wait and no worker serves it", err=True)
+    if depths.unlisted:
+        say(f"{depths.unlisted} more queues, of models that no worker announced", err=True)
     if depths.later_unread:
         say(f"later: {depths.later_unread} more, of models not looked at", err=True)
 

@@ -87,7 +87,7 @@ class Readings:
         self._problem: str | None = None
         self._read_at = -math.inf
         self._reading: asyncio.Future[None] | None = None
-        #: All that have a queue or the like; None: that was not found out yet.
+        #: All that have a queue or the like, those first that workers know; None: not found out yet.
         self._models: list[str] | None = None
         self._look_at = -math.inf
         self._looking: asyncio.Future[None] | None = None
@@ -144,9 +144,10 @@ class Readings:
     def _ask(self, known: Sequence[str], foreign: Sequence[str]) -> Reading:
         stats = read_stats(self._client, self._names)
         served = {model.model for worker in stats for model in worker.models}
-        models = sorted({*known, *filter(is_model_name, served)})
+        # Those that workers know come first: whoever may push makes as many others as it likes.
+        models = list(dict.fromkeys([*sorted(filter(is_model_name, served)), *known]))
         return Reading(
-            depths=self._reader.read(models[:MODELS]),
+            depths=self._reader.read(sorted(models[:MODELS])),
             foreign=self._lengths(foreign),
             stats=stats,
             left_out=max(0, len(models) - MODELS),

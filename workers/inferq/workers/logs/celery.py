@@ -34,9 +34,6 @@ CLIENT_CAUSED: Final = (
     "inferq.workers.settling",
 )
 
-#: Loggers of other lines that hold what clients write.
-CLIENT_WORDED: Final = ("inferq.workers.recovery",)
-
 
 def stand_by(log_format: str) -> None:
     """Have Celery's worker, should this process become one, log as `log_format` says."""
@@ -57,12 +54,21 @@ def stand_by(log_format: str) -> None:
         signals.after_setup_task_logger.connect(adopt, weak=False)
     else:
         signals.celeryd_init.connect(_keep_to_lines, weak=False)
+        signals.after_setup_logger.connect(_keep_all_to_lines, weak=False)
+        signals.after_setup_task_logger.connect(_keep_all_to_lines, weak=False)
     signals.celeryd_init.connect(_dam, weak=False)
 
 
 def _keep_to_lines(**_: object) -> None:
-    for name in (*CLIENT_CAUSED, *CLIENT_WORDED):
+    # Ahead of the dam, which fills in the text of a line where it left out others.
+    for name in CLIENT_CAUSED:
         logging.getLogger(name).addFilter(OneLine())
+
+
+def _keep_all_to_lines(logger: logging.Logger, **_: object) -> None:
+    """Whoever logs it: what a client wrote may turn up in any line."""
+    for handler in logger.handlers:
+        handler.addFilter(OneLine())
 
 
 def _dam(**_: object) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+from inferq.workers.logs import traces
 from inferq.workers.printing import plain
 
 
 class OneLine(logging.Filter):
     """Escapes line breaks and control characters in what is filled into a line's text.
 
-    The text itself keeps those that it has, and so does a traceback.
+    And in the texts of the exceptions of its traceback. The line's own text, and the stack, keep
+    those that they have.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -20,6 +22,8 @@ class OneLine(logging.Filter):
             record.args = {key: _harmless(value) for key, value in args.items()}
         elif args:
             record.args = tuple(map(_harmless, args))
+        if record.exc_info and not record.exc_text:
+            record.exc_text = traces.told(record.exc_info)  # which formatters take as it is
         return True
 
 

@@ -25,6 +25,8 @@ from inferq.workers.health import LOADING, SERVING, STOPPING
 from inferq.workers.metrics.counts import PADDING, ROWS, SECONDS, Histogram, ModelStats, WorkerStats
 from inferq.workers.metrics.versions import PACKAGES
 
+#: Models whose depths are told at most: each is some time series more.
+MODELS: Final = 500
 #: Seconds that one scrape waits for Redis.
 READ_WITHIN_S: Final = 3.0
 
@@ -199,8 +201,10 @@ def _redis_up(is_up: bool) -> Metric:
 
 
 class DepthCollector(Collector):
-    """How much waits where, of all models, whether or not a worker runs.
+    """How much waits where, of all models that workers know, whether or not one runs.
 
+    Whoever may push makes queues of what names it likes: of models that no worker announced, it is
+    only told how many there are.
     Each scrape reads Redis, in a thread of its own, and goes on without after `READ_WITHIN_S`. One
     such collector is enough for each Redis: the sum over several would count each request as often.
     """
@@ -223,6 +227,11 @@ class DepthCollector(Collector):
         yield _redis_up(reading.depths is not None)
         if reading.depths is not None:
             yield from _depths(reading.depths)
+            yield GaugeMetricFamily(
+                "inferq_queues_unannounced",
+                "Queues of models that no worker announced, or that are too many to be told apart.",
+                value=reading.untold,
+            )
 
 
 class _Reading(threading.Thread):
@@ -233,10 +242,13 @@ class _Reading(threading.Thread):
         self._reader = reader
         self.read = threading.Event()
         self.depths: Sequence[Depth] | None = None
+        self.untold = 0
 
     def run(self) -> None:
         try:
-            self.depths = self._reader.read().models
+            found = self._reader.find()
+            self.untold = len(found.strays) + found.unlisted + len(found.known[MODELS:])
+            self.depths = self._reader.read(found.known[:MODELS]).models
         except (RedisError, OSError):
             pass
         finally:
