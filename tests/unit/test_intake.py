@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import tracemalloc
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -30,6 +31,7 @@ from inferq.workers.claims import Claim, Slot
 from inferq.workers.intake import (
     BODY_BYTES,
     MAX_FOLLOWING,
+    MAX_REPR_CHARS,
     WRITTEN_OUT,
     Early,
     Failed,
@@ -182,7 +184,7 @@ def test_a_bad_tensor_fails_with_what_was_expected(
 
 
 def test_a_body_that_no_inputs_could_fill_is_refused_unread() -> None:
-    """A list of empty maps takes 64 times its bytes once it is decoded."""
+    """What is made of it may take 40 times its bytes."""
     reader = intake(limit=1 << 30)
     bomb = message([{}] * (BODY_BYTES + 2_000))
     problem = failure(reader.open(SLOT, bomb))
@@ -433,3 +435,102 @@ def test_no_headers_make_it_raise(headers: dict[str, Any], kind: str) -> None:
         assert found.ticket.reply is None or NAMES.is_reply(found.ticket.reply)
     else:
         assert isinstance(found, Quarantined | Foreign | Early)
+
+
+# --- headers and properties ------------------------------------------------------------------
+
+
+def changed(raw: bytes, part: str, **fields: object) -> bytes:
+    """`raw` with fields added to its headers or properties."""
+    tree = json.loads(raw)
+    tree[part] |= fields
+    return json.dumps(tree).encode()
+
+
+@pytest.mark.parametrize("task", ["inferq.infer", "somebody.elses"])
+@pytest.mark.parametrize(
+    ("part", "field"),
+    [("headers", "stamps"), ("headers", "kwargsrepr"), ("properties", "reply_to")],
+)
+def test_headers_that_are_too_large_are_refused_under_their_id(
+    part: str, field: str, task: str
+) -> None:
+    """Whoever reads them next (links, Celery's handler) makes objects of them all."""
+    reader = intake()
+    raw = changed(message(task=task), part, **{field: "x" * codec.MAX_HEAD_BYTES})
+    found = reader.open(SLOT, raw)
+    problem = failure(found)
+    assert type(problem) is PayloadTooLarge
+    assert f"expected at most {codec.MAX_HEAD_BYTES}" in str(problem)
+    assert isinstance(found, Failed)
+    assert (found.ticket.id, found.ticket.priority) == ("one", 3)
+    within = changed(message(), part, **{field: "x" * (codec.MAX_HEAD_BYTES - 1_000)})
+    assert isinstance(reader.open(SLOT, within), Opened)
+
+
+def test_headers_that_are_too_large_cost_no_memory_to_speak_of() -> None:
+    reader = intake()
+    stamps = {str(n): {str(n): [n]} for n in range(100_000)}
+    raw = changed(message(), "headers", stamps=stamps)
+    long = changed(message(), "headers", kwargsrepr="x" * 30_000_000)
+    for each in (raw, long):
+        assert len(each) > codec.MAX_HEAD_BYTES
+        tracemalloc.start()
+        assert type(failure(reader.open(SLOT, each))) is PayloadTooLarge
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        tracemalloc.stop()
+
+
+def test_a_message_that_is_too_large_and_names_nobody_is_quarantined() -> None:
+    found = intake().open(SLOT, b"x" * (2 * BODY_BYTES))
+    assert isinstance(found, Quarantined)
+    assert "expected at most" in found.reason
+
+
+def test_the_description_that_is_kept_of_a_request_is_short() -> None:
+    found = opened(intake(), message(kwargsrepr="\N{grinning face}" * 50_000))
+    assert len(found.ticket.kwargsrepr) == MAX_REPR_CHARS
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'"id": "victim"',
+        b'{"headers": {"id": "victim"',
+        b'{"headers": {"id": "victim"}} and more',
+        b'garbage {"headers": {"id": "victim", "task": "inferq.infer"}}',
+        b'{"body": {"headers": {"id": "victim"}}, "properties": {}}',
+        b'{"headers": {"id": "victim", "x": ' + b"[" * 9_000 + b"]" * 9_000 + b"}}",
+        b'\xff{"headers": {"id": "victim"}}',
+        b'{"headers": {"id": ["victim"]}}',
+        b'{"headers": [{"id": "victim"}]}',
+        b'[{"headers": {"id": "victim"}}]',
+        message(id="victim")[:-3],
+        message(id="victim")[1:],
+        message(id="victim") * 2,
+        message(id="victim").decode().encode("utf-16"),
+    ],
+    ids=lambda raw: f"{raw[:50]!r}",
+)
+def test_bytes_that_merely_hold_an_id_name_nobody(raw: bytes) -> None:
+    assert isinstance(intake().open(SLOT, raw), Quarantined)
+    assert codec.guess_ticket(raw, "m") is None
+
+
+def test_an_envelope_with_a_header_of_the_wrong_type_names_who_asked() -> None:
+    raw = message(retries="none")
+    assert isinstance(intake().open(SLOT, raw), Quarantined)
+    ticket = codec.guess_ticket(raw, "m")
+    assert ticket is not None
+    assert (ticket.id, ticket.content_type, ticket.reply, ticket.payload_keys) == (
+        "one", codec.MSGPACK, None, (),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "model", [["deep"], json.loads("[" * 400 + "]" * 400), {"x" * 10_000: 1}], ids=range(3)
+)
+def test_a_model_of_any_kind_is_named_in_few_words(model: object) -> None:
+    problem = failure(intake().open(SLOT, message(kwargs={"inputs": INPUTS, "model": model})))
+    assert type(problem) is ModelNotFound
+    assert len(str(problem)) < 300

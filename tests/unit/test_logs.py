@@ -217,3 +217,72 @@ def test_what_is_filled_in_begins_no_line_of_its_own() -> None:
     assert line("%(id)s %(count)05.1f", {"id": forged, "count": 2.5}) == f"{escaped} 002.5"
     assert line("50 %") == "50 %"
     assert line("%r", [forged]) == repr([forged])
+
+
+def escaped_trace(problem: BaseException) -> str:
+    """As a worker's text log has it."""
+    made = record("it failed")
+    made.exc_info = raised(problem)
+    assert OneLine().filter(made)
+    return logging.Formatter().format(made)
+
+
+FORGED = "a\n[now: CRITICAL] \x1b[31mforged\r\u2028"
+ESCAPED = r"a\n[now: CRITICAL] \x1b[31mforged\r\u2028"
+
+
+def chained() -> Exception:
+    try:
+        try:
+            raise ValueError(FORGED)
+        except ValueError as first:
+            raise KeyError("second") from first
+    except KeyError:
+        try:
+            raise RuntimeError(FORGED)  # noqa: B904
+        except RuntimeError as last:
+            last.add_note(FORGED)
+            return last
+
+
+def test_the_texts_of_exceptions_are_one_line_each_in_a_traceback() -> None:
+    text = escaped_trace(chained())
+    assert "\n[now" not in text
+    assert "\x1b" not in text
+    for line in (f"ValueError: {ESCAPED}", "KeyError: 'second'", f"RuntimeError: {ESCAPED}"):
+        assert line in text
+    assert text.count("Traceback (most recent call last):\n  File ") == 3
+    assert "The above exception was the direct cause" in text
+    assert "During handling of the above exception" in text
+    assert text.index("ValueError") < text.index("KeyError") < text.index("RuntimeError")
+
+
+def test_a_traceback_without_odd_texts_is_as_python_tells_it() -> None:
+    made = record("it failed")
+    made.exc_info = raised(ValueError("plain"))
+    expected = logging.Formatter().format(made)
+    made.exc_text = None
+    OneLine().filter(made)
+    assert logging.Formatter().format(made) == expected
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        ExceptionGroup(FORGED, [ValueError(FORGED), ExceptionGroup(FORGED, [KeyError(FORGED)])]),
+        SyntaxError(FORGED, (FORGED, 1, 1, FORGED)),
+        UnicodeDecodeError("utf-8", b"\n[now", 0, 1, FORGED),
+        type(FORGED, (Exception,), {})("x"),
+        type("Odd", (Exception,), {"__str__": lambda self: 1 / 0})("x"),
+    ],
+    ids=["group", "syntax", "decoding", "class", "no text"],
+)
+def test_no_exception_writes_a_line_of_its_own(problem: BaseException) -> None:
+    text = escaped_trace(problem)
+    assert "\n[now" not in text
+    assert "\x1b" not in text
+    assert text.startswith("it failed\nTraceback")
+
+
+def test_a_traceback_is_of_bounded_length() -> None:
+    assert len(escaped_trace(ValueError("x\n" * 1_000_000))) < 10_000

@@ -10,10 +10,12 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
+from helpers import poison
 from helpers.responder import DONE_AT, RECEIPT, advert
 
 from inferq.producer.admission import ADVERT_AGE_S, DEPTH_AGE_S, Admission, ModelView
 from inferq.producer.core import Core
+from inferq.producer.outcome import MAX_ODD_BYTES
 from inferq.producer.outgoing import INLINE_LIMIT, PAYLOAD_MARGIN_S, Push, arrays_of
 from inferq.producer.pending import Pending, Result, State
 from inferq.producer.window import Window
@@ -28,6 +30,7 @@ from inferq.shared.errors import (
     QueueFull,
     RedisUnavailable,
     ResultExpired,
+    ResultTimeout,
 )
 from inferq.shared.names import Names
 from inferq.shared.resp import ReplyError
@@ -271,6 +274,48 @@ def test_outputs_that_are_no_tensors_end_as_an_engine_error(tensor: dict[str, An
     args = ("SUCCESS", pending.request_id, {"y": tensor}, DONE_AT, codec.MSGPACK, RECEIPT, None)
     with pytest.raises(EngineError, match=r"unreadable result: .*'y'"):
         take(core, pending, codec.encode_meta(*args)).result(0)
+
+
+@pytest.mark.parametrize("raw", poison.RESULTS.values(), ids=poison.RESULTS)
+def test_a_result_that_nobody_can_read_fails_its_own_request_and_no_other(raw: bytes) -> None:
+    core = new_core()
+    first, poisoned, last = submit(core), submit(core), submit(core)
+    good = codec.encode_success("x", {"y": X}, RECEIPT, DONE_AT)
+    core.take([each.request_id for each in (first, poisoned, last)], [good, raw, good])
+    for each in (first, last):
+        np.testing.assert_array_equal(each.result(0).outputs["y"], X)
+    try:
+        poisoned.result(0)  # what is odd may stand where nobody looks
+    except InferqError as error:
+        assert not isinstance(error, ResultTimeout)
+        assert len(str(error)) < 3_000
+    assert poisoned.done()
+
+
+@pytest.mark.parametrize("news", poison.NEWS, ids=lambda news: f"{news[:20]!r}")
+def test_news_that_nobody_can_read_is_passed_over(news: bytes) -> None:
+    core = new_core()
+    submit(core)
+    assert core.told([b"message", core.channel.encode(), news]) == []
+
+
+def test_a_result_that_is_told_very_often_is_read_once() -> None:
+    core = new_core()
+    pending = submit(core)
+    news = msgpack.packb([pending.request_id] * 10_000)
+    assert core.told([b"message", core.channel.encode(), news]) == [pending.request_id]
+
+
+def test_a_large_result_is_read_whatever_its_receipt_says_and_with_empty_outputs() -> None:
+    """Another version's worker may tell less or else of itself."""
+    core = new_core()
+    pending = submit(core)
+    outputs = {"y": np.ones(MAX_ODD_BYTES, np.uint8), "none": np.empty((0, 3), np.float32)}
+    take(core, pending, codec.encode_success("x", outputs, {"batch_size": "many"}, DONE_AT))
+    result = pending.result(0)
+    assert result.receipt is None
+    assert result.outputs["none"].shape == (0, 3)
+    np.testing.assert_array_equal(result.outputs["y"], outputs["y"])
 
 
 def test_scalar_and_empty_outputs_arrive_as_they_are() -> None:

@@ -24,11 +24,14 @@ from inferq.workers.claims import Claim, Slot
 from inferq.workers.full import forced
 from inferq.workers.intake import Quarantined
 from inferq.workers.lanes import Outcome, Run
-from inferq.workers.results import Results
+from inferq.workers.results import MAX_QUARANTINED_BYTES, MAX_REASON_CHARS, Results
 from inferq.workers.settle import (
     DEAD_LETTERS_KEPT,
+    DEAD_LETTERS_S,
     DEAD_PAYLOAD_S,
     KEYS_AT_ONCE,
+    QUARANTINED_KEPT,
+    QUARANTINED_LEFT,
     Settlement,
     commands,
     without_scripts,
@@ -332,3 +335,113 @@ def test_no_unlink_names_more_keys_than_lua_can_take(redis: Redis, claim: Claim)
     assert max(len(command) for command in made) == KEYS_AT_ONCE + 1
     apply(redis, [settled(claim, 0, payload_keys=keys)])
     assert redis.exists(*keys) == 0
+
+
+# --- dead letters are bounded, and garbage goes first ---------------------------------------------
+
+
+def garbage(claim: Claim, n: int, size: int = 100) -> Settlement:
+    raw = b"garbage %d " % n + b"x" * size
+    return RESULTS.quarantined(Quarantined(Slot(claim, 0), raw, "why"), float(n))
+
+
+def real(claim: Claim, n: int, size: int = 100) -> Settlement:
+    ticket = Ticket(id=f"id{n}", model="m", content_type=codec.JSON, attempts=3)
+    return RESULTS.dead(Slot(claim, 0), ticket, b"%d " % n + b"x" * size, float(n))
+
+
+def letters(redis: Redis) -> list[tuple[bool, bytes]]:
+    """Whether each is quarantined, and the first word of its message; newest first."""
+    found = [msgpack.unpackb(raw) for raw in redis.lrange(NAMES.dead("m"), 0, -1)]  # type: ignore[union-attr]
+    return [(each.get("quarantined", False), each["message"].split()[0]) for each in found]
+
+
+def apply_full(redis: Redis, settlements: Iterable[Settlement]) -> None:
+    """As a worker does while Redis is full."""
+    packed = pack(commands(list(settlements), NAMES, I, 60))
+    replies = redis.execute_command(*forced(without_scripts(unpack(packed)), NAMES))  # type: ignore[no-untyped-call]
+    assert len(replies) == packed.count
+    assert not [reply for reply in replies if isinstance(reply, Exception)]
+
+
+@pytest.mark.parametrize("settle", [apply, apply_full], ids=["", "while Redis is full"])
+def test_garbage_evicts_garbage_and_no_letter_of_an_accepted_request(
+    redis: Redis, claim: Claim, settle: Any
+) -> None:
+    settle(redis, [real(claim, n) for n in range(5)])
+    for start in range(0, 3 * QUARANTINED_KEPT, 100):
+        settle(redis, [garbage(claim, n) for n in range(start, start + 100)])
+        kept = letters(redis)
+        assert [word for waste, word in kept if not waste] == [b"%d" % n for n in range(4, -1, -1)]
+        assert sum(waste for waste, _ in kept) <= QUARANTINED_KEPT
+    assert redis.lindex(NAMES.dead("m"), 0) == garbage(claim, start + 99).dead_letter
+    assert sum(waste for waste, _ in kept) >= QUARANTINED_LEFT
+    for start in range(5, DEAD_LETTERS_KEPT + 100, 500):
+        settle(redis, [real(claim, n) for n in range(start, start + 500)])
+    assert redis.llen(NAMES.dead("m")) == DEAD_LETTERS_KEPT
+
+
+def test_dead_letters_take_no_more_bytes_than_they_may_and_garbage_goes_first(
+    redis: Redis, claim: Claim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = 2_000_000
+    monkeypatch.setattr("inferq.workers.settle.DEAD_LETTERS_BYTES", most)
+    apply(redis, [real(claim, n, 10_000) for n in range(20)])
+    apply(redis, [garbage(claim, n, 50_000) for n in range(30)])
+    assert len(letters(redis)) == 50
+    apply(redis, [garbage(claim, 30, 50_000), garbage(claim, 31, 400_000)])
+    apply(redis, [real(claim, n, 200_000) for n in range(20, 24)])
+    kept = letters(redis)
+    assert sum(not waste for waste, _ in kept) == 24
+    assert 0 < sum(waste for waste, _ in kept) < 30
+    assert redis.memory_usage(NAMES.dead("m"), samples=0) <= most
+    apply(redis, [real(claim, n, 300_000) for n in range(24, 40)])
+    kept = letters(redis)
+    assert kept[0] == (False, b"39")
+    assert not any(waste for waste, _ in kept)
+    assert redis.memory_usage(NAMES.dead("m"), samples=0) <= most
+    apply(redis, [real(claim, 40, 2 * most)])
+    assert letters(redis)[0] == (False, b"40"), "the newest stays, however large"
+
+
+def test_dead_letters_expire_and_so_does_what_is_counted_of_them(
+    redis: Redis, claim: Claim
+) -> None:
+    apply(redis, [real(claim, 1), garbage(claim, 2)])
+    for key in (NAMES.dead("m"), NAMES.quarantined("m")):
+        assert DEAD_LETTERS_S - 60 < redis.ttl(key) <= DEAD_LETTERS_S
+
+
+@pytest.mark.parametrize("odd", [b"no number", b"9" * 30, []], ids=["text", "too large", "a list"])
+def test_an_odd_count_of_garbage_is_counted_anew(redis: Redis, claim: Claim, odd: Any) -> None:
+    if isinstance(odd, bytes):
+        redis.set(NAMES.quarantined("m"), odd)
+    else:
+        redis.lpush(NAMES.quarantined("m"), "x")
+    apply(redis, [garbage(claim, n) for n in range(10)])
+    assert redis.get(NAMES.quarantined("m")) == b"10"
+    assert len(letters(redis)) == 10
+
+
+def test_of_bytes_that_nobody_can_read_the_first_64_kb_are_kept(claim: Claim) -> None:
+    raw = b"\xff" * (MAX_QUARANTINED_BYTES + 1)
+    done = RESULTS.quarantined(Quarantined(Slot(claim, 0), raw, "w" * 10_000), 7.0)
+    letter = msgpack.unpackb(done.dead_letter or b"")
+    assert letter["message"] == raw[:MAX_QUARANTINED_BYTES]
+    assert letter["size"] == len(raw)
+    assert len(letter["reason"]) <= MAX_REASON_CHARS + 1
+    whole = RESULTS.dead(Slot(claim, 0), Ticket("a", "m", codec.JSON), raw, 7.0)
+    assert msgpack.unpackb(whole.dead_letter or b"")["message"] == raw
+
+
+def test_garbage_that_holds_somebodys_id_answers_nobody_and_deletes_nothing(
+    redis: Redis, claim: Claim
+) -> None:
+    key = NAMES.payload("victim", "x")
+    redis.set(key, "payload")
+    cut = b'{"headers": {"id": "victim", "inferq_reply": "channel"}, "body": "' + b"x" * 50
+    done = RESULTS.quarantined(Quarantined(Slot(claim, 0), cut, "why"), 7.0)
+    assert (done.request_id, done.reply, done.payload_keys) == (None, None, ())
+    apply(redis, [done])
+    assert not redis.exists(NAMES.meta("victim"))
+    assert redis.get(key) == b"payload"
