@@ -17,6 +17,8 @@ import msgpack
 import numpy as np
 from helpers.envelopes import JSON, MSGPACK, body, envelope, tensor
 
+from fuzz.nested import nested_lists
+from fuzz.oversized import guessed_id, large_head
 from inferq.shared.names import Names
 from inferq.shared.schema import Array
 
@@ -52,6 +54,9 @@ def stray_reply(rng: random.Random, tree: Tree) -> Tree:
 #: Kind of message → how often it is made, as against the others, and what makes it.
 HOSTILE: Final[dict[str, tuple[int, Hostile]]] = {
     "stray reply": (1, stray_reply),
+    "nested lists": (2, nested_lists),
+    "large head": (1, large_head),
+    "guessed id": (1, guessed_id),
 }
 
 

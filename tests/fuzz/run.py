@@ -8,7 +8,7 @@ holds, and is checked for every message:
 - One that names an id has a result under that id (the first, if several name it), or is a dead
   letter with its very bytes, or is kept until its ETA; unless it asks that its result be ignored,
   or is another task, which is Celery's: it runs, refuses, drops or keeps it until its ETA.
-- All others are dead letters with their very bytes, and nothing else is a dead letter.
+- All others are dead letters with their very bytes (the first 64 KB of them), and nothing else is.
 - No worker dies; nothing stays in queues, claims or kombu's unacked; nobody else's keys change;
   the worker's memory grows by no more than `MAX_GROWTH_MB` after it has warmed up, and never
   reaches 1 GiB; Redis has no more keys without a TTL than before.
@@ -51,6 +51,7 @@ from fuzz.mutations import LINKS_QUEUE, NAMES, WIDTHS, Message, Messages
 from inferq.shared import codec
 from inferq.shared.names import TASK
 from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.results import MAX_QUARANTINED_BYTES
 
 MAX_GROWTH_MB: Final = 50.0
 #: The worker's memory, in MB (2^20 bytes).
@@ -265,8 +266,9 @@ class Campaign:
                 self.sums.wrong += 1
                 self.sums.culprits.append((f"wrong: {meta[:300]!r}", message.raw))
             return "good"
-        if dead[message.raw] > 0:
-            dead[message.raw] -= 1
+        kept_of_it = message.raw[:MAX_QUARANTINED_BYTES]
+        if dead[kept_of_it] > 0:
+            dead[kept_of_it] -= 1
             return "dead letter"
         if request_id is None:
             return None

@@ -29,7 +29,7 @@ FOREIGN_KEYS: Final = (
     "unrelated",
 )
 
-#: Kept as a dead letter, and nobody is told: nobody is named.
+#: Kept as a dead letter, and nobody is told: nobody is named by an envelope.
 QUARANTINED: Final = "quarantined"
 SUCCESS: Final = "SUCCESS"
 
@@ -255,7 +255,7 @@ HEADERS: Mapping[str, Hostile] = {
     **headers(SUCCESS, "retries", 10**30, -1),
     "unknown header, long": Hostile(SUCCESS, request(1, headers={"stamps": {"a": LONG}})),
     "unknown header, nested": Hostile(
-        "DeadLettered",
+        QUARANTINED,
         unescaped(request(1, headers={"x": 4711}), b"4711", b"[" * MANY + b"]" * MANY),
     ),
     "long repr": Hostile(SUCCESS, request(1, headers={"kwargsrepr": LONG})),

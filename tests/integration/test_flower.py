@@ -17,6 +17,7 @@ import pytest
 import redis as redis_py
 from helpers.flower import FlowerProcess
 from helpers.repository import fake_model, message, numbered
+from helpers.responder import advert, announce
 from helpers.wait import until
 from helpers.worker import Worker
 
@@ -88,11 +89,15 @@ def test_metrics_hold_the_depths_beside_flowers_own(
     flower: FlowerProcess, store: redis_py.Redis
 ) -> None:
     enqueue(store, "m", [0, 9, 9])
+    enqueue(store, "nobody-announced-it", [0])
+    announce(store, advert("m"), live=False)
     reply = flower.get("/metrics")
     assert reply.headers["content-type"].startswith("text/plain; version=")
     lines = reply.body.splitlines()
     assert 'inferq_queue_depth{model="m",priority="9"} 2.0' in lines
     assert 'inferq_queue_consumers{model="m"} 0.0' in lines
+    assert "inferq_queues_unannounced 1.0" in lines
+    assert "nobody-announced-it" not in reply.body
     assert any(line.startswith("# TYPE flower_events_total") for line in lines)
 
 

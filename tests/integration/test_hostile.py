@@ -34,6 +34,7 @@ from helpers.worker import Worker
 
 from inferq.shared.names import Names
 from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.results import MAX_QUARANTINED_BYTES
 
 NAMES = Names()
 QUEUE = NAMES.queue("m")
@@ -83,7 +84,8 @@ def test_a_hostile_message_ends_as_it_should_and_harms_nobody(
     between_good_ones(store, case.raw)
     if case.ends == QUARANTINED:
         (letter,) = until(lambda: dead_letters(store, "m"), what="it is quarantined")
-        assert (letter["id"], letter["message"]) == (None, case.raw)
+        assert (letter["id"], letter["message"]) == (None, case.raw[:MAX_QUARANTINED_BYTES])
+        assert letter["size"] == len(case.raw)
         return
     meta = meta_of(store, named(case.raw))
     if case.ends == SUCCESS:
@@ -92,7 +94,8 @@ def test_a_hostile_message_ends_as_it_should_and_harms_nobody(
     assert meta["result"]["exc_type"] == case.ends, meta
     assert meta["result"]["exc_message"][0]
     letters = [letter["message"] for letter in dead_letters(store, "m")]
-    assert letters == ([case.raw] if case.ends == "DeadLettered" else [])
+    kept = case.raw[:MAX_QUARANTINED_BYTES]
+    assert letters == ([kept] if case.ends == "DeadLettered" else [])
 
 
 # --- claim-checked payloads --------------------------------------------------------------------

@@ -488,7 +488,7 @@ def test_a_message_that_is_too_large_and_names_nobody_is_quarantined() -> None:
 
 
 def test_the_description_that_is_kept_of_a_request_is_short() -> None:
-    found = opened(intake(), message(kwargsrepr="\N{grinning face}" * 50_000))
+    found = opened(intake(), message(kwargsrepr="\N{GRINNING FACE}" * 50_000))
     assert len(found.ticket.kwargsrepr) == MAX_REPR_CHARS
 
 

@@ -139,7 +139,9 @@ class Intake:
     ) -> Opened | Failed | Revoked | Foreign | Early | Quarantined:
         """Read one message. Never raises."""
         if len(message) > self._most_message:
-            told = f"the message is {len(message)} bytes; expected at most {self._most_body} of body"
+            told = (
+                f"the message is {len(message)} bytes; expected at most {self._most_body} of body"
+            )
             return self._too_large(slot, message, f"{told} and {codec.MAX_HEAD_BYTES} besides")
         try:
             envelope = codec.decode_envelope(message)

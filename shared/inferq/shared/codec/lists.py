@@ -69,9 +69,7 @@ def _numbers(name: str, value: object, dtype: np.dtype[Any] | None, shape: list[
         level = level[0] if len(level) == 1 else list(chain.from_iterable(level))
 
 
-def _flat(
-    name: str, level: Sequence[Any], kinds: set[type], dtype: np.dtype[Any] | None
-) -> Array:
+def _flat(name: str, level: Sequence[Any], kinds: set[type], dtype: np.dtype[Any] | None) -> Array:
     """Python's own numbers as NumPy would take them, by the shortest way."""
     if kinds == _FLOAT:
         return np.fromiter(level, np.float64, len(level))
@@ -130,7 +128,7 @@ def _part(name: str, value: Any, dtype: np.dtype[Any] | None, depth: int) -> Arr
 
 
 def _are_numbers(level: Sequence[Any]) -> bool:
-    return not any(isinstance(each, np.generic) and each.dtype.kind not in "biufc" for each in level)
+    return all(np.asarray(each).dtype.kind in "biufc" for each in level)
 
 
 def _no_number(name: str, level: Sequence[Any]) -> NoReturn:

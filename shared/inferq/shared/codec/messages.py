@@ -83,6 +83,8 @@ class _Named(msgspec.Struct):
     content_type: msgspec.Raw = msgspec.field(name="content-type", default=msgspec.Raw())
 
 
+#: What is longer is not read by Python's JSON, which makes objects of all of it.
+_PYTHON_BYTES: Final = 64 * 1024
 #: Ids as clients make them. Other ones are not looked for where the rest is broken.
 _PLAIN_ID: Final = re.compile(r"[ !#-\[\]-~]{1,200}")
 
@@ -125,11 +127,23 @@ def guess_ticket(raw: bytes, model: str) -> Ticket | None:
     try:
         named = _named_decoder.decode(raw)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-        return None
-    if _PLAIN_ID.fullmatch(named.headers.id) is None:
+        named = _named_by_python(raw)
+    if named is None or _PLAIN_ID.fullmatch(named.headers.id) is None:
         return None
     kind = MSGPACK if bytes(named.content_type) == b'"%s"' % MSGPACK.encode() else JSON
     return Ticket(id=named.headers.id, model=model, content_type=kind)
+
+
+def _named_by_python(raw: bytes) -> _Named | None:
+    """What Python's JSON reads and ours does not, as Celery writes it: NaN, Infinity."""
+    if len(raw) > _PYTHON_BYTES:
+        return None
+    try:
+        tree = json.loads(raw.decode())
+        kind = json.dumps(tree.get("content-type")).encode()
+        return _Named(msgspec.convert(tree.get("headers"), _NamedHeaders), msgspec.Raw(kind))
+    except (ValueError, RecursionError, AttributeError):
+        return None
 
 
 def decode_body(envelope: Envelope) -> Body:

@@ -99,8 +99,7 @@ def decode_tensor(name: str, tensor: object, dtype: str | None = None) -> Array:
         or not all(type(size) is int and size >= 0 for size in shape)
     ):
         raise InvalidInput(
-            f"input {name!r}: shape {brief(shape)}; "
-            f"expected a list of at most {MAX_DIMS} sizes"
+            f"input {name!r}: shape {brief(shape)}; expected a list of at most {MAX_DIMS} sizes"
         )
     if isinstance(data, dict):
         data = _kombu_bytes(data)
