@@ -8,7 +8,7 @@ from typing import Any, Final
 Tree = Any
 
 #: Leaves that are no number, or none that a float holds.
-_ODD: Final = (
+_ODD: Final[tuple[Any, ...]] = (
     "a", "b" * 5_000, "", None, {}, {"": {}}, [], [[]], True, 2**63, 2**64 - 1, 1e308, "NaN",
     "application/x-msgpack",
 )  # fmt: skip

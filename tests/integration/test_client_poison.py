@@ -89,8 +89,8 @@ def worker(redis_url: str, models: Path) -> Iterator[Worker]:
 def store(redis: Redis, raw: bytes) -> None:
     """`raw` as the result of one of the requests that wait, told on its client's reply channel."""
     until(lambda: redis.llen(QUEUE) == COUNT, what="all are queued")
-    waiting = redis.lrange(QUEUE, 0, -1)[::-1]  # type: ignore[index]
-    headers = codec.decode_envelope(waiting[POISONED]).headers
+    waiting = redis.lrange(QUEUE, 0, -1)[::-1]
+    headers = codec.decode_envelope(bytes(waiting[POISONED])).headers  # type: ignore[arg-type]
     redis.set(NAMES.meta(headers.id), raw)
     channel = headers.inferq_reply or ""
     for news in poison.NEWS:

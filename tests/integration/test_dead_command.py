@@ -37,6 +37,7 @@ from inferq.workers.cli import inferq
 from inferq.workers.dead_letters import DeadLetters
 from inferq.workers.engines.fake import FAULT_EXIT
 from inferq.workers.recovery import suspect
+from inferq.workers.results import MAX_QUARANTINED_BYTES
 
 NAMES = Names()
 #: Enough columns for a request to be claim-checked.
@@ -195,6 +196,26 @@ def test_a_request_whose_payload_is_gone_is_refused_and_the_others_are_not(
     assert redis.ttl(kept[2]) > 24 * 3600
     assert {letter["id"] for letter in dead_letters(redis, "m")} == {gone[0], answered[0]}
     assert redis.exists(NAMES.meta(gone[0]), NAMES.meta(answered[0])) == 2
+
+
+def test_bytes_of_which_only_the_first_were_kept_are_not_sent_once_more(
+    redis_url: str, redis: Redis, tmp_path: Path, dead: Dead
+) -> None:
+    fake_model(tmp_path / "models", "m")
+    size = 2 * MAX_QUARANTINED_BYTES
+    with Worker(redis_url, tmp_path / "models"):
+        redis.lpush(NAMES.queue("m"), b"x" * size)
+        until(lambda: redis.llen(NAMES.dead("m")) == 1, what="it is quarantined")
+    (row,) = json.loads(dead("list", "m", "--json").stdout)
+    assert row["message_bytes"] == size
+    refused = dead("replay", row["id"])
+    assert refused.exit_code == 1
+    told = f"{MAX_QUARANTINED_BYTES} of its {size} bytes are kept; it can only be dropped"
+    assert told in refused.stderr
+    (shown,) = json.loads(dead("show", row["id"], "--json").stdout)
+    assert shown["unreadable"] == shown["reason"]
+    assert dead("drop", row["id"]).exit_code == 0
+    assert not redis.exists(NAMES.dead("m"))
 
 
 def test_drop_deletes_letters_and_payloads_and_leaves_the_results(redis: Redis, dead: Dead) -> None:

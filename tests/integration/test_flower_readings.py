@@ -75,6 +75,24 @@ def test_all_who_ask_within_a_second_share_one_reading(
     asyncio.run(ask())
 
 
+def test_queues_that_anybody_may_make_hide_no_model_that_a_worker_knows(
+    redis: redis_py.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inferq.workers.flower.readings.MODELS", 10)
+    for n in range(30):
+        redis.lpush(f"inferq.0{n:03}", "x")
+    redis.set(NAMES.model("m"), "x")
+
+    async def ask() -> None:
+        reading = (await Readings(redis, NAMES, clock=Clock()).latest()).reading
+        assert reading is not None
+        assert len(reading.depths.models) == 10
+        assert "m" in {each.model for each in reading.depths.models}
+        assert reading.left_out == 21
+
+    asyncio.run(ask())
+
+
 def test_a_long_look_for_models_holds_up_no_reading_and_is_taken_seldom(
     redis: redis_py.Redis, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

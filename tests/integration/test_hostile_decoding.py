@@ -66,7 +66,7 @@ def pusher(served: Worker) -> Iterator[redis_py.Redis]:
 
 
 def lists(value: object, kind: str = JSON) -> bytes:
-    content = [[], {"inputs": {"x": value}}, None]
+    content: list[Any] = [[], {"inputs": {"x": value}}, None]
     packed = json.dumps(content).encode() if kind == JSON else msgpack.packb(content)
     return envelope(packed, kind=kind, request_id="bomb")
 
@@ -85,7 +85,7 @@ LINK: Final = {
     "task": "nobody.knows", "args": [], "kwargs": {}, "immutable": True, "subtask_type": None,
     "options": {"queue": "nobody", "task_id": "link"},
 }  # fmt: skip
-MAPS: Final = [{"": {}}] * 1_500_000
+MAPS: Final[list[Any]] = [{"": {}}] * 1_500_000
 BOMBS: Final = {
     "67 KB of strings": lists(["a"] * 12_000 + ["b" * 20_000]),
     "strings in msgpack": lists(["a"] * 16_000 + ["b" * 30_000], codec.MSGPACK),

@@ -202,6 +202,20 @@ def test_a_reading_costs_few_trips_and_no_message_leaves_redis(redis: Redis) -> 
     assert [each.model for each in found.models if each.oldest_age_s is not None] == ["m"]
 
 
+def test_of_very_many_queues_that_no_worker_announced_some_are_listed(
+    redis: Redis, queues: Queues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(depths_module, "STRAYS", 3)
+    for n in range(7):
+        redis.lpush(NAMES.queue(f"stray{n}"), b"x")
+    redis.lpush(NAMES.queue("known"), b"x")
+    redis.set(NAMES.model("known"), "x")
+    found = DepthReader(redis, NAMES).read()
+    assert "known" in {each.model for each in found.models}
+    assert (len(found.models), found.unlisted) == (4, 4)
+    assert "4 more queues, of models that no worker announced\n" in queues().stderr
+
+
 def test_only_the_first_of_very_many_etas_are_looked_at(
     redis: Redis, queues: Queues, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,6 +150,8 @@ def test_decoding_takes_memory_in_proportion_to_the_message(name: str, dtype: st
     assert taken <= FACTOR * len(message) + BESIDES, f"{taken / len(message):.1f} for each byte"
 
 
+ITSELF: Final[list[Any]] = []
+ITSELF.append(ITSELF)
 CALLERS: Final[dict[str, Any]] = {
     "strings": ["a", "b"],
     "a long string beside many": LONG_BESIDE_MANY,
@@ -166,7 +168,7 @@ CALLERS: Final[dict[str, Any]] = {
     "a number beside a list": [1, [2]],
     "1000 deep": json.loads("[" * 900 + "1" + "]" * 900),
     "17 deep": json.loads("[" * 17 + "1" + "]" * 17),
-    "itself": (lambda lists: lists.append(lists) or lists)([]),
+    "itself": ITSELF,
     "an integer of 65 bits": [2**64],
     "an integer of 20,000 bits": [[1.0, 2**20_000]],
     "times": [np.datetime64(0, "s")],
@@ -273,7 +275,7 @@ def test_lists_of_several_kinds_of_numbers_are_exact(
 @pytest.mark.parametrize("kind", [MSGPACK, JSON])
 def test_honest_lists_of_many_rows_are_read(kind: str) -> None:
     rows = np.arange(120_000, dtype=np.float64).reshape(-1, 1) / 7
-    content = [[], {"inputs": {"x": rows.tolist()}}, None]
+    content: list[Any] = [[], {"inputs": {"x": rows.tolist()}}, None]
     packed = msgpack.packb(content) if kind == MSGPACK else json.dumps(content).encode()
     np.testing.assert_array_equal(decode(envelope(packed, kind=kind), "float64"), rows)
 

@@ -239,7 +239,7 @@ def chained() -> Exception:
             raise KeyError("second") from first
     except KeyError:
         try:
-            raise RuntimeError(FORGED)  # noqa: B904
+            raise RuntimeError(FORGED)
         except RuntimeError as last:
             last.add_note(FORGED)
             return last

@@ -30,7 +30,6 @@ from inferq.shared.errors import (
     QueueFull,
     RedisUnavailable,
     ResultExpired,
-    ResultTimeout,
 )
 from inferq.shared.names import Names
 from inferq.shared.resp import ReplyError
@@ -284,12 +283,9 @@ def test_a_result_that_nobody_can_read_fails_its_own_request_and_no_other(raw: b
     core.take([each.request_id for each in (first, poisoned, last)], [good, raw, good])
     for each in (first, last):
         np.testing.assert_array_equal(each.result(0).outputs["y"], X)
-    try:
-        poisoned.result(0)  # what is odd may stand where nobody looks
-    except InferqError as error:
-        assert not isinstance(error, ResultTimeout)
-        assert len(str(error)) < 3_000
-    assert poisoned.done()
+    outcome = poisoned.outcome  # a result, where what is odd stands where nobody looks
+    assert isinstance(outcome, Result | EngineError | InvalidInput)
+    assert len(str(outcome)) < 3_000
 
 
 @pytest.mark.parametrize("news", poison.NEWS, ids=lambda news: f"{news[:20]!r}")
@@ -310,7 +306,10 @@ def test_a_large_result_is_read_whatever_its_receipt_says_and_with_empty_outputs
     """Another version's worker may tell less or else of itself."""
     core = new_core()
     pending = submit(core)
-    outputs = {"y": np.ones(MAX_ODD_BYTES, np.uint8), "none": np.empty((0, 3), np.float32)}
+    outputs: dict[str, Any] = {
+        "y": np.ones(MAX_ODD_BYTES, np.uint8),
+        "none": np.empty((0, 3), np.float32),
+    }
     take(core, pending, codec.encode_success("x", outputs, {"batch_size": "many"}, DONE_AT))
     result = pending.result(0)
     assert result.receipt is None

@@ -18,6 +18,7 @@ from inferq.shared.codec import encode_advert
 from inferq.shared.connect import redis_client
 from inferq.shared.names import Names
 from inferq.shared.schema import ModelAdvert, Signature, TensorSpec
+from inferq.workers import depths
 from inferq.workers.cuda.telemetry import GpuTelemetry
 from inferq.workers.embedded import EmbeddedRedis
 from inferq.workers.metrics import prometheus
@@ -110,6 +111,27 @@ def test_what_is_not_known_is_absent(redis: Redis) -> None:
     for name in ("inferq_queue_oldest_age_seconds", "inferq_queue_limit"):
         assert not seen.families[name].samples
     assert seen("inferq_queue_depth", priority="0") == 0
+
+
+def test_queues_that_anybody_may_make_are_no_labels(
+    queued: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(depths, "STRAYS", 100)
+    with queued.pipeline(transaction=False) as pipe:
+        for n in range(250):
+            pipe.lpush(NAMES.queue(f"stray{n}", 9), b"x")
+        pipe.execute()
+    seen = exposed(DepthCollector(queued, NAMES))
+    assert {sample.labels["model"] for sample in seen.families["inferq_queue_depth"].samples} == {
+        "m"
+    }
+    assert seen("inferq_queues_unannounced") == 250
+    for n in range(5):
+        queued.set(NAMES.model(f"known{n}"), "x")
+    monkeypatch.setattr(prometheus, "MODELS", 3)
+    seen = exposed(DepthCollector(queued, NAMES))
+    assert len(seen.families["inferq_queue_consumers"].samples) == 3
+    assert seen("inferq_queues_unannounced") == 250 + 3
 
 
 def test_without_redis_only_that_is_told(new_redis: Callable[..., EmbeddedRedis]) -> None:

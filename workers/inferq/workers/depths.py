@@ -24,8 +24,8 @@ from inferq.workers import replies
 
 #: Most requests with an ETA whose model is looked at: those that are due first.
 LATER_PLACES: Final = 10_000
-#: Most queues that are listed of models that no worker is known to have served: whoever may push can
-#: make as many as it likes.
+#: Most models that are listed though no worker is known to have served them: whoever may push can
+#: make as many queues as it likes.
 STRAYS: Final = 10_000
 #: Part of max_queue_depth from which on a queue is nearly full.
 NEAR: Final = 0.8
@@ -74,7 +74,7 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
 
     #: A worker announces or announced them in the last day, or left something of them.
     known: Sequence[str]
-    #: Those that only have a queue, as far as they are listed; and how many more there are at least.
+    #: Those that only have a queue, `STRAYS` of them at most; and how many more queues there are.
     strays: Sequence[str]
     unlisted: int
 

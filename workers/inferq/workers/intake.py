@@ -267,8 +267,8 @@ class Intake:
             content_type=codec.MSGPACK if envelope.content_type == codec.MSGPACK else codec.JSON,
             priority=slot.claim.step, reply=headers.inferq_reply, sent_ms=headers.inferq_sent_ms,
             deadline_ms=headers.inferq_deadline_ms, ignore_result=bool(headers.ignore_result),
-            extra=extra, kwargsrepr=(headers.kwargsrepr or "")[:MAX_REPR_CHARS], root_id=headers.root_id,
-            eta=headers.eta,
+            extra=extra, kwargsrepr=(headers.kwargsrepr or "")[:MAX_REPR_CHARS],
+            root_id=headers.root_id, eta=headers.eta,
         )  # fmt: skip
 
     def _inputs(self, given: Mapping[str, Any]) -> Mapping[str, Any]:

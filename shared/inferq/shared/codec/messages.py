@@ -124,6 +124,7 @@ def guess_ticket(raw: bytes, model: str) -> Ticket | None:
     It must be sound JSON with the id where it belongs. What merely holds somebody's id, in bytes
     that are no envelope, is no reason to tell him that his request has failed.
     """
+    named: _Named | None
     try:
         named = _named_decoder.decode(raw)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):

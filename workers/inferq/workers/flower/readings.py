@@ -87,7 +87,7 @@ class Readings:
         self._problem: str | None = None
         self._read_at = -math.inf
         self._reading: asyncio.Future[None] | None = None
-        #: All that have a queue or the like, those first that workers know; None: not found out yet.
+        #: All that have a queue or the like, first those that workers know; None: not looked yet.
         self._models: list[str] | None = None
         self._look_at = -math.inf
         self._looking: asyncio.Future[None] | None = None
