@@ -26,6 +26,7 @@ from click import Command
 from click import Context as ClickContext
 from helpers.stock import let_go
 from kombu import Connection, Consumer, Queue
+from kombu.exceptions import ContentDisallowed
 
 from inferq.shared.celery_app import make_app
 from inferq.shared.names import Names
@@ -165,37 +166,53 @@ def test_a_message_is_kept_as_kombu_keeps_what_it_delivers(
     let_go(app)
 
 
-@pytest.mark.parametrize("missing", ["properties", "delivery_info", "delivery_tag"])
-def test_what_kombu_did_not_write_is_not_handed_over(
-    app: Celery, redis: redis_py.Redis, missing: str
+def test_what_was_delivered_is_forgotten_as_kombu_forgets_it(
+    app: Celery, redis: redis_py.Redis, connection: Connection
 ) -> None:
-    raw = json.loads(pushed(app, redis))
-    (raw if missing == "properties" else raw["properties"]).pop(missing)
-    with pytest.raises(ValueError, match=missing):
-        celery_private.unacked_commands(json.dumps(raw).encode(), "")
+    message = pushed(app, redis)
+    channel = connection.default_channel
+    tag = json.loads(message)["properties"]["delivery_tag"]
+    channel.qos.append(channel.Message(json.loads(message), channel=channel), tag)
+    channel.qos._delivered.clear()
+    assert redis.hlen("unacked") == redis.zcard("unacked_index") == 1
+    for command in celery_private.acked_commands(message, ""):
+        redis.execute_command(*command)  # type: ignore[no-untyped-call]
+    assert not redis.exists("unacked", "unacked_index")
+
+
+@pytest.mark.parametrize("kind", ["json", "msgpack"])
+def test_a_body_is_read_as_the_handler_reads_it(
+    app: Celery, redis: redis_py.Redis, connection: Connection, kind: str
+) -> None:
+    raw = json.loads(pushed(app, redis, serializer=kind))
+    channel = connection.default_channel
+    stock = channel.Message(raw, channel=channel, accept={raw["content-type"]}).decode()
+    assert celery_private.read_body(raw) == stock
+    assert stock[0] == [1]
+    with pytest.raises(ContentDisallowed):
+        celery_private.read_body({**raw, "content-type": "application/x-python-serialize"})
 
 
 def test_a_delivered_message_reaches_the_handler_and_is_acknowledged(
     app: Celery, redis: redis_py.Redis, connection: Connection
 ) -> None:
     received: list[Any] = []
-    soon: list[Callable[[], None]] = []
+    settled: list[bool] = []
     consumer = SimpleNamespace(
         task_consumer=Consumer(
             connection.default_channel, [Queue("none")], on_message=received.append, accept=["json"]
         ),
-        call_soon=soon.append,
         connection_errors=connection.connection_errors,
         app=app,
     )
     message = pushed(app, redis)
-    celery_private.deliver(consumer, message)
-    assert not received, "it is the main thread's to receive it"
-    soon.pop()()
+    celery_private.deliver(consumer, message, lambda: settled.append(True))
     assert received[0].headers["task"] == "celery.accumulate"
     assert received[0].decode()[0] == [1]
     assert redis.hlen("unacked") == redis.zcard("unacked_index") == 1
+    assert not settled
     received[0].ack()
+    assert settled
     assert not redis.exists("unacked", "unacked_index")
 
 

@@ -7,14 +7,13 @@ all of them.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import redis as redis_py
-from helpers.envelopes import JSON, envelope, request, tensor
+from helpers.envelopes import request, tensor
 from helpers.hostile import (
     FOREIGN_KEYS,
     LONG,
@@ -24,11 +23,9 @@ from helpers.hostile import (
     TABLE,
     Hostile,
     asked,
-    unescaped,
 )
 from helpers.repository import fake_model, message, numbered
 from helpers.results import dead_letters, meta_of, nothing_is_held, outputs_of
-from helpers.stock import stock_app
 from helpers.wait import until
 from helpers.worker import Worker
 
@@ -39,7 +36,6 @@ from inferq.workers.results import MAX_QUARANTINED_BYTES
 NAMES = Names()
 QUEUE = NAMES.queue("m")
 SECRET = b"secret"
-UUID = rb"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 
 @pytest.fixture(scope="module")
@@ -167,76 +163,3 @@ def test_a_result_that_stands_already_is_not_replaced(store: redis_py.Redis) -> 
         request(1, headers={"id": "other", "group": 5}),
     )
     until(lambda: len(dead_letters(store, "m")) == 1)
-
-
-# --- other tasks -------------------------------------------------------------------------------
-
-
-def foreign(request_id: str, **given: Any) -> bytes:
-    headers = {"id": request_id, "task": "someone.elses", **given.pop("headers", {})}
-    return envelope(b"[[], {}, null]", kind=JSON, headers=headers, **given)
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [
-        foreign("other"),
-        foreign("other", body=5),
-        foreign("other", **{"content-type": "application/x-python-serialize"}),
-        foreign("other", headers={"compression": "application/x-bz2"}),
-        foreign("other", headers={"task": "celery.accumulate", "eta": "never"}),
-        foreign("other", headers={"task": "celery.accumulate", "expires": "never"}),
-        foreign("other", headers={"task": "celery.accumulate", "timelimit": 5}),
-        foreign("other", headers={"task": "celery.accumulate", "retries": 10**30}),
-        foreign("other", headers={"task": "celery.chord_unlock"}),
-        foreign("other", headers={"task": ""}),
-        foreign("other", headers={"task": LONG}),
-        foreign("other", properties={"delivery_info": {"exchange": [], "routing_key": {}}}),
-    ],
-    # Without the delivery tag, which is random: ids are the same in every process.
-    ids=lambda raw: f"{re.sub(UUID, b'', raw)[-264:-64]!a}",
-)
-def test_another_task_that_celery_cannot_read_or_answer_ends_nothing(
-    store: redis_py.Redis, raw: bytes
-) -> None:
-    between_good_ones(store, raw)
-    until(lambda: not store.exists("unacked", "unacked_index"), what="nothing is left unacked")
-    until(lambda: pings(store), what="the main thread goes on")
-    assert dead_letters(store, "m") == []
-
-
-@pytest.mark.parametrize(
-    ("raw", "reason"),
-    [
-        (foreign("t", properties={"delivery_tag": None}), "delivery_tag is no string"),
-        (foreign("t", properties={"delivery_tag": ["\x00"]}), "delivery_tag is no string"),
-        (foreign("t", properties={"delivery_info": 5}), "is missing"),
-        (foreign("t", properties={"delivery_info": {}}), "is missing"),
-        (foreign("t", headers={"x": json.loads("[" * 101 + "]" * 101)}), "levels deep"),
-    ],
-    ids=["no tag", "a list as tag", "info a number", "no exchange", "nested"],
-)
-def test_another_task_that_is_no_message_of_kombus_is_quarantined(
-    store: redis_py.Redis, raw: bytes, reason: str
-) -> None:
-    between_good_ones(store, raw)
-    (letter,) = until(lambda: dead_letters(store, "m"), what="it is quarantined")
-    assert (letter["message"], reason in letter["reason"]) == (raw, True)
-
-
-def test_other_tasks_nested_as_deep_as_the_decoders_go_end_nothing(store: redis_py.Redis) -> None:
-    """Each reader gives up at a depth of its own, which is a matter of its own stack."""
-    deep = [
-        unescaped(foreign("t", headers={"x": 4711}), b"4711", b"[" * depth + b"]" * depth)
-        for depth in range(850, 1000)
-    ]
-    between_good_ones(store, *deep)
-    until(lambda: len(dead_letters(store, "m")) == len(deep), what="all are quarantined")
-
-
-def pings(store: redis_py.Redis) -> bool:
-    """Whether the worker's main thread answers."""
-    kwargs = store.connection_pool.connection_kwargs
-    url = f"redis://{kwargs['host']}:{kwargs['port']}/0"
-    with stock_app(url) as app:
-        return bool(app.control.ping(timeout=5, limit=1))

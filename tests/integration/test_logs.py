@@ -23,7 +23,7 @@ from inferq.workers.engines.fake import FAULT_RAISE
 from inferq.workers.logs.flood import BURST
 
 QUEUE = Names().queue("m")
-#: A message that Celery's own handler is given: nobody here knows its task.
+#: Another task: nobody here knows it.
 FOREIGN = {
     "body": "W10=", "content-type": "application/json", "content-encoding": "utf-8",
     "headers": {"id": "foreign", "task": "unheard.of"},
@@ -68,7 +68,7 @@ def test_every_line_of_a_worker_and_its_supervisor_is_a_json_object(
         redis.lpush(QUEUE, json.dumps(FOREIGN), b"garbage")
         bad, raw = message("m", numbered(FAULT_RAISE))
         redis.lpush(QUEUE, raw, *(message("m", numbered(n))[1] for n in range(7)))
-        until(lambda: _with(worker, "unregistered task"), what="Celery's own handler complained")
+        until(lambda: _with(worker, "is not run"), what="the other task is told of")
         until(lambda: _with(worker, "the engine raised"), what="the engine raised")
         (raised,) = _with(worker, "the engine raised")
         (quarantined,) = _with(worker, "quarantined a message of m")
@@ -137,7 +137,7 @@ def test_bad_messages_do_not_fill_the_log(redis_url: str, redis: Redis, models: 
             client.infer("m", {"x": numbered(FAULT_RAISE)}, timeout=30)
         worker.stop()
         told = lines(worker)
-    for text in ("quarantined a message", "the engine raised", "unregistered task"):
+    for text in ("quarantined a message", "the engine raised", "is not run"):
         found = [each for each in told if text in each["message"]]
         assert 0 < len(found) <= 2 * BURST, text
 
@@ -151,7 +151,7 @@ def test_no_client_writes_a_line_of_its_own(redis_url: str, redis: Redis, models
             told["headers"]["id"] = f"{request_id} {forged}"
             redis.lpush(QUEUE, json.dumps(told))
         redis.lpush(QUEUE, json.dumps(foreign), forged)
-        texts = ("raised on one", "refused two", "unregistered task", "quarantined")
+        texts = ("raised on one", "refused two", "is not run", "quarantined")
         until(lambda: all(text in worker.log for text in texts), what="all are told of")
         worker.stop()
         assert "] forged" in worker.log

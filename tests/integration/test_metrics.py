@@ -192,12 +192,13 @@ def test_what_ends_without_being_computed_counts_and_what_goes_on_does_not(
         done = app.send_task(TASK, kwargs={"inputs": x}, queue=queue_of("m"))
         done.get(timeout=30)
     until(lambda: redis.zcard(NAMES.later) == 1, what="the one with an ETA is kept")
-    seen = once_counted(worker, 7)
-    assert outcomes(seen) == {"success": 2, "failure": 2, "revoked": 1, "dead_letter": 2}
+    seen = once_counted(worker, 8)
+    assert outcomes(seen) == {"success": 2, "failure": 3, "revoked": 1, "dead_letter": 2}
     assert seen("inferq_request_failures_total", code="deadline_exceeded") == 1
     assert seen("inferq_request_failures_total", code="invalid_input") == 1
+    assert seen("inferq_request_failures_total", code="not_registered") == 1
     assert seen("inferq_request_retries_total") == 3, "two of three for the dead letter, and one"
-    assert seen("inferq_request_duration_seconds_count") == 7
+    assert seen("inferq_request_duration_seconds_count") == 8
     assert seen("inferq_request_queue_seconds_count") == 2
     assert seen("inferq_batch_rows_sum") == 2
 

@@ -131,17 +131,6 @@ def test_active_reserved_and_query_task_name_what_is_held(app: Celery) -> None:
     assert ask(app, "active") == ask(app, "reserved") == []
 
 
-def test_scheduled_names_what_celery_holds_until_its_eta(app: Celery) -> None:
-    """A foreign task. A request of ours waits in Redis, in no worker's care."""
-    send(app, "echo", countdown=3600)
-    later = app.send_task("celery.accumulate", queue="inferq.echo", countdown=3600)
-    (info,) = until(lambda: ask(app, "scheduled"), what="Celery holds it")
-    assert info["request"]["id"] == later.id
-    assert "ok" in ask(app, "revoke", task_id=later.id)
-    later.get(timeout=ANSWER_S, propagate=False)
-    assert later.state == "REVOKED"
-
-
 def test_stats_count_each_request_once(app: Celery) -> None:
     """Served or failed, at once or at an ETA."""
 
@@ -246,17 +235,15 @@ def test_a_lost_control_connection_disturbs_no_request_and_changes_no_queue(
     ):
         serve_while_celery_is_cut_off(app, store)
         assert [queue["name"] for queue in ask(app, "active_queues")] == ["inferq.slow"]
-        assert ask(app, "stats")["total"] == {"inferq.infer": 41, "celery.accumulate": 1}
-        until(lambda: not store.exists("unacked", "unacked_index"))
+        assert ask(app, "stats")["total"] == {"inferq.infer": 41}
         assert "data plane's connection broke" not in worker.log
         assert not [command for command in seen(monitor) if popped_from_ours(command)]
 
 
 def serve_while_celery_is_cut_off(app: Celery, store: redis_py.Redis) -> None:
-    """40 requests, one with an ETA, and a task that Celery itself holds: all are served."""
+    """40 requests, and one with an ETA: all are served."""
     sent = [send(app, "slow") for _ in range(40)]
     sent.append(send(app, "slow", countdown=3))
-    sent.append(app.send_task("celery.accumulate", args=[1], queue="inferq.slow", countdown=3))
     for _ in range(3):
         before = until(lambda: celerys_connections(store), what="Celery listens for commands")
         for connection in before:

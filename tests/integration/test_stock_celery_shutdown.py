@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -162,24 +161,3 @@ def test_a_request_with_an_eta_outlives_the_worker_that_took_it(
         worker.kill()
     with Worker(redis_url, models(0.0), name="second"):
         assert echoed(sent) == [7, 8]
-
-
-@pytest.mark.parametrize("killed", [False, True], ids=["SIGTERM", "SIGKILL"])
-def test_a_foreign_task_that_celery_holds_goes_back_to_its_queue(
-    redis: redis_py.Redis, redis_url: str, app: Celery, models: Models, killed: bool
-) -> None:
-    """At once, or where the worker was killed, once kombu's visibility timeout has passed."""
-    with Worker(redis_url, models(0.0)) as worker:
-        held = app.send_task("celery.accumulate", args=[1], queue="inferq.m", countdown=3)
-        tags = until(lambda: redis.hkeys("unacked"), what="Celery holds it")
-        until(lambda: held.id in worker.log, what="its handler has received it")
-        if killed:
-            worker.kill()
-        else:
-            worker.stop(SHUTDOWN_S)
-            assert_nothing_is_held(redis)
-    with Worker(redis_url, models(0.0), name="second"):
-        if killed:
-            for tag in tags:
-                redis.execute_command("ZADD", "unacked_index", time.time() - 3601, tag)  # type: ignore[no-untyped-call]
-        assert held.get(timeout=WAIT_S) == [1]

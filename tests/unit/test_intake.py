@@ -20,6 +20,7 @@ from inferq.shared.errors import (
     DeadlineExceeded,
     InvalidInput,
     ModelNotFound,
+    NotRegistered,
     PayloadExpired,
     PayloadTooLarge,
 )
@@ -28,6 +29,7 @@ from inferq.shared.schema import ModelAdvert, Signature, TensorSpec
 from inferq.workers.batching.padding import Padding, PadRule
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Claim, Slot
+from inferq.workers.foreign_tasks import MAX_BYTES, ForeignTasks
 from inferq.workers.intake import (
     BODY_BYTES,
     MAX_FOLLOWING,
@@ -224,8 +226,31 @@ def test_what_names_no_request_is_quarantined_with_its_bytes() -> None:
         assert (found.message, bool(found.reason)) == (raw, True)
 
 
-def test_another_task_is_celerys() -> None:
-    assert isinstance(intake().open(SLOT, message(task="other", eta="some day")), Foreign)
+def test_another_task_is_not_registered() -> None:
+    error = failure(intake().open(SLOT, message(task="other", eta="some day")))
+    assert (type(error), str(error)) == (NotRegistered, "other")
+
+
+def handed(**headers: Any) -> Any:
+    """What becomes of a task where two are registered."""
+    foreign = ForeignTasks({"mine", "celery.mine"}, lambda raw: raw)
+    reader = Intake(intake()._advert, NAMES, intake()._padding, bool, lambda: NOW, foreign)
+    return reader.open(SLOT, message(**headers))
+
+
+def test_another_task_is_celerys_where_it_is_registered_and_may_be() -> None:
+    found = handed(task="mine", compression="", expires="2040-01-01T00:00:00")
+    assert isinstance(found, Foreign)
+    made = json.loads(found.handed)
+    assert made["properties"]["delivery_info"] == {"exchange": "", "routing_key": "inferq.m"}
+    assert made["properties"]["priority"] == 3
+    assert len(made["properties"]["delivery_tag"]) == 36
+    assert isinstance(handed(task="mine", eta="2040-01-01T00:00:00"), Early)
+    for task in ("other", "celery.mine"):
+        assert isinstance(failure(handed(task=task)), NotRegistered)
+    for odd in ({"eta": "x"}, {"expires": "x"}, {"compression": "x-bz2"}):
+        assert isinstance(failure(handed(task="mine", **odd)), InvalidInput)
+    assert isinstance(failure(handed(task="mine", x="y" * MAX_BYTES)), PayloadTooLarge)
 
 
 def test_a_request_waits_for_its_eta_only_if_it_is_good_and_early() -> None:
@@ -434,7 +459,7 @@ def test_no_headers_make_it_raise(headers: dict[str, Any], kind: str) -> None:
         assert found.ticket.id == headers.get("id", "one")
         assert found.ticket.reply is None or NAMES.is_reply(found.ticket.reply)
     else:
-        assert isinstance(found, Quarantined | Foreign | Early)
+        assert isinstance(found, Quarantined | Early)
 
 
 # --- headers and properties ------------------------------------------------------------------

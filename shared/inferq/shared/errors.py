@@ -4,6 +4,7 @@
     ├── RequestError            the request itself cannot be served
     │   ├── ModelNotFound       no worker serves, or ever announced, this model
     │   ├── InvalidInput        an input's name, dtype, shape or content is wrong
+    │   ├── NotRegistered       it is another task than inferq's, which this worker does not run
     │   ├── PayloadTooLarge     the request or its result exceeds a size limit
     │   └── PayloadExpired      a claim-checked payload was gone before it was read
     ├── QueueFull               admission refused: max_queue_depth or max_queue_bytes is reached
@@ -36,6 +37,8 @@ class InferqError(Exception):
     """Root of the tree. ``detail`` holds what a program may want to read, in plain types."""
 
     code: ClassVar[str] = "error"
+    #: Where stock Celery finds the class, if it can be imported there.
+    module: ClassVar[str] = __name__
 
     def __init__(self, message: str, **detail: Any) -> None:
         super().__init__(message)
@@ -59,6 +62,13 @@ class InvalidInput(RequestError):
     """An input's name, dtype, shape or content does not fit the model's signature."""
 
     code = "invalid_input"
+
+
+class NotRegistered(RequestError):
+    """It is another task than inferq's. Stock Celery raises its own exception of this name."""
+
+    code = "not_registered"
+    module = "celery.exceptions"
 
 
 class PayloadTooLarge(RequestError):
@@ -158,7 +168,7 @@ def to_wire(error: InferqError) -> dict[str, Any]:
     wire: dict[str, Any] = {
         "exc_type": type(error).__name__,
         "exc_message": [error.message[:MAX_MESSAGE_CHARS]],
-        "exc_module": __name__,
+        "exc_module": error.module,
         "code": error.code,
     }
     if error.detail:

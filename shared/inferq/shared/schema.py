@@ -166,6 +166,8 @@ class Ticket(msgspec.Struct, frozen=True):
     root_id: str | None = None
     #: From when it was to be computed, as Celery's `eta` has it.
     eta: str | None = None
+    #: The name of another task than inferq's, which is only answered.
+    task: str | None = None
 
 
 def nbytes(tensors: Tensors) -> int:

@@ -88,6 +88,11 @@ class Settings(BaseSettings):
     #: Whether a worker ends rather than serve without one of the models that it was told to serve,
     #: or without the newest version of one.
     strict: bool = False
+    #: Whether a worker gives other tasks than inferq's on our queues to Celery's own handler, as
+    #: far as they are registered in its app; else they fail as NotRegistered.
+    foreign_tasks: bool = False
+    #: Whether a worker takes part in Celery's remote control.
+    remote_control: bool = True
     #: Requests a second of which a worker sends task events, besides all that fail.
     events_per_s: int = Field(default=500, ge=0, le=100_000)
 

@@ -116,6 +116,7 @@ class QueuesStep(bootsteps.StartStopStep):  # type: ignore[misc]
             RESTORE_EVERY_S, celery_private.restore_messages, (consumer,)
         )
         service: Service = consumer.controller.inferq
+        service.inbox.open(consumer)
         self._ticking = consumer.timer.call_repeatedly(TICK_S, service.main_loop.tick)
         for queue in list(consumer.task_consumer.queues):
             if model_of(queue.name) is not None:
@@ -124,6 +125,7 @@ class QueuesStep(bootsteps.StartStopStep):  # type: ignore[misc]
                 consumer.task_consumer.cancel_by_queue(queue.name)
 
     def stop(self, consumer: Consumer) -> None:
+        consumer.controller.inferq.inbox.close()
         for timer in (self._restoring, self._ticking):
             if timer is not None:
                 timer.cancel()

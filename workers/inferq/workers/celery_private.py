@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import cache, partial
 from typing import Any
@@ -25,11 +25,12 @@ from celery.exceptions import TaskRevokedError
 from celery.utils import imports
 from celery.worker import state as worker_state
 from celery.worker.consumer import Consumer
-from kombu import Queue
+from kombu import Queue, serialization
 from kombu.exceptions import MessageStateError
 from kombu.transport import redis as redis_transport
 from redis.exceptions import NoPermissionError, ResponseError
 
+from inferq.shared import codec
 from inferq.shared.resp import Command
 from inferq.workers.amiss import is_wrong_type
 from inferq.workers.logs.fields import about
@@ -39,8 +40,6 @@ logger = logging.getLogger(__name__)
 #: kombu's bookkeeping of delivered messages (kombu.transport.redis.Channel).
 UNACKED = "unacked"
 UNACKED_INDEX = "unacked_index"
-#: Deepest nesting of a message that is handed to Celery, whose main thread reads it recursively.
-MAX_NESTING = 100
 
 
 def is_revoked(request_id: str) -> bool:
@@ -140,78 +139,71 @@ def is_terminating() -> bool:
 
 
 def unacked_commands(message: bytes, prefix: str) -> Sequence[Command]:
-    """What kombu's QoS.append writes of a delivered message. ValueError: it is none of kombu's."""
-    try:
-        raw = json.loads(message)
-        properties = raw["properties"]
-        tag, info = properties["delivery_tag"], properties["delivery_info"]
-        record = json.dumps([raw, info["exchange"], info["routing_key"]])
-    except RecursionError as problem:
-        raise ValueError("no message of kombu's: it is nested too deeply") from problem
-    except (KeyError, TypeError) as problem:
-        raise ValueError(f"no message of kombu's: {problem!r} is missing") from problem
-    if not isinstance(tag, str):
-        raise ValueError("no message of kombu's: its delivery_tag is no string")
-    if _is_nested_deeper(raw, MAX_NESTING):
-        raise ValueError(f"it is nested more than {MAX_NESTING} levels deep")
+    """What kombu's QoS.append writes of a delivered message."""
+    raw = json.loads(message)
+    properties = raw["properties"]
+    tag, info = properties["delivery_tag"], properties["delivery_info"]
+    record = json.dumps([raw, info["exchange"], info["routing_key"]])
     return (
         ("ZADD", prefix + UNACKED_INDEX, time.time(), tag),
         ("HSET", prefix + UNACKED, tag, record),
     )
 
 
-def _is_nested_deeper(value: object, levels: int) -> bool:
-    inside = [value]
-    for _ in range(levels):
-        inside = [
-            child
-            for outer in inside
-            if isinstance(outer, dict | list)
-            for child in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-        if not inside:
-            return False
-    return True
+def acked_commands(message: bytes, prefix: str) -> Sequence[Command]:
+    """What has kombu forget a message that was delivered."""
+    tag = json.loads(message)["properties"]["delivery_tag"]
+    return (("ZREM", prefix + UNACKED_INDEX, tag), ("HDEL", prefix + UNACKED, tag))
 
 
-def _settle_once(settle: Callable[..., None], *args: Any, **options: Any) -> None:
+def read_body(raw: Mapping[str, Any]) -> Any:
+    """The body of a message, as Celery's handler reads it. Raises whatever that would meet."""
+    body = pybase64.b64decode(raw["body"]) if _is_base64(raw) else raw["body"]
+    kind, encoding = raw["content-type"], raw["content-encoding"]
+    return serialization.loads(body, kind, encoding, accept={codec.JSON, codec.MSGPACK})
+
+
+def _is_base64(raw: Mapping[str, Any]) -> bool:
+    return bool(raw["properties"].get("body_encoding") == "base64")
+
+
+def _settle_once(settle: Callable[..., None], settled: Callable[[], None], **options: Any) -> None:
     """Celery acknowledges twice where a result cannot be stored, which ends a stock worker."""
+    settled()
     try:
-        settle(*args, **options)
+        settle(**options)
     except MessageStateError as problem:
         logger.warning("a task was settled already: %s", problem)
 
 
-def deliver(consumer: Consumer, message: bytes) -> None:
+def deliver(consumer: Consumer, message: bytes, settled: Callable[[], None]) -> None:
     """Give a message that stands in kombu's unacked to Celery's own handler, in the main thread.
 
-    One that the handler cannot even read, which would end a stock worker, is answered and dropped.
+    `settled` is called when it is acknowledged. One that the handler cannot even read, which would
+    end a stock worker, is answered and dropped.
     """
-
-    def receive() -> None:
-        raw = json.loads(message)
-        channel = consumer.task_consumer.channel
+    raw = json.loads(message)
+    channel = consumer.task_consumer.channel
+    try:
+        delivered = channel.Message(raw, channel=channel)
+        for name in ("ack", "reject", "requeue"):
+            setattr(delivered, name, partial(_settle_once, getattr(delivered, name), settled))
+        channel.qos.append(delivered, delivered.delivery_tag)
+        consumer.task_consumer._receive_callback(delivered)
+    except consumer.connection_errors:
+        raise  # The consumer starts anew, and the message goes back to its queue.
+    except Exception as problem:
+        task_id = raw["headers"]["id"]
+        told = about(task_id)
+        logger.exception("task %s cannot be read", task_id, extra=told)
         try:
-            delivered = channel.Message(raw, channel=channel)
-            for name in ("ack_log_error", "reject_log_error"):
-                setattr(delivered, name, partial(_settle_once, getattr(delivered, name)))
-            channel.qos.append(delivered, delivered.delivery_tag)
-            consumer.task_consumer._receive_callback(delivered)
+            consumer.app.backend.mark_as_failure(task_id, problem)
         except consumer.connection_errors:
-            raise  # The consumer starts anew, and the message goes back to its queue.
-        except Exception as problem:
-            task_id = raw["headers"]["id"]
-            told = about(task_id)
-            logger.exception("task %s cannot be read", task_id, extra=told)
-            try:
-                consumer.app.backend.mark_as_failure(task_id, problem)
-            except consumer.connection_errors:
-                raise
-            except Exception:
-                logger.exception("task %s cannot be answered", task_id, extra=told)
-            channel.qos.reject(raw["properties"]["delivery_tag"])
-
-    consumer.call_soon(receive)
+            raise
+        except Exception:
+            logger.exception("task %s cannot be answered", task_id, extra=told)
+        settled()
+        channel.qos.reject(raw["properties"]["delivery_tag"])
 
 
 def restore_messages(consumer: Consumer) -> None:

@@ -7,10 +7,11 @@ from functools import partial
 
 from celery.worker import WorkController
 
-from inferq.shared.names import TASK
+from inferq.shared.names import TASK, Names
 from inferq.workers import celery_private
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.canvas import Canvas
+from inferq.workers.celery_inbox import CeleryInbox, Handed
 from inferq.workers.claims import Slot
 from inferq.workers.events import TaskEvents
 from inferq.workers.health import EX_FATAL_ENGINE
@@ -24,23 +25,28 @@ class CelerySide:
     canvas: Canvas
 
     def __init__(
-        self, worker: WorkController, later: Later, key_prefix: str, events: TaskEvents
+        self, worker: WorkController, later: Later, names: Names, events: TaskEvents
     ) -> None:
         self._worker = worker
         self._later = later
-        self._key_prefix = key_prefix
+        self._names = names
         self._events = events
+        #: Other tasks, on their way to Celery's own handler.
+        self.inbox = CeleryInbox(names.prefix)
         # Its entry is there before the data plane's thread counts in it and others read it.
         celery_private.count_tasks(TASK, 0)
 
     def publish_canvas(self, incarnation: str, settlement: Settlement, message: bytes) -> None:
         self.canvas.put(incarnation, settlement, message)
 
-    def hand_over(self, slot: Slot, model: str, message: bytes) -> Settlement:
+    def hand_over(self, slot: Slot, model: str, message: bytes, handed: bytes) -> Settlement:
+        given = Handed(handed, self._names.queue(model, slot.claim.step))
+        if not self.inbox.expect(given):
+            return self._later.postpone(slot, message)
         return Settlement(
             slot, model, None, b"",
-            before=tuple(celery_private.unacked_commands(message, self._key_prefix)),
-            after=partial(celery_private.deliver, self._worker.consumer, message),
+            before=tuple(celery_private.unacked_commands(handed, self._names.prefix)),
+            after=partial(self.inbox.put, given),
         )  # fmt: skip
 
     def keep(self, slot: Slot, message: bytes, due_ms: float) -> Settlement:
@@ -50,7 +56,10 @@ class CelerySide:
         self._events.on_admitted(items)
 
     def on_settled(self, settlements: Sequence[Settlement]) -> None:
-        count = sum(done.request_id is not None for done in settlements)
+        count = sum(
+            done.request_id is not None and (done.ended is None or done.ended.ticket.task is None)
+            for done in settlements
+        )
         celery_private.count_tasks(TASK, count)
         self._events.on_settled(settlements)
 

@@ -211,7 +211,7 @@ class TaskEvents:
             )  # fmt: skip
         else:
             name, message = type(ended.error).__name__, ended.error.message
-            module = type(ended.error).__module__
+            module = ended.error.module
             exception, traceback = f"{name}({message!r})", f"{module}.{name}: {message}"
             events.append(_failed(ticket.id, exception, traceback, now))
         return events
@@ -228,7 +228,8 @@ def _beginning(ticket: Ticket, arguments: str, received: float) -> list[Event]:
     """What is told of a request that was claimed. `received`: Unix s."""
     expires = ticket.expires_ms
     event: Event = {
-        "type": "task-received", "uuid": ticket.id, "timestamp": received, "name": TASK,
+        "type": "task-received", "uuid": ticket.id, "timestamp": received,
+        "name": TASK if ticket.task is None else _short(ticket.task),
         "args": "()", "kwargs": arguments, "retries": ticket.attempts,
         "root_id": ticket.root_id,
         "parent_id": ticket.extra.get("parent_id") if ticket.extra else None,

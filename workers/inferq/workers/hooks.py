@@ -16,8 +16,8 @@ class Hooks(Protocol):
     def publish_canvas(self, incarnation: str, settlement: Settlement, message: bytes) -> None:
         """Publish the request's links, chain and chord, then call DataPlane.on_ready."""
 
-    def hand_over(self, slot: Slot, model: str, message: bytes) -> Settlement:
-        """The settlement that moves a message into kombu's care. ValueError if it cannot be."""
+    def hand_over(self, slot: Slot, model: str, message: bytes, handed: bytes) -> Settlement:
+        """The settlement that moves a message, as `handed`, into kombu's care; or has it wait."""
         ...
 
     def keep(self, slot: Slot, message: bytes, due_ms: float) -> Settlement:

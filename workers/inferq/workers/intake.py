@@ -23,7 +23,7 @@ from inferq.shared.errors import (
     PayloadExpired,
     PayloadTooLarge,
 )
-from inferq.shared.names import HEADER_REPLY, TASK, Names
+from inferq.shared.names import HEADER_REPLY, TASK, Names, queue_of
 from inferq.shared.schema import (
     Array,
     InputCheck,
@@ -35,6 +35,7 @@ from inferq.shared.schema import (
 from inferq.workers.batching.padding import Padding
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Slot
+from inferq.workers.foreign_tasks import MAX_BYTES, ForeignTasks, not_registered
 
 #: A message body may have so many bytes for each of its inputs' (a number written out in JSON, in
 #: base64), and so many besides. What is decoded may take 40 times that: maps in maps.
@@ -87,10 +88,11 @@ def retried(found: Known, attempts: int) -> Known:
 
 
 class Foreign(msgspec.Struct, frozen=True):
-    """Another task: Celery's own handler takes it."""
+    """Another task: Celery's own handler takes it, as `handed`."""
 
     slot: Slot
     message: bytes
+    handed: bytes
 
 
 class Early(msgspec.Struct, frozen=True):
@@ -119,12 +121,15 @@ class Intake:
         padding: Padding,
         is_revoked: Callable[[str], bool],
         redis_ms: Callable[[], float],
+        foreign: ForeignTasks | None = None,
     ) -> None:
         self._advert = advert
         self._names = names
         self._padding = padding
         self._is_revoked = is_revoked
         self._redis_ms = redis_ms
+        #: None: no other task than ours is run.
+        self._foreign = foreign
         self._check = InputCheck(advert)
         self._most_body = BODY_BYTES + WRITTEN_OUT * most_bytes(advert)
         self._most_message = min(self._most_body + codec.MAX_HEAD_BYTES, codec.MAX_MESSAGE_BYTES)
@@ -157,7 +162,7 @@ class Intake:
         if not headers.id:
             return Quarantined(slot, message, "the id header is empty")
         if headers.task != TASK:
-            return Foreign(slot, message)
+            return self._other_task(slot, envelope, message)
         ticket = self._ticket(slot, envelope)
         try:
             if ticket.reply is not None and not self._names.is_reply(ticket.reply):
@@ -200,6 +205,41 @@ class Intake:
         except InferqError as error:
             return Failed(slot, ticket, error)
         return Opened(slot, ticket, inputs, references)
+
+    def _other_task(
+        self, slot: Slot, envelope: codec.Envelope, message: bytes
+    ) -> Failed | Foreign | Early:
+        headers = envelope.headers
+        try:
+            if self._foreign is None:
+                raise not_registered(headers.task)
+            queue = queue_of(self._advert.name)
+            handed = self._foreign.message(message, envelope, queue, slot.claim.step)
+            if headers.expires is not None:
+                unix_ms("expires", headers.expires)
+            if headers.eta is not None:
+                due_ms = unix_ms("eta", headers.eta)
+                if due_ms > self._redis_ms():
+                    return Early(slot, message, due_ms)
+        except InferqError as error:
+            return Failed(slot, self._other_ticket(slot, envelope, message), error)
+        return Foreign(slot, message, handed)
+
+    def _other_ticket(self, slot: Slot, envelope: codec.Envelope, message: bytes) -> Ticket:
+        """Whom another task that is not run is answered to, and what follows on it."""
+        ticket = replace(self._ticket(slot, envelope), task=envelope.headers.task)
+        if ticket.reply is not None and not self._names.is_reply(ticket.reply):
+            ticket = replace(ticket, reply=None)
+        if envelope.headers.compression or len(envelope.body) > MAX_BYTES:
+            return ticket
+        try:
+            body = codec.decode_body(envelope)
+            if body.has_canvas:
+                _check_canvas(body.embed)
+                ticket = replace(ticket, canvas=message)
+        except InferqError:
+            pass  # nobody can tell what follows on it
+        return ticket
 
     def admit(
         self, opened: Opened, payloads: Mapping[str, bytes | memoryview | None]

@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 LOOK_EVERY_S = 1.0
 #: Ms until one whose queue, or whose own list, is amiss is looked at again.
 AMISS_AGAIN_MS = 10_000
+#: Ms until what is postponed is looked at again, and from one such message to the next.
+POSTPONED_MS = 200
+POSTPONED_APART_MS = 5
 _MOVES_PER_TRIP = 100
 
 
@@ -72,6 +75,8 @@ class Later:
         self._clock = clock
         #: Redis ms at which the thread looks next.
         self._next_ms = 0.0
+        #: Redis ms at which the last one that was postponed comes back.
+        self._postponed_ms = 0.0
         self._told = Told()
         self.loop = Periodic(
             "later", self._turn, every_s=LOOK_EVERY_S, retry_s=LOOK_EVERY_S,
@@ -98,6 +103,16 @@ class Later:
             ),
             after=partial(self._expect, due_ms),
         )  # fmt: skip
+
+    def postpone(self, slot: Slot, message: bytes) -> Settlement:
+        """The settlement that has `message` come back in a while, one behind the other.
+
+        So many that wait for something come back no faster than they can be looked at.
+        """
+        self._postponed_ms = max(
+            self._postponed_ms + POSTPONED_APART_MS, self._clock.now() + POSTPONED_MS
+        )
+        return self.keep(slot, message, self._postponed_ms)
 
     def _expect(self, due_ms: float) -> None:
         if due_ms < self._next_ms:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from inferq.shared.errors import InvalidInput
+from inferq.shared.errors import InvalidInput, NotRegistered
 from inferq.shared.schema import Ticket
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Claimed, Slot
@@ -233,7 +233,13 @@ class Receiver:
         results = model.results
         match found:
             case Failed(slot=slot, ticket=ticket, error=error):
-                if logger.isEnabledFor(logging.DEBUG):
+                if isinstance(error, NotRegistered):
+                    logger.warning(
+                        "task %r on the queue of %s is not run: it is not registered here",
+                        error.message, model.name,
+                        extra=about(ticket.id, model=model.name, error=error.code),
+                    )  # fmt: skip
+                elif logger.isEnabledFor(logging.DEBUG):
                     told = about(ticket.id, model=model.name, error=error.code)
                     logger.debug("refused %s: %s", ticket.id, error.message, extra=told)
                 return results.failed(slot, ticket, error), ticket.canvas
@@ -252,11 +258,8 @@ class Receiver:
             case Answered(slot=slot, ticket=ticket, result=result):
                 # What follows on it may be forgotten, or was never published: then it is twice.
                 return results.answered(slot, ticket, result), ticket.canvas if result else None
-            case Foreign(slot=slot, message=message):
-                try:
-                    return self._hooks.hand_over(slot, model.name, message), None
-                except ValueError as problem:
-                    return self._end(model, Quarantined(slot, message, str(problem)))
+            case Foreign(slot=slot, message=message, handed=handed):
+                return self._hooks.hand_over(slot, model.name, message, handed), None
             case Early(slot=slot, message=message, due_ms=due_ms):
                 return self._hooks.keep(slot, message, due_ms), None
             case Quarantined(reason=reason):

@@ -20,11 +20,13 @@ from inferq.shared.names import queue_of
 from inferq.shared.settings import Settings
 from inferq.workers import celery_private
 from inferq.workers.canvas import Canvas
+from inferq.workers.celery_inbox import CeleryInbox
 from inferq.workers.celery_side import CelerySide
 from inferq.workers.clock import RedisClock
 from inferq.workers.cuda.telemetry import GpuTelemetry
 from inferq.workers.ending import end_at_once
 from inferq.workers.events import TaskEvents
+from inferq.workers.foreign_tasks import ForeignTasks
 from inferq.workers.found import Found, log_not_served
 from inferq.workers.health import (
     EX_FATAL_ENGINE,
@@ -83,7 +85,12 @@ class Service:
         self._not_served = found.not_served
         self._others = found.others
         self._events = TaskEvents(worker, settings, self._models)
-        self._side = CelerySide(worker, self._later, settings.global_keyprefix, self._events)
+        self._side = CelerySide(worker, self._later, self._names, self._events)
+        self._foreign = (
+            ForeignTasks(worker.app.tasks, celery_private.read_body)
+            if settings.foreign_tasks
+            else None
+        )
         self._loader = threading.Thread(target=self._load, name="inferq-load", daemon=True)
         path = settings.heartbeat_file
         self._heartbeat = (
@@ -148,6 +155,7 @@ class Service:
                         on_begun=self._events.on_begun,
                         wake=self._look,
                         result_expires_s=self._settings.result_expires_s,
+                        foreign=self._foreign,
                     )
             except FatalEngineError:
                 raise
@@ -243,6 +251,11 @@ class Service:
             self.plane.look()
 
     @property
+    def inbox(self) -> CeleryInbox:
+        """Other tasks, on their way to Celery's own handler."""
+        return self._side.inbox
+
+    @property
     def models(self) -> list[ServedModel]:
         return self._models
 
@@ -311,6 +324,7 @@ class Service:
             if celery_private.is_terminating() and not terminated:
                 terminated = True
                 plane.drain(self._worker.app.conf.worker_soft_shutdown_timeout)
+        self.inbox.put_back(self._client)
         self._recoverer.stop()
         self._later.stop()
         self._side.canvas.stop()

@@ -20,6 +20,7 @@ from inferq.workers.budget import Sizes
 from inferq.workers.clock import RedisClock
 from inferq.workers.engines import engine_class
 from inferq.workers.engines.base import Engine
+from inferq.workers.foreign_tasks import ForeignTasks
 from inferq.workers.intake import Intake
 from inferq.workers.lanes import Finished, Job, Lanes
 from inferq.workers.logs.fields import about
@@ -92,6 +93,7 @@ class ServedModel:
         result_expires_s: int,
         on_begun: Callable[[Sequence[Waiting]], None] = lambda _: None,
         wake: Callable[[], None] = lambda: None,
+        foreign: ForeignTasks | None = None,
     ) -> None:
         """Load the engine, warm it up, start the lanes' threads. ConfigError if it cannot be."""
         self._steps = names.priority_steps
@@ -126,7 +128,7 @@ class ServedModel:
             result_expires_s=result_expires_s,
         )
         self.sizes = Sizes(self.advert)
-        self.intake = Intake(self.advert, names, padding, is_revoked, clock.now)
+        self.intake = Intake(self.advert, names, padding, is_revoked, clock.now, foreign)
         self.results = Results(worker, config.engine, spec.version, padding)
         prepared.serve()
         counts = self.counts
