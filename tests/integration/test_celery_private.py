@@ -83,8 +83,6 @@ def test_a_revoked_id_is_known_by_celerys_set_of_them() -> None:
     worker_state.revoked.add("one")
     assert celery_private.is_revoked("one")
     assert not celery_private.is_revoked("two")
-    celery_private.flag_revoked({"two", "three"})
-    assert set(worker_state.revoked) == {"one", "two", "three"}
 
 
 def test_what_celerys_handler_holds_is_in_its_requests() -> None:
@@ -419,22 +417,3 @@ def test_an_app_can_be_kept_from_awaiting_what_it_sends(app: Celery, redis: redi
     assert subscribed(lambda: app.send_task("x", queue="q")), "stock Celery does"
     celery_private.await_no_results(app)
     assert not subscribed(lambda: app.send_task("x", queue="q"))
-
-
-def test_a_queue_can_be_declared_though_its_key_is_of_another_type(
-    app: Celery, connection: Connection, redis: redis_py.Redis
-) -> None:
-    app.amqp.queues.select([QUEUE])
-    stock = app.amqp.queues[QUEUE]
-    redis.set(f"{QUEUE}\x06\x169", "x")
-    with pytest.raises(redis_py.ResponseError, match="WRONGTYPE"):
-        stock(connection.channel()).declare()
-    celery_private.be_patient(app, [QUEUE])
-    (patient,) = app.amqp.queues.consume_from.values()
-    assert app.amqp.queues[QUEUE] is patient
-    assert patient.as_dict() == stock.as_dict()
-    redis.delete(f"_kombu.binding.{QUEUE}")
-    patient(connection.channel()).declare()
-    assert redis.exists(f"_kombu.binding.{QUEUE}"), "the rest of it is declared"
-    redis.delete(f"{QUEUE}\x06\x169")
-    patient(connection.channel()).declare()

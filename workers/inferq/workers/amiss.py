@@ -64,10 +64,14 @@ class Told:
     def amiss(self, key: str, found: str, expected: str, until: str) -> None:
         """`until`: a sentence, on which "until it is removed" follows."""
         if key not in self._keys and found not in (expected, "none"):  # or it is right by now
-            self._keys[key] = None
-            if len(self._keys) > MAX_TOLD:
-                del self._keys[next(iter(self._keys))]
+            self.note(key)
             logger.error("%s", Amiss(key, found, expected, until))
+
+    def note(self, key: str) -> None:
+        """Something is told of `key`, or of what is in it."""
+        self._keys[key] = None
+        if len(self._keys) > MAX_TOLD:
+            del self._keys[next(iter(self._keys))]
 
     def right(self, key: str) -> bool:
         """`key` is as it should be; True if it was amiss before."""

@@ -13,14 +13,19 @@ from inferq.shared.settings import Settings
 from inferq.workers import (
     celery_private,
     control,  # noqa: F401 - registers the remote control commands
+    kombu_guard,
+    mailbox,
 )
 from inferq.workers.bootsteps import DataPlaneStep, QueuesStep
 from inferq.workers.logs import celery as logs
 
 settings = Settings.load()
 logs.stand_by(settings.log_format)
+kombu_guard.install()
+mailbox.install()
 app = make_app(settings)
 celery_private.forgive_refused_returns()
+app.conf.worker_enable_remote_control = settings.remote_control
 app.conf.inferq_settings = settings
 app.steps["worker"].add(DataPlaneStep)
 app.steps["consumer"].add(QueuesStep)

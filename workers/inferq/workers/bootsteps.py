@@ -41,6 +41,7 @@ class DataPlaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
         super().__init__(worker, **options)
         worker.inferq = None
         self._settings: Settings = worker.app.conf.inferq_settings
+        celery_private.hear_no_others(worker, self._settings.remote_control)
         solo = celery_private.is_solo(worker.pool_cls)
         if not solo or celery_private.asks_for_prefork(sys.argv):
             raise refuse(
@@ -60,7 +61,6 @@ class DataPlaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
         if queues is None:
             raise refuse("no queues: expected -Q inferq.<model>[,inferq.<model>…]")
         models = [model for queue in queues if (model := model_of(queue)) is not None]
-        celery_private.be_patient(worker.app, [q for q in queues if model_of(q) is not None])
         if not models:
             raise refuse(f"-Q {','.join(queues)} names no queue of ours; expected inferq.<model>")
         if self._settings.models is None:

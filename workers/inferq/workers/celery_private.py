@@ -23,16 +23,16 @@ from celery.canvas import group, maybe_signature
 from celery.events.event import EVENT_EXCHANGE_NAME
 from celery.exceptions import TaskRevokedError
 from celery.utils import imports
+from celery.worker import WorkController
 from celery.worker import state as worker_state
 from celery.worker.consumer import Consumer
-from kombu import Queue, serialization
+from kombu import serialization
 from kombu.exceptions import MessageStateError
 from kombu.transport import redis as redis_transport
-from redis.exceptions import NoPermissionError, ResponseError
+from redis.exceptions import NoPermissionError
 
 from inferq.shared import codec
 from inferq.shared.resp import Command
-from inferq.workers.amiss import is_wrong_type
 from inferq.workers.logs.fields import about
 
 logger = logging.getLogger(__name__)
@@ -45,11 +45,6 @@ UNACKED_INDEX = "unacked_index"
 def is_revoked(request_id: str) -> bool:
     """Whether ``app.control.revoke`` named this id. Safe from any thread."""
     return request_id in worker_state.revoked
-
-
-def flag_revoked(ids: set[str]) -> None:
-    """Have `is_revoked` say so of `ids`, and other workers learn it when they start (mingle)."""
-    worker_state.revoked.update(ids)
 
 
 def is_held(task_id: str) -> bool:
@@ -74,28 +69,14 @@ def selected_queues(app: Celery) -> list[str] | None:
     return None if not selected else list(selected)
 
 
-class PatientQueue(Queue):  # type: ignore[misc]
-    """A queue that is declared though its key holds something else than a list.
+def hear_no_others(worker: WorkController, remote_control: bool) -> None:
+    """Have a worker not listen to other workers' events; without remote control, nor ask them.
 
-    kombu asks for its length, and what Redis says to that would have Celery's consumer start anew
-    for ever.
+    Gossip keeps Celery's logical clocks in step, of which nothing here makes use.
     """
-
-    def queue_declare(self, *args: Any, **options: Any) -> Any:
-        try:
-            return super().queue_declare(*args, **options)
-        except ResponseError as problem:
-            if not is_wrong_type(problem):
-                raise
-            return self.name
-
-
-def be_patient(app: Celery, queues: Sequence[str]) -> None:
-    """Have those of the selected `queues` declared as PatientQueues."""
-    known = app.amqp.queues
-    for name in queues:
-        stock = known[name]
-        known.select_add(PatientQueue(**{each: getattr(stock, each) for each, _ in stock.attrs}))
+    worker.options["without_gossip"] = True
+    if not remote_control:
+        worker.options["without_mingle"] = True
 
 
 def is_solo(pool_cls: object) -> bool:
@@ -207,14 +188,14 @@ def deliver(consumer: Consumer, message: bytes, settled: Callable[[], None]) -> 
 
 
 def restore_messages(consumer: Consumer) -> None:
-    """Put back into their queues what died workers held too long (kombu's visibility_timeout).
+    """Put back into their queues what dead workers held too long (kombu's visibility_timeout).
 
     kombu does so only where it consumes some queue itself.
     """
     channel = consumer.task_consumer.channel
     if not channel.active_queues:
         with suppress(*channel.connection_errors):  # the consumer finds out by itself
-            channel.qos.restore_visible(num=channel.unacked_restore_limit, interval=1)
+            channel.qos.restore_visible(interval=1)
 
 
 class _ForgivingQoS(redis_transport.QoS):  # type: ignore[misc]

@@ -16,6 +16,8 @@ from inferq.workers.whose import RedisPlace
 
 #: Exit status of a worker whose engine is beyond use; its supervisor starts a fresh one.
 EX_FATAL_ENGINE: Final = 70
+#: That of one that was shut down by remote control, under a supervisor (sysexits.h).
+EX_SHUT_DOWN: Final = 75
 #: Seconds without a heartbeat after which something is wrong.
 STALE_S: Final = 10.0
 #: Seconds without an answer from Redis.

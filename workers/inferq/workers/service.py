@@ -30,6 +30,7 @@ from inferq.workers.foreign_tasks import ForeignTasks
 from inferq.workers.found import Found, log_not_served
 from inferq.workers.health import (
     EX_FATAL_ENGINE,
+    EX_SHUT_DOWN,
     LINKS,
     LOADING,
     LOADS,
@@ -249,6 +250,11 @@ class Service:
     def _look(self) -> None:
         if self.plane is not None:
             self.plane.look()
+
+    @property
+    def status_of_shutdown(self) -> int:
+        """With which it ends when remote control says so: its supervisor decides what follows."""
+        return EX_SHUT_DOWN if self._settings.incarnation else 0
 
     @property
     def inbox(self) -> CeleryInbox:

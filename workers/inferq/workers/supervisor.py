@@ -25,7 +25,15 @@ import redis
 from inferq.shared.names import Names
 from inferq.workers import runtime_folder
 from inferq.workers.children import start_child
-from inferq.workers.health import EX_FATAL_ENGINE, LOADING, SERVING, Beat, read_beat, stuck
+from inferq.workers.health import (
+    EX_FATAL_ENGINE,
+    EX_SHUT_DOWN,
+    LOADING,
+    SERVING,
+    Beat,
+    read_beat,
+    stuck,
+)
 from inferq.workers.periodic import Sayings
 from inferq.workers.recovery import Recoverer
 from inferq.workers.warmup.limits import limits, oom_kills, was_killed
@@ -140,8 +148,16 @@ class _Signals:
 class Supervisor:
     """`run` starts the children and returns the exit status once all have ended."""
 
-    def __init__(self, children: Sequence[Child], client: redis.Redis, names: Names) -> None:
+    def __init__(
+        self,
+        children: Sequence[Child],
+        client: redis.Redis,
+        names: Names,
+        *,
+        allow_remote_shutdown: bool = False,
+    ) -> None:
         self._children = list(children)
+        self._allow_remote_shutdown = allow_remote_shutdown
         self._client = client
         self._names = names
         # Its thread is never started: the dead are known here.
@@ -246,7 +262,14 @@ class Supervisor:
             absolve(pid)
         if self._stops and status == -signal.SIGTERM:  # it was only being imported
             status = 0
-        hopeless = status > 0 and status != EX_FATAL_ENGINE and not child.proven
+        if status == EX_SHUT_DOWN:
+            how = "as it was told by remote control"
+            if self._stops or self._allow_remote_shutdown:
+                status = 0
+            else:
+                how += " (--allow-remote-shutdown would end it for good)"
+        planned = status in (EX_FATAL_ENGINE, EX_SHUT_DOWN)
+        hopeless = status > 0 and not planned and not child.proven
         if self._stops or status == 0 or hopeless:
             # As it was told to; or it cannot serve at all, which trying again does not change.
             level = logging.ERROR if status else logging.INFO

@@ -67,6 +67,10 @@ REDIS_TIMEOUT_S = 2.0
     "--events/--no-events", default=True, show_default=True,
     help="Send task events, which Flower shows. INFERQ_EVENTS_PER_S caps them.",
 )  # fmt: skip
+@click.option(
+    "--allow-remote-shutdown", is_flag=True,
+    help="End when Celery's remote control (Flower's button) says so. Default: start anew then.",
+)  # fmt: skip
 @click.option("-l", "--loglevel", default="INFO", show_default=True)
 @click.option(
     "--log-format", envvar="INFERQ_LOG_FORMAT", type=click.Choice(["text", "json"]),
@@ -83,6 +87,7 @@ def worker(
     redis_url: str | None,
     metrics: str | None,
     events: bool,
+    allow_remote_shutdown: bool,
     loglevel: str,
     log_format: str,
     celery_options: tuple[str, ...],
@@ -161,7 +166,10 @@ def worker(
             handler.addFilter(OneLine())
     if (told := visible_password(sys.argv[1:])) is not None:
         logger.warning("%s", told)
-    status = Supervisor(children, client, settings.names()).run()
+    supervisor = Supervisor(
+        children, client, settings.names(), allow_remote_shutdown=allow_remote_shutdown
+    )
+    status = supervisor.run()
     if folder:
         with suppress(OSError):  # others' heartbeats are in it
             folder.rmdir()
