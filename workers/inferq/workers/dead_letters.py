@@ -53,7 +53,8 @@ class DeadLetters:
         """The models that have dead letters."""
         head = self._names.dead("")
         pattern = re.sub(r"([\\*?\[\]])", r"\\\1", head) + "*"
-        keys = {key.decode() for key in self._client.scan_iter(match=pattern, count=1000)}
+        found = self._client.scan_iter(match=pattern, count=1000)
+        keys = {key.decode(errors="replace") for key in found}  # others' are no model's name
         return sorted(m for key in keys if is_model_name(m := key.removeprefix(head)))
 
     def read(self, model: str) -> Iterator[Letter]:

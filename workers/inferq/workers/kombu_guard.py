@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 from kombu.transport import redis as transport
@@ -25,11 +27,15 @@ MAX_BROADCAST_BYTES: Final = 8 << 20
 #: Records of `unacked` that are looked at in one trip, and trips each time.
 PAGE: Final = 100
 MAX_PAGES: Final = 100
+NOTHING_ROUTED: Final = "No answers to Celery's remote control go by it"
+NOT_SWEPT: Final = "Celery's old bindings stay"
 NOT_PUT_BACK: Final = "What dead workers held for Celery is not put back"
 
 _told = Told()
 #: Stock's own, which these go on to use.
 _queue_bind = transport.Channel._queue_bind
+_refresh_bindings = transport.Channel._refresh_bindings
+_sweep_bindings = transport.Channel.sweep_bindings
 _size = transport.Channel._size
 
 
@@ -42,6 +48,8 @@ def install() -> None:
     channel, qos = transport.Channel, transport.QoS
     channel._receive_one = _receive_one
     channel._queue_bind = _bind
+    channel._refresh_bindings = _refresh
+    channel.sweep_bindings = _sweep
     channel._size = _length
     channel.get_table = _get_table
     qos.restore_visible = _restore_visible
@@ -118,14 +126,34 @@ def _length(self: Any, queue: str) -> int:
 
 
 def _bind(self: Any, exchange: str, routing_key: str, pattern: str, queue: str) -> None:
-    try:
+    with _passing_over_types(self, exchange):
         _queue_bind(self, exchange, routing_key, pattern, queue)
+
+
+def _refresh(self: Any, queues: Sequence[str]) -> None:
+    exchanges = {each for queue in queues for each, _, _ in self.state.queue_bindings(queue)}
+    with _passing_over_types(self, *exchanges):
+        _refresh_bindings(self, queues)
+
+
+def _sweep(self: Any, limit: int = 100) -> int:
+    with _passing_over_types(self):
+        return int(_sweep_bindings(self, limit))
+    return 0
+
+
+@contextmanager
+def _passing_over_types(channel: Any, *exchanges: str) -> Iterator[None]:
+    """Tell of the tables of these exchanges that are of another type, and go on."""
+    try:
+        yield
     except ResponseError as problem:
         if not is_wrong_type(problem):
             raise
-        _tell(self, self.keyprefix_queue % exchange, SET, f"Nothing is routed by {exchange}")
-        _tell(self, self.keyprefix_binding_permanent % exchange, SET, "Bindings may be forgotten")
-        _tell(self, self.keyprefix_binding_deadlines, ZSET, "Bindings are not swept")
+        for each in exchanges:
+            _tell(channel, channel.keyprefix_queue % each, SET, NOTHING_ROUTED)
+            _tell(channel, channel.keyprefix_binding_permanent % each, SET, NOT_SWEPT)
+        _tell(channel, channel.keyprefix_binding_deadlines, ZSET, NOT_SWEPT)
 
 
 def _get_table(self: Any, exchange: str) -> list[tuple[str, ...]]:
@@ -136,7 +164,7 @@ def _get_table(self: Any, exchange: str) -> list[tuple[str, ...]]:
         except ResponseError as problem:
             if not is_wrong_type(problem):
                 raise
-            _tell(self, key, SET, f"Nothing is routed by {exchange}")
+            _tell(self, key, SET, NOTHING_ROUTED)
             return []
     rows = [tuple(bytes_to_str(member).split(self.sep)) for member in members]
     for row in rows:

@@ -304,6 +304,9 @@ class Ledger:
             if key in known:
                 continue
             items = self._messages(key)
+            if items is None:
+                self._is_amiss(key, LIST, "The requests of this claim, if it is one, are not seen")
+                continue
             if not any(items):
                 self._note(("UNLINK", key))
                 self._note(("HDEL", self._claims, key))
@@ -326,7 +329,7 @@ class Ledger:
                 continue
             messages = [
                 item if place in claim.settled and Slot(claim, place) not in settling else None
-                for place, item in enumerate(self._messages(key))
+                for place, item in enumerate(self._messages(key) or ())
             ]
             if any(messages):
                 yield Claimed(claim, messages, adopted=True)
@@ -339,10 +342,10 @@ class Ledger:
         keys = [key.decode(errors="replace") for key in held or ()]
         return [key for key in keys if self._is_ours(key)]
 
-    def _messages(self, key: str) -> list[bytes | None]:
-        """The messages of a claim, oldest first; None: settled."""
+    def _messages(self, key: str) -> list[bytes | None] | None:
+        """The messages of a claim, oldest first; None: settled, or in place of all: no list."""
         (items,) = self._link.call([("LRANGE", key, 0, -1)])
-        return [] if isinstance(items, ReplyError) else [item or None for item in reversed(items)]
+        return None if isinstance(items, ReplyError) else [item or None for item in reversed(items)]
 
     def attempts(self, model: str, fields: Sequence[str]) -> dict[str, int]:
         """The counts in attempts:<m> of those `fields` that have one."""

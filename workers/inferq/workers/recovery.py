@@ -73,8 +73,10 @@ def give_back(client: redis.Redis, names: Names, incarnation: str, told: Told) -
             if not is_wrong_type(problem):
                 raise
             if (kind := type_of(client, key)) not in (LIST, "none"):
-                logger.error("key %r is a %s; expected a list, a claim: it is removed", key, kind)
-                client.unlink(key)
+                logger.error(
+                    "key %r is a %s; expected a list, a claim of a dead worker: it stays there",
+                    key, kind,
+                )  # fmt: skip
             else:
                 left += 1
                 queue = names.queue(claim.model, claim.step)

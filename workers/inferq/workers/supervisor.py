@@ -293,7 +293,7 @@ class Supervisor:
         for prefix, until in list(child.dead.items()):
             try:
                 found = self._client.zscan_iter(self._names.leases, match=f"{prefix}*")
-                for incarnation in [str(member, "utf-8") for member, _ in found]:
+                for incarnation in [str(member, "utf-8", "replace") for member, _ in found]:
                     child.proven = True  # it lived, though it may not have been seen to
                     self._recoverer.recover(incarnation, dead=True)
             except Exception as problem:  # noqa: BLE001 - or the next child would not be started
