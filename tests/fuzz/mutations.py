@@ -17,6 +17,7 @@ import msgpack
 import numpy as np
 from helpers.envelopes import JSON, MSGPACK, body, envelope, tensor
 
+from fuzz.foreign_tasks import foreign_task
 from fuzz.nested import nested_lists
 from fuzz.oversized import guessed_id, large_head
 from inferq.shared.names import Names
@@ -57,6 +58,7 @@ HOSTILE: Final[dict[str, tuple[int, Hostile]]] = {
     "nested lists": (2, nested_lists),
     "large head": (1, large_head),
     "guessed id": (1, guessed_id),
+    "foreign task": (2, foreign_task),
 }
 
 

@@ -6,8 +6,7 @@ holds, and is checked for every message:
 
 - A good one is answered with the right outputs.
 - One that names an id has a result under that id (the first, if several name it), or is a dead
-  letter with its very bytes, or is kept until its ETA; unless it asks that its result be ignored,
-  or is another task, which is Celery's: it runs, refuses, drops or keeps it until its ETA.
+  letter with its very bytes, or is kept until its ETA; unless it asks that its result be ignored.
 - All others are dead letters with their very bytes (the first 64 KB of them), and nothing else is.
 - No worker dies; nothing stays in queues, claims or kombu's unacked; nobody else's keys change;
   the worker's memory grows by no more than `MAX_GROWTH_MB` after it has warmed up, and never
@@ -27,7 +26,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -257,7 +255,7 @@ class Campaign:
         quiet: bool,
     ) -> str | None:
         """How a message ended, as far as can be seen by now."""
-        message, request_id, ours, silent = entry
+        message, request_id, _, silent = entry
         if message.good_id is not None:
             if not isinstance(meta, bytes):
                 return None
@@ -275,8 +273,6 @@ class Campaign:
         if kept[message.raw] > 0:
             kept[message.raw] -= 1
             return "kept for later"
-        if not ours:
-            return "another task" if quiet else None
         if silent:
             return "ignored" if quiet else None
         # Its dead letter, if it has one besides, is counted before it is let go.
@@ -304,12 +300,7 @@ class Campaign:
         return not models.isdisjoint(WIDTHS)
 
     def _celery_is_busy(self) -> bool:
-        """Whether Celery holds another task, but for those that it keeps until their ETA."""
-        held: Any = self._redis.hgetall("unacked")
-        for tag, record in held.items():
-            if _is_ahead(json.loads(record)[0]["headers"].get("eta")):
-                self._redis.hdel("unacked", tag)
-                self._redis.zrem("unacked_index", tag)
+        """Whether Celery holds another task: it is given none."""
         return bool(self._redis.exists("unacked", "unacked_index"))
 
     def _dead_letters(self) -> list[bytes]:
@@ -357,14 +348,6 @@ class Campaign:
         own = [f"{each}.{queue}" for each in bindings for queue in (LINKS_QUEUE, "celery")]
         self._redis.unlink(*SECRETS, *own)
         self.sums.lasting += lasting(self._redis).growth_since(before)
-
-
-def _is_ahead(eta: object) -> bool:
-    try:
-        due = datetime.fromisoformat(str(eta))
-    except ValueError:
-        return False
-    return (due if due.tzinfo else due.replace(tzinfo=UTC)) > datetime.now(UTC)
 
 
 def _right(message: Message, meta: bytes) -> bool:

@@ -89,7 +89,9 @@ def test_odd_records_of_what_dead_workers_held_keep_none_of_the_others(
     def held() -> None:
         for n in range(150):
             redis.hset("unacked", f"many {n}", b"odd")
-        redis.hset("unacked", mapping={**odd, "good": json.dumps([good, "", "inferq.m"])})
+        for tag, value in odd.items():
+            redis.hset("unacked", tag, value)
+        redis.hset("unacked", "good", json.dumps([good, "", "inferq.m"]))
         long_ago = time.time() - 3700
         tags: list[bytes] = [*redis.hkeys("unacked"), b"no record"]  # type: ignore[list-item]
         redis.zadd("unacked_index", dict.fromkeys(tags, long_ago))
