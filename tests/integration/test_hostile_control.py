@@ -20,6 +20,8 @@ from helpers.stock import stock_app
 from helpers.wait import until
 from helpers.worker import START_TIMEOUT_S, SupervisedWorker, Worker
 
+from inferq.shared.settings import Settings
+from inferq.workers.doctor.workers import workers
 from inferq.workers.embedded import EmbeddedRedis
 from inferq.workers.revokes import MAX_REVOKED
 
@@ -445,3 +447,10 @@ def test_remote_control_can_be_switched_off(
         assert meta_of(redis, request_id)["status"] == "SUCCESS"
         assert worker.alive
         assert "mingle" not in worker.log
+        told = [found for on in (True, False) for found in workers(settings(redis_url, on))]
+        assert [found.level for found in told] == ["warning", "ok"]
+        assert all("test@" in each.found and "no remote control" in each.found for each in told)
+
+
+def settings(redis_url: str, remote_control: bool) -> Settings:
+    return Settings.load(redis_url=redis_url, remote_control=remote_control)

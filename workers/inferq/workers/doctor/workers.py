@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from inferq.shared.celery_app import make_app
+from inferq.shared.connect import redis_client
 from inferq.shared.names import model_of
 from inferq.shared.settings import Settings
 from inferq.workers import celery_private
 from inferq.workers.doctor.finding import Finding, error, ok, warning
+from inferq.workers.metrics.published import read_stats
 
 #: Seconds that workers have to answer.
 ANSWER_S: Final = 1.0
@@ -24,10 +26,7 @@ def workers(settings: Settings) -> Iterator[Finding]:
         consumed: dict[str, list[dict[str, Any]]] = inspect.active_queues() or {}
         ours = {node: models for node, queues in consumed.items() if (models := _models(queues))}
         if not ours:
-            yield warning(
-                "workers", f"none that answers within {ANSWER_S:g} s consumes a queue of ours",
-                "start one: inferq worker --models DIR",
-            )  # fmt: skip
+            yield _silent(settings)
             return
         stats = app.control.inspect(destination=list(ours), timeout=ANSWER_S).stats() or {}
     finally:
@@ -56,6 +55,24 @@ def workers(settings: Settings) -> Iterator[Finding]:
                 )  # fmt: skip
             else:
                 yield ok(f"worker {node}", found)
+
+
+def _silent(settings: Settings) -> Finding:
+    """Nobody answers: workers whose remote control is off are known by what they publish."""
+    with redis_client(settings.redis_url, sentinel_master=settings.sentinel_master) as client:
+        nodes = sorted(stats.node for stats in read_stats(client, settings.names()))
+    if not nodes:
+        return warning(
+            "workers", f"none that answers within {ANSWER_S:g} s consumes a queue of ours",
+            "start one: inferq worker --models DIR",
+        )  # fmt: skip
+    found = f"{', '.join(nodes)} publish what they do, and answer no remote control"
+    if not settings.remote_control:
+        return ok("workers", f"{found}: INFERQ_REMOTE_CONTROL is off")
+    return warning(
+        "workers", found,
+        "nothing if they were started with INFERQ_REMOTE_CONTROL=0; else see their logs",
+    )  # fmt: skip
 
 
 def _models(queues: list[dict[str, Any]] | None) -> list[str]:
