@@ -44,7 +44,7 @@ def worker(redis_kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     with (
         EmbeddedRedis(redis_kind) as server,
         redis_py.Redis.from_url(server.url) as store,
-        Worker(server.url, models) as worker,
+        Worker(server.url, models, env={"INFERQ_FOREIGN_TASKS": "1"}) as worker,
     ):
         until(lambda: celerys_connections(store), what="Celery listens for commands")
         yield worker
@@ -209,6 +209,19 @@ def test_a_request_on_a_queue_that_is_none_of_ours_fails_with_the_named_error(ap
             assert "'plain'" in str(error)
     finally:
         ask(app, "cancel_consumer", queue="plain")
+    assert len(ask(app, "active_queues")) == 2
+
+
+@pytest.mark.parametrize(
+    "queue",
+    ["inferq:1:later", "unacked", "test.celery.pidbox", "\n", "", "x" * 300, "a hash", "inferq."],
+)
+def test_a_key_that_is_no_queue_is_not_consumed(
+    app: Celery, store: redis_py.Redis, queue: str
+) -> None:
+    store.hset("a hash", "x", "y")
+    assert "error" in ask(app, "add_consumer", queue=queue)
+    assert "error" in ask(app, "add_consumer", queue="plain", exchange_type="nonsense")
     assert len(ask(app, "active_queues")) == 2
 
 

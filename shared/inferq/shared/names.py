@@ -105,6 +105,11 @@ class Names:
         name = self.prefix + queue_of(model)
         return f"{name}{self.sep}{step}" if step else name
 
+    def lists_of(self, queue: str) -> list[str]:
+        """The Redis lists of any queue of Celery's, the most urgent first."""
+        name = self.prefix + queue
+        return [f"{name}{self.sep}{step}" if step else name for step in self.priority_steps]
+
     def meta(self, request_id: str) -> str:
         """Celery's result key; also the channel that ``AsyncResult.get`` listens on."""
         return f"{self.result_prefix}{META_PREFIX}{request_id}"

@@ -98,7 +98,10 @@ def active_queues(state: Any) -> list[dict[str, Any]]:
     args=[("queue", str), ("exchange", str), ("exchange_type", str), ("routing_key", str)],
     signature="<queue> [exchange [type [routing_key]]]",
 )  # fmt: skip
-def add_consumer(state: Any, queue: str, *args: Any, **options: Any) -> Any:
+def add_consumer(
+    state: Any, queue: str, exchange: Any = None, exchange_type: Any = None,
+    routing_key: Any = None, **options: Any,
+) -> Any:  # fmt: skip
     """Tell worker(s) to consume from task queue by name."""
     if not isinstance(queue, str):
         return stock.nok(f"queue is a {type(queue).__name__}; expected its name")
@@ -107,10 +110,24 @@ def add_consumer(state: Any, queue: str, *args: Any, **options: Any) -> Any:
         return stock.ok(f"add consumer {queue}")
     if model_of(queue) is not None:
         return stock.nok(f"queue {queue}: its model is not loaded here; start a worker with -Q")
-    return stock.nok(
-        f"queue {queue[:200]!r} is no queue of a model, expected inferq.<model>; for other queues "
-        "start a worker with -Q"
-    )
+    if {exchange, routing_key} - {None, "", queue} or exchange_type not in {None, "", "direct"}:
+        return stock.nok("expected a queue alone, which is its own exchange and routing key")
+    problem = "it is not up" if service is None else service.why_not_consume(queue)
+    if problem is not None:
+        return stock.nok(f"queue {queue[:200]!r}: {problem}")
+    state.consumer.call_soon(_consume, state.consumer, queue)
+    return stock.ok(f"add consumer {queue}")
+
+
+def _consume(consumer: Any, queue: str) -> None:
+    """In Celery's event loop, which what is raised here would end."""
+    try:
+        consumer.add_task_queue(queue)
+    except consumer.connection_errors:
+        raise
+    except Exception:
+        logger.exception("queue %r cannot be consumed", queue)
+        consumer.app.amqp.queues.deselect(queue)
 
 
 @Panel.register(  # type: ignore[untyped-decorator]
