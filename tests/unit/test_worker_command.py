@@ -34,6 +34,7 @@ class _Commanded:
     def __init__(self, models: Path) -> None:
         self.models = models
         self.children: list[Child] = []
+        self.allow_remote_shutdown = False
 
     def run(self) -> int:
         return 0
@@ -58,8 +59,11 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Commanded:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     commanded = _Commanded(tmp_path / "models")
 
-    def supervisor(children: Sequence[Child], *_: object) -> _Commanded:
+    def supervisor(
+        children: Sequence[Child], *_: object, allow_remote_shutdown: bool
+    ) -> _Commanded:
         commanded.children = list(children)
+        commanded.allow_remote_shutdown = allow_remote_shutdown
         return commanded
 
     monkeypatch.setattr("inferq.workers.supervisor.Supervisor", supervisor)
@@ -93,6 +97,13 @@ def test_all_gpus_are_a_child_each(worker: _Commanded, nvml: Any) -> None:
         # As two stacks may have workers of one name, its Redis is in the name, too.
         assert re.fullmatch(rf"{child.node}-[0-9a-f]{{8}}\.json", child.heartbeat.name)
         assert child.environment["INFERQ_HEARTBEAT_FILE"] == str(child.heartbeat)
+
+
+def test_remote_shutdown_ends_it_only_where_that_is_allowed(worker: _Commanded) -> None:
+    worker()
+    assert not worker.allow_remote_shutdown
+    worker("--allow-remote-shutdown")
+    assert worker.allow_remote_shutdown
 
 
 @pytest.mark.parametrize(("given", "indices"), [("1", [1]), ("1,0", [1, 0])])
