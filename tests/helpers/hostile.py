@@ -13,7 +13,7 @@ from helpers.envelopes import JSON, body, envelope, request, tensor
 from helpers.repository import numbered
 from inferq.shared.codec.messages import MAX_ID_CHARS
 from inferq.shared.names import Names
-from inferq.workers.intake import MAX_FOLLOWING
+from inferq.workers.following import MAX_FOLLOWING
 
 NAMES = Names()
 #: Of the model m, to which they are sent.
@@ -266,8 +266,8 @@ HEADERS: Mapping[str, Hostile] = {
 
 CANVAS: Mapping[str, Hostile] = {
     **embedded(
-        "EngineError",
-        "callbacks chain",
+        "InvalidInput",
+        "callbacks errbacks chain",
         5,
         True,
         "text",
@@ -294,24 +294,22 @@ CANVAS: Mapping[str, Hostile] = {
     },
     "a long chain of a failure": Hostile("InvalidInput", failing({"chain": links(MAX_FOLLOWING)})),
     "many errbacks of a success": Hostile(
-        SUCCESS, request(1, embed={"errbacks": [5] * MAX_FOLLOWING})
+        SUCCESS, request(1, embed={"errbacks": links(MAX_FOLLOWING)})
     ),
-    **embedded(SUCCESS, "chord", 5, "text", {"task": "nope"}, {"kwargs": {"body": {}}}),
+    **embedded("InvalidInput", "chord", 5, "text", {"kwargs": {"body": {}}}),
+    **embedded(SUCCESS, "chord", {"task": "nope"}),
     "a chord of a group that is none": Hostile(
         SUCCESS, request(1, headers={"group": "none"}, embed={"chord": {"task": "nope"}})
     ),
-    # redis-py refuses to write it, which must not pass for a Redis that is away. What the request
-    # itself came to was stored before.
-    "an index in its group that cannot be written": Hostile(
-        SUCCESS,
-        request(
-            1, headers={"group": "g", "group_index": {"no": 1}}, embed={"chord": {"task": "x"}}
-        ),
-    ),
-    "an index in its group that is none": Hostile(
-        SUCCESS,
-        request(1, headers={"group": "g", "group_index": "x"}, embed={"chord": {"task": "x"}}),
-    ),
+    **{
+        f"an index in its group {index!r}": Hostile(
+            "InvalidInput",
+            request(
+                1, headers={"group": "g", "group_index": index}, embed={"chord": {"task": "x"}}
+            ),
+        )
+        for index in ({"no": 1}, "x", -1, 1.5, 10**30)
+    },
 }
 
 TABLE: Mapping[str, Hostile] = {

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import redis as redis_py
 from celery import Celery, chord, group
@@ -31,7 +32,11 @@ from kombu.exceptions import ContentDisallowed
 from inferq.shared.celery_app import make_app
 from inferq.shared.names import Names
 from inferq.shared.settings import Settings
-from inferq.workers import celery_private
+from inferq.workers import canvas_private, celery_private
+from inferq.workers.following import following
+from inferq.workers.link_place import place_of
+from inferq.workers.link_queues import LinkQueues
+from inferq.workers.link_sender import LinkSender
 
 QUEUE = "inferq.m"
 OUTPUTS = {"x": {"dtype": "<f4", "shape": [1], "data": "AACAPw=="}}
@@ -252,6 +257,20 @@ def traced(app: Celery) -> Callable[[Any, Exception | None], None]:
     return run
 
 
+@pytest.fixture
+def ours(app: Celery, redis_url: str, redis: redis_py.Redis) -> Iterator[Celery]:
+    """An app of whose canvases the messages go out by our own connections."""
+    ours = make_app(Settings.load(redis_url=redis_url))
+    sender = LinkSender(redis, Names(), LinkQueues(Names()), 600, lambda attempt: attempt())
+    canvas_private.divert(ours, sender.take, sender.push_at_once)
+    canvas_private.be_current(ours)
+    canvas_private.store_by(ours, sender.store)
+    canvas_private.await_no_results(ours)
+    yield ours
+    canvas_private.be_current(app)
+    let_go(ours)
+
+
 def asked(app: Celery, redis: redis_py.Redis, build: Callable[[Any], Any]) -> Context:
     """The context of the request whose signature `build` sends, given an `infer` signature."""
     build(app.signature("inferq.infer", kwargs={"inputs": {}}, queue=QUEUE)).apply_async()
@@ -259,9 +278,10 @@ def asked(app: Celery, redis: redis_py.Redis, build: Callable[[Any], Any]) -> Co
     assert isinstance(message, bytes)
     raw = json.loads(message)
     channel = app.connection().default_channel
-    body = channel.Message(raw, channel=channel).decode()
+    *_, embed = channel.Message(raw, channel=channel).decode()
     redis.flushall()
-    return celery_private.context_of(message, body)
+    follows = following(embed, len(message), LinkQueues(Names()))
+    return canvas_private.context_of(place_of(message), **msgspec.structs.asdict(follows))
 
 
 def written(redis: redis_py.Redis, own: str) -> dict[str, Any]:
@@ -318,6 +338,7 @@ BUILDS: dict[str, Callable[[Celery, Any], Any]] = {
 @pytest.mark.parametrize("fails", [False, True], ids=["succeeds", "fails"])
 def test_what_follows_on_a_request_is_what_celery_publishes(
     app: Celery,
+    ours: Celery,
     redis: redis_py.Redis,
     traced: Callable[[Any, Exception | None], None],
     build: Callable[[Celery, Any], Any],
@@ -330,12 +351,13 @@ def test_what_follows_on_a_request_is_what_celery_publishes(
     theirs = written(redis, request.id)
     redis.flushall()
     if error is None:
-        celery_private.publish_success(app, request, OUTPUTS)
-        celery_private.finish_chord(app, request, "SUCCESS", OUTPUTS)
+        canvas_private.publish_success(ours, request, OUTPUTS)
+        canvas_private.finish_chord(ours, request, "SUCCESS", OUTPUTS)
     else:
-        celery_private.finish_chord(app, request, "FAILURE", error)
-        celery_private.publish_failure(app, request, error)
+        canvas_private.finish_chord(ours, request, "FAILURE", error)
+        canvas_private.publish_failure(ours, request, error)
     assert written(redis, request.id) == theirs
+    assert not redis.keys("_kombu*"), "keys that stay for good"
 
 
 # --- task events ---------------------------------------------------------------------------------
@@ -415,5 +437,5 @@ def test_an_app_can_be_kept_from_awaiting_what_it_sends(app: Celery, redis: redi
         return "cmdstat_subscribe" in redis.info("commandstats")
 
     assert subscribed(lambda: app.send_task("x", queue="q")), "stock Celery does"
-    celery_private.await_no_results(app)
+    canvas_private.await_no_results(app)
     assert not subscribed(lambda: app.send_task("x", queue="q"))

@@ -27,7 +27,6 @@ from helpers.stock_side import (
 from helpers.wait import until
 from helpers.worker import Worker
 
-from inferq.shared.names import Names
 from inferq.workers.embedded import EmbeddedRedis
 from inferq.workers.engines.fake import FAULT_RAISE
 
@@ -141,10 +140,11 @@ def test_links_that_cannot_be_published_fail_the_request_and_hold_up_no_other(
         return [served.get(timeout=WAIT_S), ending(failed)]
 
     # A link into what is no list: Redis refuses it each time.
-    served, (state, name, message) = side(ask, Names().leases)
+    store.set("no-list", 1)
+    served, (state, name, message) = side(ask, "no-list")
     assert (served, state, name) == (8.0, "FAILURE", "EngineError")
     assert "WRONGTYPE" in message
-    assert store.zcard(Names().leases) == 1
+    assert store.get("no-list") == b"1"
 
 
 # --- groups and chords ---------------------------------------------------------------------------

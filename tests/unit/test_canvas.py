@@ -19,10 +19,11 @@ from inferq.shared.celery_app import make_app
 from inferq.shared.errors import EngineError
 from inferq.shared.names import Names
 from inferq.shared.settings import Settings
-from inferq.workers import celery_private
-from inferq.workers.canvas import RETRY_S, Canvas
+from inferq.workers.canvas import Canvas
+from inferq.workers.canvas_private import await_no_results
 from inferq.workers.claims import Claim, Slot
 from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.link_patience import RETRY_S
 from inferq.workers.settle import Settlement
 
 NOW = "2026-01-01T00:00:00+00:00"
@@ -148,7 +149,8 @@ def test_links_that_can_never_be_published_make_the_request_fail(
 def test_a_chord_that_cannot_be_written_fails_and_keeps_no_others_links_waiting(
     app: Celery, store: redis_py.Redis, canvas: Canvas, ready: Ready
 ) -> None:
-    message = linked(app, store, "plain", chord={"task": "x"}, group_id="g", group_index={"no": 1})
+    store.set("celery-taskset-meta-g.j", 1)
+    message = linked(app, store, "plain", chord={"task": "x"}, group_id="g")
     for each in (message, linked(app, store, "plain")):
         canvas.put("i", succeeded(each), each)
     _, failed = ready.get(timeout=10)
@@ -221,7 +223,7 @@ def test_links_wait_out_an_outage_however_long_it_is(
     for each in canvas._apps.values():
         options = {**each.conf.result_backend_transport_options, "retry_policy": {"max_retries": 1}}
         each.conf.result_backend_transport_options = options
-    celery_private.await_no_results(app)
+    await_no_results(app)
     first, second = linked(app, store, "plain"), linked(app, store, "plain")
     canvas.put("i", succeeded(first), first)
     assert ready.get(timeout=10)

@@ -29,10 +29,10 @@ from inferq.shared.schema import ModelAdvert, Signature, TensorSpec
 from inferq.workers.batching.padding import Padding, PadRule
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Claim, Slot
+from inferq.workers.following import MAX_FOLLOWING
 from inferq.workers.foreign_tasks import MAX_BYTES, ForeignTasks
 from inferq.workers.intake import (
     BODY_BYTES,
-    MAX_FOLLOWING,
     MAX_REPR_CHARS,
     WRITTEN_OUT,
     Early,
@@ -44,6 +44,7 @@ from inferq.workers.intake import (
     Revoked,
     retried,
 )
+from inferq.workers.link_queues import LinkQueues
 
 NAMES = Names()
 NOW = 1_800_000_000_000.0
@@ -63,7 +64,8 @@ def intake(
         seconds_per_row=0.0,
     )  # fmt: skip
     padding = Padding(signature, pad)
-    return Intake(advert, NAMES, padding, revoked.__contains__, lambda: NOW)
+    links = LinkQueues(NAMES)
+    return Intake(advert, NAMES, padding, revoked.__contains__, lambda: NOW, links)
 
 
 def message(
@@ -200,11 +202,12 @@ def test_a_body_that_no_inputs_could_fill_is_refused_unread() -> None:
 
 @pytest.mark.parametrize("slot", ["callbacks", "errbacks", "chain"])
 def test_more_that_follows_than_is_allowed_is_refused_and_not_followed(slot: str) -> None:
-    found = intake().open(SLOT, message(embed={slot: [{}] * MAX_FOLLOWING}))
+    link = {"task": "x"}
+    found = intake().open(SLOT, message(embed={slot: [link] * MAX_FOLLOWING}))
     assert isinstance(found, Opened)
     assert found.ticket.canvas is not None
-    found = intake().open(SLOT, message(embed={slot: [{}] * (MAX_FOLLOWING + 1)}))
-    assert f"1001 {slot}; expected at most {MAX_FOLLOWING}" in str(failure(found))
+    found = intake().open(SLOT, message(embed={slot: [link] * (MAX_FOLLOWING + 1)}))
+    assert f"more than {MAX_FOLLOWING} signatures follow on it" in str(failure(found))
     assert isinstance(found, Failed)
     assert found.ticket.canvas is None
 

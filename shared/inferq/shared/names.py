@@ -101,8 +101,12 @@ class Names:
 
     def queue(self, model: str, priority: int = 0) -> str:
         """The Redis list that holds `model`'s requests of this priority (0 is most urgent)."""
+        return self.list_of(queue_of(model), priority)
+
+    def list_of(self, queue: str, priority: int = 0) -> str:
+        """The Redis list that holds what waits in a Celery queue, whosever it is."""
         step = self.step(priority)
-        name = self.prefix + queue_of(model)
+        name = self.prefix + queue
         return f"{name}{self.sep}{step}" if step else name
 
     def lists_of(self, queue: str) -> list[str]:

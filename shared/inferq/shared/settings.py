@@ -31,6 +31,10 @@ def _split(value: object) -> object:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
+#: Of a comma-separated list: no entry is empty.
+Pattern = Annotated[str, Field(min_length=1)]
+
+
 def split_address(address: str) -> tuple[str, int]:
     """Host and port of ``host:port``, or of ``[host]:port`` with an IPv6 address. ValueError."""
     host, _, port = address.rpartition(":")
@@ -95,6 +99,9 @@ class Settings(BaseSettings):
     remote_control: bool = True
     #: Requests a second of which a worker sends task events, besides all that fail.
     events_per_s: int = Field(default=500, ge=0, le=100_000)
+    #: Patterns (``*``, ``?``, ``[…]``) of the queues to which a worker sends what follows on a
+    #: request: links, chains, chords. In the environment: ``inferq.*,billing``.
+    link_queues: Annotated[tuple[Pattern, ...], NoDecode, BeforeValidator(_split)] = ("*",)
 
     @field_validator("*", mode="before")
     @classmethod

@@ -46,13 +46,13 @@ def _take_turn(loop: periodic.Periodic) -> float:
 periodic.Periodic._take_turn = _take_turn  # type: ignore[method-assign,assignment]
 
 if _ails == "links":
-    from inferq.workers.canvas import Canvas
+    from inferq.workers.link_sender import LinkSender
 
-    _publish = Canvas._publish
+    _collecting = LinkSender.collecting
 
-    def _never(canvas: Canvas, *given: object) -> bool:
+    def _never(sender: LinkSender, *given: object) -> object:
         if _is_first():
             raise redis.TimeoutError("silence")
-        return _publish(canvas, *given)  # type: ignore[arg-type]
+        return _collecting(sender, *given)  # type: ignore[arg-type]
 
-    Canvas._publish = _never  # type: ignore[method-assign,assignment]
+    LinkSender.collecting = _never  # type: ignore[method-assign,assignment]

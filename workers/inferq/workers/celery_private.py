@@ -1,4 +1,4 @@
-"""What inferq uses of Celery 5.7 and kombu 5.7 beyond their public interface, all of it.
+"""What inferq uses of Celery 5.7 and kombu 5.7 beyond their public interface, all of it but canvas.
 
 tests/integration/test_celery_private.py fails when an upgrade changes any of this.
 """
@@ -16,12 +16,9 @@ from uuid import uuid4
 
 import msgspec
 import pybase64
-from celery import Celery, states
-from celery.app.task import Context
+from celery import Celery
 from celery.apps import worker as worker_program
-from celery.canvas import group, maybe_signature
 from celery.events.event import EVENT_EXCHANGE_NAME
-from celery.exceptions import TaskRevokedError
 from celery.utils import imports
 from celery.worker import WorkController
 from celery.worker import state as worker_state
@@ -227,60 +224,6 @@ def forgive_refused_returns() -> None:
     redis_transport.Channel.QoS = _ForgivingQoS
 
 
-def context_of(message: bytes, body: Sequence[Any]) -> Context:
-    """Celery's view of a request, for its canvas."""
-    raw = json.loads(message)
-    args, kwargs, embed = body
-    properties = raw["properties"]
-    return Context(
-        raw["headers"],
-        args=args,
-        kwargs=kwargs,
-        delivery_info=properties.get("delivery_info") or {},
-        reply_to=properties.get("reply_to"),
-        correlation_id=properties.get("correlation_id"),
-        called_directly=False,
-        **{name: embed.get(name) for name in ("callbacks", "errbacks", "chain", "chord")},
-    )
-
-
-def await_no_results(app: Celery) -> None:
-    """Have `app` not subscribe to the result of each task that this thread sends with it.
-
-    Celery would do so before it sends, and where Redis is away raise a RuntimeError after 20 s. Of
-    each thread, as its backend is.
-    """
-    app.backend.on_task_call = lambda _producer, _task_id: None
-
-
-def publish_success(app: Celery, request: Context, result: object) -> None:
-    """Publish links and the rest of a chain, as celery.app.trace does after a task's success."""
-    origin = {"parent_id": request.id, "root_id": request.root_id or request.id}
-    signatures = [maybe_signature(each, app=app) for each in request.callbacks or ()]
-    groups = [each for each in signatures if isinstance(each, group)]
-    others = [each for each in signatures if not isinstance(each, group)]
-    if len(others) > 1:
-        others = [group(others, app=app)]
-    for each in groups + others:
-        each.apply_async((result,), **origin)
-    if request.chain:
-        following = maybe_signature(request.chain[-1], app=app)
-        following.apply_async((result,), chain=request.chain[:-1], **origin)
-
-
-def finish_chord(app: Celery, request: Context, status: str, result: object) -> None:
-    """Count this request as a finished part of its chord, which may start the chord's body."""
-    if request.chord:
-        app.backend.on_chord_part_return(request, status, result)
-
-
-def publish_failure(app: Celery, request: Context, error: Exception) -> None:
-    """Fail the rest of the chain and call errbacks, as Backend.mark_as_failure does."""
-    app.backend._fail_chain(request.chain, error, None, store_result=True, state=states.FAILURE)
-    if request.errbacks:
-        app.backend._call_task_errbacks(request, error, None)
-
-
 def task_events_enabled(consumer: Consumer | None) -> bool | None:
     """Whether ``-E`` or ``enable_events`` has a worker send task events; None: not known now."""
     dispatcher = getattr(consumer, "event_dispatcher", None)
@@ -320,7 +263,3 @@ def event_message(body: Any, routing_key: str, node: str) -> bytes:
         },
     }
     return msgspec.json.encode(message)
-
-
-def revoked_error(reason: str) -> TaskRevokedError:
-    return TaskRevokedError(reason)

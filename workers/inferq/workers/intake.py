@@ -35,7 +35,10 @@ from inferq.shared.schema import (
 from inferq.workers.batching.padding import Padding
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims import Slot
+from inferq.workers.following import following
 from inferq.workers.foreign_tasks import MAX_BYTES, ForeignTasks, not_registered
+from inferq.workers.link_place import place_of
+from inferq.workers.link_queues import LinkQueues
 
 #: A message body may have so many bytes for each of its inputs' (a number written out in JSON, in
 #: base64), and so many besides. What is decoded may take 40 times that: maps in maps.
@@ -44,9 +47,6 @@ BODY_BYTES: Final = 4 << 20
 #: Longest description of a request that is kept with it, in characters: Celery's own limit.
 MAX_REPR_CHARS: Final = 1_024
 _ARGUMENTS = frozenset({"inputs", "model"})
-#: Most links, and most steps of a chain, that follow on a request. Where it fails, Celery stores as
-#: many failures one by one, while all other requests' links wait.
-MAX_FOLLOWING = 1_000
 
 
 def _is_str(value: object) -> bool:
@@ -121,6 +121,7 @@ class Intake:
         padding: Padding,
         is_revoked: Callable[[str], bool],
         redis_ms: Callable[[], float],
+        links: LinkQueues,
         foreign: ForeignTasks | None = None,
     ) -> None:
         self._advert = advert
@@ -130,6 +131,7 @@ class Intake:
         self._redis_ms = redis_ms
         #: None: no other task than ours is run.
         self._foreign = foreign
+        self._links = links
         self._check = InputCheck(advert)
         self._most_body = BODY_BYTES + WRITTEN_OUT * most_bytes(advert)
         self._most_message = min(self._most_body + codec.MAX_HEAD_BYTES, codec.MAX_MESSAGE_BYTES)
@@ -190,7 +192,8 @@ class Intake:
             if own:
                 ticket = replace(ticket, payload_keys=own)
             if body.has_canvas:
-                _check_canvas(body.embed)
+                place_of(message)
+                following(body.embed, len(message), self._links)
                 ticket = replace(ticket, canvas=message)
             if late is not None:
                 return replace(late, ticket=ticket)
@@ -235,7 +238,8 @@ class Intake:
         try:
             body = codec.decode_body(envelope)
             if body.has_canvas:
-                _check_canvas(body.embed)
+                place_of(message)
+                following(body.embed, len(message), self._links)
                 ticket = replace(ticket, canvas=message)
         except InferqError:
             pass  # nobody can tell what follows on it
@@ -343,13 +347,6 @@ def arguments(body: codec.Body) -> Mapping[str, Any]:
     if len(body.args) > 2:
         raise InvalidInput(f"{len(body.args)} arguments; expected inputs and model")
     return dict(zip(("inputs", "model"), body.args, strict=False)) | body.kwargs
-
-
-def _check_canvas(embed: Mapping[str, Any]) -> None:
-    for slot in ("callbacks", "errbacks", "chain"):
-        following = embed.get(slot)
-        if isinstance(following, list | dict | str) and len(following) > MAX_FOLLOWING:
-            raise InvalidInput(f"{len(following)} {slot}; expected at most {MAX_FOLLOWING}")
 
 
 def references_in(inputs: object) -> dict[str, str]:

@@ -17,7 +17,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import count
 
 import redis
@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 IDLE_S = 1.0
 #: Seconds before a broken connection is replaced, and again if that fails.
 RECONNECT_S = 0.2
-#: Requests that wait for their links to be published, at which no more are claimed.
+#: Requests that wait for their links to be published, at which no more of their model are claimed.
 MAX_AWAY_IN_CANVAS = 256
 #: Seconds after which it is said again that it is broken.
 REMIND_S = 5.0
@@ -170,10 +170,12 @@ class DataPlane:
         Not while links wait for a Redis that is full or away: a restart would be of no use.
         """
         ledger = self._ledger
-        if ledger is None or not self._claiming or self._holds_back():
+        if ledger is None or not self._claiming:
             return False
-        depths = list(ledger.depths.items())
-        return any(depth and self._models[model].consuming for (model, _), depth in depths)
+        claimable = {model.name for model in self._claimable() if model.consuming}
+        return any(
+            depth and model in claimable for (model, _), depth in list(ledger.depths.items())
+        )
 
     def overdue(self) -> bool:
         """Whether some batch exceeds its model's max_run_seconds."""
@@ -381,13 +383,18 @@ class DataPlane:
         self._leaving.clear()
 
     def _wants(self, ledger: Ledger) -> tuple[list[Want], list[QueueId]]:
-        if not self._claiming or self._holds_back():
+        if not self._claiming:
             return [], []
-        models, ending = self._models.values(), self._settling.ending()
+        models, ending = self._claimable(), self._settling.ending()
         return supply.wants(models, ledger.depths, ending, self._budget)
 
-    def _holds_back(self) -> bool:
-        return self._settling.away_in_canvas >= MAX_AWAY_IN_CANVAS
+    def _claimable(self) -> Collection[ServedModel]:
+        """The models of which more may be claimed: few of their requests wait for links."""
+        away = self._settling.away_in_canvas
+        models = self._models.values()
+        if not away:
+            return models
+        return [model for model in models if away[model.name] < MAX_AWAY_IN_CANVAS]
 
     def _exchange(self, ledger: Ledger, wants: list[Want], listen: list[QueueId]) -> None:
         sending = portion(self._settling.due)

@@ -46,6 +46,7 @@ from inferq.workers.heartbeat import UNANSWERED_S, Heartbeat, links_s
 from inferq.workers.lanes import Finished
 from inferq.workers.later import Later
 from inferq.workers.lease import Lease
+from inferq.workers.link_queues import LinkQueues
 from inferq.workers.logs.slow import told_if_slow
 from inferq.workers.main_loop import MainLoop
 from inferq.workers.memory import keep_freed_memory
@@ -162,6 +163,7 @@ class Service:
                         wake=self._look,
                         result_expires_s=self._settings.result_expires_s,
                         foreign=self._foreign,
+                        links=LinkQueues(self._names, self._settings.link_queues),
                     )
             except FatalEngineError:
                 raise

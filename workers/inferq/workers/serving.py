@@ -23,6 +23,7 @@ from inferq.workers.engines.base import Engine
 from inferq.workers.foreign_tasks import ForeignTasks
 from inferq.workers.intake import Intake
 from inferq.workers.lanes import Finished, Job, Lanes
+from inferq.workers.link_queues import LinkQueues
 from inferq.workers.logs.fields import about
 from inferq.workers.metrics.counts import ModelCounts, ModelStats
 from inferq.workers.pad_probe.probe import probe_padding
@@ -94,6 +95,7 @@ class ServedModel:
         on_begun: Callable[[Sequence[Waiting]], None] = lambda _: None,
         wake: Callable[[], None] = lambda: None,
         foreign: ForeignTasks | None = None,
+        links: LinkQueues | None = None,
     ) -> None:
         """Load the engine, warm it up, start the lanes' threads. ConfigError if it cannot be."""
         self._steps = names.priority_steps
@@ -128,7 +130,8 @@ class ServedModel:
             result_expires_s=result_expires_s,
         )
         self.sizes = Sizes(self.advert)
-        self.intake = Intake(self.advert, names, padding, is_revoked, clock.now, foreign)
+        links = links or LinkQueues(names)
+        self.intake = Intake(self.advert, names, padding, is_revoked, clock.now, links, foreign)
         self.results = Results(worker, config.engine, spec.version, padding)
         prepared.serve()
         counts = self.counts

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Container, Mapping
 from typing import Final
 
@@ -63,8 +63,8 @@ class Settling:
         self._ready: deque[tuple[str, Settlement]] = deque()
         #: Batches whose results wait for more.
         self._ended: list[Finished] = []
-        #: Requests that have ended but for their links, chain or chord.
-        self.away_in_canvas = 0
+        #: Requests that have ended but for their links, chain or chord, by model.
+        self.away_in_canvas: Counter[str] = Counter()
         #: Of these, what Redis has not been told yet to be computing no longer ("<m>/<id>").
         self.stopped: list[str] = []
         #: The incarnation whose requests these are.
@@ -139,7 +139,7 @@ class Settling:
         while self._ready:
             incarnation, settlement = self._ready.popleft()
             if incarnation == self.incarnation:
-                self.away_in_canvas -= 1
+                self.away_in_canvas[settlement.model] -= 1
                 self.due.append(settlement)
 
     def add(self, settlement: Settlement, canvas: bytes | None) -> None:
@@ -152,7 +152,7 @@ class Settling:
             self._publish(replace(settlement, canvas=canvas), canvas)
 
     def _publish(self, settlement: Settlement, canvas: bytes) -> None:
-        self.away_in_canvas += 1
+        self.away_in_canvas[settlement.model] += 1
         self._hooks.publish_canvas(self.incarnation, settlement, canvas)
 
     def publish_again(self) -> None:
@@ -205,7 +205,7 @@ class Settling:
     def is_over(self) -> bool:
         """Whether nothing is to be settled any more, of what has ended so far."""
         waiting = self._finished or self._ended or self._ready or self.due
-        return not waiting and not self.away_in_canvas
+        return not waiting and not self.away_in_canvas.total()
 
     def drop(self, *, forgotten: bool) -> None:
         """All of it belongs to somebody else now.
@@ -218,7 +218,7 @@ class Settling:
             self.kept.clear()
         self.kept.last = 0
         self.stopped.clear()
-        self.away_in_canvas = 0
+        self.away_in_canvas.clear()
         self._doubtful = 0
 
     def _model(self, finished: Finished) -> ServedModel:

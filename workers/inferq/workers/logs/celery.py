@@ -19,7 +19,9 @@ from inferq.workers.logs.stderr import write_json
 
 #: Loggers of lines that whoever may push a message can cause, one by one.
 CLIENT_CAUSED: Final = (
+    "celery.app.base",
     "celery.app.trace",
+    "celery.backends.redis",
     "celery.worker.consumer.consumer",
     "celery.worker.control",
     "celery.worker.request",
@@ -31,6 +33,7 @@ CLIENT_CAUSED: Final = (
     "inferq.workers.lanes",
     "inferq.workers.ledger",
     "inferq.workers.link",
+    "inferq.workers.link_patience",
     "inferq.workers.mailbox",
     "inferq.workers.plane",
     "inferq.workers.receiving",

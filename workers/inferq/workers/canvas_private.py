@@ -1,0 +1,197 @@
+"""What inferq uses of Celery's canvas 5.7 beyond its public interface, all of it.
+
+tests/integration/test_celery_private.py fails when an upgrade changes any of this.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+import pybase64
+from celery import Celery, Task, states
+from celery.app.amqp import AMQP
+from celery.app.task import Context
+from celery.canvas import Signature, _chain, _chord, group, maybe_signature
+from celery.exceptions import TaskRevokedError
+from kombu import Producer
+from kombu.serialization import dumps
+from kombu.utils.json import dumps as to_json
+
+#: Headers that are Celery's and kombu's own.
+HEADERS = frozenset(
+    {
+        "lang", "task", "id", "shadow", "eta", "expires", "group", "group_index", "retries",
+        "timelimit", "root_id", "parent_id", "argsrepr", "kwargsrepr", "origin", "ignore_result",
+        "replaced_task_nesting", "stamped_headers", "stamps", "compression",
+    }
+)  # fmt: skip
+#: Every keyword that Celery and kombu take on a signature's way, to whatever end.
+KEYWORDS = frozenset(
+    name
+    for taker in (
+        Celery.send_task, AMQP.as_task_v2, Signature.__init__, Signature.apply_async,
+        Signature.freeze, _chain.run, _chain.prepare_steps, group.apply_async, group._apply_tasks,
+        _chord.apply_async, _chord.run, Task.apply_async, Producer.publish, Producer._publish,
+    )
+    for name in inspect.signature(taker).parameters
+) | {
+    "chord", "chain", "queue", "retry", "retry_policy", "serializer", "compression", "declare",
+    "headers", "exchange", "exchange_type", "routing_key", "event_dispatcher", "stamped_headers",
+    "use_link", "task_type", "delivery_info", "expiration",
+}  # fmt: skip
+
+
+def context_of(
+    place: Mapping[str, Any],
+    *,
+    callbacks: Sequence[Any] | None,
+    errbacks: Sequence[Any] | None,
+    chain: Sequence[Any] | None,
+    chord: Mapping[str, Any] | None,
+) -> Context:
+    """Celery's view of a request, for its canvas; `place`: those of its headers that tell where it
+    stands (id, group, group_index, root_id, parent_id).
+    """
+    return Context(
+        place, args=[], kwargs={}, delivery_info={}, called_directly=False,
+        callbacks=callbacks, errbacks=errbacks, chain=chain, chord=chord,
+    )  # fmt: skip
+
+
+def await_no_results(app: Celery) -> None:
+    """Have `app` not subscribe to the result of each task that this thread sends with it.
+
+    Celery would do so before it sends, and where Redis is away raise a RuntimeError after 20 s. Of
+    each thread, as its backend is.
+    """
+    app.backend.on_task_call = lambda _producer, _task_id: None
+
+
+def store_by(app: Celery, store: Callable[[str, bytes], None]) -> None:
+    """Have what `app`'s backend stores of tasks go through `store`, by key; of this thread.
+
+    Celery writes over whatever stands there but a SUCCESS.
+    """
+    backend = app.backend
+
+    def set_with_state(key: str | bytes, value: str | bytes, _state: str) -> None:
+        store(
+            key.decode() if isinstance(key, bytes) else key,
+            value.encode() if isinstance(value, str) else value,
+        )
+
+    backend._set_with_state = set_with_state
+
+
+class _Router:
+    """Leaves a queue the name that it is. Celery's keeps an object of each name for good."""
+
+    def __init__(self, default: str) -> None:
+        self._default = default
+
+    def route(self, options: dict[str, Any], *_: object) -> dict[str, Any]:
+        return {**options, "queue": options.get("queue") or self._default}
+
+
+class _Nowhere:
+    """Stands for kombu's producer, of which no canvas needs more."""
+
+    connection = SimpleNamespace(_reraise_as_library_errors=nullcontext)
+
+
+class Published(msgspec.Struct, frozen=True):
+    """A message as kombu's Redis transport writes it, and where it is to go."""
+
+    queue: str
+    priority: int
+    message: bytes
+
+
+def divert(app: Celery, take: Callable[[Published], None], push: Callable[..., Any]) -> None:
+    """Have each message that `app` is to publish go to `take`, and never to kombu.
+
+    kombu shares its connections, and what it knows of queues, among all of a process, and keeps
+    all that it is given. `push` is called in place of publishing a chord's body at once, with what
+    does that and its arguments. No task runs in this process: `app` knows none.
+    """
+    app.finalize()
+    app.tasks.clear()
+    app.amqp.router = _Router(app.conf.task_default_queue)
+    app.amqp._retry_publish = push
+    app.producer_or_acquire = lambda _=None: nullcontext(_Nowhere)
+
+    def send(
+        _producer: object,
+        _name: str,
+        message: Any,
+        queue: str,
+        priority: int = 0,
+        expiration: float | None = None,
+        headers: Mapping[str, Any] | None = None,
+        **_: object,
+    ) -> None:
+        properties = dict(message.properties)
+        if expiration is not None:
+            properties["expiration"] = str(int(expiration * 1000))
+        told = {**message.headers, **(headers or {})}
+        kind, encoding, body = dumps(message.body, serializer=app.conf.task_serializer)
+        envelope = {
+            "body": pybase64.b64encode_as_string(body.encode() if isinstance(body, str) else body),
+            "content-encoding": encoding,
+            "content-type": kind,
+            "headers": told,
+            "properties": {
+                **properties,
+                "delivery_mode": 2,
+                "delivery_info": {"exchange": "", "routing_key": queue},
+                "priority": priority,
+                "body_encoding": "base64",
+                "delivery_tag": str(uuid4()),
+            },
+        }
+        take(Published(queue, priority, to_json(envelope).encode()))
+
+    app.amqp.send_task_message = send
+
+
+def be_current(app: Celery) -> None:
+    """Have this thread's signatures belong to `app` where Celery forgets whose they are."""
+    app.set_current()
+
+
+def publish_success(app: Celery, request: Context, result: object) -> None:
+    """Publish links and the rest of a chain, as celery.app.trace does after a task's success."""
+    origin = {"parent_id": request.id, "root_id": request.root_id or request.id}
+    signatures = [maybe_signature(each, app=app) for each in request.callbacks or ()]
+    groups = [each for each in signatures if isinstance(each, group)]
+    others = [each for each in signatures if not isinstance(each, group)]
+    if len(others) > 1:
+        others = [group(others, app=app)]
+    for each in groups + others:
+        each.apply_async((result,), **origin)
+    if request.chain:
+        following = maybe_signature(request.chain[-1], app=app)
+        following.apply_async((result,), chain=request.chain[:-1], **origin)
+
+
+def finish_chord(app: Celery, request: Context, status: str, result: object) -> None:
+    """Count this request as a finished part of its chord, which may start the chord's body."""
+    if request.chord:
+        app.backend.on_chord_part_return(request, status, result)
+
+
+def publish_failure(app: Celery, request: Context, error: Exception) -> None:
+    """Fail the rest of the chain and call errbacks, as Backend.mark_as_failure does."""
+    app.backend._fail_chain(request.chain, error, None, store_result=True, state=states.FAILURE)
+    if request.errbacks:
+        app.backend._call_task_errbacks(request, error, None)
+
+
+def revoked_error(reason: str) -> TaskRevokedError:
+    return TaskRevokedError(reason)

@@ -1,0 +1,42 @@
+"""Where a request stands in a canvas, as its headers say: its id becomes part of a chord's keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from inferq.shared.errors import InvalidInput
+from inferq.workers.link_options import check_count, check_group_id, check_id
+
+
+class _Place(msgspec.Struct):
+    id: str
+    group: str | None = None
+    group_index: int | None = None
+    root_id: str | None = None
+    parent_id: str | None = None
+
+
+class _Placed(msgspec.Struct):
+    headers: _Place
+
+
+_decoder = msgspec.json.Decoder(_Placed)
+
+
+def place_of(message: bytes) -> Mapping[str, Any]:
+    """Those headers of a message. InvalidInput if one is not what Celery writes there."""
+    try:
+        place = _decoder.decode(message).headers
+    except msgspec.DecodeError as problem:
+        raise InvalidInput(f"where it stands in a canvas cannot be read: {problem}") from problem
+    if place.group:
+        check_group_id("header group", place.group)
+    for name in ("root_id", "parent_id"):
+        if (value := getattr(place, name)) is not None:
+            check_id(f"header {name}", value)
+    if place.group_index is not None:
+        check_count("header group_index", place.group_index)
+    return msgspec.structs.asdict(place)
