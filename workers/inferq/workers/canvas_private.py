@@ -6,8 +6,8 @@ tests/integration/test_celery_private.py fails when an upgrade changes any of th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
@@ -73,6 +73,17 @@ def await_no_results(app: Celery) -> None:
     app.backend.on_task_call = lambda _producer, _task_id: None
 
 
+@contextmanager
+def awaiting_none(app: Celery) -> Iterator[None]:
+    """The same of each task of a group that this thread sends within. A chord's are read back."""
+    backend = app.backend
+    backend.add_pending_result = lambda result, **_: result
+    try:
+        yield
+    finally:
+        del backend.add_pending_result
+
+
 def store_by(app: Celery, store: Callable[[str, bytes], None]) -> None:
     """Have what `app`'s backend stores of tasks go through `store`, by key; of this thread.
 
@@ -113,17 +124,24 @@ class Published(msgspec.Struct, frozen=True):
     message: bytes
 
 
-def divert(app: Celery, take: Callable[[Published], None], push: Callable[..., Any]) -> None:
+def divert(
+    app: Celery, take: Callable[[Published], None], push: Callable[[Callable[[], object]], None]
+) -> None:
     """Have each message that `app` is to publish go to `take`, and never to kombu.
 
     kombu shares its connections, and what it knows of queues, among all of a process, and keeps
-    all that it is given. `push` is called in place of publishing a chord's body at once, with what
-    does that and its arguments. No task runs in this process: `app` knows none.
+    all that it is given. `push` is called with what publishes a chord's body, which is to be in
+    Redis when it returns. No task runs in this process: `app` knows none.
     """
+
+    def push_at_once(publish: Callable[..., object], *args: object) -> None:
+        with awaiting_none(app):
+            push(lambda: publish(*args))
+
     app.finalize()
     app.tasks.clear()
     app.amqp.router = _Router(app.conf.task_default_queue)
-    app.amqp._retry_publish = push
+    app.amqp._retry_publish = push_at_once
     app.producer_or_acquire = lambda _=None: nullcontext(_Nowhere)
 
     def send(
@@ -167,6 +185,11 @@ def be_current(app: Celery) -> None:
 
 def publish_success(app: Celery, request: Context, result: object) -> None:
     """Publish links and the rest of a chain, as celery.app.trace does after a task's success."""
+    with awaiting_none(app):
+        _publish_success(app, request, result)
+
+
+def _publish_success(app: Celery, request: Context, result: object) -> None:
     origin = {"parent_id": request.id, "root_id": request.root_id or request.id}
     signatures = [maybe_signature(each, app=app) for each in request.callbacks or ()]
     groups = [each for each in signatures if isinstance(each, group)]
@@ -190,7 +213,8 @@ def publish_failure(app: Celery, request: Context, error: Exception) -> None:
     """Fail the rest of the chain and call errbacks, as Backend.mark_as_failure does."""
     app.backend._fail_chain(request.chain, error, None, store_result=True, state=states.FAILURE)
     if request.errbacks:
-        app.backend._call_task_errbacks(request, error, None)
+        with awaiting_none(app):
+            app.backend._call_task_errbacks(request, error, None)
 
 
 def revoked_error(reason: str) -> TaskRevokedError:

@@ -7,7 +7,7 @@ together. No function here calls itself, since the sender also chooses how deepl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -36,6 +36,11 @@ _CANVASES: Final = {"group": "celery.group", "chain": "celery.chain", "chord": "
 #: it behind a group.
 _ACCUMULATE: Final = "celery.accumulate"
 _DEFAULT_QUEUE: Final = "celery"
+_GROUPS: Final = frozenset({"group", "chord"})
+#: Options that hold signatures.
+_ATTACHED: Final = ("link", "link_error", "chain")
+_HOLDING: Final = frozenset({*_ATTACHED, "chord"})
+_STR: Final = frozenset({str})
 
 
 class Following(msgspec.Struct, frozen=True):
@@ -51,16 +56,23 @@ class _Node:
     """A signature on its way: what was given, and what is made of it."""
 
     __slots__ = (
-        "attached", "body", "built", "chords", "depth", "given", "kind", "members", "own", "place",
-        "queued", "size",
+        "around", "attached", "body", "built", "chords", "depth", "given", "index", "kind",
+        "members", "own", "queued", "size", "within",
     )  # fmt: skip
 
-    def __init__(self, given: object, place: str, depth: int, chords: int, queued: bool) -> None:
+    def __init__(
+        self, given: object, around: _Node | None, within: str, index: int | None, queued: bool
+    ) -> None:
         self.given = given
-        self.place = place
-        self.depth = depth
+        #: The signature in which it stands, and where in there.
+        self.around = around
+        self.within = within
+        self.index = index
         #: Chords that it is inside of.
-        self.chords = chords
+        self.depth = self.chords = 0
+        if around is not None:
+            self.depth = around.depth + 1
+            self.chords = around.chords + (around.kind == "chord")
         #: Whether a canvas around it names the queue.
         self.queued = queued
         self.built: dict[str, Any] = {}
@@ -68,10 +80,19 @@ class _Node:
         #: Bytes of its own, and with all that is inside.
         self.own = self.size = 0
         #: A group's tasks, a chain's steps, or a chord's header.
-        self.members: list[_Node] = []
+        self.members: Sequence[_Node] = ()
         self.body: _Node | None = None
         #: Its links, and the like.
         self.attached: list[_Node] = []
+
+    def place(self) -> str:
+        """Where it stands: ``callbacks[0].options.link[2]``."""
+        path: list[str] = []
+        node: _Node | None = self
+        while node is not None:
+            path.append(node.within if node.index is None else f"{node.within}[{node.index}]")
+            node = node.around
+        return ".".join(reversed(path))[-200:]
 
 
 def following(embed: Mapping[str, Any], message_bytes: int, queues: LinkQueues) -> Following:
@@ -89,146 +110,166 @@ class _Walk:
         self._nodes: list[_Node] = []
 
     def rebuilt(self, embed: Mapping[str, Any], message_bytes: int) -> Following:
-        given = {name: embed.get(name) for name in ("callbacks", "errbacks", "chain", "chord")}
-        lists = {
-            name: self._several(value, name, None)
-            for name, value in given.items()
-            if value and name != "chord"
-        }
-        chord = self._one(given["chord"], "chord", None) if given["chord"] else None
+        callbacks, errbacks, chain = (
+            self._several(embed[name], None, name) if embed.get(name) else []
+            for name in ("callbacks", "errbacks", "chain")
+        )
+        chord = self._one(embed["chord"], None, "chord") if embed.get("chord") else None
         for node in self._nodes:  # which grows meanwhile
-            self._build(node)
-        self._weigh()
-        starts = [(node, 0) for name in ("callbacks", "errbacks") for node in lists.get(name, [])]
-        if chain := lists.get("chain"):
-            starts.append((chain[-1], sum(node.size for node in chain[:-1])))
-        if chord is not None:
-            starts.append((chord, 0))
-        check_bytes(_published(starts), message_bytes)
-        built = {name: [node.built for node in nodes] for name, nodes in lists.items()}
+            try:
+                self._build(node)
+            except InvalidInput as problem:
+                raise InvalidInput(f"{node.place()}: {problem.message}") from None
+        # No message holds more than all there is for each signature that it may be a copy for.
+        most = len(self._nodes) ** 2 * (message_bytes + _ENVELOPE_BYTES)
+        if most > MAX_PUBLISHED_BYTES:
+            self._weigh()
+            starts = [(node, 0) for node in (*callbacks, *errbacks)]
+            if chain:
+                starts.append((chain[-1], sum(node.size for node in chain[:-1])))
+            if chord is not None:
+                starts.append((chord, 0))
+            check_bytes(_published(starts), message_bytes)
         return Following(
-            built.get("callbacks", []), built.get("errbacks", []), built.get("chain", []),
-            None if chord is None else chord.built,
+            [node.built for node in callbacks], [node.built for node in errbacks],
+            [node.built for node in chain], None if chord is None else chord.built,
         )  # fmt: skip
 
     def _one(
-        self, given: object, place: str, around: _Node | None, *, member: bool = False
+        self,
+        given: object,
+        around: _Node | None,
+        within: str,
+        index: int | None = None,
+        *,
+        queued: bool = False,
     ) -> _Node:
-        depth = chords = 0
-        queued = False
-        if around is not None:
-            depth = around.depth + 1
-            chords = around.chords + (around.kind == "chord")
-            queued = member and (around.queued or "queue" in around.built["options"])
-        if depth >= MAX_NESTING:
-            raise InvalidInput(f"signatures nest more than {MAX_NESTING} deep, at {place[:200]}")
         if len(self._nodes) >= MAX_FOLLOWING:
             raise InvalidInput(
-                f"more than {MAX_FOLLOWING} signatures follow on it, at {place[:200]}; "
+                f"more than {MAX_FOLLOWING} signatures follow on it; "
                 f"expected at most {MAX_FOLLOWING} in all"
             )
-        node = _Node(given, place, depth, chords, queued)
+        node = _Node(given, around, within, index, queued)
         self._nodes.append(node)
         return node
 
     def _several(
-        self, given: object, place: str, around: _Node | None, *, member: bool = False
+        self, given: object, around: _Node | None, within: str, *, queued: bool = False
     ) -> list[_Node]:
         if not isinstance(given, list | tuple):
-            raise InvalidInput(f"{place} is {shown(given)}; expected a list of signatures")
+            raise InvalidInput(f"{within} {shown(given)}; expected a list of signatures")
         return [
-            self._one(each, f"{place}[{index}]", around, member=member)
+            self._one(each, around, within, index, queued=queued)
             for index, each in enumerate(given)
         ]
 
     def _build(self, node: _Node) -> None:
-        given, place = node.given, node.place
+        given = node.given
         if not isinstance(given, dict):
-            raise InvalidInput(f"{place} is {shown(given)}; expected a signature of Celery")
-        kind, task = given.get("subtask_type") or None, given.get("task")
-        if kind is not None and (not isinstance(kind, str) or kind not in _CANVASES):
-            raise InvalidInput(
-                f"{place}.subtask_type {shown(kind)}; expected {', '.join(_CANVASES)}"
-            )
-        node.kind = kind
-        if kind is not None:
-            task = _CANVASES[kind]
-        elif not isinstance(task, str) or not 0 < len(task) <= _MAX_NAME_CHARS:
-            raise InvalidInput(f"{place}.task {shown(task)}; expected a task's name")
-        elif task.startswith("celery.") and task != _ACCUMULATE:
-            raise InvalidInput(
-                f"{place}.task {shown(task)} is Celery's own; expected a task of an application, "
-                "a group, a chain or a chord"
-            )
+            raise InvalidInput(f"it is {shown(given)}; expected a signature of Celery")
+        if node.depth >= MAX_NESTING:
+            raise InvalidInput(f"signatures nest more than {MAX_NESTING} deep")
+        kind = node.kind = _kind(given)
+        task = _task(given) if kind is None else _CANVASES[kind]
         args, kwargs = given.get("args") or [], given.get("kwargs") or {}
         options = given.get("options") or {}
         if not isinstance(args, list | tuple):
-            raise InvalidInput(f"{place}.args is {shown(args)}; expected a list")
-        for name, value in (("kwargs", kwargs), ("options", options)):
-            if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-                raise InvalidInput(f"{place}.{name} is {shown(value)}; expected a mapping by names")
-        plain = rebuilt_options(
-            f"{place}.options", options, self._queues, groups=kind in {"group", "chord"}
-        )
+            raise InvalidInput(f"args {shown(args)}; expected a list")
+        _check_names("kwargs", kwargs)
+        _check_names("options", options)
+        try:
+            plain = rebuilt_options(options, self._queues, groups=kind in _GROUPS)
+        except InvalidInput as problem:
+            raise InvalidInput(f"options.{problem.message}") from None
         node.built.update(
             task=task, args=list(args), kwargs={}, options=plain, subtask_type=kind,
             immutable=bool(given.get("immutable")),
         )  # fmt: skip
         if (size := given.get("chord_size")) is not None:
-            node.built["chord_size"] = check_count(f"{place}.chord_size", size)
+            node.built["chord_size"] = check_count(size)
+        queued = node.queued or "queue" in plain
         if kind is None:
-            if not node.queued and "queue" not in plain:
-                self._queues.check(f"{place} names no queue, and", _DEFAULT_QUEUE)
-            own = node.built["kwargs"] = kwargs
+            if not queued:
+                self._check_default()
+            node.built["kwargs"] = kwargs
+        elif kind == "chord":
+            self._chord(node, kwargs, queued)
         else:
-            own = self._canvas(node, kwargs)
-        node.own = _bytes_of(place, (task, args, own, plain))
+            node.members = self._several(kwargs.get("tasks"), node, "tasks", queued=queued)
+            node.built["kwargs"] = {"tasks": [each.built for each in node.members]}
         self._attach(node, options)
 
-    def _canvas(self, node: _Node, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Make a group, chain or chord of its parts; what its plain arguments are."""
-        place, built = node.place, node.built["kwargs"]
-        if node.kind != "chord":
-            node.members = self._several(
-                kwargs.get("tasks"), f"{place}.kwargs.tasks", node, member=True
-            )
-            built["tasks"] = [each.built for each in node.members]
-            return {}
+    def _check_default(self) -> None:
+        try:
+            self._queues.check(_DEFAULT_QUEUE)
+        except InvalidInput as problem:
+            raise InvalidInput(f"it names no queue, and {problem.message}") from None
+
+    def _chord(self, node: _Node, kwargs: dict[str, Any], queued: bool) -> None:
         if node.chords >= MAX_CHORDS_NESTED:
-            raise InvalidInput(f"chords nest more than {MAX_CHORDS_NESTED} deep, at {place[:200]}")
-        header, within = kwargs.get("header"), f"{place}.kwargs.header"
+            raise InvalidInput(f"chords nest more than {MAX_CHORDS_NESTED} deep")
+        header, own = kwargs.get("header"), kwargs.get("kwargs") or {}
+        _check_names("kwargs.kwargs", own)
+        built: dict[str, Any] = {"kwargs": own}
         if isinstance(header, dict):
-            node.members = [self._one(header, within, node, member=True)]
+            node.members = [self._one(header, node, "header", queued=queued)]
             built["header"] = node.members[0].built
         else:
-            node.members = self._several(header, within, node, member=True)
+            node.members = self._several(header, node, "header", queued=queued)
             built["header"] = [each.built for each in node.members]
-        node.body = self._one(kwargs.get("body"), f"{place}.kwargs.body", node, member=True)
-        own = kwargs.get("kwargs") or {}
-        if not isinstance(own, dict) or not all(isinstance(key, str) for key in own):
-            raise InvalidInput(f"{place}.kwargs.kwargs {shown(own)}; expected a mapping by names")
-        built.update(body=node.body.built, kwargs=own)
-        return own
+        node.body = self._one(kwargs.get("body"), node, "body", queued=queued)
+        built["body"] = node.body.built
+        node.built["kwargs"] = built
 
     def _attach(self, node: _Node, options: dict[str, Any]) -> None:
         built = node.built["options"]
-        for name in ("link", "link_error", "chain"):
-            given, place = options.get(name), f"{node.place}.options.{name}"
-            if given:
-                found = self._several([given] if isinstance(given, dict) else given, place, node)
+        for name in _ATTACHED:
+            if given := options.get(name):
+                found = self._several(
+                    [given] if isinstance(given, dict) else given, node, f"options.{name}"
+                )
                 built[name] = [each.built for each in found]
                 node.attached += found
         if given := options.get("chord"):
-            found = [self._one(given, f"{node.place}.options.chord", node)]
+            found = [self._one(given, node, "options.chord")]
             built["chord"] = found[0].built
             node.attached += found
 
     def _weigh(self) -> None:
         for node in reversed(self._nodes):
-            inside = [*node.members, *node.attached]
+            built, inside = node.built, [*node.members, *node.attached]
+            own = built["kwargs"] if node.kind is None else built["kwargs"].get("kwargs")
+            options = built["options"]
+            if node.attached:
+                options = {key: options[key] for key in options if key not in _HOLDING}
+            node.own = _bytes_of(node, (built["task"], built["args"], own, options))
             if node.body is not None:
                 inside.append(node.body)
             node.size = node.own + sum(each.size for each in inside)
+
+
+def _kind(given: Mapping[Any, Any]) -> str | None:
+    kind = given.get("subtask_type") or None
+    if kind is not None and (not isinstance(kind, str) or kind not in _CANVASES):
+        raise InvalidInput(f"subtask_type {shown(kind)}; expected {', '.join(_CANVASES)}")
+    return kind
+
+
+def _task(given: Mapping[Any, Any]) -> str:
+    task = given.get("task")
+    if not isinstance(task, str) or not 0 < len(task) <= _MAX_NAME_CHARS:
+        raise InvalidInput(f"task {shown(task)}; expected a task's name")
+    if task.startswith("celery.") and task != _ACCUMULATE:
+        raise InvalidInput(
+            f"task {shown(task)} is Celery's own; expected a task of an application, a group, "
+            "a chain or a chord"
+        )
+    return task
+
+
+def _check_names(field: str, value: object) -> None:
+    if not isinstance(value, dict) or not _STR.issuperset(map(type, value)):
+        raise InvalidInput(f"{field} {shown(value)}; expected a mapping by names")
 
 
 def _published(starts: list[tuple[_Node, int]]) -> int:
@@ -264,8 +305,8 @@ def check_bytes(published: int, largest: int) -> None:
         )
 
 
-def _bytes_of(place: str, value: object) -> int:
+def _bytes_of(node: _Node, value: object) -> int:
     try:
         return len(pack(value))
     except (TypeError, ValueError, OverflowError, RecursionError, msgspec.EncodeError) as problem:
-        raise InvalidInput(f"{place} cannot be written: {problem}") from problem
+        raise InvalidInput(f"{node.place()} cannot be written: {problem}") from problem

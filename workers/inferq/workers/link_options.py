@@ -7,7 +7,6 @@ is. Unknown options are dropped: applications put many harmless ones there.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -35,60 +34,60 @@ def shown(value: object) -> str:
     return f"{value!r:.60}" if isinstance(value, str | int | float) else type(value).__name__
 
 
-def _text(place: str, value: object) -> str:
+def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise InvalidInput(f"{place} {shown(value)}; expected a text")
+        raise InvalidInput(f"{shown(value)}; expected a text")
     return value[:MAX_SHOWN_CHARS]
 
 
-def check_id(place: str, value: object) -> str:
+def check_id(value: object) -> str:
     """An id, which becomes part of a key."""
     if not isinstance(value, str) or len(value) > MAX_ID_CHARS or CONTROL.search(value):
         raise InvalidInput(
-            f"{place} {shown(value)}; expected an id of at most {MAX_ID_CHARS} characters, "
+            f"{shown(value)}; expected an id of at most {MAX_ID_CHARS} characters, "
             "without control characters"
         )
     return value
 
 
-def check_group_id(place: str, value: object) -> str:
+def check_group_id(value: object) -> str:
     """The id of a group: a chord's counters have keys of their own beside it."""
-    if _CHORD_KEY.search(check_id(place, value)):
-        raise InvalidInput(f"{place} {shown(value)}; expected none that ends like a chord's keys")
+    if _CHORD_KEY.search(check_id(value)):
+        raise InvalidInput(f"{shown(value)}; expected none that ends like a chord's keys")
     return str(value)
 
 
-def _whole(place: str, value: object) -> int:
+def _whole(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise InvalidInput(f"{place} {shown(value)}; expected a whole number")
+        raise InvalidInput(f"{shown(value)}; expected a whole number")
     return value
 
 
-def _priority(place: str, value: object) -> int:
-    return max(0, min(_MAX_PRIORITY, _whole(place, value)))  # as kombu does
+def _priority(value: object) -> int:
+    return max(0, min(_MAX_PRIORITY, _whole(value)))  # as kombu does
 
 
-def check_count(place: str, value: object) -> int:
+def check_count(value: object) -> int:
     """A whole number that Celery counts with."""
-    if not 0 <= _whole(place, value) < _MAX_COUNT:
-        raise InvalidInput(f"{place} {shown(value)}; expected from 0 to {_MAX_COUNT}")
-    return _whole(place, value)
+    if not 0 <= _whole(value) < _MAX_COUNT:
+        raise InvalidInput(f"{shown(value)}; expected from 0 to {_MAX_COUNT}")
+    return _whole(value)
 
 
-def _flag(place: str, value: object) -> bool:
+def _flag(value: object) -> bool:
     if not isinstance(value, bool):
-        raise InvalidInput(f"{place} {shown(value)}; expected true or false")
+        raise InvalidInput(f"{shown(value)}; expected true or false")
     return value
 
 
-def _seconds(place: str, value: object) -> float:
+def _seconds(value: object) -> float:
     good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not math.isfinite(value) or abs(value) > MAX_SECONDS:  # type: ignore[arg-type]
-        raise InvalidInput(f"{place} {shown(value)}; expected seconds, {MAX_SECONDS} at most")
+    if not good or not abs(value) <= MAX_SECONDS:  # type: ignore[arg-type]
+        raise InvalidInput(f"{shown(value)}; expected seconds, {MAX_SECONDS} at most")
     return value  # type: ignore[return-value]
 
 
-def _time(place: str, value: object) -> str:
+def _time(value: object) -> str:
     """A time in ISO 8601; Celery's JSON writes ``{"__type__": "datetime", "__value__": …}``."""
     if isinstance(value, dict) and value.get("__type__") == "datetime":
         value = value.get("__value__")
@@ -96,19 +95,30 @@ def _time(place: str, value: object) -> str:
         try:
             value = datetime.fromisoformat(value)
         except ValueError:
-            raise InvalidInput(f"{place} {shown(value)}; expected an ISO 8601 time") from None
+            raise InvalidInput(f"{shown(value)}; expected an ISO 8601 time") from None
     if not isinstance(value, datetime):
-        raise InvalidInput(f"{place} {shown(value)}; expected an ISO 8601 time")
+        raise InvalidInput(f"{shown(value)}; expected an ISO 8601 time")
     return value.isoformat()
 
 
-def _expires(place: str, value: object) -> float | str:
-    if isinstance(value, int | float):
-        return _seconds(place, value)
-    return _time(place, value)
+def _expires(value: object) -> float | str:
+    return _seconds(value) if isinstance(value, int | float) else _time(value)
 
 
-_PLAIN: Final[Mapping[str, Callable[[str, object], Any]]] = {
+def _headers(value: object) -> dict[str, Any] | None:
+    if not isinstance(value, dict):
+        return None
+    foreign = {
+        name: given
+        for name, given in value.items()
+        if isinstance(name, str) and name not in canvas_private.HEADERS
+    }
+    if len(foreign) > MAX_STAMPS:
+        raise InvalidInput(f"are {len(foreign)}; expected {MAX_STAMPS} at most")
+    return foreign or None
+
+
+_CHECKS: Final[Mapping[object, Callable[[object], Any]]] = {
     "priority": _priority,
     "eta": _time,
     "countdown": _seconds,
@@ -127,49 +137,48 @@ _PLAIN: Final[Mapping[str, Callable[[str, object], Any]]] = {
     "shadow": _text,
     "argsrepr": _text,
     "kwargsrepr": _text,
+    "headers": _headers,
 }
 
 
 def rebuilt_options(
-    place: str, given: Mapping[Any, Any], queues: LinkQueues, *, groups: bool
+    given: Mapping[Any, Any], queues: LinkQueues, *, groups: bool
 ) -> dict[str, Any]:
     """What is kept of the options `given`, but for the signatures among them.
 
     `groups`: its task_id is that of a group. InvalidInput names the option that cannot be served.
     """
     kept: dict[str, Any] = {}
-    for name, check in _PLAIN.items():
-        value = given.get(name)
-        if value is not None:
-            kept[name] = check(f"{place}.{name}", value)
-    if groups and "task_id" in kept:
-        check_group_id(f"{place}.task_id", kept["task_id"])
-    queue = given.get("queue") or None
-    if queue is not None:
-        kept["queue"] = queues.check(f"{place}.queue", queue)
-    elif given.get("exchange") and given.get("routing_key"):
-        raise InvalidInput(f"{place} has an exchange and no queue; expected a queue")
-    headers = given.get("headers")
-    if isinstance(headers, dict):
-        foreign = {
-            name: value
-            for name, value in headers.items()
-            if isinstance(name, str) and name not in canvas_private.HEADERS
-        }
-        if len(foreign) > MAX_STAMPS:
-            raise InvalidInput(f"{place} has {len(foreign)} headers; expected {MAX_STAMPS} at most")
-        if foreign:
-            kept["headers"] = foreign
-    return kept | _stamps(place, given)
+    name: Any = None
+    try:
+        for name, value in given.items():
+            check = _CHECKS.get(name)
+            if check is not None and value is not None and (found := check(value)) is not None:
+                kept[name] = found
+        name = "task_id"
+        if groups and name in kept:
+            check_group_id(kept[name])
+        name = "queue"
+        if queue := given.get(name):
+            kept[name] = queues.check(queue)
+        elif given.get("exchange") and given.get("routing_key"):
+            name = "exchange"
+            raise InvalidInput(f"{shown(given[name])} stands for no queue; expected a queue")
+        name = "stamped_headers"
+        if name in given:
+            kept.update(_stamps(given))
+    except InvalidInput as problem:
+        raise InvalidInput(f"{name} {problem.message}") from None
+    return kept
 
 
-def _stamps(place: str, given: Mapping[Any, Any]) -> dict[str, Any]:
+def _stamps(given: Mapping[Any, Any]) -> dict[str, Any]:
     """What was stamped on it: listed options of any name that is not one of Celery's."""
-    listed = given.get("stamped_headers")
+    listed = given["stamped_headers"]
     if not isinstance(listed, list | tuple):
         return {}
     if len(listed) > MAX_STAMPS:
-        raise InvalidInput(f"{place} has {len(listed)} stamps; expected {MAX_STAMPS} at most")
+        raise InvalidInput(f"are {len(listed)}; expected {MAX_STAMPS} at most")
     stamps = {
         name: given[name]
         for name in listed

@@ -32,11 +32,16 @@ def place_of(message: bytes) -> Mapping[str, Any]:
         place = _decoder.decode(message).headers
     except msgspec.DecodeError as problem:
         raise InvalidInput(f"where it stands in a canvas cannot be read: {problem}") from problem
-    if place.group:
-        check_group_id("header group", place.group)
-    for name in ("root_id", "parent_id"):
-        if (value := getattr(place, name)) is not None:
-            check_id(f"header {name}", value)
-    if place.group_index is not None:
-        check_count("header group_index", place.group_index)
+    checked = (
+        ("group", place.group or None, check_group_id),
+        ("group_index", place.group_index, check_count),
+        ("root_id", place.root_id, check_id),
+        ("parent_id", place.parent_id, check_id),
+    )
+    for name, value, check in checked:
+        try:
+            if value is not None:
+                check(value)
+        except InvalidInput as problem:
+            raise InvalidInput(f"header {name} {problem.message}") from None
     return msgspec.structs.asdict(place)

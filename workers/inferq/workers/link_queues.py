@@ -18,6 +18,8 @@ from inferq.shared.names import Names
 MAX_QUEUE_BYTES: Final = 255
 #: Most characters of a name that an error message shows.
 _SHOWN: Final = 100
+#: Names of queues of which it is remembered whether they may be sent to.
+_REMEMBERED: Final = 256
 CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 #: What keys of others than applications begin with, after kombu's prefix.
 _BEGINNINGS: Final = ("_kombu", "celeryev", "unacked")
@@ -33,14 +35,22 @@ class LinkQueues:
     def __init__(self, names: Names, patterns: Sequence[str] = ("*",)) -> None:
         self._names = names
         self._patterns = tuple(patterns)
+        #: What is wrong with the queues that were looked at last, or nothing.
+        self._problems: dict[str, str | None] = {}
 
-    def check(self, place: str, queue: object) -> str:
-        """`queue`, if it may be sent to. InvalidInput, which names `place`, if it may not."""
+    def check(self, queue: object) -> str:
+        """`queue`, if it may be sent to. InvalidInput: it may not."""
         if not isinstance(queue, str):
-            raise InvalidInput(f"{place} is {type(queue).__name__}; expected a queue's name")
-        problem = self._problem(queue)
+            raise InvalidInput(f"is {type(queue).__name__}; expected a queue's name")
+        try:
+            problem = self._problems[queue]
+        except KeyError:
+            problem = self._problem(queue)
+            if len(self._problems) >= _REMEMBERED:
+                self._problems.clear()
+            self._problems[queue[: 2 * MAX_QUEUE_BYTES]] = problem
         if problem is not None:
-            raise InvalidInput(f"{place} {queue[:_SHOWN]!r} {problem}")
+            raise InvalidInput(f"{queue[:_SHOWN]!r} {problem}")
         return queue
 
     def _problem(self, queue: str) -> str | None:

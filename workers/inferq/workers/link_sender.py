@@ -7,7 +7,7 @@ is refused was sent, and what Redis has is not sent again when a try breaks off.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import redis
 
@@ -57,7 +57,7 @@ class LinkSender:
 
         InvalidInput, PayloadTooLarge: it may not go there, or too much went before it.
         """
-        self._queues.check("a link's queue", published.queue)
+        self._queues.check(published.queue)
         self._messages += 1
         if self._messages > MAX_FOLLOWING:
             raise InvalidInput(f"more than {MAX_FOLLOWING} messages follow on it")
@@ -80,11 +80,11 @@ class LinkSender:
             self._collected = None
         return found
 
-    def push_at_once(self, publish: Callable[..., Any], *args: Any) -> Any:
+    def push_at_once(self, publish: Callable[[], object]) -> None:
         """Call `publish`; what it publishes is in Redis when it returns."""
         before, self._collected = self._collected, None
         try:
-            return publish(*args)
+            publish()
         finally:
             self._collected = before
 
