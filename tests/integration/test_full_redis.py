@@ -68,6 +68,12 @@ def fill(redis: Redis) -> None:
         redis.set("another", b"x")
 
 
+def push_though_full(redis: Redis, queue: str, message: bytes) -> None:
+    """As no producer could: a script that has written goes on."""
+    script = "redis.call('DEL', KEYS[2]) return redis.call('LPUSH', KEYS[1], ARGV[1])"
+    redis.eval(script, 2, queue, "nowhere", message)
+
+
 @pytest.mark.parametrize("model", ["m", "wide"])
 def test_what_is_queued_is_served_while_redis_is_full(
     server: EmbeddedRedis, redis: Redis, models: Path, model: str
@@ -191,13 +197,18 @@ def _claim_checked(redis: Redis, n: int) -> tuple[str, bytes]:
 def test_claims_stop_while_many_requests_wait_for_their_links(
     server: EmbeddedRedis, redis: Redis, models: Path, tmp_path: Path
 ) -> None:
-    """A full Redis takes results, which make room again, but no links. None of both is lost."""
+    """A full Redis takes results, which make room again, but no links. None of both is lost.
+
+    Requests of another model are served meanwhile.
+    """
     path = tmp_path / "beat.json"
     count = 3 * MAX_AWAY_IN_CANVAS
     ids = [str(uuid.uuid4()) for _ in range(count)]
     link = {"callbacks": links(1)}
     queue, answered = NAMES.queue("linked"), "nobody"
-    with Worker(server.url, models, ["linked"], env={"INFERQ_HEARTBEAT_FILE": str(path)}) as worker:
+    env = {"INFERQ_HEARTBEAT_FILE": str(path)}
+    with Worker(server.url, models, ["linked", "m"], env=env) as worker:
+        plain_id, plain = message("m", numbered(7))
         worker.pause()
         messages = [request(n, embed=link, request_id=each) for n, each in enumerate(ids)]
         redis.lpush(queue, *messages)
@@ -214,6 +225,8 @@ def test_claims_stop_while_many_requests_wait_for_their_links(
             return len(last) == 3 and len(set(last)) == 1
 
         until(nothing_moves, what="no more are claimed")
+        push_though_full(redis, NAMES.queue("m"), plain)
+        np.testing.assert_array_equal(outputs_of(redis, plain_id)["x"], numbered(7))
         held = held_by(redis, worker.incarnation)
         assert MAX_AWAY_IN_CANVAS <= held <= MAX_AWAY_IN_CANVAS + CLAIMED_AHEAD
         assert redis.llen(queue) == count - held

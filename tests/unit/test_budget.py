@@ -11,7 +11,7 @@ from helpers.responder import advert
 
 from inferq.shared.schema import Signature, TensorSpec, Ticket
 from inferq.workers import supply
-from inferq.workers.budget import MAX_BUDGET_BYTES, Budget, Sizes, budget_bytes
+from inferq.workers.budget import MAX_BUDGET_BYTES, READING_S, Budget, Sizes, budget_bytes
 from inferq.workers.claims import Claim, Slot
 from inferq.workers.intake import Opened
 from inferq.workers.ledger import QueueId
@@ -114,6 +114,24 @@ def test_one_large_claim_is_believed_at_once_and_small_ones_by_and_by() -> None:
         for _ in range(60):
             settle(budget, claimed(budget, "m", 1, 1_000), 1)
         assert wanted([model], {("m", 0): 100}, budget)[("m", 0)] == ROOM
+
+
+def test_requests_that_take_long_to_read_are_claimed_a_few_at_a_time() -> None:
+    """One claim of them is believed at once, as with bytes; one request is claimed in any case."""
+    model = seen(Model(), 1_000, 1_000)
+    budget = Budget([model], 512 * MB)
+
+    def count() -> int:
+        return wanted([model], {("m", 0): 100}, budget)[("m", 0)]
+
+    assert count() == ROOM
+    model.sizes.read(READING_S / 10)
+    assert count() == 10
+    model.sizes.read(10 * READING_S)
+    assert count() == 1
+    for _ in range(200):
+        model.sizes.read(1e-5)
+    assert count() == ROOM
 
 
 def test_large_outputs_of_small_requests_count_too() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from queue import SimpleQueue
 from typing import Any
 
@@ -13,12 +14,14 @@ import redis as redis_py
 from celery import Celery
 from helpers.stock import let_go
 from helpers.wait import until
+from redis.client import Pipeline
 
 from inferq.shared import codec
 from inferq.shared.celery_app import make_app
 from inferq.shared.errors import EngineError
 from inferq.shared.names import Names
 from inferq.shared.settings import Settings
+from inferq.workers import link_patience
 from inferq.workers.canvas import Canvas
 from inferq.workers.canvas_private import await_no_results
 from inferq.workers.claims import Claim, Slot
@@ -68,19 +71,19 @@ def canvas(server: EmbeddedRedis, store: redis_py.Redis, ready: Ready) -> Iterat
     canvas.stop()
 
 
-def linked(app: Celery, store: redis_py.Redis, queue: str, **options: Any) -> bytes:
-    """The message of a request with a link into `queue`."""
-    link = app.signature("plain.note", queue=queue)
-    app.send_task("inferq.infer", queue="inferq.m", link=link, **options)
+def linked(app: Celery, store: redis_py.Redis, queue: str, count: int = 1, **options: Any) -> bytes:
+    """The message of a request with links into `queue`."""
+    links = [app.signature("plain.note", queue=queue) for _ in range(count)]
+    app.send_task("inferq.infer", queue="inferq.m", link=links, **options)
     message = store.rpop("inferq.m")
     assert isinstance(message, bytes)
     return message
 
 
-def succeeded(message: bytes, **given: Any) -> Settlement:
+def succeeded(message: bytes, model: str = "m", result: object = None) -> Settlement:
     task_id = json.loads(message)["headers"]["id"]
-    meta = codec.encode_meta("SUCCESS", task_id, {"x": 1}, NOW, codec.JSON, None, None)
-    return Settlement(Slot(CLAIM, 0), "m", task_id, meta, **given)
+    meta = codec.encode_meta("SUCCESS", task_id, result or {"x": 1}, NOW, codec.JSON, None, None)
+    return Settlement(Slot(CLAIM, 0), model, task_id, meta)
 
 
 def test_a_link_is_published_and_then_the_request_is_ready(
@@ -235,11 +238,72 @@ def test_links_wait_out_an_outage_however_long_it_is(
     assert codec.decode_meta(settled.outcome)["status"] == "SUCCESS"
 
 
+@pytest.mark.parametrize("links", [1, 3])
 def test_nobody_subscribes_to_the_results_of_what_follows(
-    canvas: Canvas, app: Celery, store: redis_py.Redis, ready: Ready
+    canvas: Canvas, app: Celery, store: redis_py.Redis, ready: Ready, links: int
 ) -> None:
-    message = linked(app, store, "plain")
+    message = linked(app, store, "plain", links)
     store.config_resetstat()
     canvas.put("i", succeeded(message), message)
     assert ready.get(timeout=10)
     assert "cmdstat_subscribe" not in store.info("commandstats")
+
+
+def test_models_take_turns_in_having_their_links_published(
+    server: EmbeddedRedis, app: Celery, store: redis_py.Redis, ready: Ready
+) -> None:
+    canvas = Canvas(Settings.load(redis_url=server.url), store, ready)
+    for model in ("a", "a", "a", "b", "c", "c"):
+        message = linked(app, store, "plain")
+        canvas.put("i", succeeded(message, model), message)
+    canvas.start()
+    order = [ready.get(timeout=10)[1].model for _ in range(6)]
+    canvas.stop()
+    assert order == ["a", "b", "c", "a", "c", "a"]
+
+
+def test_links_that_redis_never_takes_are_given_up_though_it_answers(
+    monkeypatch: pytest.MonkeyPatch,
+    canvas: Canvas,
+    app: Celery,
+    store: redis_py.Redis,
+    ready: Ready,
+) -> None:
+    """It ends each connection on which a message comes that is larger than it allows."""
+    monkeypatch.setattr(link_patience, "GIVE_UP_S", 2 * RETRY_S)
+    store.config_set("proto-max-bulk-len", 1 << 20)
+    message = linked(app, store, "plain")
+    canvas.put("i", succeeded(message, result="x" * (1 << 20)), message)
+    after = linked(app, store, "plain")
+    canvas.put("i", succeeded(after), after)
+    _, failed = ready.get(timeout=30)
+    result = codec.decode_meta(failed.outcome)["result"]
+    assert result["code"] == EngineError.code
+    assert "could not be published" in result["exc_message"][0]
+    _, settled = ready.get(timeout=10)
+    assert codec.decode_meta(settled.outcome)["status"] == "SUCCESS"
+    assert store.llen("plain") == 1
+
+
+def test_what_redis_has_is_not_pushed_again_when_a_try_breaks_off(
+    monkeypatch: pytest.MonkeyPatch,
+    canvas: Canvas,
+    app: Celery,
+    store: redis_py.Redis,
+    ready: Ready,
+) -> None:
+    execute, trips = Pipeline.execute, count(1)
+
+    def broken(pipe: Any, *given: Any, **options: Any) -> Any:
+        if next(trips) in {2, 3}:
+            raise redis_py.ConnectionError("it broke")
+        return execute(pipe, *given, **options)
+
+    message = linked(app, store, "plain", 250)
+    monkeypatch.setattr(Pipeline, "execute", broken)
+    canvas.put("i", succeeded(message), message)
+    _, settled = ready.get(timeout=10)
+    assert codec.decode_meta(settled.outcome)["status"] == "SUCCESS"
+    ids = [json.loads(each)["headers"]["id"] for each in store.lrange("plain", 0, -1)]
+    assert len(ids) == len(set(ids)) == 250
+    assert next(trips) > 4

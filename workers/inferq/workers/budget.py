@@ -23,6 +23,8 @@ MAX_BUDGET_BYTES: Final = 512 * 1024 * 1024
 _MEMORY_PARTS: Final = 16
 #: How much the newest claim or batch weighs in the mean size, if it was of small requests.
 _WEIGHT: Final = 0.1
+#: CPU seconds that reading one claim may take. Meanwhile nothing of any model is settled or formed.
+READING_S: Final = 0.25
 
 
 def budget_bytes() -> int:
@@ -47,6 +49,17 @@ class Sizes:
         self._computed: float | None = None
         #: Bytes of the inputs of which those outputs came.
         self._came_of = 1.0
+        #: CPU seconds that reading one request takes.
+        self._reading_s = 0.0
+
+    def read(self, mean_s: float) -> None:
+        """The mean CPU seconds of reading one claim's requests."""
+        self._reading_s = _smoothed(self._reading_s, mean_s)
+
+    @property
+    def at_once(self) -> int:
+        """How many may be claimed at once, one at least: some take long to read."""
+        return max(1, int(READING_S / max(self._reading_s, 1e-6)))
 
     def whole(self, inputs: int) -> int:
         """Bytes of a request with so many bytes of inputs, its outputs included."""
@@ -128,6 +141,10 @@ class Budget:
         """Bytes that the next request of `model` takes, as far as can be foreseen."""
         sizes = self._shares[model].model.sizes
         return sizes.whole(sizes.inputs)
+
+    def at_once(self, model: str) -> int:
+        """Most requests of `model` that one claim may have, by how long reading them takes."""
+        return self._shares[model].model.sizes.at_once
 
     def idle(self, model: str, step: int) -> bool:
         """Whether `model` holds none as urgent as `step`: then it may have one of any size."""

@@ -425,8 +425,12 @@ class DataPlane:
             claim = batch.claim
             claim.claimed_ms = self._clock.now()
             room = self._budget.fetchable(claim.model)
+            began = time.thread_time()
             # If this breaks off, the claim stays unknown here and is adopted on the next link.
             received = self._receiver.receive(ledger, batch, claim.model in suspicious, room)
+            if batch.places:
+                took = time.thread_time() - began
+                self._models[claim.model].sizes.read(took / len(batch.places))
             self._claims[claim.key] = claim
             if batch.adopted:
                 claim.settled.difference_update(batch.places)

@@ -50,7 +50,7 @@ def wants(
             continue
         asked = 0
         own, each = budget.own_left(model.name), budget.each(model.name)
-        most = (own + common) // each
+        most = min((own + common) // each, budget.at_once(model.name))
         relaxed = model.relaxed()
         for step, total in model.room().items():
             if relaxed and step >= model.least_urgent():
