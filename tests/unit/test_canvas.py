@@ -15,6 +15,7 @@ from celery import Celery
 from helpers.stock import let_go
 from helpers.wait import until
 from redis.client import Pipeline
+from redis.connection import Connection
 
 from inferq.shared import codec
 from inferq.shared.celery_app import make_app
@@ -269,17 +270,25 @@ def test_links_that_redis_never_takes_are_given_up_though_it_answers(
     store: redis_py.Redis,
     ready: Ready,
 ) -> None:
-    """It ends each connection on which a message comes that is larger than it allows."""
+    """Something in between ends each connection on which this message comes."""
+    send, marker = Connection.send_packed_command, b"never let through"
+
+    def cut(connection: Connection, command: Any, *given: Any, **options: Any) -> None:
+        if marker in b"".join(command):
+            connection.disconnect()
+            raise redis_py.ConnectionError("the peer has ended it")
+        send(connection, command, *given, **options)
+
+    message = linked(app, store, "plain", task_id=marker.decode())
+    monkeypatch.setattr(Connection, "send_packed_command", cut)
     monkeypatch.setattr(link_patience, "GIVE_UP_S", 2 * RETRY_S)
-    store.config_set("proto-max-bulk-len", 1 << 20)
-    message = linked(app, store, "plain")
-    canvas.put("i", succeeded(message, result="x" * (1 << 20)), message)
+    canvas.put("i", succeeded(message), message)
     after = linked(app, store, "plain")
     canvas.put("i", succeeded(after), after)
     _, failed = ready.get(timeout=30)
     result = codec.decode_meta(failed.outcome)["result"]
     assert result["code"] == EngineError.code
-    assert "could not be published" in result["exc_message"][0]
+    assert "though Redis answers" in result["exc_message"][0]
     _, settled = ready.get(timeout=10)
     assert codec.decode_meta(settled.outcome)["status"] == "SUCCESS"
     assert store.llen("plain") == 1
