@@ -17,6 +17,7 @@ import msgpack
 import numpy as np
 from helpers.envelopes import JSON, MSGPACK, body, envelope, tensor
 
+from fuzz import canvases
 from fuzz.foreign_tasks import foreign_task
 from fuzz.nested import nested_lists
 from fuzz.oversized import guessed_id, large_head
@@ -27,7 +28,7 @@ NAMES = Names()
 #: Model → columns of its only input x. One gives it back, the other gives y = 2x.
 WIDTHS: Final = {"echo": 4, "double": 3}
 #: Where links and chains of the messages go; nobody reads it.
-LINKS_QUEUE: Final = "fuzz.links"
+LINKS_QUEUE: Final = canvases.LINKS_QUEUE
 GOOD_SHARE: Final = 0.25
 #: Earlier messages that are kept to splice others with.
 _DONORS: Final = 200
@@ -59,6 +60,11 @@ HOSTILE: Final[dict[str, tuple[int, Hostile]]] = {
     "large head": (1, large_head),
     "guessed id": (1, guessed_id),
     "foreign task": (2, foreign_task),
+    "link options": (2, canvases.options),
+    "link queues": (2, canvases.queues),
+    "link builtins": (1, canvases.builtins),
+    "many links": (1, canvases.many),
+    "deep links": (1, canvases.deep),
 }
 
 

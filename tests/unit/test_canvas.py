@@ -275,9 +275,9 @@ def test_links_that_redis_never_takes_are_given_up_though_it_answers(
 
     def cut(connection: Connection, command: Any, *given: Any, **options: Any) -> None:
         if marker in b"".join(command):
-            connection.disconnect()
+            connection.disconnect()  # type: ignore[no-untyped-call]
             raise redis_py.ConnectionError("the peer has ended it")
-        send(connection, command, *given, **options)
+        send(connection, command, *given, **options)  # type: ignore[no-untyped-call]
 
     message = linked(app, store, "plain", task_id=marker.decode())
     monkeypatch.setattr(Connection, "send_packed_command", cut)
