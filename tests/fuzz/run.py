@@ -35,6 +35,7 @@ import redis as redis_py
 from helpers import onnx_models
 from helpers.acl import Users
 from helpers.capped import CappedProcess, capped
+from helpers.process import memory_mb
 from helpers.repository import fake_model
 from helpers.results import nothing_is_held
 from helpers.wait import until
@@ -363,13 +364,6 @@ def _status(meta: bytes) -> str:
     result = read["result"]
     failed = isinstance(result, dict) and read["status"] != "SUCCESS"
     return str(result.get("exc_type")) if failed else str(read["status"])
-
-
-def memory_mb(pid: int, what: str = "VmRSS") -> float:
-    """The memory that a process has in use (VmHWM: ever had), in MB."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    (line,) = (line for line in status.splitlines() if line.startswith(f"{what}:"))
-    return int(line.split()[1]) / 1024
 
 
 def campaign(

@@ -18,6 +18,13 @@ def held_open(pid: int) -> tuple[int, int]:
     return len(list((folder / "task").iterdir())), sockets
 
 
+def memory_mb(pid: int, what: str = "VmRSS") -> float:
+    """The memory that a process has in use (VmHWM: ever had), in MB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith(f"{what}:"))
+    return int(line.split()[1]) / 1024
+
+
 def stopped(pid: int) -> bool:
     """Whether all threads of a process stand still after SIGSTOP."""
     states = []

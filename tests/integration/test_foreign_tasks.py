@@ -20,9 +20,9 @@ import pytest
 import redis as redis_py
 from celery import Celery, chain, chord
 from celery.exceptions import NotRegistered
-from fuzz.run import rss_mb
 from helpers.acl import Users
 from helpers.envelopes import JSON, envelope
+from helpers.process import memory_mb
 from helpers.repository import fake_model, message, numbered
 from helpers.results import dead_letters, meta_of, nothing_is_held, outputs_of
 from helpers.stock import stock_app
@@ -144,7 +144,7 @@ def test_a_compressed_task_takes_no_memory(
     served: Worker, producer: redis_py.Redis, store: redis_py.Redis
 ) -> None:
     serves(producer, store)
-    before = rss_mb(served.pid)
+    before = memory_mb(served.pid)
     raw = bomb("bomb", 400 * MB)
     producer.lpush(QUEUE, raw)
     assert len(raw) < 400 * MB / 10_000

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import redis as redis_py
 from celery import Celery
-from fuzz.run import rss_mb
+from helpers.process import memory_mb
 from helpers.repository import fake_model, message, numbered
 from helpers.results import NAMES, meta_of
 from helpers.stock import stock_app
@@ -344,7 +344,7 @@ def test_a_starting_worker_learns_of_revoked_requests_from_others(
 def test_a_revoke_of_too_many_ids_is_refused(
     worker: Worker, app: Celery, store: redis_py.Redis
 ) -> None:
-    before = rss_mb(worker.pid)
+    before = memory_mb(worker.pid)
     many = [f"{n:x}" for n in range(300_000)]
     (answer,) = app.control.broadcast(
         "revoke", arguments={"task_id": many}, reply=True, timeout=ANSWER_S, limit=1
@@ -355,7 +355,7 @@ def test_a_revoke_of_too_many_ids_is_refused(
         "revoke", arguments={"task_id": ["x" * 5_000]}, reply=True, timeout=ANSWER_S, limit=1
     )
     assert "error" in next(iter(huge[0].values()))
-    assert rss_mb(worker.pid) < before + 100
+    assert memory_mb(worker.pid) < before + 100
 
 
 def test_revoke_after_revoke_fills_no_worker_and_stops_nothing(
@@ -363,7 +363,7 @@ def test_revoke_after_revoke_fills_no_worker_and_stops_nothing(
 ) -> None:
     """A request is served meanwhile, as quickly as ever."""
     lives_through(worker, app, store, PIDBOX)
-    before = rss_mb(worker.pid)
+    before = memory_mb(worker.pid)
     for batch in range(60):
         ids = [f"flood {batch} {n}" for n in range(MAX_REVOKED)]
         store.publish(PIDBOX, command("revoke", {"task_id": ids}))
@@ -373,7 +373,7 @@ def test_revoke_after_revoke_fills_no_worker_and_stops_nothing(
     assert meta_of(store, request_id)["status"] == "SUCCESS"
     assert time.monotonic() - began < 5
     assert app.control.ping(timeout=60, limit=1)
-    assert rss_mb(worker.pid) < before + 150
+    assert memory_mb(worker.pid) < before + 150
     (known,) = (app.control.inspect(timeout=ANSWER_S, limit=1).revoked() or {}).values()
     assert len(known) <= 50_000
 

@@ -16,6 +16,7 @@ import pytest
 import redis as redis_py
 from helpers.acl import Users
 from helpers.envelopes import JSON, body, envelope, request
+from helpers.process import memory_mb
 from helpers.repository import claim_checked, fake_model, message, numbered
 from helpers.results import dead_letters, meta_of, nothing_is_held, outputs_of
 from helpers.wait import until
@@ -32,12 +33,6 @@ QUEUE = NAMES.queue("m")
 #: What one message may take at its peak, in MB, its own bytes a few times over included.
 MAX_MB: Final = 160.0
 MB: Final = 1 << 20
-
-
-def memory_mb(pid: int, field: str) -> float:
-    status = Path(f"/proc/{pid}/status").read_text()
-    (line,) = (line for line in status.splitlines() if line.startswith(f"{field}:"))
-    return int(line.split()[1]) / 1024
 
 
 @pytest.fixture(scope="module")

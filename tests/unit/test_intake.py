@@ -237,7 +237,9 @@ def test_another_task_is_not_registered() -> None:
 def handed(**headers: Any) -> Any:
     """What becomes of a task where two are registered."""
     foreign = ForeignTasks({"mine", "celery.mine"}, lambda raw: raw)
-    reader = Intake(intake()._advert, NAMES, intake()._padding, bool, lambda: NOW, foreign)
+    reader = Intake(
+        intake()._advert, NAMES, intake()._padding, bool, lambda: NOW, LinkQueues(NAMES), foreign
+    )
     return reader.open(SLOT, message(**headers))
 
 
