@@ -167,7 +167,7 @@ def test_a_model_that_takes_long_by_the_row_is_not_run_at_sizes_that_would_take_
     lane = Timed(lambda rows: 0.2 * rows)
     warmed = _run([lane], SIZES)
     assert set(lane.ran) == {1, 2}
-    assert warmed.tuning.best == 1
+    assert warmed.tuning.best in lane.ran
     assert warmed.rows == 32, "not having been run is no reason to refuse it"
 
 
