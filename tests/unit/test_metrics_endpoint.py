@@ -229,6 +229,7 @@ def test_one_address_takes_no_room_from_another(at: tuple[str, int]) -> None:
         slow.sendall(b"GET /metrics HTTP/1.1\r\n")
         for _ in range(MAX_CONNECTIONS + 8):
             connected(at, stack, "127.0.0.3")
+        assert answers(connected(at, stack, "127.0.0.4")), "all before it were taken"
         assert answers(slow, b"\r\n")
 
 
@@ -240,6 +241,7 @@ def test_where_many_addresses_come_those_with_the_most_connections_make_room(
         slow.sendall(b"GET /metrics HTTP/1.1\r\n")
         for number in range(2 * MAX_CONNECTIONS):
             connected(at, stack, f"127.0.1.{number // 2 % 20}")
+        assert answers(connected(at, stack, "127.0.0.4")), "all before it were taken"
         assert answers(slow, b"\r\n")
 
 
