@@ -128,7 +128,7 @@ class Sums:
         return (
             f"deaths {self.deaths} unanswered {self.unanswered} wrong {self.wrong} "
             f"left {len(self.left)} rss_growth_mb {self.rss_growth_mb:.1f} "
-            f"peak_mb {self.peak_mb:.0f} of {LIMIT_MB} ({self.limit}) "
+            f"peak_mb {self.peak_mb:.0f} of {LIMIT_MB}, {self.limit}, "
             f"innocent {self.alone} + {self.beside} lost {lost} "
             f"failed {self.innocent.total() - lost} p99_ms {self.alone_p99_ms:.1f} alone "
             f"{self.beside_p99_ms:.1f} beside ({self.slower:.1f} times) "
@@ -400,7 +400,7 @@ def campaign(
         time.sleep(alone_s)
         before, began = lasting(client), time.monotonic()
         running = Campaign(client, users, worker, seed)
-        running.sums.limit = cap.kind if cap.folder else "no cgroup can be made: the peak is told"
+        running.sums.limit = "by a cgroup" if cap.folder else "not limited: no cgroup"
         running.run(messages, told)
         ended = time.monotonic()
         _judge(running.sums, beside.stop(), began_alone, began, ended)
@@ -448,7 +448,7 @@ def main() -> None:
         console.print(line, markup=False)
     for why, raw in sums.culprits[:_SHOWN]:
         console.print(f"{why}: {raw[:2000]!r}", markup=False, highlight=False)
-    console.print(str(sums), highlight=False)
+    console.print(str(sums), highlight=False, soft_wrap=True)
     raise SystemExit(0 if sums.passed else 1)
 
 
