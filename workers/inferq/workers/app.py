@@ -11,7 +11,6 @@ from inferq.shared.errors import ModelNotFound
 from inferq.shared.names import TASK
 from inferq.shared.settings import Settings
 from inferq.workers import (
-    celery_private,
     control,  # noqa: F401 - registers the remote control commands
     kombu_guard,
     mailbox,
@@ -24,7 +23,6 @@ logs.stand_by(settings.log_format)
 kombu_guard.install()
 mailbox.install()
 app = make_app(settings)
-celery_private.forgive_refused_returns()
 app.conf.worker_enable_remote_control = settings.remote_control
 app.conf.inferq_settings = settings
 app.steps["worker"].add(DataPlaneStep)

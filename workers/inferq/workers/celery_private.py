@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from functools import cache, partial
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -25,8 +25,6 @@ from celery.worker import state as worker_state
 from celery.worker.consumer import Consumer
 from kombu import serialization
 from kombu.exceptions import MessageStateError
-from kombu.transport import redis as redis_transport
-from redis.exceptions import NoPermissionError
 
 from inferq.shared import codec
 from inferq.shared.resp import Command
@@ -193,35 +191,6 @@ def restore_messages(consumer: Consumer) -> None:
     if not channel.active_queues:
         with suppress(*channel.connection_errors):  # the consumer finds out by itself
             channel.qos.restore_visible(interval=1)
-
-
-class _ForgivingQoS(redis_transport.QoS):  # type: ignore[misc]
-    """kombu's, which goes on where Redis does not let it put a message back into its queue.
-
-    Every consumer of kombu puts back what any consumer of this Redis took long ago and never
-    acknowledged: at its start, as it waits for answers, at times. One message for a queue that its
-    user may not write to would end each of these.
-    """
-
-    def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False) -> None:
-        try:
-            super().restore_by_tag(tag, client, leftmost)
-        except NoPermissionError:
-            _say_not_restored()
-
-
-@cache
-def _say_not_restored() -> None:
-    """Once: it is tried again and again."""
-    logger.warning(
-        "kombu's unacked holds a message of a queue that this process' Redis user may not write "
-        "to: it stays there until a worker of that queue puts it back"
-    )
-
-
-def forgive_refused_returns() -> None:
-    """Have all of kombu in this process go on where it may not put a message back."""
-    redis_transport.Channel.QoS = _ForgivingQoS
 
 
 def task_events_enabled(consumer: Consumer | None) -> bool | None:

@@ -1,8 +1,10 @@
 """kombu's Redis transport, such that what others write to Redis costs only itself.
 
 As it is, one broadcast that is no message, one odd member of a table of bindings or one odd record
-of `unacked` ends the worker, or has it connect anew for ever. `install` replaces what reads these,
-in this process. tests/integration/test_celery_private.py fails when an upgrade changes any of it.
+of `unacked` ends the worker, or has it connect anew for ever. So does one record that Redis does
+not let this process put back: each consumer of kombu tries to, of whatever any consumer took long
+ago and never acknowledged. `install` replaces what reads these, in this process.
+tests/integration/test_celery_private.py fails when an upgrade changes any of it.
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Final
 
 from kombu.transport import redis as transport
 from kombu.utils.encoding import bytes_to_str
-from redis.exceptions import ResponseError
+from redis.exceptions import NoPermissionError, ResponseError
 
 from inferq.workers.amiss import HASH, LIST, SET, ZSET, Told, is_wrong_type
 
@@ -225,7 +228,19 @@ def _put_back(qos: Any, tag: bytes, client: Any) -> bool:
         said = repr(tag)[:200]
         _say_once(qos.unacked_key, said, f"not put back, and stays there: {problem}")
         return False
+    except NoPermissionError:
+        _say_refused()
+        return False
     return True
+
+
+@cache
+def _say_refused() -> None:
+    """Once: it is tried again and again."""
+    logger.warning(
+        "kombu's unacked holds a message of a queue that this process' Redis user may not write "
+        "to: it stays there until a worker of that queue puts it back"
+    )
 
 
 def _restore_by_tag(self: Any, tag: Any, client: Any = None, leftmost: bool = False) -> None:

@@ -9,7 +9,7 @@ from inferq.shared.celery_app import make_app
 from inferq.shared.connect import redis_client
 from inferq.shared.names import model_of
 from inferq.shared.settings import Settings
-from inferq.workers import celery_private
+from inferq.workers import kombu_guard
 from inferq.workers.doctor.finding import Finding, error, ok, warning
 from inferq.workers.metrics.published import read_stats
 
@@ -20,7 +20,7 @@ ANSWER_S: Final = 1.0
 def workers(settings: Settings) -> Iterator[Finding]:
     """One line for each worker that consumes a queue of ours. Raises kombu's and redis' errors."""
     app = make_app(settings)
-    celery_private.forgive_refused_returns()
+    kombu_guard.install()
     try:
         inspect = app.control.inspect(timeout=ANSWER_S)
         consumed: dict[str, list[dict[str, Any]]] = inspect.active_queues() or {}
