@@ -27,9 +27,9 @@ from inferq.shared.codec import weight
 from inferq.shared.errors import InferqError, InvalidInput
 from inferq.shared.schema import DTYPES, Array
 
-#: Most bytes that decoding takes for each byte of a message, and besides: in messages of 64 KB and
-#: less, lists and maps are not counted.
-FACTOR: Final = 45
+#: Most bytes that decoding takes for each byte of a message, and besides: of the lists and maps that
+#: any message may hold.
+FACTOR: Final = 40
 BESIDES: Final = 16 << 20
 #: Of what is counted, and of all else.
 HEAVY: Final = 1_500_000
@@ -84,6 +84,7 @@ BOMBS: Final = {
     "small maps": in_place_of_x(array_of(b"\x81\xa0\x00", HEAVY)),
     "small maps, in JSON": written(many('{"":0}')),
     "maps in maps": in_place_of_x(array_of(b"\x81\x00" * 400 + b"\x00", HEAVY)),
+    "maps in maps, just few enough": in_place_of_x(array_of(b"\x81\x00" * 400 + b"\x00", 170_000)),
     "maps in maps, in JSON": written(many('{"":' * 400 + "0" + "}" * 400)),
     "lists in lists": in_place_of_x(array_of(b"\x91" * 400 + b"\x00", HEAVY)),
     "as many maps as are allowed": in_place_of_x(array_of(b"\x81\x00\xa3abc", HEAVY)),

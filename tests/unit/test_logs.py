@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferq.workers.logs import stderr
+from inferq.workers.logs.celery import _keep_all_to_lines
 from inferq.workers.logs.fields import FIELDS, MAX_IDS, about
 from inferq.workers.logs.flood import BURST, MAX_KINDS, WINDOW_S, Flood
 from inferq.workers.logs.json_lines import MAX_LINE, JsonLines, fit
@@ -282,6 +284,21 @@ def test_no_exception_writes_a_line_of_its_own(problem: BaseException) -> None:
     assert "\n[now" not in text
     assert "\x1b" not in text
     assert text.startswith("it failed\nTraceback")
+
+
+def test_lines_of_whatever_logger_are_kept_to_themselves() -> None:
+    written = io.StringIO()
+    root = logging.Logger("root of a worker")
+    root.addHandler(logging.StreamHandler(written))
+    _keep_all_to_lines(root)
+    try:
+        raise ValueError(FORGED)
+    except ValueError:
+        root.exception("somebody's library says %s", FORGED)
+    text = written.getvalue()
+    assert f"somebody's library says {ESCAPED}\nTraceback" in text
+    assert text.endswith(f"ValueError: {ESCAPED}\n")
+    assert "\n[now" not in text
 
 
 def test_a_traceback_is_of_bounded_length() -> None:

@@ -16,7 +16,7 @@ upgraded one by one, and the clients after them.
     attempts:<m>          HASH   id -> how often a worker died computing it, expires;
                                  "#<sha1>" -> how often one died decoding these bytes
     dead:<m>              LIST   dead letters, newest at the left end; expires
-    quarantined:<m>       STRING at least how many of these are quarantined; expires
+    quarantined:<m>       STRING about how many of these are quarantined; expires
     later                 ZSET   "<m>:<p>:<random>" -> Redis ms at which that request is due
     later:<m>:<p>:<random> LIST  its message
     model:<m>             STRING what workers announce of a model (msgpack), expires

@@ -25,7 +25,7 @@ DEAD_LETTERS_KEPT: Final = 10_000
 DEAD_LETTERS_BYTES: Final = 256 * 1024 * 1024
 #: Of these, quarantined ones: beyond the first number the oldest go, until the second is left.
 QUARANTINED_KEPT: Final = 1_000
-QUARANTINED_LEFT: Final = 500
+QUARANTINED_LEFT: Final = 900
 #: What a quarantined one begins with: ``quarantined`` is the first key of its map.
 QUARANTINED_MARK: Final = b"\x88\xabquarantined"
 #: How long dead letters are kept after the last one, in seconds.

@@ -208,5 +208,8 @@ def _as_floats(free: Array, dtype: np.dtype[Any]) -> tuple[Array, Array | None]:
         free = free.astype(np.complex128)
     with np.errstate(all="ignore"):
         made = free.astype(dtype)
-    lost = np.isinf(made.view(made.real.dtype)) & ~np.isinf(free.view(free.real.dtype))
+    beyond = np.isinf(made.view(made.real.dtype))
+    if not beyond.any():
+        return made, None
+    lost = beyond & ~np.isinf(free.view(free.real.dtype))
     return made, lost.reshape(-1, 2).any(axis=1) if dtype.kind == "c" else lost
