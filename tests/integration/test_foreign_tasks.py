@@ -384,11 +384,17 @@ def test_where_a_task_goes_back_to_is_not_its_senders_choice(
         until(lambda: redis.hlen("unacked") == 2, what="Celery has it")
         producer.lpush(QUEUE, foreign("behind", "mine.slow", args=[0, 2], properties=odd))
         until(lambda: redis.hlen("unacked") == 2, what="Celery has the other")
-        producer.lpush(QUEUE, foreign("retried", "mine.again", properties=odd))
+        odd_headers = {"callbacks": [{"task": "x", "options": {"queue": "billing"}}],
+                       "delivery_info": elsewhere, "reply_to": "billing"}  # fmt: skip
+        raw = foreign("retried", "mine.again", properties=odd, headers=odd_headers)
+        producer.lpush(QUEUE, raw)
         until(lambda: meta_of(redis, "retried")["result"] == "inferq.m", what="it is run again")
+        for embed in ({"delivery_info": elsewhere}, {"id": "victim"}, {"chord": {"task": "x"}}):
+            producer.lpush(QUEUE, foreign(f"with {embed}", "mine.again", embed=embed))
+            assert result_of(redis, f"with {embed}")[0] == "InvalidInput"
         assert redis.hget("unacked", "taken") == b"another's"
         worker.stop()
-    assert not redis.exists(NAMES.attempts("m"))
+    assert not redis.exists(NAMES.attempts("m"), NAMES.meta("victim"), "billing")
 
 
 def test_tasks_with_an_eta_wait_in_redis_and_not_in_the_worker(

@@ -22,6 +22,13 @@ MAX_BYTES: Final = 256 * 1024
 MAX_NESTING: Final = 100
 #: Celery's own tasks: groups, chunks, what waits for the parts of a chord.
 BUILTIN: Final = "celery."
+#: What Celery's producer writes into headers, and behind the arguments.
+_HEADERS: Final = frozenset({
+    "lang", "task", "id", "shadow", "eta", "expires", "group", "group_index", "retries",
+    "timelimit", "root_id", "parent_id", "argsrepr", "kwargsrepr", "origin", "ignore_result",
+    "replaced_task_nesting", "stamped_headers", "stamps",
+})  # fmt: skip
+_FOLLOWING: Final = frozenset({"callbacks", "errbacks", "chain", "chord"})
 #: Longest name of a task that is told to anybody.
 MAX_NAME: Final = 200
 
@@ -58,7 +65,14 @@ class ForeignTasks:
                 f"the message is {len(message)} bytes; expected at most {MAX_BYTES} of a task "
                 "that Celery's own handler runs"
             )
-        codec.decode_body(envelope)
+        embed = codec.decode_body(envelope).embed
+        # Celery takes what stands there, and in headers of the same name, for the task's own state:
+        # its id, where it is retried, what follows on it.
+        if embed.keys() - _FOLLOWING or any(embed.values()):
+            raise InvalidInput(
+                "links, a chain, a chord or other state stands in it; expected none of a task that "
+                "Celery's own handler runs: send it to a queue of its own"
+            )
         try:
             raw = json.loads(message)
             given = _message(raw, envelope, queue, step)
@@ -80,7 +94,7 @@ def _message(
         "body": raw["body"],
         "content-encoding": "binary" if envelope.content_type == codec.MSGPACK else "utf-8",
         "content-type": envelope.content_type,
-        "headers": {**raw["headers"], "compression": None},
+        "headers": {name: each for name, each in raw["headers"].items() if name in _HEADERS},
         "properties": {
             **{name: each for name, each in known.items() if isinstance(each, str)},
             "body_encoding": envelope.properties.body_encoding,
