@@ -92,8 +92,11 @@ def options(rng: random.Random, tree: Tree) -> Tree:
 
 
 def queues(rng: random.Random, tree: Tree) -> Tree:
-    """Keys in place of queues."""
-    return _placed(rng, tree, _link(rng, queue=rng.choice((*_KEYS, *_OTHERS))), rng.randrange(4))
+    """Keys in place of queues. Redis itself refuses somebody's key that is no list."""
+    if rng.random() < 0.4:
+        tree["body"][2] = {"callbacks": [_link(rng, queue=rng.choice(_OTHERS)), _link(rng)]}
+        return tree
+    return _placed(rng, tree, _link(rng, queue=rng.choice(_KEYS)), rng.randrange(4))
 
 
 def builtins(rng: random.Random, tree: Tree) -> Tree:
