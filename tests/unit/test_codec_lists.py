@@ -27,8 +27,8 @@ from inferq.shared.codec import weight
 from inferq.shared.errors import InferqError, InvalidInput
 from inferq.shared.schema import DTYPES, Array
 
-#: Most bytes that decoding takes for each byte of a message, and besides: of the lists and maps that
-#: any message may hold.
+#: Most bytes that decoding takes for each byte of a message, and besides: of the lists and maps
+#: that any message may hold.
 FACTOR: Final = 40
 BESIDES: Final = 16 << 20
 #: Of what is counted, and of all else.
