@@ -141,7 +141,7 @@ def test_the_delivery_info_of_a_sender_has_no_say(
     raw = failing({"errbacks": [link("links.e")]}, request_id=request_id, properties=properties)
     producer.lpush(QUEUE, raw)
     assert meta_of(store, request_id)["result"]["exc_type"] == "InvalidInput"
-    assert store.llen("links.e") == 1
+    until(lambda: store.llen("links.e") == 1, what="its errback is published")
 
 
 def test_queues_that_a_sender_makes_up_leave_nothing_else_behind(
