@@ -114,6 +114,22 @@ def test_no_message_takes_much_more_memory_than_its_bytes(
     assert memory_mb(served.pid, "VmHWM") - rss < MAX_MB
 
 
+@pytest.mark.parametrize(
+    "shape", [[2**62, 2**62], [2**63] * 200_000, [1 << 30]], ids=["beyond all", "many", "4 GB"]
+)
+def test_what_a_message_says_of_its_payload_keeps_nobody_waiting(
+    store: redis_py.Redis, pusher: redis_py.Redis, shape: list[int]
+) -> None:
+    store.delete(NAMES.meta("large"))
+    x = {"dtype": "<f4", "shape": shape, "key": NAMES.payload("large", "x")}
+    large = envelope(body({"inputs": {"x": x}}), request_id="large")
+    sent = [claim_checked(store, "m", numbered(n)) for n in range(20)]
+    pusher.lpush(QUEUE, large, *(raw for _, raw, _ in sent))
+    for n, (request_id, _, _) in enumerate(sent):
+        np.testing.assert_array_equal(outputs_of(store, request_id)["x"], numbered(n))
+    assert meta_of(store, "large")["result"]["exc_type"] in {"InvalidInput", "PayloadExpired"}
+
+
 def test_garbage_that_guesses_an_id_answers_nobody_and_deletes_nothing(
     store: redis_py.Redis, pusher: redis_py.Redis
 ) -> None:
@@ -163,21 +179,3 @@ def test_garbage_costs_no_letter_of_an_accepted_request_and_is_bounded(
     (cut,) = (each for each in found if each["size"] == len(large))
     assert cut["message"] == large[:MAX_QUARANTINED_BYTES]
     assert store.ttl(NAMES.dead("m")) > 0
-
-
-def test_a_request_of_many_descriptions_is_not_kept_with_all_of_them(
-    store: redis_py.Redis, served: Worker, pusher: redis_py.Redis
-) -> None:
-    """What waits for a lane keeps little of its headers: Python takes 4 bytes a character here."""
-    rss = memory_mb(served.pid, "VmRSS")
-    x = codec.encode_tensor(numbered(1))
-    for n in range(60):
-        raw = envelope(
-            body({"inputs": {"x": x}}), request_id=f"long{n}",
-            headers={"kwargsrepr": "x" * 900_000 + "😀"},
-        )  # fmt: skip
-        pusher.lpush(NAMES.queue("slow"), raw)
-    until(lambda: store.llen(NAMES.queue("slow")) == 0, 30.0, "all are claimed")
-    assert memory_mb(served.pid, "VmRSS") - rss < MAX_MB
-    for n in range(60):
-        assert meta_of(store, f"long{n}", 60.0)["status"] == "SUCCESS"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -241,6 +242,18 @@ def test_what_a_message_says_of_its_payload_tells_how_large_it_is() -> None:
     for shape in (None, "3", [3, -1], [3, "4"], [True]):
         assert payload_sizes(opened(0, shape=shape)) == {"key0": 0}
     assert payload_sizes(opened(0, dtype="O")) == {"key0": 0}
+
+
+def test_a_payload_larger_than_any_keeps_nobody_waiting_for_room() -> None:
+    assert payload_sizes(opened(0, shape=[3, 4]), 48) == {"key0": 48}
+    assert payload_sizes(opened(0, shape=[3, 4]), 47) == {"key0": 0}
+    assert payload_sizes(opened(0, shape=[2**62, 2**62])) == {"key0": 0}
+
+
+def test_a_shape_of_very_many_sizes_is_not_multiplied() -> None:
+    began = time.process_time()
+    assert payload_sizes(opened(0, shape=[2**63] * 300_000)) == {"key0": 0}
+    assert time.process_time() - began < 5.0, "it would take minutes"
 
 
 def test_the_most_urgent_payloads_that_fit_are_fetched_first() -> None:

@@ -189,7 +189,7 @@ class Receiver:
         sizes: dict[str, int] = {}
         for each in found:
             if isinstance(each, Opened) and each.references:
-                mine = payload_sizes(each)
+                mine = payload_sizes(each, model.advert.max_request_bytes)
                 size = sum(mine.values())
                 whole = model.sizes.whole(size)
                 received.payloads.append(size)

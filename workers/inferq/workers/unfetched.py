@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
-from inferq.shared.schema import WIRE_DTYPES
+from inferq.shared.codec import MAX_MESSAGE_BYTES
+from inferq.shared.schema import MAX_DIMS, WIRE_DTYPES
 from inferq.workers.intake import Opened
 
 
@@ -22,9 +23,14 @@ class Unfetched(msgspec.Struct, frozen=True, eq=False):
     size: int
 
 
-def payload_sizes(opened: Opened) -> dict[str, int]:
-    """Payload key → bytes, by the tensor's dtype and shape; 0 where these are none."""
-    return {key: _declared(opened.inputs[name]) for name, key in opened.references.items()}
+def payload_sizes(opened: Opened, most: int = MAX_MESSAGE_BYTES) -> dict[str, int]:
+    """Payload key → bytes, by the tensor's dtype and shape; 0 where these are none.
+
+    All are 0 where they are more than `most` together, which no request has: it fails, and nobody
+    else is to wait until there is room for it.
+    """
+    sizes = {key: _declared(opened.inputs[name]) for name, key in opened.references.items()}
+    return sizes if sum(sizes.values()) <= most else dict.fromkeys(sizes, 0)
 
 
 def _declared(tensor: object) -> int:
@@ -32,7 +38,8 @@ def _declared(tensor: object) -> int:
         return 0
     shape, dtype = tensor.get("shape"), tensor.get("dtype")
     known = WIRE_DTYPES.get(dtype) if isinstance(dtype, str) else None
-    if known is None or not isinstance(shape, list | tuple):
+    # The product of a million numbers takes minutes.
+    if known is None or not isinstance(shape, list | tuple) or len(shape) > MAX_DIMS:
         return 0
     if not all(type(size) is int and size >= 0 for size in shape):
         return 0

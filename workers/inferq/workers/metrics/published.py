@@ -127,6 +127,6 @@ def read_rates(client: redis.Redis, names: Names) -> dict[str, float]:
 def _decode(raw: bytes) -> WorkerStats | None:
     try:
         stats = msgspec.msgpack.decode(raw, type=WorkerStats)
-    except (msgspec.DecodeError, UnicodeDecodeError):  # of another version, or not a worker's
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # not a worker's of ours
         return None
     return stats if math.isfinite(stats.at) and math.isfinite(stats.started_at) else None
