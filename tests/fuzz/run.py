@@ -344,10 +344,7 @@ class Campaign:
         if not self._quiet():
             left.append("queues, claims or unacked are not empty")
         left += [key for key, value in SECRETS.items() if self._redis.get(key) != value]
-        # Kombu notes, once and for ever, to which queues links went.
-        bindings = ("_kombu.binding", "_kombu.binding_permanent")
-        own = [f"{each}.{queue}" for each in bindings for queue in (LINKS_QUEUE, "celery")]
-        self._redis.unlink(*SECRETS, *own)
+        self._redis.unlink(*SECRETS)
         self.sums.lasting += lasting(self._redis).growth_since(before)
 
 

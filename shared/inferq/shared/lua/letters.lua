@@ -6,7 +6,8 @@
 --
 -- dead      dead:<m>        list, newest first
 -- counter   quarantined:<m> string, about how many of them are quarantined: too many where some were
---                           dropped by hand, too few where somebody else wrote there
+--                           dropped by hand (never more than there are letters), too few where
+--                           somebody else wrote there
 -- added     how many of those that were added are
 -- most      more of these than so many are cut down to `left`, which is near: so that the end of
 --           the list is gone through rarely, and not far
@@ -22,6 +23,7 @@ local function keep_letters(dead, counter, added, most, left, bytes, seconds, ma
     waste = tonumber(added)
   end
   redis.call('EXPIRE', counter, seconds)
+  waste = math.min(waste, redis.call('LLEN', dead))
   local excess = waste > most and waste - left or 0
   local taken = redis.pcall('MEMORY', 'USAGE', dead, 'SAMPLES', 0)
   local heavy = type(taken) == 'number' and taken > bytes and taken - bytes * 0.75 or 0
