@@ -49,7 +49,7 @@ from inferq.workers.lease import Lease
 from inferq.workers.link_queues import LinkQueues
 from inferq.workers.logs.slow import told_if_slow
 from inferq.workers.main_loop import MainLoop
-from inferq.workers.memory import keep_freed_memory
+from inferq.workers.memory import keep_freed_memory, keep_objects
 from inferq.workers.metrics.counts import WorkerStats
 from inferq.workers.metrics.published import StatsPublisher
 from inferq.workers.metrics.versions import installed_versions
@@ -244,6 +244,7 @@ class Service:
         self.plane = plane
         if self._heartbeat is not None:
             self._heartbeat.plane, self._heartbeat.links = plane, self._canvas
+        keep_objects()
         plane.start()
         missing = ", ".join(each.model for each in self._not_served if each.version is None)
         without = f"; not served: {missing}" if missing else ""
