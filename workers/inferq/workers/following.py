@@ -100,7 +100,11 @@ def following(embed: Mapping[str, Any], message_bytes: int, queues: LinkQueues) 
 
     InvalidInput names what cannot be served; PayloadTooLarge: it would be too much to publish.
     """
-    return _Walk(queues).rebuilt(embed, message_bytes)
+    walk = _Walk(queues)
+    try:
+        return walk.rebuilt(embed, message_bytes)
+    finally:
+        walk.let_go()
 
 
 class _Walk:
@@ -134,6 +138,11 @@ class _Walk:
             [node.built for node in callbacks], [node.built for node in errbacks],
             [node.built for node in chain], None if chord is None else chord.built,
         )  # fmt: skip
+
+    def let_go(self) -> None:
+        """Leave no circle of references, which only a garbage collection would end."""
+        for node in self._nodes:
+            node.around = None
 
     def _one(
         self,

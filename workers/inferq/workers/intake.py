@@ -206,7 +206,7 @@ class Intake:
                 if due_ms > self._redis_ms():
                     return Early(slot, message, due_ms)
         except InferqError as error:
-            return Failed(slot, ticket, error)
+            return Failed(slot, ticket, _bare(error))
         return Opened(slot, ticket, inputs, references)
 
     def _other_task(
@@ -225,7 +225,7 @@ class Intake:
                 if due_ms > self._redis_ms():
                     return Early(slot, message, due_ms)
         except InferqError as error:
-            return Failed(slot, self._other_ticket(slot, envelope, message), error)
+            return Failed(slot, self._other_ticket(slot, envelope, message), _bare(error))
         return Foreign(slot, message, handed)
 
     def _other_ticket(self, slot: Slot, envelope: codec.Envelope, message: bytes) -> Ticket:
@@ -268,7 +268,7 @@ class Intake:
             rows = self._check(arrays)
             arrays, padded = self._padding.apply(arrays)
         except InferqError as error:
-            return Failed(slot, ticket, error)
+            return Failed(slot, ticket, _bare(error))
         except (KeyError, TypeError, ValueError, MemoryError) as problem:
             return Failed(slot, ticket, InvalidInput(f"inputs are no tensors: {problem!r}"))
         if lists:
@@ -338,6 +338,15 @@ class Intake:
         if not self._varies:
             return None
         return tuple(arrays[name].shape[1:] for name in self._dtypes)
+
+
+def _bare(error: InferqError) -> InferqError:
+    """The same without the frames in which it came up, and all that was decoded there.
+
+    Frames and errors hold each other, so only a garbage collection would let go of that.
+    """
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error
 
 
 def arguments(body: codec.Body) -> Mapping[str, Any]:
