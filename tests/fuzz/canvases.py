@@ -109,8 +109,12 @@ def builtins(rng: random.Random, tree: Tree) -> Tree:
 
 
 def many(rng: random.Random, tree: Tree) -> Tree:
-    """More signatures than may follow, or nearly as many."""
-    tasks = [_link(rng) for _ in range(rng.choice((20, 200, 900, 1_100)))]
+    """More signatures than may follow, or, seldom, nearly as many.
+
+    Each that may follow is a message for the worker to send: as much work as one more request.
+    """
+    (count,) = rng.choices((20, 200, 900, 1_100), (8, 3, 1, 4))
+    tasks = [_link(rng) for _ in range(count)]
     kinds: dict[str, Callable[[], dict[str, Any]]] = {
         "group": lambda: _of(rng, "group", tasks=tasks),
         "chain": lambda: _of(rng, "chain", tasks=tasks),
