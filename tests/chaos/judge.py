@@ -194,7 +194,7 @@ def recoveries(ledger: Ledger, record: Record, restarts: Sequence[Restart]) -> l
 
 #: What may stand in Redis when all workers are gone: results, announcements, dead letters, and the
 #: figures of one that was killed as it published them, which expire.
-_MAY_STAY = ("model:", "serving:", "attempts:", "dead:", "payload:", "stats:")
+_MAY_STAY = ("model:", "serving:", "attempts:", "dead:", "quarantined:", "payload:", "stats:")
 
 
 def leftovers(store: redis.Redis) -> list[str]:

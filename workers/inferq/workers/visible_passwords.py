@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Final
 from urllib.parse import urlsplit
 
-import click
+from inferq.workers.printing import say
 
 _URL: Final = re.compile(r"[a-z+]+://[^;]+", re.IGNORECASE)
 _IN_QUERY: Final = re.compile(r"(?i)\bpassword=[^&]")
@@ -44,7 +44,7 @@ def visible_password(arguments: Sequence[str]) -> str | None:
 def warn_of_visible_password() -> None:
     """On stderr, if there is one on this process' command line."""
     if (told := visible_password(sys.argv[1:])) is not None:
-        click.echo(f"inferq: {told}", err=True)
+        say(f"inferq: {told}", err=True)
 
 
 def _holds_password(url: str) -> bool:
