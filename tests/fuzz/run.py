@@ -76,6 +76,8 @@ CHUNK_TIMEOUT_S: Final = 60.0
 EXPIRES_S: Final = 600
 #: Others are refused: a queue that nobody reads keeps what it is sent.
 LINK_QUEUES: Final = f"{LINKS_QUEUE},celery"
+#: What is kept of a message that is a dead letter, and how long it was: some begin alike.
+Buried = tuple[bytes, int]
 SECRETS: Final = {"celery-task-meta-other": b"secret", "unrelated": b"secret"}
 _POLL_S: Final = 0.02
 _SHOWN: Final = 5
@@ -203,7 +205,7 @@ class Campaign:
     def _account(self, chunk: Sequence[Message]) -> None:
         """Wait until every message of `chunk` has come to its end, and judge that."""
         sums = self.sums
-        dead: Counter[bytes] = Counter()
+        dead: Counter[Buried] = Counter()
         kept: Counter[bytes] = Counter()
         open_ = [(each, *read_id(each.raw)) for each in chunk]
         deadline = time.monotonic() + CHUNK_TIMEOUT_S
@@ -251,7 +253,7 @@ class Campaign:
         self,
         entry: tuple[Message, str | None, bool, bool],
         meta: object,
-        dead: Counter[bytes],
+        dead: Counter[Buried],
         kept: Counter[bytes],
         quiet: bool,
     ) -> str | None:
@@ -265,9 +267,9 @@ class Campaign:
                 self.sums.wrong += 1
                 self.sums.culprits.append((f"wrong: {meta[:300]!r}", message.raw))
             return "good"
-        kept_of_it = message.raw[:MAX_QUARANTINED_BYTES]
-        if dead[kept_of_it] > 0:
-            dead[kept_of_it] -= 1
+        buried = message.raw[:MAX_QUARANTINED_BYTES], len(message.raw)
+        if dead[buried] > 0:
+            dead[buried] -= 1
             return "dead letter"
         if request_id is None:
             return None
@@ -304,11 +306,12 @@ class Campaign:
         """Whether Celery holds another task: it is given none."""
         return bool(self._redis.exists("unacked", "unacked_index"))
 
-    def _dead_letters(self) -> list[bytes]:
-        found: list[bytes] = []
+    def _dead_letters(self) -> list[Buried]:
+        found: list[Buried] = []
         for model in WIDTHS:
             popped: Any = self._redis.rpop(NAMES.dead(model), 10_000)
-            found += [msgpack.unpackb(letter)["message"] for letter in popped or ()]
+            letters = map(msgpack.unpackb, popped or ())
+            found += [(letter["message"], letter["size"]) for letter in letters]
         return found
 
     def _kept(self) -> list[bytes]:
