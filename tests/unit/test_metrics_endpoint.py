@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from http.client import HTTPConnection, HTTPResponse
+from queue import Queue
 from urllib.parse import urlsplit
 
 import pytest
@@ -18,7 +20,7 @@ from inferq.shared.errors import ConfigError
 from inferq.shared.settings import Settings, split_address
 from inferq.workers.metrics import endpoint
 from inferq.workers.metrics.endpoint import MAX_REQUEST_BYTES, Endpoint
-from inferq.workers.metrics.visitors import MAX_CONNECTIONS, MAX_PER_ADDRESS
+from inferq.workers.metrics.visitors import MAX_CONNECTIONS, MAX_PER_ADDRESS, Visitors
 
 Ask = Callable[..., tuple[HTTPResponse, str]]
 
@@ -297,6 +299,22 @@ def test_its_end_waits_for_nobody_and_says_nothing(
     again = Endpoint(f"127.0.0.1:{parts.port}", registry, lambda: None)
     again.start()
     again.stop()
+
+
+def test_a_listening_socket_that_breaks_ends_the_turn_and_is_not_asked_for_ever() -> None:
+    met: Queue[BaseException] = Queue()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.setblocking(False)
+        listening.shutdown(socket.SHUT_RDWR)  # accept answers EINVAL from now on
+
+        def turn() -> None:
+            try:
+                asyncio.run(endpoint._receive(listening, Visitors(lambda _: b"", 1, 1.0)))
+            except OSError as problem:
+                met.put(problem)
+
+        threading.Thread(target=turn, daemon=True).start()
+        assert isinstance(met.get(timeout=10), OSError)
 
 
 def test_an_address_that_cannot_be_had_is_one_line(

@@ -15,6 +15,7 @@ from uuid import uuid4
 
 from inferq.shared import codec
 from inferq.shared.errors import InvalidInput, NotRegistered, PayloadTooLarge
+from inferq.workers import canvas_private
 
 #: Most bytes of such a message. What is unpacked may take fifty times that.
 MAX_BYTES: Final = 256 * 1024
@@ -22,12 +23,8 @@ MAX_BYTES: Final = 256 * 1024
 MAX_NESTING: Final = 100
 #: Celery's own tasks: groups, chunks, what waits for the parts of a chord.
 BUILTIN: Final = "celery."
-#: What Celery's producer writes into headers, and behind the arguments.
-_HEADERS: Final = frozenset({
-    "lang", "task", "id", "shadow", "eta", "expires", "group", "group_index", "retries",
-    "timelimit", "root_id", "parent_id", "argsrepr", "kwargsrepr", "origin", "ignore_result",
-    "replaced_task_nesting", "stamped_headers", "stamps",
-})  # fmt: skip
+#: What is kept of the headers.
+_HEADERS: Final = canvas_private.HEADERS - {"compression"}
 _FOLLOWING: Final = frozenset({"callbacks", "errbacks", "chain", "chord"})
 #: Longest name of a task that is told to anybody.
 MAX_NAME: Final = 200

@@ -54,9 +54,12 @@ class LinkQueues:
         return queue
 
     def _problem(self, queue: str) -> str | None:
-        # A text that is no UTF-8 (half a surrogate) is refused for its bytes.
-        if len(queue.encode(errors="backslashreplace")) > MAX_QUEUE_BYTES:
-            return f"is too long; expected at most {MAX_QUEUE_BYTES} bytes"
+        try:
+            size = len(queue.encode())
+        except UnicodeEncodeError:
+            return "is no UTF-8; expected a queue's name"
+        if not 0 < size <= MAX_QUEUE_BYTES:
+            return f"has {size} bytes; expected from 1 to {MAX_QUEUE_BYTES}"
         if CONTROL.search(queue) or self._names.sep in queue:
             return "has control characters or the separator of priorities; expected neither"
         key = self._names.list_of(queue)

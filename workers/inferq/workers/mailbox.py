@@ -195,8 +195,8 @@ def _ask(consumer: Any) -> list[Any]:
         asking.hello(consumer.hostname, newest())
     except _Enough:
         pass
-    except Exception:
+    except Exception as problem:
         if not answers:
             raise
-        logger.warning("mingle: some answers cannot be read", exc_info=False)
+        logger.warning("mingle: some answers cannot be read: %s", _short(problem))
     return answers

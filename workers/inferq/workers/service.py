@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import socket
 import threading
 import time
@@ -16,7 +15,13 @@ from redis.exceptions import RedisError
 
 from inferq.shared.codec import encode_advert
 from inferq.shared.connect import check_server, redis_client
-from inferq.shared.errors import ConfigError, FatalEngineError, InferqError, RedisUnavailable
+from inferq.shared.errors import (
+    ConfigError,
+    FatalEngineError,
+    InferqError,
+    InvalidInput,
+    RedisUnavailable,
+)
 from inferq.shared.names import queue_of
 from inferq.shared.settings import Settings
 from inferq.workers import celery_private
@@ -65,9 +70,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Longest name of a queue that is consumed on demand, and what stands in names of other keys.
-MAX_QUEUE_CHARS = 200
-KEPT = re.compile(r"^inferq|inferq:|^_kombu|^unacked|^celeryev|celery-task|chord-unlock|pidbox")
 #: Seconds between tries while Redis cannot be reached at the start.
 RETRY_S = 2.0
 #: Exit status of a worker that cannot serve what it was told to (sysexits.h).
@@ -299,10 +301,12 @@ class Service:
         """Why Celery's own handler is not to consume `queue`, no model's; None: it may."""
         if self._foreign is None:
             return "other tasks than inferq's are not run; expected INFERQ_FOREIGN_TASKS=1"
-        if not queue.isprintable() or not 0 < len(queue) <= MAX_QUEUE_CHARS:
-            return f"expected a name of at most {MAX_QUEUE_CHARS} characters"
-        if KEPT.search(queue):
-            return "it is kept by inferq, Celery or kombu; expected a queue of an application"
+        if queue.startswith("inferq"):
+            return "its name begins like those of models; expected a queue of an application"
+        try:
+            LinkQueues(self._names).check(queue)
+        except InvalidInput as problem:
+            return problem.message
         for key in self._names.lists_of(queue):
             if (kind := type_of(self._client, key)) not in (LIST, "none"):
                 return f"key {key!r} is a {kind}; expected a {LIST}"

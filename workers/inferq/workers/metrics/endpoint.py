@@ -36,6 +36,8 @@ _BACKLOG: Final = 128
 #: Why none can be accepted for the moment, and seconds until that is tried again.
 _NOTHING_LEFT: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _PAUSE_S: Final = 0.5
+#: What is wrong with the listening socket itself.
+_BROKEN: Final = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK)
 _REASONS: Final = {
     200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed",
     500: "Internal Server Error", 503: "Service Unavailable",
@@ -157,8 +159,11 @@ async def _receive(listening: socket.socket, visitors: Visitors) -> None:
         try:
             peer, _ = await loop.sock_accept(listening)
         except OSError as problem:
-            if problem.errno not in _NOTHING_LEFT:
-                continue  # it went away before
+            if problem.errno in _BROKEN:
+                raise  # the next turn listens anew
+            if problem.errno not in _NOTHING_LEFT:  # it went away before
+                await asyncio.sleep(0)
+                continue
             if not short_of:
                 short_of = str(problem)
                 logger.warning("no connection to the metrics for the moment: %s", problem)
