@@ -197,7 +197,7 @@ def test_a_worker_that_dies_is_reported_with_its_log(tmp_path: Path) -> None:
             os.kill(pid, signal.SIGKILL)
         assert demo.wait() == 1
     assert "the worker ended" in demo.output
-    assert "serving magika" in demo.output
+    assert "INFO/MainProcess] model " in demo.output
     heartbeats = (
         demo.scratch / f"inferq-{os.getuid()}"
     )  # of the killed: `inferq health` tells of it

@@ -265,6 +265,12 @@ def slow(seconds, n):
     time.sleep(seconds)
     return n
 
+@app.task(name="mine.marked")
+def marked(seconds, begun):
+    Path(begun).touch()
+    time.sleep(seconds)
+    return "done"
+
 @app.task(name="mine.again", bind=True, max_retries=1)
 def again(self):
     if self.request.retries:
@@ -460,6 +466,19 @@ def test_tasks_that_wait_for_celery_at_the_end_go_back_to_their_queue(
         until(lambda: int(redis.exists(*keys)) >= count - lost, WAIT_S, "all others are run")
         run = [n for n, key in enumerate(keys) if redis.exists(key)]
         assert [meta_of(redis, f"task {n}")["result"] for n in run] == run
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGQUIT])
+def test_what_celery_executes_at_the_end_is_executed_to_its_end(
+    redis_url: str, redis: redis_py.Redis, tmp_path: Path, how: signal.Signals
+) -> None:
+    with MyWorker(redis_url, tmp_path) as worker:
+        redis.lpush(QUEUE, foreign("long", "mine.marked", args=[1.0, str(tmp_path / "begun")]))
+        until((tmp_path / "begun").exists, what="it executes")
+        worker.process.send_signal(how)
+        worker.process.wait(WAIT_S)
+        assert meta_of(redis, "long")["result"] == "done"
+    assert not redis.exists("unacked", "unacked_index")
 
 
 def test_tasks_outlive_celerys_connections(redis_kind: str, tmp_path: Path) -> None:

@@ -115,6 +115,7 @@ class QueuesStep(bootsteps.StartStopStep):  # type: ignore[misc]
         self._restoring = consumer.timer.call_repeatedly(
             RESTORE_EVERY_S, celery_private.restore_messages, (consumer,)
         )
+        celery_private.let_tasks_end(consumer)
         service: Service = consumer.controller.inferq
         service.inbox.open(consumer)
         self._ticking = consumer.timer.call_repeatedly(TICK_S, service.main_loop.tick)

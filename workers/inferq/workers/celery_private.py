@@ -182,6 +182,15 @@ def deliver(consumer: Consumer, message: bytes, settled: Callable[[], None]) -> 
         channel.qos.reject(raw["properties"]["delivery_tag"])
 
 
+def let_tasks_end(consumer: Consumer) -> None:
+    """Have a cold shutdown leave the task that Celery's own handler executes to end by itself.
+
+    Nothing can end it before: the solo pool executes it in the main thread, where the signal's
+    handler interrupts it, and what that raises would become the task's failure.
+    """
+    consumer.cancel_active_requests = lambda: None
+
+
 def restore_messages(consumer: Consumer) -> None:
     """Put back into their queues what dead workers held too long (kombu's visibility_timeout).
 
