@@ -44,6 +44,10 @@ from inferq.workers.link_queues import LinkQueues
 #: base64), and so many besides. What is decoded may take 40 times that: maps in maps.
 WRITTEN_OUT: Final = 10
 BODY_BYTES: Final = 4 << 20
+#: What follows on a larger message is not read before it is published, in a thread of its own, so
+#: what is wrong with it is told after the request was computed. Reading 1,000 signatures takes 6 ms,
+#: in which nothing of any model would be settled, and no batch formed.
+FOLLOWING_READ_BYTES: Final = 16 << 10
 #: Longest description of a request that is kept with it, in characters: Celery's own limit.
 MAX_REPR_CHARS: Final = 1_024
 _ARGUMENTS = frozenset({"inputs", "model"})
@@ -193,7 +197,8 @@ class Intake:
                 ticket = replace(ticket, payload_keys=own)
             if body.has_canvas:
                 place_of(message)
-                following(body.embed, len(message), self._links)
+                if len(message) <= FOLLOWING_READ_BYTES:
+                    following(body.embed, len(message), self._links)
                 ticket = replace(ticket, canvas=message)
             if late is not None:
                 return replace(late, ticket=ticket)
