@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, settings
 from kombu import pools
 
 from inferq.shared.errors import ConfigError
-from inferq.workers.embedded import EmbeddedRedis, find_server
+from inferq.workers.process.embedded import EmbeddedRedis, find_server
 
 # The tests' own use of onnxruntime reports nothing either; the worker sets this itself.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from inferq.workers.children import end_child, start_child
+from inferq.workers.process.children import end_child, start_child
 
 STOP_TIMEOUT_S = 20.0
 #: What every measured worker leaves out, inferq's as well: logging and talking to its neighbours.

@@ -16,7 +16,7 @@ from benchmarks.stock import SIZE_VARIABLE, URL_VARIABLE, StockClient
 from inferq.producer import Client
 from inferq.shared.names import META_PREFIX
 from inferq.shared.schema import Array
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.embedded import EmbeddedRedis
 
 Work = Callable[[Array, int], None]
 

@@ -20,9 +20,9 @@ from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import Locator, Page, expect
 
 from inferq.shared.names import Names
-from inferq.workers.embedded import EmbeddedRedis
-from inferq.workers.metrics.counts import WorkerStats
-from inferq.workers.not_served import NotServed
+from inferq.workers.data_plane.counts import WorkerStats
+from inferq.workers.models.not_served import NotServed
+from inferq.workers.process.embedded import EmbeddedRedis
 
 NAMES = Names()
 PHONE = 360

@@ -20,7 +20,7 @@ from chaos.content import LONG, LONG_ROWS, QUICK, SUCCESS, WIDTH, Request
 from chaos.schedule import BURST_S, PRODUCERS, WORKERS
 from chaos.store import Mark, Store
 from inferq.shared.names import META_PREFIX, Names
-from inferq.workers.kept import KEEP_REQUESTS
+from inferq.workers.claims.rollback import KEEP_REQUESTS
 
 #: Quick requests of one burst: each worker settles more than it keeps, while its claim computes.
 MANY = round(2.0 * WORKERS * KEEP_REQUESTS)

@@ -25,8 +25,8 @@ from chaos.schedule import Fault, Kind
 from chaos.store import Store
 from inferq.shared.codec import MalformedMessage, decode_envelope
 from inferq.shared.names import Names, queue_of
-from inferq.workers.children import start_child
 from inferq.workers.engines.fake import EXIT_STATUS
+from inferq.workers.process.children import start_child
 
 HOOKS = Path(__file__).parent / "hooks"
 #: Seconds.

@@ -47,7 +47,7 @@ from chaos.schedule import (
 )
 from chaos.store import Store
 from inferq.shared.names import Names
-from inferq.workers.children import end_child, start_child
+from inferq.workers.process.children import end_child, start_child
 
 #: Seconds.
 READY_S = 60.0

@@ -19,7 +19,7 @@ from helpers.acl import configuration, with_user
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.embedded import EmbeddedRedis
 
 #: How often the AOF's size is looked at, in seconds, and how much of it a cut tail is.
 SAMPLE_S = 0.05

@@ -26,7 +26,7 @@ from chaos.run import refusals, run
 from chaos.schedule import ON_REDIS, REDIS_APART_S, Fault, Kind, Quotas, generate
 from chaos.store import Restart, Store
 from inferq.producer.outgoing import INLINE_LIMIT
-from inferq.workers.kept import KEEP_REQUESTS
+from inferq.workers.claims.rollback import KEEP_REQUESTS
 
 SHORT = Quotas(
     {

@@ -49,8 +49,8 @@ from fuzz.innocents import Answer, Innocents, percentile_ms
 from fuzz.mutations import LINKS_QUEUE, NAMES, WIDTHS, Message, Messages
 from inferq.shared import codec
 from inferq.shared.names import TASK
-from inferq.workers.embedded import EmbeddedRedis
-from inferq.workers.results import MAX_QUARANTINED_BYTES
+from inferq.workers.data_plane.results import MAX_QUARANTINED_BYTES
+from inferq.workers.process.embedded import EmbeddedRedis
 
 MAX_GROWTH_MB: Final = 50.0
 #: The worker's memory, in MB (2^20 bytes).

@@ -17,8 +17,8 @@ import numpy as np
 from inferq.shared.schema import Array
 from inferq.workers.cuda import device
 from inferq.workers.cuda.lane import CudaLane
-from inferq.workers.engines.base import Batch
-from inferq.workers.repository import ModelSpec
+from inferq.workers.models.engine import Batch
+from inferq.workers.models.repository import ModelSpec
 from inferq.workers.trt.flavours import Flavour
 from inferq.workers.trt.session import Session
 from inferq.workers.trt.verify import LIMITS, verify

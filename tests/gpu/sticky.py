@@ -15,7 +15,7 @@ from pycuda import driver
 from gpu.lanes import Setup, make_batch, open_session
 from inferq.shared.errors import FatalEngineError
 from inferq.workers.cuda import device
-from inferq.workers.repository import load_model
+from inferq.workers.models.repository import load_model
 from inferq.workers.trt.flavours import find_flavour
 
 #: Compiled by the driver itself: no toolkit is needed.

@@ -8,7 +8,7 @@ from pathlib import Path
 import redis
 
 from helpers.wait import until
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.embedded import EmbeddedRedis
 
 #: For EmbeddedRedis: nothing is rewritten, so the file only grows.
 AOF_ARGS = ("--auto-aof-rewrite-percentage", "0")

@@ -22,7 +22,7 @@ from inferq.workers.cuda import device
 from inferq.workers.cuda.graphs import Graph
 from inferq.workers.cuda.lane import KEPT_SHAPES, CudaLane, RowLimit, Shape
 from inferq.workers.cuda.libcuda import current_context
-from inferq.workers.engines.base import Batch, OutOfDeviceMemory
+from inferq.workers.models.engine import Batch, OutOfDeviceMemory
 
 BUCKETS = (1, 2, 4, 8)
 WIDTH = 6

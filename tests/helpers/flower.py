@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from helpers.wait import until
-from inferq.workers.children import end_child, start_child
-from inferq.workers.embedded import free_port
+from inferq.workers.process.children import end_child, start_child
+from inferq.workers.process.embedded import free_port
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0

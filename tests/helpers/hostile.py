@@ -13,7 +13,7 @@ from helpers.envelopes import JSON, body, envelope, request, tensor
 from helpers.repository import numbered
 from inferq.shared.codec.messages import MAX_ID_CHARS
 from inferq.shared.names import Names
-from inferq.workers.following import MAX_FOLLOWING
+from inferq.workers.canvas.following import MAX_FOLLOWING
 
 NAMES = Names()
 #: Of the model m, to which they are sent.

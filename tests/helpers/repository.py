@@ -13,8 +13,8 @@ import redis as redis_py
 from inferq.shared import codec
 from inferq.shared.names import Names, queue_of
 from inferq.shared.schema import Array, Signature
-from inferq.workers.model_config import ModelConfig
-from inferq.workers.repository import ModelSpec
+from inferq.workers.models.config import ModelConfig
+from inferq.workers.models.repository import ModelSpec
 
 FAKE = """\
 engine = "fake"

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from celery import Celery
 
-from inferq.workers.children import end_child, start_child
+from inferq.workers.process.children import end_child, start_child
 
 HERE = Path(__file__).parent
 #: Celery untouched, and one set up for bytes.

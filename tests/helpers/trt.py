@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from inferq.workers.repository import load_model
+from inferq.workers.models.repository import load_model
 from inferq.workers.trt.api import RTX
 from inferq.workers.trt.builder import Order
 from inferq.workers.trt.flavours import Flavour, find_flavour

@@ -18,8 +18,8 @@ import redis
 from helpers.process import stopped
 from helpers.wait import until
 from inferq.shared.names import Names, queue_of
-from inferq.workers.children import end_child, start_child
-from inferq.workers.health import SERVING, read_beat
+from inferq.workers.process.children import end_child, start_child
+from inferq.workers.supervision.health import SERVING, read_beat
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 40.0

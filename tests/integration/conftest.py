@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.embedded import EmbeddedRedis
 
 
 @pytest.fixture

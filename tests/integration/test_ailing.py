@@ -20,8 +20,8 @@ from redis import Redis
 
 from inferq.shared.celery_app import make_app
 from inferq.shared.settings import Settings
-from inferq.workers import health
-from inferq.workers.health import problem_of, read_beat
+from inferq.workers.supervision import health
+from inferq.workers.supervision.health import problem_of, read_beat
 
 STUCK_S = 2.0
 LOOPS = ("canvas", "events", "later", "lease", "metrics", "recovery", "stats")

@@ -13,7 +13,7 @@ from helpers.worker import Worker
 from inferq.producer import Client, Result
 from inferq.shared.errors import EngineError, InvalidInput
 from inferq.shared.schema import Array, Receipt
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.embedded import EmbeddedRedis
 
 TIMEOUT_S = 30
 

@@ -25,9 +25,9 @@ from inferq.producer import Client
 from inferq.shared.names import Names
 from inferq.shared.schema import Array
 from inferq.workers.cli import inferq
-from inferq.workers.embedded import EmbeddedRedis
-from inferq.workers.metrics.counts import ModelStats
+from inferq.workers.data_plane.counts import ModelStats
 from inferq.workers.metrics.published import read_stats
+from inferq.workers.process.embedded import EmbeddedRedis
 
 ANY_PORT = {"INFERQ_METRICS": "127.0.0.1:0"}
 WITHIN = 1_000

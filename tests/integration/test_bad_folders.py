@@ -36,7 +36,7 @@ from kombu import pools
 from inferq.producer import Client
 from inferq.shared.names import Names, queue_of
 from inferq.workers.cli import inferq
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.embedded import EmbeddedRedis
 
 NAMES = Names()
 TIMEOUT_S = 30

@@ -16,7 +16,7 @@ from redis import Redis
 from inferq.producer import Client, Pending
 from inferq.shared.names import Names
 from inferq.shared.schema import Array, Receipt
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.embedded import EmbeddedRedis
 
 NAMES = Names()
 #: ms of one batch: long enough for what is submitted meanwhile to be claimed.

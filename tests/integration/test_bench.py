@@ -23,7 +23,7 @@ from helpers.worker import Worker
 
 from inferq.workers.bench.figures import Counts, Report, StepFigures, read_report
 from inferq.workers.cli import inferq
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.embedded import EmbeddedRedis
 
 #: Short windows: these tests are of counts and of seconds, not of milliseconds.
 QUICK = ("--window", "0.3", "--max-windows", "3", "--warmup", "0.1")

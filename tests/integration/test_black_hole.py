@@ -12,7 +12,7 @@ from helpers.results import NAMES, nothing_is_held
 from helpers.wait import until
 from helpers.worker import Worker
 
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.embedded import EmbeddedRedis
 
 REQUESTS = 60
 

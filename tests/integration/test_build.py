@@ -20,8 +20,8 @@ from helpers import onnx_models
 from helpers.trt import order, rtx
 
 from inferq.shared.errors import ConfigError
-from inferq.workers import build_progress
-from inferq.workers.build_command import build
+from inferq.workers.commands import build_progress
+from inferq.workers.commands.build import build
 from inferq.workers.demo.models import MAGIKA, ORIENTATION, prepare
 from inferq.workers.trt.builder import ensure_plan
 from inferq.workers.trt.flavours import BuildStopped

@@ -19,8 +19,8 @@ from helpers.worker import Worker
 from redis import Redis
 
 from inferq.shared.names import Names
-from inferq.workers.embedded import EmbeddedRedis
-from inferq.workers.kept import KEEP_S
+from inferq.workers.claims.rollback import KEEP_S
+from inferq.workers.process.embedded import EmbeddedRedis
 
 NAMES = Names()
 SERVER = {"appendonly": True, "args": AOF_ARGS}

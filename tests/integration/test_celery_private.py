@@ -32,11 +32,12 @@ from kombu.exceptions import ContentDisallowed
 from inferq.shared.celery_app import make_app
 from inferq.shared.names import Names
 from inferq.shared.settings import Settings
-from inferq.workers import canvas_private, celery_private
-from inferq.workers.following import following
-from inferq.workers.link_place import place_of
-from inferq.workers.link_queues import LinkQueues
-from inferq.workers.link_sender import LinkSender
+from inferq.workers.canvas import celery_canvas as canvas_private
+from inferq.workers.canvas.following import following
+from inferq.workers.canvas.link_queues import LinkQueues
+from inferq.workers.canvas.place import place_of
+from inferq.workers.canvas.sender import LinkSender
+from inferq.workers.control_plane import celery_private
 
 QUEUE = "inferq.m"
 OUTPUTS = {"x": {"dtype": "<f4", "shape": [1], "data": "AACAPw=="}}

@@ -17,8 +17,8 @@ from helpers.repository import fake_model
 from helpers.wait import until
 from helpers.worker import Worker
 
-from inferq.workers.children import end_child
-from inferq.workers.embedded import free_port
+from inferq.workers.process.children import end_child
+from inferq.workers.process.embedded import free_port
 
 #: An environment variable by which all processes of one command are found.
 MARK = "CHILDREN_TEST_MARK"

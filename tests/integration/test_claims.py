@@ -18,8 +18,8 @@ from inferq.shared import codec
 from inferq.shared.errors import DeadlineExceeded
 from inferq.shared.names import Names, queue_of
 from inferq.shared.schema import Array
-from inferq.workers.embedded import EmbeddedRedis
 from inferq.workers.engines.fake import FAULT_EXIT
+from inferq.workers.process.embedded import EmbeddedRedis
 
 NAMES = Names()
 #: Columns of a request that the client claim-checks.

@@ -31,7 +31,7 @@ from inferq.producer.wire import Wire
 from inferq.shared import codec
 from inferq.shared.names import Names
 from inferq.shared.schema import Array
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.embedded import EmbeddedRedis
 
 QUEUE = Names().queue("echo")
 #: Seconds within which whoever asks a client that is closed has an answer.

@@ -16,7 +16,7 @@ from inferq.producer import AsyncClient, Client, RedisUnavailable, Settings
 from inferq.shared.errors import ConfigError
 from inferq.shared.names import Names
 from inferq.shared.schema import Array
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.embedded import EmbeddedRedis
 
 NAMES = Names()
 NewRedis = Callable[..., EmbeddedRedis]

@@ -26,9 +26,9 @@ from helpers.deploy import ROOT, Container, Dockerfile, example_env, load_compos
 from helpers.wait import until
 
 from inferq.shared.names import Names
-from inferq.workers.children import end_child, start_child
 from inferq.workers.demo.models import MODELS
-from inferq.workers.embedded import find_server, free_port
+from inferq.workers.process.children import end_child, start_child
+from inferq.workers.process.embedded import find_server, free_port
 
 #: Three Python programs start for each of some tests, on a machine that may be busy.
 pytestmark = pytest.mark.timeout(400)

@@ -32,12 +32,12 @@ from inferq.shared.celery_app import make_app
 from inferq.shared.errors import DeadLettered, InferqError
 from inferq.shared.names import Names
 from inferq.shared.settings import Settings
-from inferq.workers import dead_letters as dead_letters_module
+from inferq.workers.claims.recovery import suspect
 from inferq.workers.cli import inferq
-from inferq.workers.dead_letters import DeadLetters
+from inferq.workers.data_plane.results import MAX_QUARANTINED_BYTES
 from inferq.workers.engines.fake import FAULT_EXIT
-from inferq.workers.recovery import suspect
-from inferq.workers.results import MAX_QUARANTINED_BYTES
+from inferq.workers.queues import dead_letters as dead_letters_module
+from inferq.workers.queues.dead_letters import DeadLetters
 
 NAMES = Names()
 #: Enough columns for a request to be claim-checked.

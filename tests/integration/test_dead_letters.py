@@ -19,6 +19,8 @@ from inferq.shared import codec
 from inferq.shared.errors import DeadLettered, EngineError
 from inferq.shared.names import Names
 from inferq.shared.schema import Receipt
+from inferq.workers.claims.recovery import suspect
+from inferq.workers.claims.settlement import DEAD_PAYLOAD_S
 from inferq.workers.engines.fake import (
     FAULT_EXIT,
     FAULT_FATAL,
@@ -26,9 +28,7 @@ from inferq.workers.engines.fake import (
     FAULT_SEGFAULT,
     FAULT_TOO_FEW_ROWS,
 )
-from inferq.workers.health import EX_FATAL_ENGINE
-from inferq.workers.recovery import suspect
-from inferq.workers.settle import DEAD_PAYLOAD_S
+from inferq.workers.supervision.health import EX_FATAL_ENGINE
 
 NAMES = Names()
 #: A short lease, so that the dead are recovered soon.

@@ -21,9 +21,9 @@ import redis as redis_py
 from helpers.wait import until
 
 from inferq.producer import Client
-from inferq.workers.children import end_child
 from inferq.workers.demo.models import MODELS
-from inferq.workers.repository import load_models, model_names
+from inferq.workers.models.repository import load_models, model_names
+from inferq.workers.process.children import end_child
 
 TIMEOUT_S = 150.0
 #: An environment variable by which all processes of one demo are found.

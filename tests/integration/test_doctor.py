@@ -33,8 +33,8 @@ from inferq.workers.doctor import redis as redis_checks
 from inferq.workers.doctor.finding import Finding, Level, ok, within
 from inferq.workers.doctor.models import models
 from inferq.workers.doctor.network import network
-from inferq.workers.embedded import EmbeddedRedis
-from inferq.workers.repository import ModelSpec, load_model
+from inferq.workers.models.repository import ModelSpec, load_model
+from inferq.workers.process.embedded import EmbeddedRedis
 
 #: Tests of this module configure their Redis.
 SERVER: dict[str, Any] = {"appendonly": True}

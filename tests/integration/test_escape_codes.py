@@ -22,9 +22,9 @@ from redis import Redis
 import inferq.workers
 from inferq.producer import Client, InferqError
 from inferq.shared.names import Names
-from inferq.workers.array_files import write_npz
-from inferq.workers.health import SERVING, Beat
-from inferq.workers.not_served import NotServed
+from inferq.workers.models.array_files import write_npz
+from inferq.workers.models.not_served import NotServed
+from inferq.workers.supervision.health import SERVING, Beat
 
 NAMES = Names()
 #: Sets a terminal's title, moves its cursor, begins a line, is taken for CSI, turns text around.

@@ -18,8 +18,8 @@ from helpers.worker import SupervisedWorker, Worker
 from redis import Redis
 
 from inferq.shared.names import Names
-from inferq.workers.embedded import EmbeddedRedis
 from inferq.workers.engines.fake import FAULT_RAISE
+from inferq.workers.process.embedded import EmbeddedRedis
 
 NAMES = Names()
 KNOBS = "lanes = 1\nmax_batch_size = 8\nwarm_up = false"

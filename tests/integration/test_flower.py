@@ -22,10 +22,10 @@ from helpers.wait import until
 from helpers.worker import Worker
 
 from inferq.shared.names import Names
-from inferq.workers.children import end_child, start_child
-from inferq.workers.embedded import EmbeddedRedis, find_server, free_port
 from inferq.workers.flower import CONF
 from inferq.workers.flower.readings import PATIENCE_S
+from inferq.workers.process.children import end_child, start_child
+from inferq.workers.process.embedded import EmbeddedRedis, find_server, free_port
 
 NAMES = Names()
 #: Every page and endpoint of ours, and what Flower leaves open to everybody but its health.

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from helpers.flower import FlowerProcess, Reply
 
-from inferq.workers.embedded import EmbeddedRedis
 from inferq.workers.flower import CONF
+from inferq.workers.process.embedded import EmbeddedRedis
 
 PAGES = [
     "/", "/workers", "/tasks", "/broker", "/inference", "/inference/data", "/metrics",

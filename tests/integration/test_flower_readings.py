@@ -10,8 +10,8 @@ import pytest
 import redis as redis_py
 
 from inferq.shared.names import Names
-from inferq.workers.depths import DepthReader, Depths
 from inferq.workers.flower.readings import FRESH_S, LOOK_EVERY_S, LOOK_SHARE, Readings
+from inferq.workers.queues.depths import DepthReader, Depths
 
 NAMES = Names()
 

@@ -30,7 +30,7 @@ from helpers.wait import until
 from helpers.worker import Worker
 
 from inferq.shared.names import Names
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.embedded import EmbeddedRedis
 
 NAMES = Names()
 QUEUE = NAMES.queue("m")

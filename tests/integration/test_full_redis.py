@@ -21,10 +21,10 @@ from inferq.producer import Client
 from inferq.shared.errors import RedisUnavailable
 from inferq.shared.names import Names
 from inferq.shared.schema import MAX_TENSORS
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.data_plane.plane import MAX_AWAY_IN_CANVAS
 from inferq.workers.engines.fake import FAULT_EXIT
-from inferq.workers.health import read_beat
-from inferq.workers.plane import MAX_AWAY_IN_CANVAS
+from inferq.workers.process.embedded import EmbeddedRedis
+from inferq.workers.supervision.health import read_beat
 
 NAMES = Names()
 MAXMEMORY = 64 << 20

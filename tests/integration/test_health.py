@@ -23,11 +23,13 @@ from helpers.worker import Worker
 from redis import Redis
 
 from inferq.shared.names import Names
-from inferq.workers import health
-from inferq.workers.children import end_child, start_child
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.data_plane.served_model import ServedModel
 from inferq.workers.engines.fake import FAULT_HANG
-from inferq.workers.health import (
+from inferq.workers.models.repository import load_model
+from inferq.workers.process.children import end_child, start_child
+from inferq.workers.process.embedded import EmbeddedRedis
+from inferq.workers.supervision import health
+from inferq.workers.supervision.health import (
     SERVING,
     STALE_S,
     STUCK_S,
@@ -37,9 +39,7 @@ from inferq.workers.health import (
     read_beat,
     silence_s,
 )
-from inferq.workers.heartbeat import Heartbeat
-from inferq.workers.repository import load_model
-from inferq.workers.serving import ServedModel
+from inferq.workers.supervision.heartbeat import Heartbeat
 
 NAMES = Names()
 SOMEBODY = 4242

@@ -30,8 +30,8 @@ from helpers.wait import until
 from helpers.worker import Worker
 
 from inferq.shared.names import Names
-from inferq.workers.embedded import EmbeddedRedis
-from inferq.workers.results import MAX_QUARANTINED_BYTES
+from inferq.workers.data_plane.results import MAX_QUARANTINED_BYTES
+from inferq.workers.process.embedded import EmbeddedRedis
 
 NAMES = Names()
 QUEUE = NAMES.queue("m")

@@ -21,9 +21,9 @@ from helpers.wait import until
 from helpers.worker import START_TIMEOUT_S, SupervisedWorker, Worker
 
 from inferq.shared.settings import Settings
+from inferq.workers.control_plane.revokes import MAX_REVOKED
 from inferq.workers.doctor.workers import workers
-from inferq.workers.embedded import EmbeddedRedis
-from inferq.workers.revokes import MAX_REVOKED
+from inferq.workers.process.embedded import EmbeddedRedis
 
 PIDBOX = "/0.celery.pidbox"
 EVENTS = "/0.celeryev/worker.heartbeat"

@@ -24,9 +24,9 @@ from helpers.worker import Worker
 
 from inferq.shared import codec
 from inferq.shared.names import Names
-from inferq.workers.embedded import EmbeddedRedis
-from inferq.workers.results import MAX_QUARANTINED_BYTES
-from inferq.workers.settle import QUARANTINED_KEPT
+from inferq.workers.claims.settlement import QUARANTINED_KEPT
+from inferq.workers.data_plane.results import MAX_QUARANTINED_BYTES
+from inferq.workers.process.embedded import EmbeddedRedis
 
 NAMES = Names()
 QUEUE = NAMES.queue("m")

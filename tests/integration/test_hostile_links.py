@@ -23,8 +23,8 @@ from helpers.wait import until
 from helpers.worker import Worker
 
 from inferq.shared.names import Names
-from inferq.workers.embedded import EmbeddedRedis
-from inferq.workers.following import MAX_PUBLISHED_BYTES
+from inferq.workers.canvas.following import MAX_PUBLISHED_BYTES
+from inferq.workers.process.embedded import EmbeddedRedis
 
 NAMES = Names()
 QUEUE = NAMES.queue("m")

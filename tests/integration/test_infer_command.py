@@ -22,8 +22,9 @@ from redis import Redis
 
 from inferq.shared.errors import ConfigError
 from inferq.shared.names import Names
-from inferq.workers import array_files, infer_command
 from inferq.workers.cli import inferq
+from inferq.workers.commands import infer as infer_command
+from inferq.workers.models import array_files
 
 Infer = Callable[..., Result]
 

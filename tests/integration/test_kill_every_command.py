@@ -24,7 +24,7 @@ from redis import Redis
 from inferq.shared import codec
 from inferq.shared.names import Names, queue_of
 from inferq.shared.schema import Array
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.embedded import EmbeddedRedis
 
 NAMES = Names()
 REQUESTS = 3

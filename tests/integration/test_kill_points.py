@@ -30,8 +30,8 @@ from redis.client import PubSub
 
 import inferq.workers
 from inferq.shared.names import Names
-from inferq.workers.embedded import EmbeddedRedis
-from inferq.workers.recovery import suspect
+from inferq.workers.claims.recovery import suspect
+from inferq.workers.process.embedded import EmbeddedRedis
 
 NAMES = Names()
 SOURCES = Path(inferq.workers.__path__[0])

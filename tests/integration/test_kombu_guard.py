@@ -23,7 +23,7 @@ from kombu.transport.redis import Channel, QoS
 from inferq.shared.celery_app import make_app
 from inferq.shared.names import Names
 from inferq.shared.settings import Settings
-from inferq.workers import kombu_guard, mailbox
+from inferq.workers.control_plane import kombu_guard, mailbox
 
 REPLACED: tuple[tuple[type, str], ...] = (
     (Channel, "_receive_one"), (Channel, "_queue_bind"), (Channel, "_refresh_bindings"),

@@ -17,7 +17,7 @@ from helpers.worker import Worker
 
 from inferq.producer import Client
 from inferq.shared.names import Names
-from inferq.workers.budget import budget_bytes
+from inferq.workers.data_plane.budget import budget_bytes
 
 SERVER: dict[str, object] = {}
 NAMES = Names()

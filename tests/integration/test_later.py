@@ -10,9 +10,9 @@ import redis as redis_py
 from helpers.wait import until
 
 from inferq.shared.names import Names
-from inferq.workers.claims import Claim, Slot
-from inferq.workers.clock import RedisClock
-from inferq.workers.later import Later
+from inferq.workers.claims.claim import Claim, Slot
+from inferq.workers.claims.clock import RedisClock
+from inferq.workers.claims.scheduled import Later
 
 NAMES = Names()
 

@@ -19,7 +19,7 @@ from helpers.worker import Worker
 from redis import Redis
 
 from inferq.shared.names import Names
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.embedded import EmbeddedRedis
 
 NAMES = Names()
 LONG_S = 60.0

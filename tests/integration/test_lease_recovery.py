@@ -14,7 +14,7 @@ from redis import Redis
 
 from inferq.shared.lua import source
 from inferq.shared.names import Names
-from inferq.workers.recovery import RECOVERY_LEASE_MS, SCAN_EVERY_S, Recoverer, suspect
+from inferq.workers.claims.recovery import RECOVERY_LEASE_MS, SCAN_EVERY_S, Recoverer, suspect
 
 NAMES = Names()
 STEPS = (0, 3, 6, 9)

@@ -12,7 +12,7 @@ import redis as redis_py
 from helpers.wait import until
 
 from inferq.shared.resp import pack
-from inferq.workers.link import Link, Waker
+from inferq.workers.claims.link import Link, Waker
 
 QUEUE = b"inferq.x"
 #: Far above what a wake-up takes, far below the wait that it must cut short.

@@ -81,8 +81,8 @@ def test_every_line_of_a_worker_and_its_supervisor_is_a_json_object(
     assert quarantined["model"] == "m"
     assert len(node - {"supervisor"}) == 1
     loggers = {each["logger"] for each in told}
-    assert {"celery.apps.worker", "inferq.workers.service"} <= loggers
-    assert ("inferq.workers.supervisor" in loggers) == (kind is SupervisedWorker)
+    assert {"celery.apps.worker", "inferq.workers.control_plane.service"} <= loggers
+    assert ("inferq.workers.supervision.supervisor" in loggers) == (kind is SupervisedWorker)
     assert any("Warm shutdown" in each["message"] for each in told)
 
 

@@ -33,10 +33,10 @@ from redis import Redis
 from inferq.producer import Client, EngineError, InvalidInput
 from inferq.producer.pending import Pending
 from inferq.shared.names import TASK, Names, queue_of
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.data_plane.counts import WorkerStats
 from inferq.workers.engines.fake import FAULT_RAISE
-from inferq.workers.metrics.counts import WorkerStats
 from inferq.workers.metrics.published import EXPIRES_S, read_stats
+from inferq.workers.process.embedded import EmbeddedRedis
 
 NAMES = Names()
 ANY_PORT = {"INFERQ_METRICS": "127.0.0.1:0"}

@@ -16,7 +16,7 @@ from helpers.worker import Worker
 from inferq.producer import Client
 from inferq.shared.errors import InvalidInput
 from inferq.shared.schema import Array
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.embedded import EmbeddedRedis
 
 TIMEOUT_S = 30
 PAD = (

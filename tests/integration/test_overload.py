@@ -16,7 +16,7 @@ from redis import Redis
 
 from inferq.producer import Client
 from inferq.shared.names import Names
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.embedded import EmbeddedRedis
 
 NAMES = Names()
 LANES, BATCH = 2, 4

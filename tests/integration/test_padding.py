@@ -14,8 +14,8 @@ from helpers.padded_models import RIGHT, WRONG
 from helpers.worker import Worker
 
 from inferq.producer import Client
-from inferq.workers.agreement import difference
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.embedded import EmbeddedRedis
+from inferq.workers.row_probe.agreement import difference
 
 TIMEOUT_S = 60
 CLIENTS = 16

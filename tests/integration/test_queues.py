@@ -21,9 +21,9 @@ from redis import Redis
 
 from inferq.producer import Client
 from inferq.shared.names import TASK, Names
-from inferq.workers import depths as depths_module
 from inferq.workers.cli import inferq
-from inferq.workers.depths import DepthReader
+from inferq.workers.queues import depths as depths_module
+from inferq.workers.queues.depths import DepthReader
 
 NAMES = Names()
 

@@ -23,8 +23,8 @@ from redis import Redis
 from inferq.producer import AsyncClient, Client
 from inferq.shared.errors import DeadlineExceeded
 from inferq.shared.names import Names
-from inferq.workers.embedded import EmbeddedRedis
-from inferq.workers.health import read_beat
+from inferq.workers.process.embedded import EmbeddedRedis
+from inferq.workers.supervision.health import read_beat
 
 NAMES = Names()
 SERVER = {"appendonly": True, "args": ("--appendfsync", "always")}

@@ -25,7 +25,7 @@ from helpers.worker import Worker
 from redis.client import Monitor
 
 from inferq.shared.names import Names
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.embedded import EmbeddedRedis
 
 #: What one batch of the model "slow" takes, in s: longer than any answer may.
 SLOW_S = 1.0

@@ -38,8 +38,8 @@ from inferq.producer.outgoing import INLINE_LIMIT
 from inferq.shared.errors import InferqError
 from inferq.shared.names import Names
 from inferq.workers.cli import inferq
-from inferq.workers.embedded import EmbeddedRedis
 from inferq.workers.engines.fake import FAULT_RAISE
+from inferq.workers.process.embedded import EmbeddedRedis
 
 NAMES = Names()
 WIDE = INLINE_LIMIT // 2

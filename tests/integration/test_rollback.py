@@ -20,9 +20,9 @@ from redis import Redis
 from inferq.producer import Client
 from inferq.shared.connect import redis_client
 from inferq.shared.names import Names
-from inferq.workers import recovery
-from inferq.workers.embedded import EmbeddedRedis
-from inferq.workers.kept import KEEP_REQUESTS
+from inferq.workers.claims import recovery
+from inferq.workers.claims.rollback import KEEP_REQUESTS
+from inferq.workers.process.embedded import EmbeddedRedis
 
 NAMES = Names()
 SERVER = {"appendonly": True, "args": AOF_ARGS}

@@ -16,7 +16,7 @@ from helpers.worker import Worker
 
 from inferq.producer import Client, Result
 from inferq.shared.schema import Array
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.embedded import EmbeddedRedis
 
 CLIENTS: Final = 16
 REQUESTS: Final = 12

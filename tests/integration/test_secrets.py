@@ -16,7 +16,7 @@ from helpers.worker import SupervisedWorker
 
 from inferq.producer import Client, RedisUnavailable
 from inferq.workers.cli import inferq
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.embedded import EmbeddedRedis
 
 WORD = "geheim-4711"
 PAGES = [

@@ -22,7 +22,7 @@ from redis import Redis
 
 from inferq.shared.celery_app import make_app
 from inferq.shared.settings import Settings
-from inferq.workers.health import problem_of, read_beat
+from inferq.workers.supervision.health import problem_of, read_beat
 
 LEASE_S = 1.0
 #: Within which what a dead worker held is served again, with that lease; on a loaded machine.

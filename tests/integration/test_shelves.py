@@ -15,8 +15,8 @@ from helpers.flower import FlowerProcess
 from helpers.repository import fake_model
 from helpers.wait import until
 
-from inferq.workers.children import end_child, start_child
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.children import end_child, start_child
+from inferq.workers.process.embedded import EmbeddedRedis
 
 SOMEBODY = 4242
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others")

@@ -21,9 +21,9 @@ from helpers.worker import Worker
 
 from inferq.shared.celery_app import make_app
 from inferq.shared.settings import Settings
-from inferq.workers.embedded import EmbeddedRedis
-from inferq.workers.health import problem_of, read_beat
-from inferq.workers.plane import MAX_AWAY_IN_CANVAS
+from inferq.workers.data_plane.plane import MAX_AWAY_IN_CANVAS
+from inferq.workers.process.embedded import EmbeddedRedis
+from inferq.workers.supervision.health import problem_of, read_beat
 
 #: More than may wait for their links before nothing is claimed any more.
 LINKED = MAX_AWAY_IN_CANVAS + 44

@@ -18,7 +18,7 @@ from helpers.wait import until
 from helpers.worker import Worker
 
 from inferq.shared.names import Names
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.embedded import EmbeddedRedis
 
 #: What one batch of the model "slow" takes: long enough to queue behind, in ms.
 SLOW_MS = 100

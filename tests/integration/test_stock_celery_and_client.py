@@ -18,7 +18,7 @@ from inferq.producer import Client
 from inferq.producer.pending import State
 from inferq.shared.errors import InferqError, ModelNotFound
 from inferq.shared.names import Names
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.embedded import EmbeddedRedis
 
 WAIT_S = 30.0
 

@@ -27,8 +27,8 @@ from helpers.stock_side import (
 from helpers.wait import until
 from helpers.worker import Worker
 
-from inferq.workers.embedded import EmbeddedRedis
 from inferq.workers.engines.fake import FAULT_RAISE
+from inferq.workers.process.embedded import EmbeddedRedis
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,10 @@ from redis import Redis
 from inferq.producer import Client, Pending
 from inferq.shared.errors import DeadLettered
 from inferq.shared.names import Names
-from inferq.workers import supervisor
 from inferq.workers.engines.fake import FAULT_EXIT, FAULT_FATAL, FAULT_HANG, FAULT_SEGFAULT
-from inferq.workers.health import EX_FATAL_ENGINE
-from inferq.workers.supervisor import Child, Supervisor
+from inferq.workers.supervision import supervisor
+from inferq.workers.supervision.health import EX_FATAL_ENGINE
+from inferq.workers.supervision.supervisor import Child, Supervisor
 
 NAMES = Names()
 #: While Redis is silent: the supervisor waits for it twice, 2 s each.

@@ -28,8 +28,8 @@ from inferq.shared.celery_app import make_app
 from inferq.shared.errors import InferqError
 from inferq.shared.names import Names
 from inferq.shared.settings import Settings
-from inferq.workers.embedded import EmbeddedRedis
 from inferq.workers.engines.fake import FAULT_RAISE
+from inferq.workers.process.embedded import EmbeddedRedis
 
 #: What a batch of the model "slow" takes, in s.
 SLOW_S = 1.0

@@ -31,8 +31,8 @@ from inferq.shared.codec import decode_advert
 from inferq.shared.errors import InvalidInput
 from inferq.shared.names import Names
 from inferq.workers.demo.models import MAGIKA, prepare
-from inferq.workers.health import EX_FATAL_ENGINE
-from inferq.workers.repository import load_model
+from inferq.workers.models.repository import load_model
+from inferq.workers.supervision.health import EX_FATAL_ENGINE
 from inferq.workers.trt.plan_lock import locked
 
 TESTS = Path(__file__).parents[1]

@@ -34,7 +34,7 @@ from inferq.shared.errors import ConfigError
 from inferq.shared.settings import Settings
 from inferq.shared.tls_mistakes import PROBE_S
 from inferq.workers.cli import inferq
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.embedded import EmbeddedRedis
 
 #: What one line about TLS takes at most: shaking hands in vain, then finding out why.
 TOLD_S = CONNECT_TIMEOUT_S + 3 * PROBE_S

@@ -12,7 +12,7 @@ from helpers.worker import Worker
 from inferq.producer import Client
 from inferq.shared.errors import EngineError
 from inferq.shared.schema import Array
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.embedded import EmbeddedRedis
 
 torch = pytest.importorskip("torch", reason='PyTorch is not installed: pip install "inferq[torch]"')
 

@@ -13,7 +13,7 @@ from helpers.worker import Worker
 from inferq.producer import Client
 from inferq.shared.celery_app import make_app
 from inferq.shared.settings import Settings
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.embedded import EmbeddedRedis
 
 
 def test_a_request_goes_through_a_unix_socket(tmp_path: Path, redis_kind: str) -> None:

@@ -17,9 +17,9 @@ from helpers.repository import fake_model
 from helpers.wait import until
 
 from inferq.shared.settings import Settings
-from inferq.workers.embedded import EmbeddedRedis
-from inferq.workers.health import SERVING, Beat, read_beat
-from inferq.workers.whose import RedisPlace, place_of, run_id_of
+from inferq.workers.process.embedded import EmbeddedRedis
+from inferq.workers.supervision.health import SERVING, Beat, read_beat
+from inferq.workers.supervision.whose import RedisPlace, place_of, run_id_of
 
 NewRedis = Callable[..., EmbeddedRedis]
 

@@ -17,8 +17,8 @@ from helpers.wait import until
 from redis import Redis
 
 from inferq.shared.names import Names
-from inferq.workers.children import end_child, start_child
-from inferq.workers.embedded import free_port
+from inferq.workers.process.children import end_child, start_child
+from inferq.workers.process.embedded import free_port
 
 #: Modules that a process of ours imports, or that Celery, Flower or Python look for by themselves.
 NAMES = (

@@ -21,8 +21,8 @@ from helpers.worker import Worker
 
 from inferq.producer import Client
 from inferq.shared.schema import Array
-from inferq.workers.agreement import difference
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.embedded import EmbeddedRedis
+from inferq.workers.row_probe.agreement import difference
 
 CLIENTS: Final = 16
 #: Requests of each client to each model.

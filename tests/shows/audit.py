@@ -26,10 +26,10 @@ from redis import Redis
 
 from inferq.producer import Client
 from inferq.shared.names import Names
-from inferq.workers.audit import Mismatch
+from inferq.workers.audit.audit import Mismatch
 from inferq.workers.demo.models import MAGIKA, prepare
-from inferq.workers.embedded import EmbeddedRedis
 from inferq.workers.metrics.published import read_stats
+from inferq.workers.process.embedded import EmbeddedRedis
 
 #: Requests among which a model that mixes rows is to be found.
 REQUESTS: Final = 1_000

@@ -15,7 +15,7 @@ from helpers import onnx_models
 from helpers.capped import CappedWorker, capped
 
 from inferq.producer import Client
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.embedded import EmbeddedRedis
 
 MB = 700
 ROWS = 32

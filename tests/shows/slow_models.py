@@ -15,7 +15,7 @@ from helpers.repository import fake_model, push
 from helpers.results import expect, meta_of
 from helpers.worker import SupervisedWorker
 
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.embedded import EmbeddedRedis
 
 SECONDS = ("1", "2.5", "10")
 REQUESTS = 32

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from inferq.workers.agreement import difference
+from inferq.workers.row_probe.agreement import difference
 
 BASE = np.linspace(-3, 10, 1000).reshape(10, 100)
 

@@ -17,13 +17,14 @@ from helpers.wait import until
 
 from inferq.shared.errors import FatalEngineError
 from inferq.shared.schema import Array, Ticket
-from inferq.workers.audit import Audit
-from inferq.workers.audit_budget import FREE, LATE, SHARE, SHORT_S, AuditBudget
+from inferq.workers.audit.audit import Audit
+from inferq.workers.audit.budget import FREE, LATE, SHARE, SHORT_S, AuditBudget
+from inferq.workers.audit.evidence import Result
 from inferq.workers.batching.policy import Knobs
 from inferq.workers.batching.waiting import Waiting
-from inferq.workers.engines.base import Batch, Lane, gather, without_padding
-from inferq.workers.evidence import Result
-from inferq.workers.lanes import Finished, Job, Lanes
+from inferq.workers.claims.runs import Finished, Job
+from inferq.workers.data_plane.lanes import Lanes
+from inferq.workers.models.engine import Batch, Lane, gather, without_padding
 
 KNOBS = Knobs(max_batch_size=16, spread=True)
 

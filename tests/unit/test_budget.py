@@ -11,13 +11,19 @@ import pytest
 from helpers.responder import advert
 
 from inferq.shared.schema import Signature, TensorSpec, Ticket
-from inferq.workers import supply
-from inferq.workers.budget import MAX_BUDGET_BYTES, READING_S, Budget, Sizes, budget_bytes
-from inferq.workers.claims import Claim, Slot
-from inferq.workers.intake import Opened
-from inferq.workers.ledger import QueueId
-from inferq.workers.payloads import _blocks
-from inferq.workers.unfetched import Backlog, Unfetched, payload_sizes
+from inferq.workers.claims.claim import Claim, Slot
+from inferq.workers.claims.ledger import QueueId
+from inferq.workers.claims.payloads import _blocks
+from inferq.workers.claims.verdicts import Opened
+from inferq.workers.data_plane import scheduling as supply
+from inferq.workers.data_plane.budget import (
+    MAX_BUDGET_BYTES,
+    READING_S,
+    Budget,
+    Sizes,
+    budget_bytes,
+)
+from inferq.workers.data_plane.unfetched import Backlog, Unfetched, payload_sizes
 
 MB = 1024 * 1024
 STEPS = (0, 3, 6, 9)

@@ -22,13 +22,13 @@ from inferq.shared.celery_app import make_app
 from inferq.shared.errors import EngineError
 from inferq.shared.names import Names
 from inferq.shared.settings import Settings
-from inferq.workers import link_patience
-from inferq.workers.canvas import Canvas
-from inferq.workers.canvas_private import await_no_results
-from inferq.workers.claims import Claim, Slot
-from inferq.workers.embedded import EmbeddedRedis
-from inferq.workers.link_patience import RETRY_S
-from inferq.workers.settle import Settlement
+from inferq.workers.canvas import patience as link_patience
+from inferq.workers.canvas.celery_canvas import await_no_results
+from inferq.workers.canvas.patience import RETRY_S
+from inferq.workers.canvas.publisher import Canvas
+from inferq.workers.claims.claim import Claim, Slot
+from inferq.workers.claims.settlement import Settlement
+from inferq.workers.process.embedded import EmbeddedRedis
 
 NOW = "2026-01-01T00:00:00+00:00"
 CLAIM = Claim("claim", "m", 0, 1)

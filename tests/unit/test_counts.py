@@ -8,19 +8,9 @@ import pytest
 
 from inferq.shared.resp import Command
 from inferq.shared.schema import GpuTimes
-from inferq.workers.claims import Claim, Slot
-from inferq.workers.lanes import Finished, Job, Outcome, Run
-from inferq.workers.metrics import counts
-from inferq.workers.metrics.counts import (
-    MAX_AGE_MS,
-    PADDING,
-    ROWS,
-    SECONDS,
-    Histogram,
-    ModelCounts,
-    count_settled,
-)
-from inferq.workers.settle import (
+from inferq.workers.claims.claim import Claim, Slot
+from inferq.workers.claims.runs import Finished, Job, Outcome, Run
+from inferq.workers.claims.settlement import (
     DEAD_LETTER,
     FAILURE,
     OVERTAKEN,
@@ -28,6 +18,16 @@ from inferq.workers.settle import (
     SUCCESS,
     Settlement,
     overtaken,
+)
+from inferq.workers.data_plane import counts
+from inferq.workers.data_plane.counts import (
+    MAX_AGE_MS,
+    PADDING,
+    ROWS,
+    SECONDS,
+    Histogram,
+    ModelCounts,
+    count_settled,
 )
 
 #: The present: Redis' clock and the monotonic one, in ms.

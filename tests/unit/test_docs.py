@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from inferq.shared.settings import Settings
-from inferq.workers.engines import ENGINES
+from inferq.workers.commands.worker import worker
 from inferq.workers.flower.access import VARIABLE
-from inferq.workers.model_config import ModelConfig
-from inferq.workers.worker_command import worker
+from inferq.workers.models.config import ModelConfig
+from inferq.workers.models.registry import ENGINES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]

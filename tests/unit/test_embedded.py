@@ -15,7 +15,7 @@ import redis as redis_py
 from helpers.wait import until
 
 from inferq.shared.errors import ConfigError, RedisUnavailable
-from inferq.workers.embedded import HOST, PORTS, EmbeddedRedis, find_server, free_port
+from inferq.workers.process.embedded import HOST, PORTS, EmbeddedRedis, find_server, free_port
 
 NewRedis = Callable[..., EmbeddedRedis]
 
@@ -107,7 +107,7 @@ def test_a_taken_port_is_replaced_by_another(
         taken.bind((HOST, 0))
         taken.listen()
         ports = iter([taken.getsockname()[1], 0])
-        module = "inferq.workers.embedded.free_port"
+        module = "inferq.workers.process.embedded.free_port"
         monkeypatch.setattr(module, lambda: next(ports) or free_port())
         server = new_redis()
         assert server.port != taken.getsockname()[1]
@@ -123,7 +123,7 @@ def test_a_server_that_ends_at_once_is_an_error_with_its_log(redis_kind: str) ->
 def test_it_dies_with_a_parent_that_was_sigkilled(redis_kind: str, tmp_path: Path) -> None:
     code = (
         "import sys, time\n"
-        "from inferq.workers.embedded import EmbeddedRedis\n"
+        "from inferq.workers.process.embedded import EmbeddedRedis\n"
         f"server = EmbeddedRedis({redis_kind!r}); server.start()\n"
         "print(server.pid, flush=True); sys.stdin.read()\n"
     )

@@ -17,9 +17,9 @@ from helpers.repository import spec_of
 from inferq.shared.errors import EngineError
 from inferq.shared.schema import Array, Tensors
 from inferq.workers.demo.models import package_folder
-from inferq.workers.engines import engine_class
-from inferq.workers.engines.base import Batch, Engine
-from inferq.workers.signatures import examine
+from inferq.workers.models.engine import Batch, Engine
+from inferq.workers.models.registry import engine_class
+from inferq.workers.models.signatures import examine
 
 FAKE = {"inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", 3]}]}
 

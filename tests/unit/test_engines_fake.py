@@ -15,7 +15,7 @@ from helpers.repository import spec_of
 from inferq.shared.errors import ConfigError, FatalEngineError
 from inferq.shared.schema import Tensors
 from inferq.workers.engines import fake
-from inferq.workers.engines.base import Batch, Lane
+from inferq.workers.models.engine import Batch, Lane
 
 INPUTS = [{"name": "x", "dtype": "float32", "shape": ["batch", 2]}]
 
@@ -78,10 +78,10 @@ def _process(fault: int) -> subprocess.Popen[str]:
     code = (
         "import numpy as np\n"
         "from inferq.shared.schema import Signature\n"
-        "from inferq.workers.engines.base import Batch\n"
+        "from inferq.workers.models.engine import Batch\n"
         "from inferq.workers.engines.fake import FakeEngine\n"
-        "from inferq.workers.model_config import ModelConfig\n"
-        "from inferq.workers.repository import ModelSpec\n"
+        "from inferq.workers.models.config import ModelConfig\n"
+        "from inferq.workers.models.repository import ModelSpec\n"
         f"table = {{'inputs': {INPUTS!r}, 'faults': True}}\n"
         "known = ModelConfig(), table, Signature((), ()), 8, ()\n"
         "engine = FakeEngine(ModelSpec('m', 1, (1,), None, *known))\n"

@@ -16,10 +16,10 @@ from helpers.repository import spec_of
 
 from inferq.shared.errors import ConfigError, EngineError
 from inferq.workers.engines import cores, onnxruntime
-from inferq.workers.engines.base import Batch
 from inferq.workers.engines.cores import usable_cores
 from inferq.workers.engines.onnxruntime import OnnxRuntimeEngine
-from inferq.workers.signatures import Examined, examine
+from inferq.workers.models.engine import Batch
+from inferq.workers.models.signatures import Examined, examine
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from inferq.shared.errors import ConfigError
-from inferq.workers.engines import ENGINES, engine_class
+from inferq.workers.models.registry import ENGINES, engine_class
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -43,7 +43,7 @@ def test_no_engine_is_imported_before_it_is_asked_for() -> None:
 def test_a_missing_dependency_names_the_extra_to_install(name: str, extra: str) -> None:
     code = (
         f"import sys; sys.modules[{name!r}] = None\n"
-        "from inferq.workers.engines import engine_class\n"
+        "from inferq.workers.models.registry import engine_class\n"
         "from inferq.shared.errors import ConfigError\n"
         f"try: engine_class({name!r})\n"
         "except ConfigError as problem: print(problem)\n"

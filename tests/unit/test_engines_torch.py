@@ -23,10 +23,10 @@ from helpers.repository import spec_of
 from inferq.shared.errors import ConfigError, EngineError
 from inferq.shared.schema import DTYPES
 from inferq.workers.engines import pt2
-from inferq.workers.engines.base import Batch
 from inferq.workers.engines.cores import usable_cores
-from inferq.workers.repository import load_model
-from inferq.workers.signatures import Examined, examine
+from inferq.workers.models.engine import Batch
+from inferq.workers.models.repository import load_model
+from inferq.workers.models.signatures import Examined, examine
 
 torch = pytest.importorskip("torch", reason='PyTorch is not installed: pip install "inferq[torch]"')
 

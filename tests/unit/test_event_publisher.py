@@ -14,8 +14,8 @@ import redis as redis_py
 from helpers.wait import until
 
 from inferq.shared.connect import redis_client
-from inferq.workers import event_publisher
-from inferq.workers.event_publisher import MAX_AT_ONCE, MAX_QUEUED, EventPublisher
+from inferq.workers.control_plane import event_publisher
+from inferq.workers.control_plane.event_publisher import MAX_AT_ONCE, MAX_QUEUED, EventPublisher
 
 
 def publisher(url: str, left_out: int = 0) -> EventPublisher:

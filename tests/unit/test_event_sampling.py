@@ -10,7 +10,7 @@ import pytest
 
 from inferq.shared.schema import Ticket
 from inferq.workers.batching.waiting import Waiting
-from inferq.workers.event_sampling import Sampler
+from inferq.workers.control_plane.event_sampling import Sampler
 
 
 def requests(count: int, *, alone: bool = False, seed: int = 0) -> list[Waiting]:

@@ -10,13 +10,14 @@ import pytest
 
 from inferq.shared.errors import EngineError, FatalEngineError
 from inferq.shared.schema import Array, Ticket
-from inferq.workers import evidence as evidence_of
-from inferq.workers.agreement import difference
+from inferq.workers.audit import evidence as evidence_of
+from inferq.workers.audit.evidence import Evidence, Result, examine, has_company
 from inferq.workers.batching.policy import Knobs
 from inferq.workers.batching.waiting import Waiting
-from inferq.workers.engines.base import Batch, Lane, gather, without_padding
-from inferq.workers.evidence import Evidence, Result, examine, has_company
-from inferq.workers.lanes import Outcome, execute
+from inferq.workers.claims.runs import Outcome
+from inferq.workers.data_plane.lanes import execute
+from inferq.workers.models.engine import Batch, Lane, gather, without_padding
+from inferq.workers.row_probe.agreement import difference
 
 Model = Callable[[Array], Array]
 

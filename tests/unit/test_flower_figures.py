@@ -7,8 +7,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from inferq.workers.audit import Mismatch
-from inferq.workers.depths import Depth, Depths
+from inferq.workers.audit.audit import Mismatch
+from inferq.workers.data_plane.counts import (
+    PADDING,
+    ROWS,
+    SECONDS,
+    Histogram,
+    ModelStats,
+    WorkerStats,
+)
 from inferq.workers.flower.figures import (
     NAMES,
     POINTS,
@@ -21,15 +28,8 @@ from inferq.workers.flower.figures import (
     ModelRow,
 )
 from inferq.workers.flower.readings import MODELS, Reading
-from inferq.workers.metrics.counts import (
-    PADDING,
-    ROWS,
-    SECONDS,
-    Histogram,
-    ModelStats,
-    WorkerStats,
-)
-from inferq.workers.not_served import NotServed
+from inferq.workers.models.not_served import NotServed
+from inferq.workers.queues.depths import Depth, Depths
 
 HISTOGRAMS = ("queue_s", "compute_input_s", "compute_infer_s", "compute_output_s", "settle_s")
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from inferq.shared.errors import InvalidInput, PayloadTooLarge
 from inferq.shared.names import Names
-from inferq.workers.following import (
+from inferq.workers.canvas.following import (
     MAX_CHORDS_NESTED,
     MAX_COPIES,
     MAX_FOLLOWING,
@@ -22,7 +22,7 @@ from inferq.workers.following import (
     Following,
     following,
 )
-from inferq.workers.link_queues import MAX_QUEUE_BYTES, LinkQueues
+from inferq.workers.canvas.link_queues import MAX_QUEUE_BYTES, LinkQueues
 
 NAMES = Names()
 ANY = LinkQueues(NAMES)

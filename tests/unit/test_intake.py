@@ -28,23 +28,20 @@ from inferq.shared.names import Names
 from inferq.shared.schema import ModelAdvert, Signature, TensorSpec
 from inferq.workers.batching.padding import Padding, PadRule
 from inferq.workers.batching.waiting import Waiting
-from inferq.workers.claims import Claim, Slot
-from inferq.workers.following import MAX_FOLLOWING
-from inferq.workers.foreign_tasks import MAX_BYTES, ForeignTasks
-from inferq.workers.intake import (
-    BODY_BYTES,
-    MAX_REPR_CHARS,
-    WRITTEN_OUT,
+from inferq.workers.canvas.following import MAX_FOLLOWING
+from inferq.workers.canvas.link_queues import LinkQueues
+from inferq.workers.claims.claim import Claim, Slot
+from inferq.workers.claims.verdicts import (
     Early,
     Failed,
     Foreign,
-    Intake,
     Opened,
     Quarantined,
     Revoked,
     retried,
 )
-from inferq.workers.link_queues import LinkQueues
+from inferq.workers.data_plane.foreign_tasks import MAX_BYTES, ForeignTasks
+from inferq.workers.data_plane.intake import BODY_BYTES, MAX_REPR_CHARS, WRITTEN_OUT, Intake
 
 NAMES = Names()
 NOW = 1_800_000_000_000.0

@@ -13,9 +13,10 @@ from inferq.shared.errors import DeadlineExceeded, EngineError, FatalEngineError
 from inferq.shared.schema import Array, Ticket
 from inferq.workers.batching.policy import Knobs
 from inferq.workers.batching.waiting import Waiting
-from inferq.workers.engines.base import Batch, Lane, gather
-from inferq.workers.intake import Failed, Revoked
-from inferq.workers.lanes import Finished, Job, Lanes, Outcome, execute
+from inferq.workers.claims.runs import Finished, Job, Outcome
+from inferq.workers.claims.verdicts import Failed, Revoked
+from inferq.workers.data_plane.lanes import Lanes, execute
+from inferq.workers.models.engine import Batch, Lane, gather
 
 KNOBS = Knobs(max_batch_size=16)
 

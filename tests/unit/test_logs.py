@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from inferq.workers.control_plane.worker_logs import _keep_all_to_lines
 from inferq.workers.logs import stderr
-from inferq.workers.logs.celery import _keep_all_to_lines
 from inferq.workers.logs.fields import FIELDS, MAX_IDS, about
 from inferq.workers.logs.flood import BURST, MAX_KINDS, WINDOW_S, Flood
 from inferq.workers.logs.json_lines import MAX_LINE, JsonLines, fit

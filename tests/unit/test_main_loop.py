@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from inferq.workers.main_loop import STALL_S, MainLoop
+from inferq.workers.control_plane.main_loop import STALL_S, MainLoop
 
 
 class Time:

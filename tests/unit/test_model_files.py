@@ -17,10 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
-from inferq.workers import onnx_file
 from inferq.workers.demo.models import package_folder
-from inferq.workers.model_files import Incomplete, check_whole
-from inferq.workers.onnx_file import External, Malformed, external_data
+from inferq.workers.models import onnx_file
+from inferq.workers.models.model_files import Incomplete, check_whole
+from inferq.workers.models.onnx_file import External, Malformed, external_data
 
 REAL = (
     ("magika", "models/standard_v3_3/model.onnx"),

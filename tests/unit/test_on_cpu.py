@@ -10,9 +10,9 @@ from helpers import onnx_models
 from helpers.repository import fake_model
 
 from inferq.shared.errors import ConfigError
-from inferq.workers.engines import ENGINES, Registered
-from inferq.workers.engines.on_cpu import cpu_engine
-from inferq.workers.repository import load_model
+from inferq.workers.models.on_cpu import cpu_engine
+from inferq.workers.models.registry import ENGINES, Registered
+from inferq.workers.models.repository import load_model
 
 
 @pytest.mark.parametrize(

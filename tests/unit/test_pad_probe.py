@@ -16,11 +16,11 @@ from helpers.padded_models import RIGHT, WRONG, Padded
 
 from inferq.shared.errors import ConfigError, EngineError, FatalEngineError, InvalidInput
 from inferq.shared.schema import Array, Signature, Tensors, TensorSpec
-from inferq.workers.agreement import difference
 from inferq.workers.batching.padding import Padding, PadRule
+from inferq.workers.models.repository import load_model
 from inferq.workers.pad_probe.probe import measured_padding
 from inferq.workers.pad_probe.trials import Run
-from inferq.workers.repository import load_model
+from inferq.workers.row_probe.agreement import difference
 
 X = TensorSpec("x", "float32", ("batch", "n"))
 Y = TensorSpec("y", "float32", ("batch", "m"))

@@ -14,8 +14,14 @@ import pytest
 import redis
 from helpers.wait import until
 
-from inferq.workers.periodic import MAX_KINDS, MAX_SAY_AGAIN_S, SAY_AGAIN_S, Periodic, Sayings
-from inferq.workers.periodic import troubles as troubles_of
+from inferq.workers.process.periodic import (
+    MAX_KINDS,
+    MAX_SAY_AGAIN_S,
+    SAY_AGAIN_S,
+    Periodic,
+    Sayings,
+)
+from inferq.workers.process.periodic import troubles as troubles_of
 
 logger = logging.getLogger("inferq.test_periodic")
 #: Far above what a turn takes, far below the waits that are cut short.

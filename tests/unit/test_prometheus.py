@@ -18,12 +18,12 @@ from inferq.shared.codec import encode_advert
 from inferq.shared.connect import redis_client
 from inferq.shared.names import Names
 from inferq.shared.schema import ModelAdvert, Signature, TensorSpec
-from inferq.workers import depths
 from inferq.workers.cuda.telemetry import GpuTelemetry
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.data_plane.counts import ModelCounts, WorkerStats
 from inferq.workers.metrics import prometheus
-from inferq.workers.metrics.counts import ModelCounts, WorkerStats
 from inferq.workers.metrics.prometheus import DepthCollector, WorkerCollector
+from inferq.workers.process.embedded import EmbeddedRedis
+from inferq.workers.queues import depths
 
 NAMES = Names()
 

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 
 from inferq.shared.errors import ConfigError
 from inferq.shared.schema import ModelAdvert
-from inferq.workers import repository
 from inferq.workers.batching.padding import PadRule
 from inferq.workers.demo.models import package_folder
-from inferq.workers.folders import Folders, look_through
-from inferq.workers.model_config import MAX_TOML_BYTES, ModelConfig, ModelToml, read_toml
-from inferq.workers.not_served import NotServed
-from inferq.workers.repository import load_model, load_models, model_names
+from inferq.workers.models import repository
+from inferq.workers.models.config import MAX_TOML_BYTES, ModelConfig, ModelToml, read_toml
+from inferq.workers.models.folders import Folders, look_through
+from inferq.workers.models.not_served import NotServed
+from inferq.workers.models.repository import load_model, load_models, model_names
 
 
 def _onnx(root: Path, name: str = "m", toml: str | None = None, version: int = 1) -> Path:

@@ -10,7 +10,7 @@ from helpers import onnx_models
 from helpers.bad_models import OTHERS, write_others
 from helpers.repository import fake_model
 
-from inferq.workers.models_command import models
+from inferq.workers.commands.models import models
 
 
 @pytest.fixture

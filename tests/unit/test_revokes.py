@@ -7,7 +7,13 @@ from collections.abc import Iterator
 import pytest
 from celery.worker import state as worker_state
 
-from inferq.workers.revokes import MAX_REVOKED, REVOKED_PER_S, Revokes, TooMany, newest
+from inferq.workers.control_plane.revokes import (
+    MAX_REVOKED,
+    REVOKED_PER_S,
+    Revokes,
+    TooMany,
+    newest,
+)
 
 
 @pytest.fixture(autouse=True)

@@ -14,9 +14,9 @@ from helpers.row_models import INDEPENDENT, MIXED, UNTOLD
 
 from inferq.shared.errors import ConfigError
 from inferq.shared.schema import Array, Signature, Tensors, TensorSpec
-from inferq.workers import examples, rows
-from inferq.workers.repository import ModelSpec, load_model
-from inferq.workers.signatures import Declared, Examined, examine
+from inferq.workers.models.repository import ModelSpec, load_model
+from inferq.workers.models.signatures import Declared, Examined, examine
+from inferq.workers.row_probe import examples, rows
 
 PLAIN = Signature(
     (TensorSpec("x", "float32", ("batch", 4)),), (TensorSpec("y", "float32", ("batch", 4)),)

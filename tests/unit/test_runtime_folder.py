@@ -11,8 +11,8 @@ import msgspec
 import pytest
 
 from inferq.shared.errors import ConfigError
-from inferq.workers import runtime_folder
-from inferq.workers.health import SERVING, Beat, forget_the_dead, read_beat
+from inferq.workers.supervision import runtime_folder
+from inferq.workers.supervision.health import SERVING, Beat, forget_the_dead, read_beat
 
 SOMEBODY = 4242
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others")

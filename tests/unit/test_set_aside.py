@@ -13,10 +13,10 @@ from helpers.repository import fake_model
 
 from inferq.shared.errors import ConfigError, EngineError, FatalEngineError
 from inferq.shared.settings import Settings
+from inferq.workers.control_plane.found import find_models
+from inferq.workers.control_plane.service import Service
 from inferq.workers.engines.fake import FakeEngine
-from inferq.workers.found import find_models
-from inferq.workers.not_served import NotServed
-from inferq.workers.service import Service
+from inferq.workers.models.not_served import NotServed
 
 Load = Callable[..., Service]
 
@@ -94,7 +94,7 @@ def test_with_no_model_left_there_is_nothing_to_serve(load: Load) -> None:
 
 
 def test_what_is_told_is_short_and_on_one_line() -> None:
-    from inferq.workers.not_served import MAX_REASON_CHARS, listed, not_served  # noqa: PLC0415
+    from inferq.workers.models.not_served import MAX_REASON_CHARS, listed, not_served  # noqa: PLC0415
 
     found = not_served("m\n", "x\n\ty" * 1000, 3)
     assert found.model == r"m\n"

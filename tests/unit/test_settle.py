@@ -20,12 +20,10 @@ from inferq.shared.schema import Signature, TensorSpec, Ticket
 from inferq.workers.batching.growth import Grid, Growth
 from inferq.workers.batching.padding import Measured, Padding, PadRule
 from inferq.workers.batching.waiting import Waiting
-from inferq.workers.claims import Claim, Slot
-from inferq.workers.full import forced
-from inferq.workers.intake import Quarantined
-from inferq.workers.lanes import Outcome, Run
-from inferq.workers.results import MAX_QUARANTINED_BYTES, MAX_REASON_CHARS, Results
-from inferq.workers.settle import (
+from inferq.workers.claims.claim import Claim, Slot
+from inferq.workers.claims.oom import forced
+from inferq.workers.claims.runs import Outcome, Run
+from inferq.workers.claims.settlement import (
     DEAD_LETTERS_KEPT,
     DEAD_LETTERS_S,
     DEAD_PAYLOAD_S,
@@ -36,6 +34,8 @@ from inferq.workers.settle import (
     commands,
     without_scripts,
 )
+from inferq.workers.claims.verdicts import Quarantined
+from inferq.workers.data_plane.results import MAX_QUARANTINED_BYTES, MAX_REASON_CHARS, Results
 
 NAMES = Names()
 I = "incarnation"  # noqa: E741 - as in the names of its keys
@@ -243,7 +243,7 @@ def test_bytes_that_name_nobody_are_kept_and_not_answered(claim: Claim) -> None:
 def test_a_dead_letter_holds_no_more_than_redis_takes(
     claim: Claim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("inferq.workers.results.MAX_LETTER_BYTES", 10)
+    monkeypatch.setattr("inferq.workers.data_plane.results.MAX_LETTER_BYTES", 10)
     done = RESULTS.quarantined(Quarantined(Slot(claim, 0), b"x" * 11, "why"), 7.0)
     letter = msgpack.unpackb(done.dead_letter or b"")
     assert (letter["message"], letter["size"]) == (b"x" * 10, 11)
@@ -389,7 +389,7 @@ def test_dead_letters_take_no_more_bytes_than_they_may_and_garbage_goes_first(
     redis: Redis, claim: Claim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     most = 2_000_000
-    monkeypatch.setattr("inferq.workers.settle.DEAD_LETTERS_BYTES", most)
+    monkeypatch.setattr("inferq.workers.claims.settlement.DEAD_LETTERS_BYTES", most)
     apply(redis, [real(claim, n, 10_000) for n in range(20)])
     apply(redis, [garbage(claim, n, 50_000) for n in range(30)])
     assert len(letters(redis)) == 50

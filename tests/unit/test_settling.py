@@ -13,16 +13,16 @@ from inferq.shared.errors import FatalEngineError
 from inferq.shared.names import Names
 from inferq.shared.resp import Command, pack, unpack
 from inferq.shared.schema import Ticket
-from inferq.workers import settling
 from inferq.workers.batching.waiting import Waiting
-from inferq.workers.claims import Claim, Slot
-from inferq.workers.clock import RedisClock
-from inferq.workers.kept import KEEP_BYTES, KEEP_REQUESTS, KEEP_S, Kept
-from inferq.workers.lanes import Finished, Job, Outcome, Run
-from inferq.workers.repository import load_model
-from inferq.workers.serving import ServedModel
-from inferq.workers.settle import Settlement
-from inferq.workers.settling import MAX_SETTLEMENTS, Settling, portion
+from inferq.workers.claims.claim import Claim, Slot
+from inferq.workers.claims.clock import RedisClock
+from inferq.workers.claims.rollback import KEEP_BYTES, KEEP_REQUESTS, KEEP_S, Kept
+from inferq.workers.claims.runs import Finished, Job, Outcome, Run
+from inferq.workers.claims.settlement import Settlement
+from inferq.workers.data_plane import settling
+from inferq.workers.data_plane.served_model import ServedModel
+from inferq.workers.data_plane.settling import MAX_SETTLEMENTS, Settling, portion
+from inferq.workers.models.repository import load_model
 
 CLAIM = Claim("k", "m", 0, 100)
 

@@ -23,7 +23,7 @@ from inferq.shared.connect import (
     socket_limits,
 )
 from inferq.shared.settings import Settings
-from inferq.workers.canvas_private import await_no_results
+from inferq.workers.canvas.celery_canvas import await_no_results
 
 SENTINEL = "sentinel://h1:26379/0;sentinel://h2:26379/0"
 TLS = "rediss://h:1/0?ssl_cert_reqs=required"

@@ -13,16 +13,16 @@ from helpers.wait import until
 
 from inferq.shared.names import Names
 from inferq.shared.schema import Ticket
-from inferq.workers import supply
-from inferq.workers.audit import Mismatch
+from inferq.workers.audit.audit import Mismatch
 from inferq.workers.batching.waiting import Waiting
-from inferq.workers.budget import Budget
-from inferq.workers.claims import Want
-from inferq.workers.clock import RedisClock
-from inferq.workers.lanes import Job
-from inferq.workers.ledger import HINT, QueueId
-from inferq.workers.repository import load_model
-from inferq.workers.serving import AHEAD_S, MAX_AHEAD, ServedModel
+from inferq.workers.claims.claim import Want
+from inferq.workers.claims.clock import RedisClock
+from inferq.workers.claims.ledger import HINT, QueueId
+from inferq.workers.claims.runs import Job
+from inferq.workers.data_plane import scheduling as supply
+from inferq.workers.data_plane.budget import Budget
+from inferq.workers.data_plane.served_model import AHEAD_S, MAX_AHEAD, ServedModel
+from inferq.workers.models.repository import load_model
 
 NAMES = Names()
 LANES, TARGET = 2, 4

@@ -15,7 +15,7 @@ from helpers import onnx_models
 from helpers.trt import REASON, rtx
 
 from inferq.shared.errors import ConfigError
-from inferq.workers.ranges import InputRange
+from inferq.workers.models.ranges import InputRange
 from inferq.workers.trt import flavours, logs, running
 from inferq.workers.trt.api import MODULES, RTX, TENSORRT, used
 from inferq.workers.trt.flavours import AUTO, BuildStopped, Flavour, find_flavour

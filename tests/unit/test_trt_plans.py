@@ -14,7 +14,7 @@ import pytest
 from helpers import onnx_models
 
 from inferq.shared.errors import ConfigError
-from inferq.workers.ranges import InputRange
+from inferq.workers.models.ranges import InputRange
 from inferq.workers.trt import plan_record
 from inferq.workers.trt.model_digest import model_digest
 from inferq.workers.trt.plan_record import PlanKey, new_record
@@ -221,7 +221,7 @@ def test_a_write_that_breaks_off_leaves_no_plan_behind(
     def full(file: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("inferq.workers.trt.trusted_files.os.fsync", full)
+    monkeypatch.setattr("inferq.workers.process.trusted_files.os.fsync", full)
     with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
         folder.store(new_record(KEY, "digits", 2, 2.5), CONTENT * 2)
     monkeypatch.undo()
@@ -290,7 +290,7 @@ def test_two_processes_of_the_same_number_write_two_files(
         names.extend(path.name for path in folder.path.glob(".*"))
         real(file)
 
-    monkeypatch.setattr("inferq.workers.trt.trusted_files.os.fsync", noted)
+    monkeypatch.setattr("inferq.workers.process.trusted_files.os.fsync", noted)
     for _ in range(2):
         folder.write_cache("timing", CONTENT)
     assert len(set(names)) == 2

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from inferq.shared.errors import ConfigError, EngineError
-from inferq.workers.engines.base import OutOfDeviceMemory
-from inferq.workers.ranges import InputRange
+from inferq.workers.models.engine import OutOfDeviceMemory
+from inferq.workers.models.ranges import InputRange
 from inferq.workers.trt.api import RTX, TENSORRT
 from inferq.workers.trt.flavours import Flavour
 from inferq.workers.trt.running import Context, Loaded

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from inferq.shared.errors import ConfigError
-from inferq.workers.ranges import InputRange
-from inferq.workers.trt import trusted_files
+from inferq.workers.models.ranges import InputRange
+from inferq.workers.process import trusted_files
 from inferq.workers.trt.plan_record import PlanKey, new_record
 from inferq.workers.trt.plans import PlanFolder
 

@@ -14,9 +14,9 @@ from helpers import onnx_models
 
 from inferq.shared.errors import ConfigError
 from inferq.shared.schema import Array, Tensors
-from inferq.workers.build_progress import Steps
-from inferq.workers.ranges import input_ranges, profile_sizes
-from inferq.workers.repository import ModelSpec, load_model
+from inferq.workers.commands.build_progress import Steps
+from inferq.workers.models.ranges import input_ranges, profile_sizes
+from inferq.workers.models.repository import ModelSpec, load_model
 from inferq.workers.trt.flavours import BuildStopped
 from inferq.workers.trt.verify import FLOOR, PER_MISMATCH, load_samples, make_samples, verify
 

@@ -6,7 +6,7 @@ import pytest
 
 from inferq.shared.schema import Signature, TensorSpec
 from inferq.workers.batching.padding import PadRule
-from inferq.workers.tuning import PER_BATCH_S, Line, Tuning, fitted, sample, sizes
+from inferq.workers.engines.tuning import PER_BATCH_S, Line, Tuning, fitted, sample, sizes
 
 PLAIN = Signature(
     (TensorSpec("x", "float32", ("batch", 3)),), (TensorSpec("y", "float32", ("batch", 3)),)

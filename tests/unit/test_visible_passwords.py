@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from inferq.workers.visible_passwords import visible_password
+from inferq.workers.process.visible_passwords import visible_password
 
 
 @pytest.mark.parametrize(

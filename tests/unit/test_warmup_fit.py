@@ -14,8 +14,9 @@ from inferq.shared.errors import EngineError
 from inferq.shared.schema import Array, Ticket
 from inferq.workers.batching.policy import Knobs
 from inferq.workers.batching.waiting import Waiting
-from inferq.workers.engines.base import Batch, Lane, OutOfDeviceMemory, gather
-from inferq.workers.lanes import Outcome, execute
+from inferq.workers.claims.runs import Outcome
+from inferq.workers.data_plane.lanes import execute
+from inferq.workers.models.engine import Batch, Lane, OutOfDeviceMemory, gather
 from inferq.workers.warmup.cache import Cache
 from inferq.workers.warmup.fit import Fit, lacks_memory
 from inferq.workers.warmup.notes import Note, Notes

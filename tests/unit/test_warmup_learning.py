@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from inferq.workers.tuning import Tuning
+from inferq.workers.engines.tuning import Tuning
 from inferq.workers.warmup.learning import ENOUGH, LOOK, LOOKS, Learner
 
 SIZES = (1, 2, 4, 8, 16, 32)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from inferq.shared.schema import Array
-from inferq.workers.engines.base import Batch, Lane
+from inferq.workers.models.engine import Batch, Lane
 from inferq.workers.warmup import runs
 from inferq.workers.warmup.cache import Cache
 from inferq.workers.warmup.forecast import Forecast

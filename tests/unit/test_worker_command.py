@@ -22,7 +22,7 @@ from helpers.gpus import fake_nvml
 from helpers.repository import fake_model
 
 from inferq.workers.cli import inferq
-from inferq.workers.supervisor import Child
+from inferq.workers.supervision.supervisor import Child
 
 HOST = socket.gethostname()
 UUIDS = [f"GPU-0000000{n}-0000-0000-0000-000000000000" for n in range(2)]
@@ -66,7 +66,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Commanded:
         commanded.allow_remote_shutdown = allow_remote_shutdown
         return commanded
 
-    monkeypatch.setattr("inferq.workers.supervisor.Supervisor", supervisor)
+    monkeypatch.setattr("inferq.workers.supervision.supervisor.Supervisor", supervisor)
     return commanded
 
 

@@ -10,8 +10,8 @@ import os
 from collections.abc import Mapping
 
 from inferq.shared.schema import Array
-from inferq.workers.engines.base import Batch
 from inferq.workers.engines.fake import FakeLane
+from inferq.workers.models.engine import Batch
 
 FOLDER = os.environ.get("CHAOS_RUNS")
 

@@ -10,7 +10,8 @@ import time
 
 import redis
 
-from inferq.workers import health, periodic
+from inferq.workers.process import periodic
+from inferq.workers.supervision import health
 
 _ails, _, _how = os.environ["INFERQ_TEST_AILS"].partition(":")
 _first: bool | None = None
@@ -46,7 +47,7 @@ def _take_turn(loop: periodic.Periodic) -> float:
 periodic.Periodic._take_turn = _take_turn  # type: ignore[method-assign,assignment]
 
 if _ails == "links":
-    from inferq.workers.link_sender import LinkSender
+    from inferq.workers.canvas.sender import LinkSender
 
     _collecting = LinkSender.collecting
 

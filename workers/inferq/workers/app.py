@@ -10,16 +10,16 @@ from inferq.shared.celery_app import make_app
 from inferq.shared.errors import ModelNotFound
 from inferq.shared.names import TASK
 from inferq.shared.settings import Settings
-from inferq.workers import (
-    control,  # noqa: F401 - registers the remote control commands
+from inferq.workers.control_plane import (
     kombu_guard,
     mailbox,
+    remote_control,  # noqa: F401 - registers the remote control commands
+    worker_logs,
 )
-from inferq.workers.bootsteps import DataPlaneStep, QueuesStep
-from inferq.workers.logs import celery as logs
+from inferq.workers.control_plane.bootsteps import DataPlaneStep, QueuesStep
 
 settings = Settings.load()
-logs.stand_by(settings.log_format)
+worker_logs.stand_by(settings.log_format)
 kombu_guard.install()
 mailbox.install()
 app = make_app(settings)

@@ -26,7 +26,7 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         from inferq.workers import cli  # noqa: PLC0415 (heavy)
-        from inferq.workers.printing import plain_failures  # noqa: PLC0415
+        from inferq.workers.logs.printing import plain_failures  # noqa: PLC0415
 
         try:
             with plain_failures():
@@ -49,7 +49,7 @@ class _Commands(click.Group):
 @click.pass_context
 def inferq(ctx: click.Context) -> None:
     """Batched deep-learning inference behind a Redis queue."""
-    from inferq.workers.visible_passwords import warn_of_visible_password  # noqa: PLC0415
+    from inferq.workers.process.visible_passwords import warn_of_visible_password  # noqa: PLC0415
 
     if ctx.invoked_subcommand != "worker":  # which logs it
         warn_of_visible_password()

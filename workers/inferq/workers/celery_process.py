@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from celery.__main__ import main
 
-from inferq.workers import celery_private, shelves
+from inferq.workers.control_plane import celery_private
+from inferq.workers.process import shelves
 
 if __name__ == "__main__":
     shelves.guard("--statedb or --schedule")

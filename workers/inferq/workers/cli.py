@@ -8,19 +8,19 @@ from typing import Any
 import click
 
 from inferq.workers.bench.command import bench
-from inferq.workers.build_command import build
-from inferq.workers.dead_command import dead
+from inferq.workers.commands.build import build
+from inferq.workers.commands.dead import dead
+from inferq.workers.commands.health import health
+from inferq.workers.commands.infer import infer
+from inferq.workers.commands.models import models
+from inferq.workers.commands.queues import queues
+from inferq.workers.commands.redis import redis_command
+from inferq.workers.commands.worker import worker
 from inferq.workers.demo.command import demo
 from inferq.workers.doctor.command import doctor
 from inferq.workers.flower.command import flower
-from inferq.workers.health_command import health
-from inferq.workers.infer_command import infer
-from inferq.workers.models_command import models
-from inferq.workers.printing import plain_failures
-from inferq.workers.queues_command import queues
-from inferq.workers.redis_command import redis_command
-from inferq.workers.visible_passwords import warn_of_visible_password
-from inferq.workers.worker_command import worker
+from inferq.workers.logs.printing import plain_failures
+from inferq.workers.process.visible_passwords import warn_of_visible_password
 
 #: Which extra brings a module that may be missing; all others come with `worker`.
 EXTRAS = {

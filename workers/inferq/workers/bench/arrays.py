@@ -10,7 +10,7 @@ import numpy as np
 
 from inferq.shared.errors import ConfigError
 from inferq.shared.schema import DTYPES, Array, ModelAdvert, TensorSpec, check_inputs, check_names
-from inferq.workers.array_files import read_npy, read_npz
+from inferq.workers.models.array_files import read_npy, read_npz
 
 Data = Literal["random", "zeros"]
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from inferq.shared.errors import ConfigError, InferqError
-from inferq.workers.numbers_given import NumberRange
-from inferq.workers.printing import plain, say_json
+from inferq.workers.commands.number_range import NumberRange
+from inferq.workers.logs.printing import plain, say_json
 
 if TYPE_CHECKING:
     from inferq.workers.bench.figures import Report

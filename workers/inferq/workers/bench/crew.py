@@ -15,7 +15,7 @@ from typing import IO, Final, Self
 from inferq.shared.errors import InferqError
 from inferq.workers.bench import messages
 from inferq.workers.bench.messages import Failed, FromProcess, Ready, Setup, Step, Stop
-from inferq.workers.children import safe_environment
+from inferq.workers.process.children import safe_environment
 
 #: Seconds.
 START_S: Final = 60.0

@@ -9,7 +9,7 @@ from inferq.shared.schema import ModelAdvert
 from inferq.workers.bench.compare import Ratio
 from inferq.workers.bench.figures import Report, Request, StepFigures, WindowFigures
 from inferq.workers.bench.loads import Load, kind_title
-from inferq.workers.printing import plain, print_table, say
+from inferq.workers.logs.printing import plain, print_table, say
 
 if TYPE_CHECKING:
     from rich.status import Status

@@ -16,7 +16,7 @@ from pycuda import driver
 
 from inferq.shared.errors import ConfigError, EngineError, FatalEngineError
 from inferq.workers.cuda.libcuda import current_context, pop_context
-from inferq.workers.engines.base import OutOfDeviceMemory
+from inferq.workers.models.engine import OutOfDeviceMemory
 
 logger = logging.getLogger(__name__)
 

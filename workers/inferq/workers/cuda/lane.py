@@ -28,7 +28,7 @@ from inferq.shared.schema import Array, GpuTimes, Tensors
 from inferq.workers.cuda.buffers import Buffer, nbytes
 from inferq.workers.cuda.device import Device
 from inferq.workers.cuda.graphs import CaptureFailed
-from inferq.workers.engines.base import Batch, OutOfDeviceMemory, without_padding
+from inferq.workers.models.engine import Batch, OutOfDeviceMemory, without_padding
 
 logger = logging.getLogger(__name__)
 

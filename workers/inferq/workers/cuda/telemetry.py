@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from inferq.workers.cuda.gpus import gpu_at, open_nvml
-from inferq.workers.periodic import Periodic
+from inferq.workers.process.periodic import Periodic
 
 logger = logging.getLogger(__name__)
 

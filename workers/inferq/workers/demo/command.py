@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from inferq.shared.errors import InferqError
-from inferq.workers.printing import say
+from inferq.workers.logs.printing import say
 
 
 @click.command
@@ -82,8 +82,8 @@ def _run(
 ) -> None:
     from rich.console import Console  # noqa: PLC0415 (heavy)
 
-    from inferq.workers.children import end_on_signals  # noqa: PLC0415
     from inferq.workers.demo.run import Options, run  # noqa: PLC0415
+    from inferq.workers.process.children import end_on_signals  # noqa: PLC0415
 
     # The default would end this process at once, and leave what it started to the kernel.
     end_on_signals()

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from inferq.workers.children import end_child, start_child
-from inferq.workers.embedded import HOST, free_port
+from inferq.workers.process.children import end_child, start_child
+from inferq.workers.process.embedded import HOST, free_port
 
 NOT_INSTALLED: Final = "not installed; pip install 'inferq[flower]' shows all this in a browser"
 START_TIMEOUT_S: Final = 30.0

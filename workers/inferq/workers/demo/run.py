@@ -29,7 +29,7 @@ from inferq.workers.demo.flower import NOT_INSTALLED, FlowerProcess, running_flo
 from inferq.workers.demo.photos import Photos
 from inferq.workers.demo.stats import Tally
 from inferq.workers.demo.worker import WorkerProcess, running_worker, watched
-from inferq.workers.embedded import EmbeddedRedis
+from inferq.workers.process.embedded import EmbeddedRedis
 
 #: Requests that are unresolved at a time: enough to keep every lane of a few cores busy.
 IN_FLIGHT: Final = 64

@@ -17,7 +17,7 @@ import redis
 
 from inferq.shared.errors import InferqError
 from inferq.shared.names import Names
-from inferq.workers.children import end_child, start_child
+from inferq.workers.process.children import end_child, start_child
 
 START_TIMEOUT_S: Final = 120.0
 STOP_TIMEOUT_S: Final = 40.0

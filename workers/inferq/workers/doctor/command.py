@@ -14,7 +14,7 @@ from inferq.shared.connect import redis_client
 from inferq.shared.errors import ConfigError
 from inferq.shared.settings import Settings
 from inferq.workers.doctor.finding import Finding, Level, error, within
-from inferq.workers.printing import plain, say, say_json
+from inferq.workers.logs.printing import plain, say, say_json
 
 #: Seconds that one group of checks may take.
 REDIS_S: Final = 30.0

@@ -8,8 +8,8 @@ from pathlib import Path
 from inferq.shared.errors import ConfigError
 from inferq.workers.doctor.finding import Finding, error, ok, warning
 from inferq.workers.doctor.host import tensorrt_lacks
-from inferq.workers.folders import look_through
-from inferq.workers.repository import load_model
+from inferq.workers.models.folders import look_through
+from inferq.workers.models.repository import load_model
 
 
 def models(root: Path | None, on_cpu: bool) -> Iterator[Finding]:

@@ -13,9 +13,9 @@ from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from inferq.shared.connect import judge_server, redact
 from inferq.shared.errors import ConfigError
 from inferq.shared.names import Names
-from inferq.workers.amiss import find_amiss
-from inferq.workers.depths import DepthReader
+from inferq.workers.claims.amiss import find_amiss
 from inferq.workers.doctor.finding import Finding, error, ok, warning
+from inferq.workers.queues.depths import DepthReader
 
 #: PINGs of which the median is told, after one that connects.
 PINGS: Final = 11

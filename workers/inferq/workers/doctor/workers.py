@@ -9,7 +9,7 @@ from inferq.shared.celery_app import make_app
 from inferq.shared.connect import redis_client
 from inferq.shared.names import model_of
 from inferq.shared.settings import Settings
-from inferq.workers import kombu_guard
+from inferq.workers.control_plane import kombu_guard
 from inferq.workers.doctor.finding import Finding, error, ok, warning
 from inferq.workers.metrics.published import read_stats
 

@@ -26,12 +26,12 @@ from pydantic import BeforeValidator, Field
 
 from inferq.shared.errors import ConfigError, FatalEngineError
 from inferq.shared.schema import DTYPES, MAX_DIMS, MAX_TENSORS, Array, Signature, TensorSpec
-from inferq.workers.engines.base import Batch, Engine, Lane, check_inputs, gather
-from inferq.workers.signatures import Declared
-from inferq.workers.validation import Flag, Milliseconds, Text, TomlTable, validate
+from inferq.workers.models.engine import Batch, Engine, Lane, check_inputs, gather
+from inferq.workers.models.signatures import Declared
+from inferq.workers.models.validation import Flag, Milliseconds, Text, TomlTable, validate
 
 if TYPE_CHECKING:
-    from inferq.workers.repository import ModelSpec
+    from inferq.workers.models.repository import ModelSpec
 
 #: With ``faults = true``, what the first element of a request's first input makes of its batch.
 FAULT_RAISE: Final = -1

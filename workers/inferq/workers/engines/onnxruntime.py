@@ -31,7 +31,9 @@ from inferq.shared.schema import (
     Tensors,
     TensorSpec,
 )
-from inferq.workers.engines.base import (
+from inferq.workers.engines.cores import usable_cores
+from inferq.workers.engines.on_gpu import LANES, ROUNDING
+from inferq.workers.models.engine import (
     Batch,
     Engine,
     Lane,
@@ -39,13 +41,11 @@ from inferq.workers.engines.base import (
     reason,
     without_padding,
 )
-from inferq.workers.engines.cores import usable_cores
-from inferq.workers.engines.on_gpu import LANES, ROUNDING
-from inferq.workers.signatures import Declared, named
-from inferq.workers.validation import TomlTable, validate
+from inferq.workers.models.signatures import Declared, named
+from inferq.workers.models.validation import TomlTable, validate
 
 if TYPE_CHECKING:
-    from inferq.workers.repository import ModelSpec
+    from inferq.workers.models.repository import ModelSpec
 
 logger = logging.getLogger(__name__)
 

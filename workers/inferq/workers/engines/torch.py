@@ -29,7 +29,11 @@ import torch
 
 from inferq.shared.errors import ConfigError, EngineError
 from inferq.shared.schema import DTYPES, Array, Tensors
-from inferq.workers.engines.base import (
+from inferq.workers.engines.cores import usable_cores
+from inferq.workers.engines.on_gpu import LANES, ROUNDING, gpu_buckets
+from inferq.workers.engines.pt2 import check_archive
+from inferq.workers.engines.torch_program import FlatFunction, Layout, flat_function, read_layout
+from inferq.workers.models.engine import (
     Batch,
     Engine,
     Lane,
@@ -38,17 +42,13 @@ from inferq.workers.engines.base import (
     reason,
     without_padding,
 )
-from inferq.workers.engines.cores import usable_cores
-from inferq.workers.engines.on_gpu import LANES, ROUNDING, gpu_buckets
-from inferq.workers.engines.pt2 import check_archive
-from inferq.workers.engines.torch_program import FlatFunction, Layout, flat_function, read_layout
-from inferq.workers.ranges import Usual, usual_inputs
-from inferq.workers.signatures import Declared
-from inferq.workers.validation import Flag, TomlTable, validate
+from inferq.workers.models.ranges import Usual, usual_inputs
+from inferq.workers.models.signatures import Declared
+from inferq.workers.models.validation import Flag, TomlTable, validate
 
 if TYPE_CHECKING:
     from inferq.workers.engines.torch_cuda import CudaProgram
-    from inferq.workers.repository import ModelSpec
+    from inferq.workers.models.repository import ModelSpec
 
 # Inputs may be views of a message, which nobody may write to; a program that would is given copies.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

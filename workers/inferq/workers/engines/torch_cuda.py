@@ -17,10 +17,10 @@ from inferq.shared.schema import DTYPES
 from inferq.workers.cuda import device
 from inferq.workers.cuda.graphs import CaptureFailed
 from inferq.workers.cuda.lane import CudaLane, RowLimit, Shape
-from inferq.workers.engines.base import OutOfDeviceMemory
 from inferq.workers.engines.torch_program import FlatFunction, Layout, flat_function
-from inferq.workers.ranges import input_ranges, profile_sizes
-from inferq.workers.repository import ModelSpec
+from inferq.workers.models.engine import OutOfDeviceMemory
+from inferq.workers.models.ranges import input_ranges, profile_sizes
+from inferq.workers.models.repository import ModelSpec
 
 
 class CudaProgram:

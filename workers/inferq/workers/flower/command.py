@@ -53,8 +53,8 @@ def flower(
     """
     from inferq.shared.connect import redis_client  # noqa: PLC0415 (heavy)
     from inferq.shared.settings import Settings  # noqa: PLC0415
-    from inferq.workers.children import safe_environment  # noqa: PLC0415
     from inferq.workers.flower import CONF, access  # noqa: PLC0415
+    from inferq.workers.process.children import safe_environment  # noqa: PLC0415
 
     try:
         settings = Settings.load(redis_url=redis_url)

@@ -17,14 +17,14 @@ from inferq.shared.connect import redis_client
 from inferq.shared.errors import ConfigError
 from inferq.shared.settings import Settings
 from inferq.shared.tls_mistakes import WrongTls
-from inferq.workers import shelves
 from inferq.workers.flower import access, flower_private, guard
 from inferq.workers.flower.readings import CONNECT_TIMEOUT_S, SOCKET_TIMEOUT_S, Readings
+from inferq.workers.logs.printing import plain_lines
 from inferq.workers.metrics.prometheus import DepthCollector
-from inferq.workers.printing import plain_lines
-from inferq.workers.trt.trusted_files import make_folder
-from inferq.workers.user_cache import user_cache
-from inferq.workers.visible_passwords import visible_password
+from inferq.workers.process import shelves
+from inferq.workers.process.trusted_files import make_folder
+from inferq.workers.process.user_cache import user_cache
+from inferq.workers.process.visible_passwords import visible_password
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from typing import Final
 
 import msgspec
 
-from inferq.workers.depths import Depth
+from inferq.workers.claims.settlement import DEAD_LETTER, FAILURE, REVOKED, SUCCESS
+from inferq.workers.data_plane.counts import ROWS, SECONDS, Histogram, ModelStats, WorkerStats
 from inferq.workers.flower.readings import MODELS, Reading
-from inferq.workers.metrics.counts import ROWS, SECONDS, Histogram, ModelStats, WorkerStats
-from inferq.workers.settle import DEAD_LETTER, FAILURE, REVOKED, SUCCESS
+from inferq.workers.queues.depths import Depth
 
 #: Seconds that rates and percentiles are taken over.
 WINDOW_S: Final = 20.0

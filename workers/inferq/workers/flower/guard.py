@@ -21,7 +21,7 @@ from tornado.httputil import HTTPHeaders, HTTPServerRequest
 from tornado.web import OutputTransform, RequestHandler
 
 from inferq.workers.flower import access
-from inferq.workers.printing import plain
+from inferq.workers.logs.printing import plain
 
 _HEADERS: Final = {
     "Content-Security-Policy": "frame-ancestors 'none'",

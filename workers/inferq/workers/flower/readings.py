@@ -15,9 +15,9 @@ import redis
 from redis.exceptions import RedisError
 
 from inferq.shared.names import Names, is_model_name, model_of
-from inferq.workers.depths import DepthReader, Depths
-from inferq.workers.metrics.counts import WorkerStats
+from inferq.workers.data_plane.counts import WorkerStats
 from inferq.workers.metrics.published import read_stats
+from inferq.workers.queues.depths import DepthReader, Depths
 
 logger = logging.getLogger(__name__)
 

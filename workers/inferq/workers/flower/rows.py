@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from inferq.shared.names import queue_of
-from inferq.workers.depths import Depth
 from inferq.workers.flower.readings import Reading
-from inferq.workers.printing import age
+from inferq.workers.logs.printing import age
+from inferq.workers.queues.depths import Depth
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 
 from inferq.workers.logs import traces
-from inferq.workers.printing import plain
+from inferq.workers.logs.printing import plain
 
 
 class OneLine(logging.Filter):

@@ -11,7 +11,7 @@ from traceback import TracebackException
 from types import TracebackType
 from typing import Final
 
-from inferq.workers.printing import plain
+from inferq.workers.logs.printing import plain
 
 #: Longest text of one exception, in characters, and most exceptions of one traceback.
 MAX_TEXT: Final = 4_000

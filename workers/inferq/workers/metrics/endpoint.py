@@ -23,7 +23,7 @@ from prometheus_client.exposition import choose_encoder
 from inferq.shared.errors import ConfigError
 from inferq.shared.settings import split_address
 from inferq.workers.metrics.visitors import Visitors
-from inferq.workers.periodic import Periodic
+from inferq.workers.process.periodic import Periodic
 
 logger = logging.getLogger(__name__)
 

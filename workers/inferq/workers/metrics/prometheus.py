@@ -20,10 +20,17 @@ from prometheus_client.utils import floatToGoString
 from redis.exceptions import RedisError
 
 from inferq.shared.names import Names
-from inferq.workers.depths import Depth, DepthReader
-from inferq.workers.health import LOADING, SERVING, STOPPING
-from inferq.workers.metrics.counts import PADDING, ROWS, SECONDS, Histogram, ModelStats, WorkerStats
-from inferq.workers.metrics.versions import PACKAGES
+from inferq.workers.data_plane.counts import (
+    PADDING,
+    ROWS,
+    SECONDS,
+    Histogram,
+    ModelStats,
+    WorkerStats,
+)
+from inferq.workers.process.versions import PACKAGES
+from inferq.workers.queues.depths import Depth, DepthReader
+from inferq.workers.supervision.health import LOADING, SERVING, STOPPING
 
 #: Models whose depths are told at most: each is some time series more.
 MODELS: Final = 500

@@ -18,9 +18,9 @@ import redis
 from redis.exceptions import RedisError
 
 from inferq.shared.names import Names
-from inferq.workers import replies
-from inferq.workers.metrics.counts import WorkerStats
-from inferq.workers.periodic import Periodic
+from inferq.workers.claims import replies
+from inferq.workers.data_plane.counts import WorkerStats
+from inferq.workers.process.periodic import Periodic
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from typing import Final
 import numpy as np
 
 from inferq.shared.schema import DTYPES, Array, Signature, Tensors
-from inferq.workers.agreement import Difference, difference, typical
 from inferq.workers.batching.growth import Grid
 from inferq.workers.batching.padding import Measured, Padding, PadRule
 from inferq.workers.pad_probe.examples import Example, Examples, Sizes
 from inferq.workers.pad_probe.sizes import SizeProbe
 from inferq.workers.pad_probe.trials import Trials
+from inferq.workers.row_probe.agreement import Difference, difference, typical
 
 #: Sizes next to each other that are compared, as a border may fall on each in another way.
 NEIGHBOURS: Final = 9

@@ -13,12 +13,12 @@ import numpy as np
 from inferq.shared.errors import ConfigError
 from inferq.shared.schema import Array, Signature, Tensors
 from inferq.workers.batching.padding import Measured, Padding, PadRule, padded_dims
-from inferq.workers.engines.base import Batch, Engine
 from inferq.workers.logs.fields import about
+from inferq.workers.models.engine import Batch, Engine
+from inferq.workers.models.ranges import toml_key
 from inferq.workers.pad_probe.comparisons import Changed, Comparisons
 from inferq.workers.pad_probe.sizes import SizeProbe
 from inferq.workers.pad_probe.trials import Run, Trials
-from inferq.workers.ranges import toml_key
 
 logger = logging.getLogger(__name__)
 

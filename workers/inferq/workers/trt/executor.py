@@ -9,7 +9,7 @@ from pycuda import driver
 
 from inferq.shared.errors import EngineError, InvalidInput
 from inferq.workers.cuda.graphs import Graph
-from inferq.workers.ranges import InputRange, Shape
+from inferq.workers.models.ranges import InputRange, Shape
 from inferq.workers.trt.running import Context, Loaded
 
 _NON_BLOCKING: Final = 1

@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 
 from inferq.shared.errors import ConfigError
 from inferq.shared.schema import TensorSpec
-from inferq.workers.ranges import InputRange, Shape
+from inferq.workers.models.ranges import InputRange, Shape
 from inferq.workers.trt.api import DTYPES, MODULES, RTX, TENSORRT, USED_ONLY
 from inferq.workers.trt.logs import joined, make_logger
 from inferq.workers.trt.running import Loaded

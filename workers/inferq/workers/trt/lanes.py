@@ -13,7 +13,7 @@ from inferq.shared.schema import Array, Tensors
 from inferq.workers.cuda import device
 from inferq.workers.cuda.device import Device
 from inferq.workers.cuda.lane import CudaLane, RowLimit, tensor_bytes
-from inferq.workers.engines.base import Batch, Lane
+from inferq.workers.models.engine import Batch, Lane
 from inferq.workers.trt.executor import ProfileExecutor
 from inferq.workers.trt.flavours import Flavour
 from inferq.workers.trt.running import Context, Loaded

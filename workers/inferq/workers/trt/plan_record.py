@@ -10,8 +10,8 @@ from typing import Final
 import msgspec
 
 from inferq.shared.errors import ConfigError
-from inferq.workers.ranges import InputRange
-from inferq.workers.trt import trusted_files
+from inferq.workers.models.ranges import InputRange
+from inferq.workers.process import trusted_files
 
 #: Raised when the same model comes to be built otherwise: older plans do not match any more.
 FORMAT: Final = 1

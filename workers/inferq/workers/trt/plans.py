@@ -27,10 +27,11 @@ from typing import Final
 import msgspec
 
 from inferq.shared.errors import ConfigError
-from inferq.workers.trt import plan_lock, trusted_files
+from inferq.workers.process import trusted_files
+from inferq.workers.process.user_cache import user_cache
+from inferq.workers.trt import plan_lock
 from inferq.workers.trt.flavours import Progress
 from inferq.workers.trt.plan_record import PlanKey, Record, altered, read_record
-from inferq.workers.user_cache import user_cache
 
 logger = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from inferq.shared.errors import ConfigError
-from inferq.workers.ranges import InputRange, Sizes, toml_key
-from inferq.workers.repository import ModelSpec
-from inferq.workers.validation import MAX_BATCH_SIZE
+from inferq.workers.models.ranges import InputRange, Sizes, toml_key
+from inferq.workers.models.repository import ModelSpec
+from inferq.workers.models.validation import MAX_BATCH_SIZE
 
 
 def parse_batch(text: str) -> Sizes:

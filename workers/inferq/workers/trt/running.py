@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from inferq.shared.errors import EngineError
-from inferq.workers.engines.base import OutOfDeviceMemory
-from inferq.workers.ranges import InputRange, Shape
+from inferq.workers.models.engine import OutOfDeviceMemory
+from inferq.workers.models.ranges import InputRange, Shape
 from inferq.workers.trt.api import RTX
 from inferq.workers.trt.logs import is_out_of_memory, joined
 

@@ -21,11 +21,11 @@ import numpy as np
 
 from inferq.shared.errors import ConfigError, RequestError
 from inferq.shared.schema import Array, Tensors, check_inputs
-from inferq.workers.array_files import read_npz
-from inferq.workers.engines.base import Batch
 from inferq.workers.engines.onnxruntime import OnnxRuntimeEngine
-from inferq.workers.ranges import InputRange
-from inferq.workers.repository import ModelSpec
+from inferq.workers.models.array_files import read_npz
+from inferq.workers.models.engine import Batch
+from inferq.workers.models.ranges import InputRange
+from inferq.workers.models.repository import ModelSpec
 from inferq.workers.trt.builder import Order
 from inferq.workers.trt.flavours import Progress
 from inferq.workers.trt.phases import phase, stepped

@@ -24,8 +24,8 @@ from typing import Any, Final
 import msgspec
 
 from inferq.shared.errors import ConfigError
-from inferq.workers.own_files import read_own, write_own
-from inferq.workers.user_cache import user_cache
+from inferq.workers.process.own_files import read_own, write_own
+from inferq.workers.process.user_cache import user_cache
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from inferq.shared.schema import Tensors
-from inferq.workers.engines.base import OutOfDeviceMemory
 from inferq.workers.logs.fields import about
+from inferq.workers.models.engine import OutOfDeviceMemory
 from inferq.workers.warmup.notes import Notes, Size
 
 logger = logging.getLogger(__name__)

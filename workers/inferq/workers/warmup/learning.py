@@ -10,7 +10,7 @@ from bisect import bisect_left
 from dataclasses import replace
 from typing import Final
 
-from inferq.workers.tuning import Tuning
+from inferq.workers.engines.tuning import Tuning
 
 #: How much the newest batch weighs in the mean of its size, and in that of all sizes.
 WEIGHT: Final = 0.01

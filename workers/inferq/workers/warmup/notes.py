@@ -20,8 +20,8 @@ from typing import Final
 
 import msgspec
 
-from inferq.workers.own_files import read_own
-from inferq.workers.user_cache import user_cache
+from inferq.workers.process.own_files import read_own
+from inferq.workers.process.user_cache import user_cache
 from inferq.workers.warmup import limits
 from inferq.workers.warmup.cache import MAX_BYTES, Cache, Killed, Record
 

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from inferq.shared.errors import ConfigError, FatalEngineError
-from inferq.workers.engines.base import Batch, Engine, Lane
 from inferq.workers.engines.cores import usable_cores
+from inferq.workers.engines.tuning import Tuning, sample, sizes
 from inferq.workers.logs.fields import about
-from inferq.workers.metrics.versions import installed_versions
-from inferq.workers.ranges import Usual
-from inferq.workers.repository import ModelSpec
-from inferq.workers.tuning import Tuning, sample, sizes
+from inferq.workers.models.engine import Batch, Engine, Lane
+from inferq.workers.models.ranges import Usual
+from inferq.workers.models.repository import ModelSpec
+from inferq.workers.process.versions import installed_versions
 from inferq.workers.warmup import limits
 from inferq.workers.warmup.cache import Cache, Killed, files_digest, key_of
 from inferq.workers.warmup.fit import Fit, lacks_memory, row_elements

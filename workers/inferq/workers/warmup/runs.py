@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from inferq.shared.errors import FatalEngineError
-from inferq.workers.engines.base import Batch, Lane
+from inferq.workers.engines.tuning import Tuning, fitted
 from inferq.workers.logs.fields import about
-from inferq.workers.tuning import Tuning, fitted
+from inferq.workers.models.engine import Batch, Lane
 from inferq.workers.warmup.fit import lacks_memory, row_elements
 from inferq.workers.warmup.forecast import UNSEEN, Forecast
 from inferq.workers.warmup.notes import Notes, Size

@@ -1,0 +1,167 @@
+"""A worker incarnation's lease: born, renewed by a thread and a connection of its own, given up."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import redis
+
+from inferq.shared.lua import source
+from inferq.shared.names import Names
+from inferq.shared.resp import Command
+from inferq.workers.claims import replies
+from inferq.workers.claims.amiss import NO_ANNOUNCEMENT, ZSET, Told, type_of
+from inferq.workers.claims.clock import RedisClock
+from inferq.workers.claims.oom import pipelined
+from inferq.workers.process.periodic import Periodic
+
+logger = logging.getLogger(__name__)
+
+#: How long an announcement outlives its last refresh: a model whose workers are all away stays
+#: known for a day, so that requests for it are queued and not refused.
+ADVERT_TTL_S = 24 * 3600
+ADVERT_EVERY_S = 60.0
+#: Seconds after which renewing is tried again if it failed: others wait for one lease only, once
+#: Redis is back, before they take those that are not renewed for dead.
+RETRY_S = 0.5
+
+
+class Lease:
+    """Keeps this process's right to settle alive, and announces the models it serves.
+
+    Its incarnations begin with `prefix`. `adverts` maps models to their encoded announcement.
+    `may_renew` is asked each time: False (a batch exceeded max_run_seconds) lets the lease run out.
+    `on_lost` is called from the renewing thread when the fence is found gone, `on_missing` when
+    the lease itself was, which somebody removed.
+    """
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        names: Names,
+        clock: RedisClock,
+        *,
+        prefix: str,
+        lease_s: float,
+        adverts: Mapping[str, bytes],
+        may_renew: Callable[[], bool],
+        on_lost: Callable[[], None],
+        on_missing: Callable[[], None],
+    ) -> None:
+        self._client = client
+        self._names = names
+        self._clock = clock
+        self._prefix = prefix
+        self._lease_s = lease_s
+        self._adverts = adverts
+        self._may_renew = may_renew
+        self._on_lost = on_lost
+        self._on_missing = on_missing
+        self._told = Told()
+        self._renew = client.register_script(source("renew"))
+        # However it fails: it is tried again in time, or others take this worker for dead.
+        self.loop = Periodic(
+            "lease", self._turn, every_s=lease_s / 3, first_s=lease_s / 3,
+            retry_s=RETRY_S, max_retry_s=RETRY_S,
+            failing="the lease could not be renewed", logger=logger,
+        )  # fmt: skip
+        self._announced = 0.0
+        self.incarnation = ""
+
+    def start(self) -> None:
+        """Birth, and the thread that renews from then on. Raises redis errors."""
+        self.be_born()
+        self.loop.start()
+
+    def be_born(self) -> None:
+        """A fresh incarnation, with a fence and a lease. Raises redis errors.
+
+        What it serves is announced first: whom a client finds serving a model, it can ask about it.
+        """
+        self._announce()
+        # kill point: announced-unborn
+        incarnation, before = self._prefix + secrets.token_hex(8), self.incarnation
+        asked = time.monotonic()
+        args = [*self._args(incarnation), 1, before]
+        keys = self._keys(incarnation)
+        _, stamp, _, amiss = self._renew(keys=keys, args=args)
+        self._clock.set(float(stamp), asked)
+        self._tell(keys, amiss)
+        # kill point: born
+        self.incarnation = incarnation
+
+    def _keys(self, incarnation: str) -> list[str]:
+        names = self._names
+        return [
+            names.fence(incarnation), names.leases,
+            *(each.serving(model) for each in names.spoken() for model in self._adverts),
+        ]  # fmt: skip
+
+    def _args(self, incarnation: str) -> list[str | int]:
+        return [incarnation, int(self._lease_s * 1000)]
+
+    def _announce(self) -> None:
+        adverts: list[Command] = [
+            ("SET", names.model(model), advert, "EX", ADVERT_TTL_S)
+            for names in self._names.spoken()
+            for model, advert in self._adverts.items()
+        ]
+        pipelined(self._client, self._names, adverts)
+        self._announced = time.monotonic()
+
+    def _turn(self) -> None:
+        if self._may_renew():
+            self._renew_once()
+        else:
+            logger.critical("a batch exceeds max_run_seconds: the lease is no longer renewed")
+
+    def _renew_once(self) -> None:
+        asked = time.monotonic()
+        incarnation = self.incarnation
+        keys = self._keys(incarnation)
+        alive, stamp, added, amiss = self._renew(keys=keys, args=self._args(incarnation))
+        self._clock.set(float(stamp), asked)
+        if alive and (amiss or self._told):
+            self._tell(keys, amiss)
+        if added:
+            self._on_missing()
+        if not alive and incarnation == self.incarnation:
+            self._on_lost()
+        elif time.monotonic() - self._announced > ADVERT_EVERY_S:
+            self._announce()
+
+    def _tell(self, keys: Sequence[str], amiss: Sequence[int]) -> None:
+        """Of serving:<m> that are of another type, or were; `amiss` are places, from 1.
+
+        Of `leases` the recoverer tells.
+        """
+        for place, key in enumerate(keys[2:], 3):
+            if place in amiss:
+                self._told.amiss(key, type_of(self._client, key), ZSET, NO_ANNOUNCEMENT)
+            else:
+                self._told.right(key)
+
+    def stop(self) -> None:
+        """Stop renewing. What is still held must have been settled or given back before."""
+        self.loop.stop()
+
+    def retire(self) -> None:
+        """The end of an incarnation: drop its fence and, if it holds nothing, its lease.
+
+        What could not be given back, as a queue is amiss, others look after once that runs out.
+        """
+        names, i = self._names, self.incarnation
+        with self._client.pipeline(transaction=True) as pipe:
+            pipe.delete(names.fence(i), names.running(i))
+            pipe.exists(names.claims(i))
+            for each in names.spoken():
+                for model in self._adverts:
+                    pipe.zrem(each.serving(model), i)
+            _, holds, *_ = replies.of_each(pipe)
+        if not holds:
+            with self._client.pipeline(transaction=False) as pipe:
+                pipe.zrem(names.leases, i)
+                replies.of_each(pipe)

@@ -1,0 +1,192 @@
+"""The data plane's connection: commands go out together, replies are read in order.
+
+Pushes (RESP3 invalidations of tracked keys) are set aside as they arrive, and `Link.wait` waits for
+them and for the process's own lanes at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+from collections.abc import Sequence
+from typing import Any, Final
+
+import hiredis
+import redis
+
+from inferq.shared.connect import parse_info
+from inferq.shared.resp import (
+    NOTHING,
+    Command,
+    Packed,
+    Reply,
+    ReplyError,
+    new_reader,
+    open_socket,
+    pack,
+    receive,
+    send_all,
+)
+from inferq.workers.claims.amiss import is_wrong_type
+
+logger = logging.getLogger(__name__)
+
+_BUFFER_BYTES: Final = 256 * 1024
+
+
+class Waker:
+    """Lets other threads end a `Link.wait`. Setting it twice is one wake-up."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def set(self) -> None:
+        os.eventfd_write(self.fd, 1)
+
+    def clear(self) -> None:
+        try:
+            os.eventfd_read(self.fd)
+        except BlockingIOError:
+            return
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+class Link:
+    """A connection of the data plane. Not thread-safe: one thread owns it.
+
+    `timeout` (seconds) bounds every wait for a reply; a link that raises one of BROKEN is of no
+    further use and is replaced.
+    """
+
+    def __init__(self, client: redis.Redis, waker: Waker, timeout: float) -> None:
+        self._client = client
+        self._sock: socket.socket | None = None
+        self._waker = waker
+        self._timeout = timeout
+        self._buffer = bytearray(_BUFFER_BYTES)
+        self._view = memoryview(self._buffer)
+        self._notes: list[Command] = []
+        #: Replies that come next and are passed over.
+        self._unread = 0
+        #: The last error among them that was for want of memory, until somebody clears it.
+        self.refused: ReplyError | None = None
+        #: The same of those that were for a key of another type.
+        self.amiss: ReplyError | None = None
+        #: Keys that Redis has reported as changed since the last `forget_changes`.
+        self.changed: set[bytes] = set()
+        #: Changes with every start of Redis, and with a failover.
+        self.run_id = ""
+        #: True if Redis reported that any key may have changed (FLUSHALL).
+        self.all_changed = False
+
+    def open(self) -> None:
+        """Connect and turn key tracking on. Raises one of BROKEN."""
+        self._sock = open_socket(self._client, self._timeout)
+        self._reader = new_reader()
+        self._poll = select.poll()
+        self._poll.register(self._sock, select.POLLIN)
+        self._poll.register(self._waker.fd, select.POLLIN)
+        reply, info = self.call([("CLIENT", "TRACKING", "ON", "NOLOOP"), ("INFO", "server")])
+        for each in (reply, info):
+            if isinstance(each, ReplyError):
+                raise redis.ConnectionError(f"Redis refused to set up the data plane: {each}")
+        self.run_id = parse_info(info).get("run_id", "")
+
+    def close(self) -> None:
+        """Close the socket; never raises."""
+        sock, self._sock = self._sock, None
+        if sock is not None:
+            sock.close()
+
+    def note(self, command: Command) -> None:
+        """Have `command` written with what is written next; its reply will be passed over."""
+        self._notes.append(command)
+
+    def flush(self) -> None:
+        """Write what was noted, without waiting."""
+        if self._notes:
+            self.post()
+
+    def call(self, commands: Sequence[Command]) -> list[Reply]:
+        """Write `commands` at once and return their replies, ReplyErrors among them."""
+        self.post(pack(commands))
+        return self.read(len(commands))
+
+    def post(self, *parts: Packed) -> None:
+        """Write what was noted, then `parts`, whose replies are to be `read`."""
+        notes, self._notes = pack(self._notes), []
+        send_all(self._socket, [piece for part in (notes, *parts) for piece in part.pieces])
+        self._unread += notes.count
+
+    @property
+    def _socket(self) -> socket.socket:
+        if self._sock is None:
+            raise redis.ConnectionError("the link is closed")
+        return self._sock
+
+    def read(self, count: int) -> list[Reply]:
+        """The next `count` replies that were not passed over."""
+        replies: list[Reply] = []
+        while len(replies) < count:
+            reply = self._reader.gets()
+            if reply is NOTHING:
+                self._receive()
+            elif isinstance(reply, hiredis.PushNotification):
+                self._note(reply)
+            elif self._unread:
+                self._pass_over(reply)
+            else:
+                replies.append(reply)
+        return replies
+
+    def forget_changes(self) -> None:
+        """Start anew to collect changed keys."""
+        self.changed.clear()
+        self.all_changed = False
+
+    def wait(self, seconds: float) -> None:
+        """Until a key changed, the waker was set, or `seconds` have passed."""
+        self._drain()  # a push may have come in behind, or among, replies that were read
+        if self.changed or self.all_changed:
+            return
+        pending = getattr(self._sock, "pending", None)  # TLS: decrypted, not yet read
+        if pending is not None and pending():
+            self._receive()
+        else:
+            for fd, _ in self._poll.poll(max(0.0, seconds) * 1000):
+                if fd == self._waker.fd:
+                    self._waker.clear()
+                else:
+                    self._receive()
+        self._drain()
+
+    def _drain(self) -> None:
+        while (reply := self._reader.gets()) is not NOTHING:
+            if isinstance(reply, hiredis.PushNotification):
+                self._note(reply)
+            else:
+                self._pass_over(reply)
+
+    def _pass_over(self, reply: Reply) -> None:
+        self._unread -= 1
+        if isinstance(reply, ReplyError):
+            if "OOM " in str(reply):
+                self.refused = reply
+            elif is_wrong_type(reply):
+                self.amiss = reply
+            else:
+                logger.error("Redis refused what was noted: %s", reply)
+
+    def _receive(self) -> None:
+        self._reader.feed(self._buffer, 0, receive(self._socket, self._view))
+
+    def _note(self, push: list[Any]) -> None:
+        if push and push[0] == b"invalidate":
+            if push[1] is None:
+                self.all_changed = True
+            else:
+                self.changed.update(push[1])

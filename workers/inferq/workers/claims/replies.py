@@ -1,0 +1,23 @@
+"""What Redis answers to many questions at once, of which some may be about keys that are amiss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from redis.client import Pipeline
+
+from inferq.workers.claims.amiss import is_wrong_type
+
+
+def of_each(pipe: Pipeline) -> list[Any]:
+    """Execute `pipe`; None for what asked a key of another type than it is of.
+
+    Raises redis' other errors.
+    """
+    replies: list[Any] = pipe.execute(raise_on_error=False)
+    for place, reply in enumerate(replies):
+        if isinstance(reply, Exception):
+            if not is_wrong_type(reply):
+                raise reply
+            replies[place] = None
+    return replies

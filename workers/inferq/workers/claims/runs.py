@@ -1,0 +1,76 @@
+"""What a lane is given, and what it hands back: batches, runs and how each request ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from inferq.shared.errors import FatalEngineError, InferqError
+from inferq.shared.schema import GpuTimes, Tensors
+from inferq.workers.batching.waiting import Waiting
+from inferq.workers.claims.verdicts import Failed, Revoked
+
+
+class Job(msgspec.Struct, frozen=True, eq=False):
+    """Requests that were formed into one batch, most urgent first."""
+
+    items: Sequence[Waiting]
+    #: Priority → rows.
+    rows: Mapping[int, int]
+
+
+class Run(msgspec.Struct, frozen=True):
+    """One successful run of the engine that served a request. Times: monotonic ms."""
+
+    started_ms: float
+    ended_ms: float
+    rows: int
+    padding: int
+    requests: int
+    gpu: GpuTimes | None = None
+    #: Of it, putting the inputs together.
+    gather_ms: float = 0.0
+
+    @property
+    def split_s(self) -> tuple[float, float, float]:
+        """Its parts in s: input, compute and output.
+
+        On a GPU the first ends once the inputs are on the card, and the last begins as the outputs
+        leave it; elsewhere the last is nothing.
+        """
+        took_ms = self.ended_ms - self.started_ms
+        if self.gpu is None:
+            return self.gather_ms / 1000, max(0.0, took_ms - self.gather_ms) / 1000, 0.0
+        input_ms, compute_ms = self.gather_ms + self.gpu.h2d_ms, self.gpu.compute_ms
+        return input_ms / 1000, compute_ms / 1000, max(0.0, took_ms - input_ms - compute_ms) / 1000
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """How the compute of one request ended: `outputs` and `run`, or `error`."""
+
+    item: Waiting
+    outputs: Tensors | None
+    run: Run | None
+    error: InferqError | None = None
+
+
+class Finished(msgspec.Struct):
+    """A lane has ended a batch. `late` were too late to be computed when it began.
+
+    `fatal`: no outcome, the engine is beyond use.
+    """
+
+    job: Job
+    outcomes: Sequence[Outcome]
+    late: Sequence[Failed | Revoked] = ()
+    fatal: FatalEngineError | None = None
+    #: Monotonic s.
+    began: float = 0.0
+    ended: float = 0.0
+    #: The number of the lane, from 0.
+    lane: int = 0
+    #: False while the lanes have `ample` further batches: the results may wait for the next ones.
+    hurry: bool = True
+    #: It had ended before, and was audited now: only `fatal` is new.
+    audited: bool = False

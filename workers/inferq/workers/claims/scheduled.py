@@ -1,0 +1,207 @@
+"""Requests whose ETA is ahead wait in Redis, in no worker's care, and return to their queues.
+
+Celery's own handler would hold them: in one process' memory, for as long as an hour if that one is
+killed; and its event loop starts ten of them a second.
+
+Each waits in a list of its own, moved there in the MULTI that settles its place in the claim, and
+moved on as it is. Any worker moves what is due, whichever model it serves.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import redis
+from redis.exceptions import RedisError
+
+from inferq.shared import codec
+from inferq.shared.errors import InvalidInput
+from inferq.shared.names import Names, glob_of, is_model_name
+from inferq.shared.resp import Command
+from inferq.workers.claims.amiss import (
+    LIST,
+    NO_RETURN,
+    NOTHING_CLAIMED,
+    ZSET,
+    Told,
+    is_wrong_type,
+    type_of,
+)
+from inferq.workers.claims.claim import Slot
+from inferq.workers.claims.clock import RedisClock
+from inferq.workers.claims.message import unix_ms
+from inferq.workers.claims.oom import attempted
+from inferq.workers.claims.settlement import Settlement
+from inferq.workers.process.periodic import Periodic
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between looks at what other workers have put there.
+LOOK_EVERY_S = 1.0
+#: Ms until one whose queue, or whose own list, is amiss is looked at again.
+AMISS_AGAIN_MS = 10_000
+#: Ms until what is postponed is looked at again, and from one such message to the next.
+POSTPONED_MS = 200
+POSTPONED_APART_MS = 5
+_MOVES_PER_TRIP = 100
+
+
+class _Place(NamedTuple):
+    """The parts of a member of `later`."""
+
+    model: str
+    step: int
+
+
+def _parse(member: bytes) -> _Place | None:
+    """None: whoever put it there, it was none of ours."""
+    try:
+        model, step, _ = member.decode().split(":")
+        return _Place(model, int(step)) if is_model_name(model) else None
+    except ValueError:
+        return None
+
+
+class Later:
+    """Keeps requests until they are due. `start` spawns the thread that puts them back."""
+
+    def __init__(self, client: redis.Redis, names: Names, clock: RedisClock) -> None:
+        self._client = client
+        self._names = names
+        self._clock = clock
+        #: Redis ms at which the thread looks next.
+        self._next_ms = 0.0
+        #: Redis ms at which the last one that was postponed comes back.
+        self._postponed_ms = 0.0
+        self._told = Told()
+        self.loop = Periodic(
+            "later", self._turn, every_s=LOOK_EVERY_S, retry_s=LOOK_EVERY_S,
+            failing="requests that are due now wait for Redis", logger=logger,
+        )  # fmt: skip
+
+    def start(self) -> None:
+        self.loop.start()
+
+    def stop(self) -> None:
+        self.loop.stop()
+
+    def keep(self, slot: Slot, message: bytes, due_ms: float) -> Settlement:
+        """The settlement that has `message` wait until `due_ms`, by Redis' clock."""
+        names, claim = self._names, slot.claim
+        place = f"{claim.model}:{claim.step}:{secrets.token_hex(8)}"
+        key = names.kept(place)
+        return Settlement(
+            slot, claim.model, None, b"",
+            before=(
+                ("ZADD", names.later, due_ms, place),
+                ("DEL", key),  # This MULTI may be sent again, its first answer lost.
+                ("RPUSH", key, message),
+            ),
+            after=partial(self._expect, due_ms),
+        )  # fmt: skip
+
+    def postpone(self, slot: Slot, message: bytes) -> Settlement:
+        """The settlement that has `message` come back in a while, one behind the other.
+
+        So many that wait for something come back no faster than they can be looked at.
+        """
+        self._postponed_ms = max(
+            self._postponed_ms + POSTPONED_APART_MS, self._clock.now() + POSTPONED_MS
+        )
+        return self.keep(slot, message, self._postponed_ms)
+
+    def _expect(self, due_ms: float) -> None:
+        if due_ms < self._next_ms:
+            self.loop.wake()
+
+    def _turn(self) -> float:
+        now = self._clock.now()
+        self._next_ms = now + LOOK_EVERY_S * 1000
+        for names in self._names.spoken():
+            self._next_ms = min(self._next_ms, self._put_back(names, now))
+        return (self._next_ms - self._clock.now()) / 1000
+
+    def _put_back(self, names: Names, now_ms: float) -> float:
+        """Put back what is due; return the Redis ms at which there may be more to do."""
+        try:
+            found: list[tuple[bytes, float]] = self._client.zrange(
+                names.later, 0, _MOVES_PER_TRIP, withscores=True
+            )  # type: ignore[assignment]
+        except RedisError as problem:
+            if not is_wrong_type(problem):
+                raise
+            self._told.amiss(names.later, type_of(self._client, names.later), ZSET, NO_RETURN)
+            return float("inf")
+        if self._told and self._told.right(names.later):
+            self._list_again(names)
+            return now_ms
+        due = [member for member, due_ms in found if due_ms <= now_ms]
+        if due:
+            self._move(names, due, now_ms)
+        if len(due) < len(found):
+            return found[len(due)][1]
+        return now_ms if len(due) > _MOVES_PER_TRIP else float("inf")
+
+    def _move(self, names: Names, due: Sequence[bytes], now_ms: float) -> None:
+        """Each to its queue, with its place in `later`; one that cannot be moved waits there."""
+        places = {member: place for member in due if (place := _parse(member)) is not None}
+        commands: list[Command] = []
+        # To the end that is claimed first: they have waited long enough. The first due last.
+        for member, (model, step) in reversed(places.items()):
+            kept, queue = names.kept(member.decode()), names.queue(model, step)
+            commands.append(("LMOVE", kept, queue, "LEFT", "RIGHT"))
+        replies = attempted(self._client, names, commands)
+        stays = {
+            member
+            for member, reply in zip(reversed(places), replies, strict=True)
+            if isinstance(reply, Exception)
+        }
+        for member in stays:
+            self._tell(names, member, places[member])
+        if stays:  # or the first of them would keep others from being looked at
+            again = dict.fromkeys(stays, now_ms + AMISS_AGAIN_MS)
+            self._client.zadd(names.later, again, xx=True)
+        if self._told:
+            for queue in {names.queue(*places[member]) for member in places.keys() - stays}:
+                self._told.right(queue)
+        for member in due:
+            if member not in places:
+                logger.error(
+                    "%r in %s is no request of ours and is removed; expected "
+                    "<model>:<priority>:<random>. What is at %r stays there",
+                    member, names.later, names.later.encode() + b":" + member,
+                )  # fmt: skip
+        if gone := [member for member in due if member not in stays]:
+            self._client.zrem(names.later, *gone)
+
+    def _tell(self, names: Names, member: bytes, place: _Place) -> None:
+        for key, until in (
+            (names.kept(member.decode()), "The request that it was for is gone"),
+            (names.queue(*place), NOTHING_CLAIMED),
+        ):
+            if (kind := type_of(self._client, key)) not in (LIST, "none"):
+                self._told.amiss(key, kind, LIST, until)
+
+    def _list_again(self, names: Names) -> None:
+        """`later` was amiss: requests that were kept meanwhile, or before, may not stand in it."""
+        head = names.kept("").encode()
+        for key in self._client.scan_iter(
+            match=f"{glob_of(names.kept(''))}*", count=1000, _type=LIST
+        ):
+            member = bytes(key).removeprefix(head)
+            message = self._client.lindex(key, 0)
+            if _parse(member) is not None and isinstance(message, bytes):
+                due_ms = _due_ms(message, self._clock.now())
+                self._client.zadd(names.later, {member: due_ms}, nx=True)
+
+
+def _due_ms(message: bytes, now_ms: float) -> float:
+    try:
+        eta = codec.decode_envelope(message).headers.eta
+        return now_ms if eta is None else unix_ms("eta", eta)
+    except (codec.MalformedMessage, InvalidInput, OverflowError):
+        return now_ms

@@ -1,0 +1,250 @@
+"""``inferq worker``: Celery's worker command with inferq's defaults filled in, and a supervisor."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from inferq.shared.errors import ConfigError, InferqError
+from inferq.shared.names import is_model_name, model_of, queue_of
+
+if TYPE_CHECKING:
+    from inferq.workers.supervision.devices import Place
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that the supervisor waits for Redis: it has signals to pass on meanwhile.
+REDIS_TIMEOUT_S = 2.0
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.option(
+    "--models", "repository", envvar="INFERQ_MODELS",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="The model repository (required). Also: INFERQ_MODELS.",
+)  # fmt: skip
+@click.option(
+    "-Q", "--queue", "queues", multiple=True,
+    help="Serve this queue, inferq.<model>; repeatable. Default: every model in the repository.",
+)  # fmt: skip
+@click.option(
+    "--strict", is_flag=True,
+    help="End if a folder holds no model, or if a model or its newest version cannot be served. "
+    "Default: serve the others, and say so. Also: INFERQ_STRICT=1.",
+)  # fmt: skip
+@click.option(
+    "-n", "--name", default=None,
+    help="Celery node name; %h is the host, %i the GPU's number. "
+    "Default: gpu%i@%h, or cpu<pid>@%h, so that replicas differ.",
+)  # fmt: skip
+@click.option(
+    "--gpu", metavar="N[,N…]|all",
+    help="Serve on these GPUs, one worker process each. Also, for one: INFERQ_GPU.",
+)  # fmt: skip
+@click.option(
+    "--cpu", is_flag=True,
+    help="Serve every model on the CPU, those of engine tensorrt on ONNX Runtime. "
+    "Also: INFERQ_DEVICE=cpu.",
+)  # fmt: skip
+@click.option(
+    "--redis-url", envvar=["INFERQ_REDIS_URL", "CELERY_BROKER_URL"],
+    help="Queues and results. Also: INFERQ_REDIS_URL, CELERY_BROKER_URL.",
+)  # fmt: skip
+@click.option(
+    "--metrics", metavar="HOST:PORT",
+    help="Tell Prometheus there what the worker does; of several GPUs the port counts up. "
+    "Also: INFERQ_METRICS.",
+)  # fmt: skip
+@click.option(
+    "--events/--no-events", default=True, show_default=True,
+    help="Send task events, which Flower shows. INFERQ_EVENTS_PER_S caps them.",
+)  # fmt: skip
+@click.option(
+    "--allow-remote-shutdown", is_flag=True,
+    help="End when Celery's remote control (Flower's button) says so. Default: start anew then.",
+)  # fmt: skip
+@click.option("-l", "--loglevel", default="INFO", show_default=True)
+@click.option(
+    "--log-format", envvar="INFERQ_LOG_FORMAT", type=click.Choice(["text", "json"]),
+    default="text", show_default=True, help="What log lines are. Also: INFERQ_LOG_FORMAT.",
+)  # fmt: skip
+@click.argument("celery_options", nargs=-1, type=click.UNPROCESSED)
+def worker(
+    repository: Path | None,
+    queues: tuple[str, ...],
+    strict: bool,
+    name: str | None,
+    gpu: str | None,
+    cpu: bool,
+    redis_url: str | None,
+    metrics: str | None,
+    events: bool,
+    allow_remote_shutdown: bool,
+    loglevel: str,
+    log_format: str,
+    celery_options: tuple[str, ...],
+) -> None:
+    """Serve models. Keeps ``celery -A inferq.workers.app worker -P solo -Q … -n …`` alive.
+
+    One such process serves, or one for each GPU of ``--gpu``, which sees no other.
+
+    A worker process that dies is replaced, and what it held goes back to its queues at once.
+    SIGTERM and Ctrl-C finish what computes, a second one hands everything back, a third one kills.
+    CELERY_OPTIONS go to Celery as they are (--statedb FILE, …).
+    """
+    if log_format == "json":
+        _log_json()
+    from inferq.shared.connect import redis_client  # noqa: PLC0415 (heavy)
+    from inferq.shared.settings import Settings  # noqa: PLC0415
+    from inferq.workers.logs.one_line import OneLine  # noqa: PLC0415
+    from inferq.workers.process.visible_passwords import visible_password  # noqa: PLC0415
+    from inferq.workers.supervision import runtime_folder  # noqa: PLC0415
+    from inferq.workers.supervision.devices import chosen_devices  # noqa: PLC0415
+    from inferq.workers.supervision.health import forget_the_dead  # noqa: PLC0415
+    from inferq.workers.supervision.supervisor import Child, Supervisor  # noqa: PLC0415
+    from inferq.workers.supervision.whose import place_of  # noqa: PLC0415
+
+    try:
+        devices = chosen_devices(gpu, cpu)
+        if repository is None:
+            raise click.MissingParameter(param_hint="'--models'", param_type="option")
+        settings = Settings.load(
+            redis_url=redis_url, models=repository, metrics=metrics, strict=strict or None
+        )
+        if settings.heartbeat_file and len(devices) > 1:
+            raise ConfigError(
+                f"INFERQ_HEARTBEAT_FILE is {str(settings.heartbeat_file)!r}; expected it unset, "
+                f"since each of {len(devices)} workers has a file of its own"
+            )
+        nodes = _nodes(name, devices)
+        addresses = _addresses(settings.metrics, len(devices))
+        served = _queues(queues) or _all_queues(repository, strict=settings.strict)
+        folder = None if settings.heartbeat_file else runtime_folder.usual()
+        # Two stacks may serve on one GPU, under one name.
+        whose = place_of(settings).digest
+        if folder:
+            runtime_folder.make(folder)
+            forget_the_dead(folder)
+        client = redis_client(
+            settings.redis_url, sentinel_master=settings.sentinel_master,
+            socket_timeout=REDIS_TIMEOUT_S,
+        )  # fmt: skip
+    except InferqError as problem:
+        raise click.ClickException(problem.message) from problem
+    children = []
+    for node, device, address in zip(nodes, devices, addresses, strict=True):
+        command = [
+            sys.executable, "-m", "inferq.workers.celery_process", "-A", "inferq.workers.app",
+            "worker", "-P", "solo", "-Q", ",".join(served), "-n", node, "-l", loglevel,
+            *(["-E"] if events else []), *celery_options,
+        ]  # fmt: skip
+        file = f"{node}-{whose}.json"
+        heartbeat = folder / file if folder else Path(str(settings.heartbeat_file))
+        environment = {
+            **device.environment_from(os.environ),
+            "INFERQ_REDIS_URL": settings.redis_url,
+            "INFERQ_MODELS": str(repository.absolute()),
+            "INFERQ_HEARTBEAT_FILE": str(heartbeat),
+            **({"INFERQ_METRICS": address} if address else {}),
+            "INFERQ_LOG_FORMAT": log_format,
+            **({"INFERQ_STRICT": "1"} if settings.strict else {}),
+        }
+        children.append(Child(node, command, environment, heartbeat, folder))
+    if log_format == "text":
+        logging.basicConfig(
+            level=logging.INFO, format="[%(asctime)s: %(levelname)s/supervisor] %(message)s"
+        )
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(OneLine())
+    if (told := visible_password(sys.argv[1:])) is not None:
+        logger.warning("%s", told)
+    supervisor = Supervisor(
+        children, client, settings.names(), allow_remote_shutdown=allow_remote_shutdown
+    )
+    status = supervisor.run()
+    if folder:
+        with suppress(OSError):  # others' heartbeats are in it
+            folder.rmdir()
+    raise SystemExit(status)
+
+
+def _log_json() -> None:
+    from inferq.workers.logs.json_lines import JsonLines  # noqa: PLC0415 (heavy)
+    from inferq.workers.logs.stderr import write_json  # noqa: PLC0415
+
+    logging.getLogger().setLevel(logging.INFO)
+    write_json(JsonLines(), "supervisor")
+
+
+def _nodes(name: str | None, devices: Sequence[Place]) -> list[str]:
+    """The node name of each device. ConfigError if they would not differ, or name no file."""
+    if name and "/" in name:
+        raise ConfigError(f"-n is {name!r}; expected no /: a file is called so, too")
+    if name and len(devices) > 1 and "%i" not in name:
+        raise ConfigError(
+            f"-n is {name!r}; expected %i in it, the GPU's number, since {len(devices)} GPUs are "
+            "served by a worker process each"
+        )
+    nodes = []
+    for device in devices:
+        node = (name or f"{device.label}@%h").replace("%h", socket.gethostname())
+        nodes.append(node if device.gpu is None else node.replace("%i", str(device.gpu)))
+    return nodes
+
+
+def _addresses(address: str | None, count: int) -> list[str | None]:
+    """Where each of `count` workers tells Prometheus of itself. ConfigError: too few ports."""
+    from inferq.shared.settings import MAX_PORT  # noqa: PLC0415 (heavy)
+
+    if address is None:
+        return [None] * count
+    host, _, first = address.rpartition(":")
+    if int(first) + count - 1 > MAX_PORT:
+        raise ConfigError(
+            f"--metrics is {address!r}; expected a port of at most {MAX_PORT - count + 1}, since "
+            f"{count} workers have one each"
+        )
+    ports = range(int(first), int(first) + count) if int(first) else [0] * count
+    return [f"{host}:{port}" for port in ports]
+
+
+def _queues(queues: tuple[str, ...]) -> list[str]:
+    """-Q as given: repeated, or comma-separated as Celery has it."""
+    names = [name for part in queues for name in part.split(",") if name]
+    for name in names:
+        if model_of(name) is None:
+            raise click.BadParameter(f"{name!r}; expected inferq.<model>", param_hint="--queue")
+    return names
+
+
+def _all_queues(repository: Path, *, strict: bool) -> list[str]:
+    """The queues of all models in `repository`, also of those that turn out to be bad.
+
+    ConfigError: there is none. `strict`: or there is a folder that is no model's, or is called as
+    no model may be.
+    """
+    from inferq.workers.models.folders import look_through, why_no_name  # noqa: PLC0415
+
+    folders = look_through(repository)
+    misnamed = [name for name in folders.models if not is_model_name(name)]
+    if strict and (misnamed or folders.others):
+        named = [why_no_name(name) for name in misnamed]
+        empty = [f"no model in {repository / name}; expected model.toml or a version's folder there"
+                 for name in folders.others]  # fmt: skip
+        rest = f"--strict serves none then; all that is wrong: inferq models {repository}"
+        raise ConfigError("\n".join([*named, *empty, rest]))
+    served = [queue_of(name) for name in folders.models if name not in misnamed]
+    if not served:
+        raise ConfigError(
+            "\n".join(map(why_no_name, misnamed))
+            or f"no model in {str(repository)!r}; expected <model>/<version>/"
+        )
+    return served

@@ -1,0 +1,80 @@
+"""What a worker finds in its repository at its start: models to serve, and what it does without."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from inferq.shared.errors import ConfigError
+from inferq.shared.names import is_model_name
+from inferq.workers.logs.fields import about
+from inferq.workers.logs.printing import plain
+from inferq.workers.models.folders import look_through, why_no_name
+from inferq.workers.models.not_served import NotServed, not_served
+from inferq.workers.models.repository import ModelSpec, load_models
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Of the models that a worker was told to serve."""
+
+    specs: Sequence[ModelSpec]
+    #: Those that cannot be served.
+    bad: Sequence[NotServed]
+    #: Models in the repository whose names no queue can have, whatever it was told to serve.
+    misnamed: Sequence[NotServed]
+    #: Folders of the repository that hold no model.
+    others: Sequence[str]
+
+    @property
+    def passed_over(self) -> list[NotServed]:
+        """Versions in whose place older ones are served."""
+        return [each for spec in self.specs for each in spec.passed_over]
+
+    @property
+    def not_served(self) -> list[NotServed]:
+        return [*self.bad, *self.misnamed, *self.passed_over]
+
+    def check(self, *, strict: bool) -> None:
+        """ConfigError if nothing can be served; `strict`: or not all, in its newest version."""
+        missing = [*self.bad, *(self.passed_over if strict else ())]
+        if missing and (strict or not self.specs):
+            raise ConfigError("\n".join(each.reason for each in missing))
+
+    def log(self) -> None:
+        """Say what is not served."""
+        for each in (*self.bad, *self.misnamed):
+            log_not_served(each)
+        for spec in self.specs:
+            for each in spec.passed_over:
+                logger.error(
+                    "model %r version %d is passed over, and version %d is served: %s",
+                    each.model, each.version, spec.version, each.reason,
+                    extra=about(model=each.model),
+                )  # fmt: skip
+        if self.others:
+            logger.info("passed over, as they hold no model: %s", ", ".join(self.others))
+
+
+def log_not_served(each: NotServed) -> None:
+    """One line that nobody overlooks."""
+    logger.critical(
+        "model %r is not served: %s", each.model, each.reason, extra=about(model=each.model)
+    )
+
+
+def find_models(root: Path, names: Sequence[str], *, on_cpu: bool) -> Found:
+    """Read the models `names` of the repository `root`. ConfigError if that is no folder."""
+    folders = look_through(root)
+    specs, bad = load_models(root, names, on_cpu=on_cpu)
+    misnamed = [name for name in folders.models if not is_model_name(name)]
+    return Found(
+        specs=specs,
+        bad=bad,
+        misnamed=[not_served(name, why_no_name(name)) for name in misnamed],
+        others=[plain(name) for name in folders.others],
+    )

@@ -1,0 +1,303 @@
+"""Hop 3. Turns claimed messages into requests that may join a batch, or says why one may not.
+
+Two steps, so that the claim-checked payloads of a whole claim are fetched in one round trip:
+`open` reads the message itself, `admit` its tensors.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, Final
+
+from msgspec.structs import replace
+
+from inferq.shared import codec
+from inferq.shared.errors import (
+    DeadlineExceeded,
+    InferqError,
+    InvalidInput,
+    ModelNotFound,
+    PayloadExpired,
+    PayloadTooLarge,
+)
+from inferq.shared.names import HEADER_REPLY, TASK, Names, queue_of
+from inferq.shared.schema import (
+    Array,
+    InputCheck,
+    ModelAdvert,
+    Ticket,
+    check_names,
+    most_bytes,
+)
+from inferq.workers.batching.padding import Padding
+from inferq.workers.batching.waiting import Waiting
+from inferq.workers.canvas.following import following
+from inferq.workers.canvas.link_queues import LinkQueues
+from inferq.workers.canvas.place import place_of
+from inferq.workers.claims.claim import Slot
+from inferq.workers.claims.message import arguments, references_in, unix_ms
+from inferq.workers.claims.verdicts import (
+    Early,
+    Failed,
+    Foreign,
+    Opened,
+    Quarantined,
+    Revoked,
+)
+from inferq.workers.data_plane.foreign_tasks import MAX_BYTES, ForeignTasks, not_registered
+
+#: A message body may have so many bytes for each of its inputs' (a number written out in JSON, in
+#: base64), and so many besides. What is decoded may take 40 times that: maps in maps.
+WRITTEN_OUT: Final = 10
+BODY_BYTES: Final = 4 << 20
+#: What follows on a larger message is not read before it is published, in a thread of its own, so
+#: what is wrong with it is told after the request was computed. Reading 1,000 signatures takes 6
+#: ms, in which nothing of any model would be settled, and no batch formed.
+FOLLOWING_READ_BYTES: Final = 16 << 10
+#: Longest description of a request that is kept with it, in characters: Celery's own limit.
+MAX_REPR_CHARS: Final = 1_024
+_ARGUMENTS = frozenset({"inputs", "model"})
+
+
+def _is_str(value: object) -> bool:
+    return isinstance(value, str)
+
+
+class Intake:
+    """Reads the messages of one model's queues. Pure but for the two callables it is given."""
+
+    def __init__(
+        self,
+        advert: ModelAdvert,
+        names: Names,
+        padding: Padding,
+        is_revoked: Callable[[str], bool],
+        redis_ms: Callable[[], float],
+        links: LinkQueues,
+        foreign: ForeignTasks | None = None,
+    ) -> None:
+        self._advert = advert
+        self._names = names
+        self._padding = padding
+        self._is_revoked = is_revoked
+        self._redis_ms = redis_ms
+        #: None: no other task than ours is run.
+        self._foreign = foreign
+        self._links = links
+        self._check = InputCheck(advert)
+        self._most_body = BODY_BYTES + WRITTEN_OUT * most_bytes(advert)
+        self._most_message = min(self._most_body + codec.MAX_HEAD_BYTES, codec.MAX_MESSAGE_BYTES)
+        self._dtypes = {spec.name: spec.dtype for spec in advert.signature.inputs}
+        #: Requests always fit together if no dim but the batch may vary.
+        self._varies = any(
+            not isinstance(dim, int) for spec in advert.signature.inputs for dim in spec.shape[1:]
+        )
+
+    def open(
+        self, slot: Slot, message: bytes
+    ) -> Opened | Failed | Revoked | Foreign | Early | Quarantined:
+        """Read one message. Never raises."""
+        if len(message) > self._most_message:
+            told = (
+                f"the message is {len(message)} bytes; expected at most {self._most_body} of body"
+            )
+            return self._too_large(slot, message, f"{told} and {codec.MAX_HEAD_BYTES} besides")
+        try:
+            envelope = codec.decode_envelope(message)
+        except codec.MalformedMessage as problem:
+            return Quarantined(slot, message, str(problem))
+        head = len(message) - len(envelope.body)
+        if head > codec.MAX_HEAD_BYTES:
+            told = f"the headers and properties are {head} bytes"
+            return self._too_large(
+                slot, message, f"{told}; expected at most {codec.MAX_HEAD_BYTES}"
+            )
+        headers = envelope.headers
+        if not headers.id:
+            return Quarantined(slot, message, "the id header is empty")
+        if headers.task != TASK:
+            return self._other_task(slot, envelope, message)
+        ticket = self._ticket(slot, envelope)
+        try:
+            if ticket.reply is not None and not self._names.is_reply(ticket.reply):
+                told, ticket = ticket.reply[:100], replace(ticket, reply=None)
+                raise InvalidInput(
+                    f"{HEADER_REPLY} {told!r}; expected a channel {self._names.reply('…')}"
+                )
+            if headers.compression:
+                raise InvalidInput(f"compression {headers.compression!r}; expected none")
+            if headers.expires is not None:
+                ticket = replace(ticket, expires_ms=unix_ms("expires", headers.expires))
+            late = self.too_late(slot, ticket)
+            if len(envelope.body) > self._most_body:
+                raise PayloadTooLarge(
+                    f"the message body is {len(envelope.body)} bytes; "
+                    f"expected at most {self._most_body}"
+                )
+            body = codec.decode_body(envelope)
+            given = arguments(body)
+            references = references_in(given.get("inputs"))
+            if len(references) > len(self._dtypes):
+                check_names(self._advert, given["inputs"])
+            is_own = self._names.is_payload_of
+            own = tuple(key for key in references.values() if is_own(key, ticket.id))
+            if own:
+                ticket = replace(ticket, payload_keys=own)
+            if body.has_canvas:
+                place_of(message)
+                if len(message) <= FOLLOWING_READ_BYTES:
+                    following(body.embed, len(message), self._links)
+                ticket = replace(ticket, canvas=message)
+            if late is not None:
+                return replace(late, ticket=ticket)
+            inputs = self._inputs(given)
+            for name, key in references.items():
+                if key not in own:
+                    raise InvalidInput(f"input {name!r}: key {key[:200]!r} is not its payload's")
+            if headers.eta is not None:
+                due_ms = unix_ms("eta", headers.eta)
+                if due_ms > self._redis_ms():
+                    return Early(slot, message, due_ms)
+        except InferqError as error:
+            return Failed(slot, ticket, _bare(error))
+        return Opened(slot, ticket, inputs, references)
+
+    def _other_task(
+        self, slot: Slot, envelope: codec.Envelope, message: bytes
+    ) -> Failed | Foreign | Early:
+        headers = envelope.headers
+        try:
+            if self._foreign is None:
+                raise not_registered(headers.task)
+            queue = queue_of(self._advert.name)
+            handed = self._foreign.message(message, envelope, queue, slot.claim.step)
+            if headers.expires is not None:
+                unix_ms("expires", headers.expires)
+            if headers.eta is not None:
+                due_ms = unix_ms("eta", headers.eta)
+                if due_ms > self._redis_ms():
+                    return Early(slot, message, due_ms)
+        except InferqError as error:
+            return Failed(slot, self._other_ticket(slot, envelope, message), _bare(error))
+        return Foreign(slot, message, handed)
+
+    def _other_ticket(self, slot: Slot, envelope: codec.Envelope, message: bytes) -> Ticket:
+        """Whom another task that is not run is answered to, and what follows on it."""
+        ticket = replace(self._ticket(slot, envelope), task=envelope.headers.task)
+        if ticket.reply is not None and not self._names.is_reply(ticket.reply):
+            ticket = replace(ticket, reply=None)
+        if envelope.headers.compression or len(envelope.body) > MAX_BYTES:
+            return ticket
+        try:
+            body = codec.decode_body(envelope)
+            if body.has_canvas:
+                place_of(message)
+                following(body.embed, len(message), self._links)
+                ticket = replace(ticket, canvas=message)
+        except InferqError:
+            pass  # nobody can tell what follows on it
+        return ticket
+
+    def admit(
+        self, opened: Opened, payloads: Mapping[str, bytes | memoryview | None]
+    ) -> Waiting | Failed:
+        """Read the tensors and check them against the signature. Never raises."""
+        slot, ticket = opened.slot, opened.ticket
+        try:
+            arrays: dict[str, Array] = {}
+            lists = False
+            for name, tensor in opened.inputs.items():
+                key = opened.references.get(name)
+                if key is not None:
+                    data = payloads.get(key)
+                    if data is None:
+                        raise PayloadExpired(
+                            f"input {name!r}: its payload {key!r} is gone, or too large"
+                        )
+                    tensor = {**tensor, "data": data}  # noqa: PLW2901
+                elif ticket.content_type == codec.JSON:
+                    lists = lists or codec.is_lists(tensor)
+                arrays[name] = codec.decode_tensor(name, tensor, self._dtypes.get(name))
+            rows = self._check(arrays)
+            arrays, padded = self._padding.apply(arrays)
+        except InferqError as error:
+            return Failed(slot, ticket, _bare(error))
+        except (KeyError, TypeError, ValueError, MemoryError) as problem:
+            return Failed(slot, ticket, InvalidInput(f"inputs are no tensors: {problem!r}"))
+        if lists:
+            ticket = replace(ticket, lists=True)
+        return Waiting(
+            ticket=ticket, inputs=arrays, slot=slot, compatible=self._compatible(arrays),
+            arrived_ms=time.monotonic() * 1000, claimed_ms=self._redis_ms(), rows=rows,
+            alone=ticket.attempts > 0, padded=padded,
+        )  # fmt: skip
+
+    def too_late(self, slot: Slot, ticket: Ticket) -> Failed | Revoked | None:
+        """Whether its deadline or expiry has passed, or it was revoked: asked before it runs."""
+        if ticket.deadline_ms is not None and self._redis_ms() > ticket.deadline_ms:
+            late = self._redis_ms() - ticket.deadline_ms
+            return Failed(
+                slot, ticket, DeadlineExceeded(f"its timeout_ms passed {late:.0f} ms ago")
+            )
+        if ticket.expires_ms is not None and self._redis_ms() > ticket.expires_ms:
+            return Revoked(slot, ticket, "expired")
+        if self._is_revoked(ticket.id):
+            return Revoked(slot, ticket, "revoked")
+        return None
+
+    def _too_large(self, slot: Slot, message: bytes, told: str) -> Failed | Quarantined:
+        """What is not even looked at, but for who asked."""
+        ticket = codec.guess_ticket(message, self._advert.name)
+        if ticket is None:
+            return Quarantined(slot, message, told)
+        return Failed(slot, replace(ticket, priority=slot.claim.step), PayloadTooLarge(told))
+
+    def _ticket(self, slot: Slot, envelope: codec.Envelope) -> Ticket:
+        headers = envelope.headers
+        extra: dict[str, Any] = {}
+        if headers.group:
+            extra["group_id"] = headers.group
+        if headers.parent_id:
+            extra["parent_id"] = headers.parent_id
+        return Ticket(
+            id=headers.id, model=self._advert.name,
+            content_type=codec.MSGPACK if envelope.content_type == codec.MSGPACK else codec.JSON,
+            priority=slot.claim.step, reply=headers.inferq_reply, sent_ms=headers.inferq_sent_ms,
+            deadline_ms=headers.inferq_deadline_ms, ignore_result=bool(headers.ignore_result),
+            extra=extra, kwargsrepr=(headers.kwargsrepr or "")[:MAX_REPR_CHARS],
+            root_id=headers.root_id, eta=headers.eta,
+        )  # fmt: skip
+
+    def _inputs(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        unknown = sorted(given.keys() - _ARGUMENTS)
+        if unknown:
+            raise InvalidInput(f"argument {unknown[0][:100]!r}; expected inputs and model")
+        model, inputs = given.get("model"), given.get("inputs")
+        if model is not None and model != self._advert.name:
+            told = (model if isinstance(model, str) else codec.brief(model))[:100]
+            raise ModelNotFound(
+                f"model {told!r} is not served from this queue; expected {self._advert.name!r}",
+                model=told,
+            )
+        if not isinstance(inputs, dict) or not all(map(_is_str, inputs)):
+            raise InvalidInput(
+                f"inputs are {type(inputs).__name__}; expected a mapping of input names to tensors"
+            )
+        if inputs.keys() != self._dtypes.keys():
+            check_names(self._advert, inputs)
+        return inputs
+
+    def _compatible(self, arrays: Mapping[str, Array]) -> Hashable:
+        if not self._varies:
+            return None
+        return tuple(arrays[name].shape[1:] for name in self._dtypes)
+
+
+def _bare(error: InferqError) -> InferqError:
+    """The same without the frames in which it came up, and all that was decoded there.
+
+    Frames and errors hold each other, so only a garbage collection would let go of that.
+    """
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error

@@ -1,0 +1,281 @@
+"""From claimed bytes to waiting requests, with what must be asked of Redis on the way.
+
+A message that ended its worker while it was decoded, or while it was computed, is known by its
+entry in ``attempts:<m>``: it is then decoded by itself, runs alone, and after max_attempts is put
+among the dead letters. Where that hash is empty, which is the rule, none of this costs a thing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from inferq.shared.errors import InvalidInput, NotRegistered
+from inferq.shared.schema import Ticket
+from inferq.workers.batching.waiting import Waiting
+from inferq.workers.claims.claim import Claimed, Slot
+from inferq.workers.claims.clock import RedisClock
+from inferq.workers.claims.ledger import Ledger
+from inferq.workers.claims.payloads import PayloadReader
+from inferq.workers.claims.recovery import suspect
+from inferq.workers.claims.settlement import Settlement
+from inferq.workers.claims.verdicts import (
+    Early,
+    Failed,
+    Foreign,
+    Opened,
+    Quarantined,
+    Revoked,
+    retried,
+)
+from inferq.workers.data_plane.hooks import Hooks
+from inferq.workers.data_plane.served_model import ServedModel
+from inferq.workers.data_plane.unfetched import Unfetched, payload_sizes
+from inferq.workers.logs.fields import about
+
+logger = logging.getLogger(__name__)
+
+
+class Dead(msgspec.Struct, frozen=True):
+    """Computing it ended too many workers."""
+
+    slot: Slot
+    ticket: Ticket
+    message: bytes
+
+
+class Answered(msgspec.Struct, frozen=True):
+    """It has a result already: a copy, which a client pushed again when Redis was restarted.
+
+    Or it was settled, and Redis went back in time. `result`: as stored, where that is of use.
+    """
+
+    slot: Slot
+    ticket: Ticket
+    result: bytes
+
+
+Found = Opened | Failed | Revoked | Foreign | Early | Quarantined | Dead | Answered
+
+
+class Received(msgspec.Struct, frozen=True):
+    """What became of one claim's messages: they wait for a lane, or have ended already.
+
+    `ended` pairs a settlement with the whole message if it has links, a chain or a chord.
+    """
+
+    waiting: list[Waiting]
+    ended: list[tuple[Settlement, bytes | None]]
+    #: Their payloads are not fetched yet, for want of room.
+    unfetched: list[Unfetched]
+    #: Place in the claim → bytes that a request with payloads takes whole, fetched or not.
+    whole: dict[int, int]
+    #: Bytes of all payloads by their sizes.
+    payloads: list[int]
+
+
+class Receiver:
+    """Reads claims. What it asks of Redis may break off: then nothing was admitted or ended."""
+
+    def __init__(
+        self,
+        models: Mapping[str, ServedModel],
+        clock: RedisClock,
+        hooks: Hooks,
+        payloads: PayloadReader,
+    ) -> None:
+        self._models = models
+        self._clock = clock
+        self._hooks = hooks
+        self._payloads = payloads
+
+    def receive(self, ledger: Ledger, claimed: Claimed, suspicious: bool, room: int) -> Received:
+        """Decode one claim. `suspicious`: its model has entries in attempts:<m>, or may have.
+
+        `room`: bytes that requests with payloads may take; those beyond it are left `unfetched`.
+        """
+        model = self._models[claimed.claim.model]
+        places = [
+            (Slot(claimed.claim, place), message)
+            for place, message in enumerate(claimed.messages)
+            if message is not None
+        ]
+        received = Received([], [], [], {}, [])
+        if not suspicious:
+            found = [self._open(model, slot, message) for slot, message in places]
+            # kill point: claim-opened
+            self._admit(model, found, received, room)
+            return received
+        fields = [suspect(message) for _, message in places]
+        deaths = ledger.attempts(model.name, fields)
+        clear = [place for place, field in zip(places, fields, strict=True) if field not in deaths]
+        adopted = claimed.adopted
+        found = self._open_counted(ledger, model, clear, adopted)
+        self._admit(model, found, received, room)
+        for (slot, message), field in zip(places, fields, strict=True):
+            count = deaths.get(field, 0)
+            if count >= model.spec.config.max_attempts:
+                dead = model.results.undecodable(slot, message, field, count, self._clock.now())
+                told = about(dead.request_id, model=model.name)
+                logger.error(
+                    "dead letter: %s of %s ended %d workers",
+                    dead.request_id or "a message", model.name, count,
+                    extra=told,
+                )  # fmt: skip
+                received.ended.append((dead, None))
+            elif count:
+                # By itself: should this end the worker again, only the culprit is counted on.
+                ledger.mark([f"{model.name}/{field}"], [])
+                ledger.flush()
+                found = self._open_counted(ledger, model, [(slot, message)], adopted)
+                self._admit(model, found, received, math.inf)
+                # kill point: suspect-decoded
+                ledger.forgive(model.name, field)
+        return received
+
+    def _open(self, model: ServedModel, slot: Slot, message: bytes) -> Found:
+        try:
+            return model.intake.open(slot, message)
+        except Exception as problem:
+            told = about(model=model.name)  # the line of its quarantine tells its id, if known
+            logger.exception("a message of %s cannot be read", model.name, extra=told)
+            return Quarantined(slot, message, f"reading it raised {problem!r}")
+
+    def _open_counted(
+        self,
+        ledger: Ledger,
+        model: ServedModel,
+        places: Sequence[tuple[Slot, bytes]],
+        adopted: bool,
+    ) -> list[Found]:
+        """As `_open`; Dead are those that ended too many workers while they were computed.
+
+        Of one that ended any, a copy is Answered: with the first, the attempts are forgotten. So is
+        what has a result in an `adopted` claim.
+        """
+        opened = [self._open(model, slot, message) for slot, message in places]
+        ids = [found.ticket.id for found in opened if isinstance(found, Opened | Failed | Revoked)]
+        counts = ledger.attempts(model.name, ids) if ids else {}
+        if not counts and not adopted:
+            return opened
+        stored = ledger.stored(ids if adopted else list(counts))
+        counted: list[Found] = []
+        for found, (slot, message) in zip(opened, places, strict=True):
+            if isinstance(found, Opened | Failed | Revoked):
+                if found.ticket.id in stored:
+                    counted.append(self._answered(ledger, slot, found.ticket))
+                    continue
+                again = retried(found, counts.get(found.ticket.id, 0))
+                if (
+                    isinstance(again, Opened)
+                    and again.ticket.attempts >= model.spec.config.max_attempts
+                ):
+                    stored.add(again.ticket.id)  # as far as copies in this very claim go
+                    counted.append(Dead(slot, again.ticket, message))
+                else:
+                    counted.append(again)
+            else:
+                counted.append(found)
+        return counted
+
+    def _answered(self, ledger: Ledger, slot: Slot, ticket: Ticket) -> Answered:
+        of_use = ticket.canvas is not None or ticket.payload_keys
+        return Answered(slot, ticket, ledger.result(ticket.id) if of_use else b"")
+
+    def fetch(self, model: ServedModel, some: Sequence[Unfetched]) -> Received:
+        """Fetch the payloads of requests that were left `unfetched`."""
+        received = Received([], [], [], {}, [])
+        self._admit(model, [each.opened for each in some], received, math.inf)
+        return received
+
+    def _admit(
+        self, model: ServedModel, found: Sequence[Found], received: Received, room: float
+    ) -> None:
+        sizes: dict[str, int] = {}
+        for each in found:
+            if isinstance(each, Opened) and each.references:
+                mine = payload_sizes(each, model.advert.max_request_bytes)
+                size = sum(mine.values())
+                whole = model.sizes.whole(size)
+                received.payloads.append(size)
+                received.whole[each.slot.index] = whole
+                if whole > room:
+                    room = 0  # and those behind it stay behind it
+                    received.unfetched.append(Unfetched(each, whole))
+                else:
+                    room -= whole
+                    sizes.update(mine)
+        left = {each.opened.slot.index for each in received.unfetched}
+        payloads = self._payloads.fetch(sizes, model.advert.max_request_bytes) if sizes else {}
+        for each in found:
+            if left and each.slot.index in left:
+                continue
+            item = self._read(model, each, payloads) if isinstance(each, Opened) else each
+            if isinstance(item, Waiting):
+                received.waiting.append(item)
+            else:
+                received.ended.append(self._end(model, item))
+
+    def _read(
+        self,
+        model: ServedModel,
+        opened: Opened,
+        payloads: Mapping[str, bytes | memoryview | None],
+    ) -> Waiting | Failed:
+        try:
+            return model.intake.admit(opened, payloads)
+        except Exception as problem:
+            told = about(opened.ticket.id, model=model.name)
+            logger.exception("the inputs of %s cannot be read", opened.ticket.id, extra=told)
+            error = InvalidInput(f"reading its inputs raised {problem!r}")
+            return Failed(opened.slot, opened.ticket, error)
+
+    def _end(
+        self,
+        model: ServedModel,
+        found: Failed | Revoked | Foreign | Early | Quarantined | Dead | Answered,
+    ) -> tuple[Settlement, bytes | None]:
+        results = model.results
+        match found:
+            case Failed(slot=slot, ticket=ticket, error=error):
+                if isinstance(error, NotRegistered):
+                    logger.warning(
+                        "task %r on the queue of %s is not run: it is not registered here",
+                        error.message, model.name,
+                        extra=about(ticket.id, model=model.name, error=error.code),
+                    )  # fmt: skip
+                elif logger.isEnabledFor(logging.DEBUG):
+                    told = about(ticket.id, model=model.name, error=error.code)
+                    logger.debug("refused %s: %s", ticket.id, error.message, extra=told)
+                return results.failed(slot, ticket, error), ticket.canvas
+            case Revoked(slot=slot, ticket=ticket, reason=reason):
+                if logger.isEnabledFor(logging.DEBUG):
+                    told = about(ticket.id, model=model.name)
+                    logger.debug("%s is %s", ticket.id, reason, extra=told)
+                return results.revoked(slot, ticket, reason), ticket.canvas
+            case Dead(slot=slot, ticket=ticket, message=message):
+                logger.error(
+                    "dead letter: %s of %s ended %d workers",
+                    ticket.id, model.name, ticket.attempts,
+                    extra=about(ticket.id, model=model.name),
+                )  # fmt: skip
+                return results.dead(slot, ticket, message, self._clock.now()), ticket.canvas
+            case Answered(slot=slot, ticket=ticket, result=result):
+                # What follows on it may be forgotten, or was never published: then it is twice.
+                return results.answered(slot, ticket, result), ticket.canvas if result else None
+            case Foreign(slot=slot, message=message, handed=handed):
+                return self._hooks.hand_over(slot, model.name, message, handed), None
+            case Early(slot=slot, message=message, due_ms=due_ms):
+                return self._hooks.keep(slot, message, due_ms), None
+            case Quarantined(reason=reason):
+                settlement = results.quarantined(found, self._clock.now())
+                told = about(settlement.request_id, model=model.name)
+                logger.error(
+                    "quarantined %s of %s: %s",
+                    settlement.request_id or "a message", model.name, reason,
+                    extra=told,
+                )  # fmt: skip
+                return settlement, None

@@ -1,0 +1,225 @@
+"""What has ended and is not settled yet: when it is to be, how much of it at a time.
+
+Batches end on the lanes' threads, links and chords are published on another. What was settled
+lately is kept, for a Redis that goes back in time (see kept.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Container, Mapping
+from typing import Final
+
+from msgspec.structs import replace
+
+from inferq.shared.errors import FatalEngineError
+from inferq.shared.resp import Packed
+from inferq.workers.claims.rollback import Kept
+from inferq.workers.claims.runs import Finished
+from inferq.workers.claims.settlement import Settlement
+from inferq.workers.data_plane import batch_log as batches
+from inferq.workers.data_plane.counts import count_settled
+from inferq.workers.data_plane.hooks import Hooks
+from inferq.workers.data_plane.served_model import ServedModel
+from inferq.workers.logs.fields import about
+
+logger = logging.getLogger(__name__)
+
+#: Longest time that results wait for those of the lanes' next batches, in s.
+SETTLE_WITHIN_S: Final = 0.02
+#: Results that one MULTI carries at most, and their bytes; the rest goes into the next.
+MAX_SETTLEMENTS: Final = 1_000
+MAX_SETTLE_BYTES: Final = 32 * 1024 * 1024
+
+
+def portion(settlements: list[Settlement]) -> list[Settlement]:
+    """The first of `settlements`: as many as one MULTI may carry."""
+    size = 0
+    for place, done in enumerate(settlements):
+        size += len(done.outcome)
+        if done.dead_letter is not None or done.before:
+            size += _other_bytes(done)
+        if place and (size > MAX_SETTLE_BYTES or place == MAX_SETTLEMENTS):
+            return settlements[:place]
+    return list(settlements)
+
+
+def _other_bytes(done: Settlement) -> int:
+    """Bytes that settling it sends beside its result; a dead letter goes out twice."""
+    words = [word for command in done.before for word in command]
+    sizes = [len(word) for word in words if isinstance(word, bytes | str)]
+    return sum(sizes) + 2 * len(done.dead_letter or b"")
+
+
+class Settling:
+    """Owned by the data plane's thread; `on_finished` and `on_ready` may be called from any."""
+
+    def __init__(self, models: Mapping[str, ServedModel], hooks: Hooks) -> None:
+        self._models = models
+        self._hooks = hooks
+        self._finished: deque[Finished] = deque()
+        self._ready: deque[tuple[str, Settlement]] = deque()
+        #: Batches whose results wait for more.
+        self._ended: list[Finished] = []
+        #: Requests that have ended but for their links, chain or chord, by model.
+        self.away_in_canvas: Counter[str] = Counter()
+        #: Of these, what Redis has not been told yet to be computing no longer ("<m>/<id>").
+        self.stopped: list[str] = []
+        #: The incarnation whose requests these are.
+        self.incarnation = ""
+        #: What goes into the next MULTIs, in order.
+        self.due: list[Settlement] = []
+        self.kept = Kept()
+        self._counts = {name: model.counts for name, model in models.items()}
+        #: How many of those due were sent and not answered for.
+        self._doubtful = 0
+        #: Since the start.
+        self.batches_ended = 0
+
+    def on_finished(self, finished: Finished) -> None:
+        """A lane is done with a batch."""
+        self._finished.append(finished)
+
+    def on_ready(self, incarnation: str, settlement: Settlement) -> None:
+        """What belongs to a request besides its result was published."""
+        self._ready.append((incarnation, settlement))
+
+    def collect(self) -> FatalEngineError | None:
+        """Take note of the batches that have ended; the error if an engine is beyond use."""
+        fatal: FatalEngineError | None = None
+        while self._finished:
+            finished = self._finished.popleft()
+            model = self._model(finished)
+            if not finished.audited:
+                self.batches_ended += 1
+                model.learn(finished)
+                model.ended(finished.job, finished.ended - finished.began)
+                model.counts.ended(finished)
+                if finished.outcomes and (one := finished.outcomes[0]).outputs is not None:
+                    model.sizes.computed(one.item.inputs, one.outputs)
+                if logger.isEnabledFor(logging.DEBUG):
+                    batches.tell(logger, model.name, finished)
+            if finished.fatal is not None:
+                ids = (item.ticket.id for item in finished.job.items)
+                told = about(*ids, model=model.name)
+                logger.critical("engine of %s: %s", model.name, finished.fatal, extra=told)
+                fatal = finished.fatal
+            else:
+                self._ended.append(finished)
+        return fatal
+
+    def is_due(self) -> bool:
+        """False while what has ended may wait for more: each trip to Redis costs the same."""
+        if not self._ended or self.due or self._ready:
+            return True
+        if time.monotonic() >= self._ended[0].ended + SETTLE_WITHIN_S:
+            return True
+        return not all(self._model(finished).relaxed() for finished in self._ended)
+
+    def due_at(self) -> float | None:
+        """When (monotonic s) what waits for more will wait no longer; None if nothing waits."""
+        return self._ended[0].ended + SETTLE_WITHIN_S if self._ended else None
+
+    def take(self, claims: Container[str]) -> None:
+        """What has ended is due now, as far as it belongs to one of `claims` (by key)."""
+        ended, self._ended = self._ended, []
+        for finished in ended:
+            results = self._model(finished).results
+            for outcome in finished.outcomes:
+                if outcome.item.slot.claim.key in claims:
+                    self.add(results.computed(outcome), outcome.item.ticket.canvas)
+            for late in finished.late:
+                if late.slot.claim.key in claims:
+                    self.add(results.late(late), late.ticket.canvas)
+        self._take_ready()
+
+    def _take_ready(self) -> None:
+        while self._ready:
+            incarnation, settlement = self._ready.popleft()
+            if incarnation == self.incarnation:
+                self.away_in_canvas[settlement.model] -= 1
+                self.due.append(settlement)
+
+    def add(self, settlement: Settlement, canvas: bytes | None) -> None:
+        """One more, due at once or, with a `canvas`, once that is published."""
+        if canvas is None:
+            self.due.append(settlement)
+        else:
+            if settlement.running:
+                self.stopped.append(f"{settlement.model}/{settlement.request_id}")
+            self._publish(replace(settlement, canvas=canvas), canvas)
+
+    def _publish(self, settlement: Settlement, canvas: bytes) -> None:
+        self.away_in_canvas[settlement.model] += 1
+        self._hooks.publish_canvas(self.incarnation, settlement, canvas)
+
+    def publish_again(self) -> None:
+        """Redis was started anew, and may have forgotten what was published for those due."""
+        self._take_ready()
+        again = [done for done in self.due if done.canvas is not None]
+        self._doubtful = sum(done.canvas is None for done in self.due[: self._doubtful])
+        self.due = [done for done in self.due if done.canvas is None]
+        for done in again:
+            done.slot.claim.settled.discard(done.slot.index)
+            self._publish(done, done.canvas or b"")
+
+    def unanswered(self, sent: list[Settlement]) -> None:
+        """Redis may have settled the first ones due, `sent`; they are sent again."""
+        self._doubtful = max(self._doubtful, len(sent))
+
+    def settled(
+        self,
+        sent: list[Settlement],
+        settling: Packed,
+        number: int,
+        overtaken: frozenset[int],
+        redis_ms: float,
+    ) -> None:
+        """Redis has answered: the first ones due, `sent`, are settled, by that MULTI.
+
+        `overtaken`: places of those that had a result already. `redis_ms`: Redis' present.
+        """
+        del self.due[: len(sent)]
+        self.kept.add(settling, len(sent), number)
+        if overtaken and self._doubtful:  # the result there may be this very one
+            overtaken = frozenset(place for place in overtaken if place >= self._doubtful)
+        self._doubtful = max(0, self._doubtful - len(sent))
+        count_settled(self._counts, sent, overtaken, time.monotonic() * 1000, redis_ms)
+        self._hooks.on_settled(sent)
+        for done in sent:
+            if done.after is not None:
+                try:
+                    done.after()
+                except Exception:
+                    logger.exception(
+                        "Celery did not take a message; it stays in kombu's unacked",
+                        extra=about(done.request_id, model=done.model),
+                    )
+
+    def ending(self) -> int:
+        """How many requests will be settled with the next MULTIs."""
+        return len(self.due) + sum(len(ended.job.items) for ended in self._ended)
+
+    def is_over(self) -> bool:
+        """Whether nothing is to be settled any more, of what has ended so far."""
+        waiting = self._finished or self._ended or self._ready or self.due
+        return not waiting and not self.away_in_canvas.total()
+
+    def drop(self, *, forgotten: bool) -> None:
+        """All of it belongs to somebody else now.
+
+        `forgotten`: because Redis went back behind this incarnation's birth. Then the results that
+        it had stored are gone, and are kept to be stored again.
+        """
+        self.due.clear()
+        if not forgotten:
+            self.kept.clear()
+        self.kept.last = 0
+        self.stopped.clear()
+        self.away_in_canvas.clear()
+        self._doubtful = 0
+
+    def _model(self, finished: Finished) -> ServedModel:
+        return self._models[finished.job.items[0].ticket.model]

@@ -1,0 +1,91 @@
+"""Claimed requests whose payloads stay in Redis until there is room for them here.
+
+How large a request is shows only once it is claimed. Where a claim turns out larger than the budget
+has room for, its messages are kept, which are small, and its payloads are fetched as others end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import msgspec
+
+from inferq.shared.codec import MAX_MESSAGE_BYTES
+from inferq.shared.schema import MAX_DIMS, WIRE_DTYPES
+from inferq.workers.claims.verdicts import Opened
+
+
+class Unfetched(msgspec.Struct, frozen=True, eq=False):
+    """A request that was opened, and the bytes that it takes whole by what it says of itself."""
+
+    opened: Opened
+    size: int
+
+
+def payload_sizes(opened: Opened, most: int = MAX_MESSAGE_BYTES) -> dict[str, int]:
+    """Payload key → bytes, by the tensor's dtype and shape; 0 where these are none.
+
+    All are 0 where they are more than `most` together, which no request has: it fails, and nobody
+    else is to wait until there is room for it.
+    """
+    sizes = {key: _declared(opened.inputs[name]) for name, key in opened.references.items()}
+    return sizes if sum(sizes.values()) <= most else dict.fromkeys(sizes, 0)
+
+
+def _declared(tensor: object) -> int:
+    if not isinstance(tensor, dict):
+        return 0
+    shape, dtype = tensor.get("shape"), tensor.get("dtype")
+    known = WIRE_DTYPES.get(dtype) if isinstance(dtype, str) else None
+    # The product of a million numbers takes minutes.
+    if known is None or not isinstance(shape, list | tuple) or len(shape) > MAX_DIMS:
+        return 0
+    if not all(type(size) is int and size >= 0 for size in shape):
+        return 0
+    return math.prod(shape) * known.itemsize
+
+
+class Backlog:
+    """One worker's, by model, most urgent first. Owned by the data plane's thread."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, list[Unfetched]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def __iter__(self) -> Iterator[Unfetched]:
+        return (each for some in self._waiting.values() for each in some)
+
+    @property
+    def models(self) -> list[str]:
+        """Those of which requests wait."""
+        return list(self._waiting)
+
+    def add(self, model: str, some: Iterable[Unfetched]) -> None:
+        """Put `some` behind those that are as urgent."""
+        waiting = self._waiting.setdefault(model, [])
+        waiting.extend(some)
+        waiting.sort(key=lambda each: each.opened.ticket.priority)
+
+    def first(self, model: str, room: int, *, alone: bool) -> Sequence[Unfetched]:
+        """The first ones that fit into `room` bytes; one at least if it would be `alone`."""
+        found: list[Unfetched] = []
+        for each in self._waiting[model]:
+            room -= each.size
+            if room < 0 and (found or not alone):
+                break
+            found.append(each)
+        return found
+
+    def drop(self, model: str, count: int) -> None:
+        """The first `count` have been fetched."""
+        left = self._waiting[model][count:]
+        if left:
+            self._waiting[model] = left
+        else:
+            del self._waiting[model]
+
+    def clear(self) -> None:
+        self._waiting.clear()

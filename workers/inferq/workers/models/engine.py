@@ -1,0 +1,181 @@
+"""What an engine is: it loads one model, and runs batches on lanes.
+
+Lifecycle, the same for every backend: ``load → lane.run … → close``. A lane is what one
+batch occupies: on CUDA one execution context, one stream and its buffers; on a CPU one core. Each
+lane is driven by one thread of its own that calls `Lane.run` and nothing else touches it, so
+copies and compute of different lanes overlap while ``run`` itself may simply wait, provided that
+it waits with the GIL released.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import numpy as np
+
+from inferq.shared.errors import ConfigError, EngineError
+from inferq.shared.schema import Array, GpuTimes, Tensors
+from inferq.workers.models.ranges import Usual, usual_inputs
+from inferq.workers.models.signatures import Declared
+
+if TYPE_CHECKING:
+    from inferq.workers.models.repository import ModelSpec
+
+#: Libraries' messages can hold whole shapes and stack traces.
+MAX_REASON_CHARS: Final = 500
+
+
+@dataclass
+class Batch:
+    """Compatible requests' inputs, to be run as one.
+
+    `parts` holds one mapping of input name → array per request, in order. Along dim 0 they are
+    joined; all other dims are equal already. `rows` is the sum of their leading dims and `bucket`
+    (≥ rows) the batch size to run: rows beyond `rows` are padding. For a model that is not
+    batchable there is one part, rows = bucket = 1, and its arrays pass as they are.
+    """
+
+    parts: Sequence[Tensors]
+    rows: int
+    bucket: int
+    batchable: bool = True
+    #: What it took to put the inputs together, in ms, once that is done.
+    gather_ms: float = 0.0
+
+
+class OutOfDeviceMemory(EngineError):
+    """The device's memory does not suffice for this batch."""
+
+
+class RowsDiffer(EngineError):
+    """An output has another number of rows than the inputs that were run."""
+
+
+class Lane(Protocol):
+    """Where one batch at a time runs."""
+
+    #: Of its last run; None where there is no card to tell.
+    gpu_times: GpuTimes | None = None
+
+    def run(self, batch: Batch) -> Mapping[str, Array]:
+        """Output name → array with `batch.rows` rows (padding cut off).
+
+        The arrays belong to the caller: the lane does not write to them again. Raises EngineError
+        for what this batch caused, FatalEngineError if no further batch can run. Any other
+        exception is taken for an EngineError by the caller.
+        """
+        ...
+
+
+class Engine(ABC):
+    """One loaded model. The constructor assigns; `load` reads the model and opens the lanes."""
+
+    #: The name in model.toml.
+    name: str
+    #: Whether each lane has hardware of its own (CPU cores), so that two batches on two lanes end
+    #: sooner than one of twice the size on one. `load` may set it.
+    parallel_lanes: bool = False
+    #: How many times as much as on a CPU two runs of other shapes may differ by rounding: a card
+    #: multiplies float32 as TF32, whose mantissa is float16's. `load` may set it.
+    rounding: float = 1.0
+    #: How often a lane runs a size until the next run is as fast as any. `load` may set it.
+    runs_to_be_warm: int = 1
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self.path = spec.path
+
+    @classmethod
+    @abstractmethod
+    def read(cls, path: Path | None, table: Mapping[str, Any]) -> Declared:
+        """What the model's file says, without loading it to a device. ConfigError: why not."""
+
+    @abstractmethod
+    def load(self) -> None:
+        """Load the model and open the lanes. ConfigError if it cannot be."""
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Batch sizes at which it runs, ascending; empty: any."""
+        return self.spec.config.buckets
+
+    @property
+    def usual(self) -> Sequence[Usual]:
+        """The usual inputs that it was told of, those of the largest batches first; empty: none."""
+        try:
+            return usual_inputs(self.spec) if self.spec.config.profile else ()
+        except ConfigError:  # only an engine that is built for its profiles needs all of them
+            return ()
+
+    @property
+    @abstractmethod
+    def lanes(self) -> Sequence[Lane]:
+        """The open lanes, at least one, once loaded."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free everything. No lane is running by then. Idempotent."""
+
+
+def gather(batch: Batch) -> dict[str, Array]:
+    """The batch's inputs joined along dim 0 and padded with copies of the last row to `bucket`.
+
+    Without copying where one part needs no padding.
+    """
+    first = batch.parts[0]
+    padding = batch.bucket - batch.rows
+    if len(batch.parts) == 1 and padding == 0:
+        return dict(first)
+    began = time.perf_counter()
+    joined: dict[str, Array] = {}
+    for name, array in first.items():
+        pieces = [part[name] for part in batch.parts]
+        if padding:
+            last = pieces[-1][-1:]
+            pieces.append(np.broadcast_to(last, (padding, *array.shape[1:])))
+        joined[name] = np.concatenate(pieces)
+    batch.gather_ms = (time.perf_counter() - began) * 1000
+    return joined
+
+
+def check_inputs(inputs: Tensors, dtypes: Mapping[str, np.dtype[Any]]) -> None:
+    """EngineError unless `inputs` are those of `dtypes` (name → dtype), no more and no fewer.
+
+    For engines whose library would take others without a word.
+    """
+    if inputs.keys() != dtypes.keys():
+        raise EngineError(f"inputs are {sorted(inputs)}; expected {sorted(dtypes)}")
+    for name, array in inputs.items():
+        if array.dtype != dtypes[name]:
+            raise EngineError(f"input {name!r} is {array.dtype.name}; expected {dtypes[name].name}")
+
+
+def without_padding(batch: Batch, outputs: Mapping[str, Array]) -> Mapping[str, Array]:
+    """`outputs` of a run of `gather(batch)`, cut to the batch's rows where it was padded.
+
+    RowsDiffer for an output of another number of rows than was run.
+    """
+    if not batch.batchable or batch.bucket == batch.rows:
+        return outputs
+    # Counted before the padding is cut, or rows that are missing would go unseen.
+    check_rows(outputs, batch.bucket)
+    return {name: array[: batch.rows] for name, array in outputs.items()}
+
+
+def check_rows(outputs: Mapping[str, Array], rows: int) -> None:
+    """RowsDiffer unless each output has as many `rows` as the inputs."""
+    for name, array in outputs.items():
+        got = array.shape[0] if array.ndim else "no"
+        if got != rows:
+            raise RowsDiffer(f"output {name!r} has {got} rows; expected {rows}, as the inputs")
+
+
+def reason(problem: Exception) -> str:
+    """What a library says of `problem`, on one line of at most `MAX_REASON_CHARS` (and "…")."""
+    text = " ".join(str(problem).split()) or type(problem).__name__
+    return text if len(text) <= MAX_REASON_CHARS else text[:MAX_REASON_CHARS] + "…"

@@ -1,0 +1,103 @@
+"""The folders of a model repository: which hold a model, and which are something else.
+
+A model's folder has a model.toml, or a version's folder, which is called by a whole number. All
+else that stands in a repository (docs/, __pycache__, lost+found) is passed over.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from inferq.shared.errors import ConfigError
+from inferq.shared.names import is_model_name
+from inferq.workers.models.registry import ENGINES
+
+TOML: Final = "model.toml"
+#: What models' files are called, in order of preference.
+MODEL_FILES: Final = tuple(
+    dict.fromkeys(file for entry in ENGINES.values() for file in entry.files)
+)
+_VERSION: Final = re.compile(r"[1-9][0-9]{0,8}")
+
+
+@dataclass(frozen=True)
+class Folders:
+    """What stands in a repository; each sorted."""
+
+    #: Those that hold a model, or were meant to. Their names may be none of a model.
+    models: tuple[str, ...]
+    #: Folders that hold none.
+    others: tuple[str, ...]
+    #: Files, and whatever is hidden.
+    rest: tuple[str, ...]
+
+
+def look_through(root: Path) -> Folders:
+    """What stands in the repository `root`. ConfigError if that is no folder that can be read."""
+    if not root.is_dir():
+        raise ConfigError(f"model repository is {str(root)!r}; expected a folder")
+    models, others, rest = [], [], []
+    try:
+        entries = sorted(root.iterdir())
+    except OSError as problem:
+        raise ConfigError(f"model repository {str(root)!r} cannot be read: {problem}") from problem
+    for entry in entries:
+        if entry.name[0] == "." or not _is_folder(entry):
+            rest.append(entry.name)
+        elif _holds_model(root, entry):
+            models.append(entry.name)
+        else:
+            others.append(entry.name)
+    return Folders(tuple(models), tuple(others), tuple(rest))
+
+
+def inside(root: Path, path: Path) -> Path:
+    """`path` with its links followed. ConfigError if that leads out of `root`."""
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError) as problem:
+        raise ConfigError(f"{path} cannot be followed: {problem}") from problem
+    if not real.is_relative_to(root.resolve()):
+        raise ConfigError(f"{path} leads to {real}; expected a place in the repository {root}")
+    return real
+
+
+def why_no_name(name: str) -> str:
+    """What is wrong with a folder's name that no model may have."""
+    return (
+        f"model name is {name!r}; expected letters, digits, _ . - (at most 100, "
+        "the first none of . -)"
+    )
+
+
+def versions_of(folder: Path) -> tuple[int, ...]:
+    """The versions that have a folder in a model's `folder`, ascending. OSError."""
+    return tuple(sorted(int(entry.name) for entry in folder.iterdir() if _is_version(entry)))
+
+
+def _is_version(entry: Path) -> bool:
+    return _VERSION.fullmatch(entry.name) is not None and entry.is_dir()
+
+
+def _is_folder(entry: Path) -> bool:
+    try:
+        # Nobody knows what a link to nowhere was to lead to, so it is not passed over.
+        return entry.is_dir() or (entry.is_symlink() and not entry.exists())
+    except OSError:
+        return False
+
+
+def _holds_model(root: Path, entry: Path) -> bool:
+    """Whether `entry` is a model's folder, or may be one: `load_model` says what is wrong."""
+    try:
+        if not entry.is_dir() or not entry.resolve().is_relative_to(root.resolve()):
+            return True
+        return any(
+            inner.name == TOML or inner.name in MODEL_FILES or _is_version(inner)
+            for inner in entry.iterdir()
+        )
+    except (OSError, RuntimeError):  # RuntimeError: a loop of links
+        return is_model_name(entry.name)

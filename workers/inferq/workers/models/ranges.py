@@ -1,0 +1,193 @@
+"""How large the open dims of a model's inputs may be: by ``[profile]``, ``[pad]`` and batch knobs.
+
+A profile gives each symbol of the signature three sizes: the smallest, the usual one, for which an
+engine is to be fastest, and the largest. model.toml may hold one, ``[profile]``, or several,
+``[[profile]]``; of a symbol on which a profile is silent, the batch knobs and ``[pad]`` say it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from inferq.shared.errors import ConfigError
+from inferq.shared.schema import TensorSpec
+from inferq.workers.models.signatures import how_to_name
+
+if TYPE_CHECKING:
+    from inferq.workers.models.repository import ModelSpec
+
+Shape = tuple[int, ...]
+#: The smallest, the usual and the largest size of one symbol.
+Sizes = tuple[int, int, int]
+
+#: Elements of one input at its largest: TensorRT's own limit.
+MAX_ELEMENTS: Final = (1 << 31) - 1
+
+
+@dataclass(frozen=True)
+class InputRange:
+    """The shapes of one input in a profile."""
+
+    name: str
+    min: Shape
+    opt: Shape
+    max: Shape
+
+    def holds(self, shape: Shape) -> bool:
+        """Whether `shape` is one of them."""
+        return len(shape) == len(self.min) and all(
+            least <= size <= most
+            for least, size, most in zip(self.min, shape, self.max, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Usual:
+    """The usual inputs of one profile."""
+
+    #: Of all symbols.
+    sizes: Mapping[str, int]
+    #: The largest batch.
+    rows: int
+
+
+def profile_sizes(spec: ModelSpec, batch: Sizes | None = None) -> tuple[dict[str, Sizes], ...]:
+    """Symbol of the inputs of `spec` → its sizes, of each profile, the smallest profile first.
+
+    `batch` wins over model.toml in all of them. Raises ConfigError: nothing says how large a symbol
+    is, or what says it does not fit what the other knobs let pass.
+    """
+    if batch is not None and not spec.batchable:
+        raise ConfigError(
+            f"--batch is {','.join(map(str, batch))}; expected none, "
+            f"since the model is not batchable: {spec.why_not_batchable}"
+        )
+    profiles: list[dict[str, Sizes]] = [{} for _ in spec.config.profile or ({},)]
+    for symbol in _symbols(spec):
+        for table, sizes in zip(spec.config.profile or ({},), profiles, strict=True):
+            sizes[symbol] = _sizes(spec, table, symbol, batch)
+        _check(spec, symbol, [sizes[symbol] for sizes in profiles], batch)
+    # --batch may leave no difference.
+    found = [sizes for n, sizes in enumerate(profiles) if sizes not in profiles[:n]]
+    return tuple(sorted(found, key=lambda sizes: _elements(spec, sizes)))
+
+
+def input_ranges(spec: ModelSpec, sizes: Mapping[str, Sizes]) -> tuple[InputRange, ...]:
+    """The shapes of all inputs of `spec` in one profile, open dims or not.
+
+    ConfigError: one is too large.
+    """
+    return tuple(_range(tensor, sizes) for tensor in spec.signature.inputs)
+
+
+def usual_inputs(spec: ModelSpec) -> tuple[Usual, ...]:
+    """Of each profile of `spec`, those of the largest batches first. ConfigError: as above."""
+    batch = spec.batch_symbol
+    found = [
+        Usual(
+            {symbol: usual for symbol, (_, usual, _) in sizes.items()},
+            1 if batch is None else sizes[batch][2],
+        )
+        for sizes in profile_sizes(spec)
+    ]
+    return tuple(sorted(found, key=lambda each: -each.rows))
+
+
+def _symbols(spec: ModelSpec) -> list[str]:
+    found: dict[str, None] = {}
+    for tensor in spec.signature.inputs:
+        for axis, dim in enumerate(tensor.shape):
+            if isinstance(dim, str):
+                found[dim] = None
+            elif dim is None:
+                raise ConfigError(
+                    f"nothing says how large dim {axis} of input {tensor} may be, and [profile] "
+                    f"takes names only; {how_to_name(tensor.name, axis)}"
+                )
+    return list(found)
+
+
+def _sizes(spec: ModelSpec, table: Mapping[str, Sizes], symbol: str, batch: Sizes | None) -> Sizes:
+    config = spec.config
+    is_batch = symbol == spec.batch_symbol
+    if is_batch and batch is not None:
+        return batch
+    if symbol in table:
+        return table[symbol]
+    if is_batch:
+        preferred, most = config.preferred_batch_sizes, _largest_batch(spec)
+        return 1, preferred[-1] if preferred else most, most
+    if symbol in config.pad:
+        buckets = config.pad[symbol].buckets
+        return buckets[0], buckets[-1], buckets[-1]
+    raise ConfigError(
+        f"nothing says how large {symbol!r} of the inputs may be; expected in model.toml: "
+        f"[profile] {toml_key(symbol)} = [smallest, usual, largest]"
+    )
+
+
+def toml_key(symbol: str) -> str:
+    """`symbol` as a key of a TOML table."""
+    bare = symbol.isascii() and symbol.replace("_", "").replace("-", "").isalnum()
+    return symbol if bare else '"' + symbol.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _largest_batch(spec: ModelSpec) -> int:
+    """The size at which a batch of max_batch_size runs: that of its bucket."""
+    most = spec.max_batch_size
+    return next((size for size in spec.config.buckets if size >= most), most)
+
+
+def _check(spec: ModelSpec, symbol: str, given: list[Sizes], batch: Sizes | None) -> None:
+    """ConfigError unless one of the sizes `given` to `symbol` holds each size that can occur."""
+    config = spec.config
+    where = f"profile.{symbol} is {' and '.join(str(list(sizes)) for sizes in given)}"
+    of = " of one" if len(given) > 1 else ""
+    occurring: tuple[int, ...] = ()
+    if symbol == spec.batch_symbol:
+        # What lies between is padded to a larger batch, or split.
+        occurring = (config.buckets[0] if config.buckets else 1, _largest_batch(spec))
+        if batch is not None:
+            where = f"--batch is {','.join(map(str, batch))}"
+            occurring = (1,)
+    elif symbol in config.pad:
+        occurring = config.pad[symbol].buckets
+    if not occurring:
+        return
+    if min(sizes[0] for sizes in given) > occurring[0]:
+        raise ConfigError(
+            f"{where}; expected the first{of} to be at most {occurring[0]}, which can occur"
+        )
+    if max(sizes[2] for sizes in given) < occurring[-1]:
+        raise ConfigError(
+            f"{where}; expected the last{of} to be at least {occurring[-1]}, which can occur"
+        )
+    if symbol in config.pad:
+        for size in occurring:
+            if not any(least <= size <= most for least, _, most in given):
+                raise ConfigError(f"{where}; expected one to hold {size}, which can occur")
+
+
+def _elements(spec: ModelSpec, sizes: Mapping[str, Sizes]) -> int:
+    """Of all inputs at their largest."""
+    return sum(math.prod(_shape(tensor, sizes, 2)) for tensor in spec.signature.inputs)
+
+
+def _shape(tensor: TensorSpec, sizes: Mapping[str, Sizes], which: int) -> Shape:
+    return tuple(
+        sizes[dim][which] if isinstance(dim, str) else int(dim or 0) for dim in tensor.shape
+    )
+
+
+def _range(tensor: TensorSpec, sizes: Mapping[str, Sizes]) -> InputRange:
+    least, usual, most = (_shape(tensor, sizes, which) for which in range(3))
+    elements = math.prod(most)
+    if elements > MAX_ELEMENTS:
+        raise ConfigError(
+            f"input {tensor} has {elements} elements at its largest, {list(most)}; "
+            f"expected at most {MAX_ELEMENTS}: lower max_batch_size or the sizes in [profile]"
+        )
+    return InputRange(tensor.name, least, usual, most)

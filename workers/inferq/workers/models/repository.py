@@ -1,0 +1,200 @@
+"""The model repository: ``models/<name>/model.toml`` and ``models/<name>/<version>/model.onnx``.
+
+Versions are whole numbers; the highest of which all files are there and whole is served. What an
+engine refuses of such a version is the model's fault: no older one stands in for it, or a wrong
+answer would go unnoticed. A model is as good as code: nothing is followed out of the repository
+(symbolic links included), and files that anyone may write are warned of, not refused, since some
+container mounts make every file so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from inferq.shared.errors import ConfigError
+from inferq.shared.names import is_model_name
+from inferq.shared.schema import ModelAdvert, Signature
+from inferq.workers.logs.fields import about
+from inferq.workers.logs.slow import told_if_slow
+from inferq.workers.models.config import ModelConfig, ModelToml, check_pad, check_profile, read_toml
+from inferq.workers.models.folders import TOML, inside, look_through, versions_of, why_no_name
+from inferq.workers.models.not_served import NotServed, not_served
+from inferq.workers.models.signatures import examine
+from inferq.workers.models.validation import naming
+from inferq.workers.models.version_choice import newest_whole
+
+logger = logging.getLogger(__name__)
+
+MAX_LABELS_BYTES: Final = 16 << 20
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model of the repository, read and checked but not loaded."""
+
+    name: str
+    #: The version served, and all there are, ascending.
+    version: int
+    versions: tuple[int, ...]
+    #: The model's file; None for an engine that needs none.
+    path: Path | None
+    config: ModelConfig
+    #: The engine's own table of model.toml.
+    engine_table: Mapping[str, Any]
+    signature: Signature
+    #: Rows; 1 if the model is not batchable.
+    max_batch_size: int
+    labels: tuple[str, ...]
+    #: Why the model runs request by request; None if requests share batches.
+    why_not_batchable: str | None = None
+    #: What whoever serves it should know of its rows.
+    remark: str | None = None
+    #: Newer versions, whose files are not all there; the newest first.
+    passed_over: tuple[NotServed, ...] = ()
+
+    @property
+    def batchable(self) -> bool:
+        return self.why_not_batchable is None
+
+    @property
+    def batch_symbol(self) -> str | None:
+        """What the signature calls the batch; None if the model is not batchable."""
+        return self.signature.batch_symbol if self.batchable else None
+
+    def advert(self, seconds_per_row: float, result_expires_s: int) -> ModelAdvert:
+        """What a worker that serves this model announces."""
+        config = self.config
+        return ModelAdvert(
+            name=self.name,
+            version=self.version,
+            engine=config.engine,
+            signature=self.signature,
+            max_batch_size=self.max_batch_size,
+            batchable=self.batchable,
+            max_queue_depth=config.max_queue_depth,
+            max_queue_bytes=config.max_queue_bytes,
+            max_request_bytes=config.max_request_bytes,
+            default_priority=config.priority,
+            default_timeout_ms=config.timeout_ms,
+            seconds_per_row=seconds_per_row,
+            padded=tuple(config.pad),
+            result_expires_s=result_expires_s,
+        )
+
+
+def model_names(root: Path) -> list[str]:
+    """The models' folders in the repository `root`, sorted. ConfigError if `root` is no folder.
+
+    Names are not checked: `load_model` does that.
+    """
+    return list(look_through(root).models)
+
+
+def load_models(
+    root: Path, names: Iterable[str], *, on_cpu: bool = False
+) -> tuple[list[ModelSpec], list[NotServed]]:
+    """Those of the models `names` that can be served, and why the others cannot.
+
+    Versions that were passed over are not among these: a ModelSpec has its own.
+    """
+    specs: list[ModelSpec] = []
+    bad: list[NotServed] = []
+    for name in names:
+        try:
+            with told_if_slow(logger, name, "reading it and running examples"):
+                specs.append(load_model(root, name, on_cpu=on_cpu))
+        except ConfigError as problem:
+            bad.append(not_served(name, problem.message))
+        except OSError as problem:
+            bad.append(not_served(name, f"{root / name} cannot be read: {problem}"))
+        except Exception as problem:
+            # Whatever a library makes of one model's files harms that model only.
+            logger.exception("model %r could not be read", name, extra=about(model=name))
+            bad.append(not_served(name, f"it could not be read: {problem!r}"))
+    return specs, bad
+
+
+def load_model(root: Path, name: str, *, on_cpu: bool = False) -> ModelSpec:
+    """The model `name` in the repository `root`. ConfigError naming file, value, expectation.
+
+    `on_cpu`: as a machine without a GPU serves it, whatever its model.toml says of one.
+    """
+    if not is_model_name(name):
+        raise ConfigError(why_no_name(name))
+    if not root.is_dir():
+        raise ConfigError(f"model repository is {str(root)!r}; expected a folder")
+    folder = inside(root, root / name)
+    if not folder.is_dir():
+        raise ConfigError(f"model {name!r}: no folder {str(root / name)!r} in the repository")
+    toml_path = root / name / TOML
+    toml = ModelToml(ModelConfig(), {})
+    if toml_path.exists() or toml_path.is_symlink():
+        with naming(toml_path):
+            toml = read_toml(inside(root, toml_path))
+    # An engine that needs no file needs no version's folder either.
+    versions = versions_of(folder) or (1,)
+    chosen, passed_over = newest_whole(root, name, versions, toml, on_cpu=on_cpu)
+    path, table = chosen.path, chosen.table
+    with naming(toml_path if path is None else path, tables=toml_path):
+        declared = chosen.cls.read(path, table)
+    config = toml.config.model_copy(update={"engine": chosen.engine})
+    with naming(toml_path):
+        examined = examine(declared, config.batchable, config.known_sizes)
+        signature = examined.signature
+        check_pad(config.pad, signature)
+        check_profile(config.profile, signature)
+        return ModelSpec(
+            name=name,
+            version=chosen.version,
+            versions=versions,
+            path=path,
+            config=config,
+            engine_table=table,
+            signature=signature,
+            max_batch_size=_max_batch_size(config, examined.why_not_batchable),
+            labels=_labels(folder, config),
+            why_not_batchable=examined.why_not_batchable,
+            remark=examined.remark,
+            passed_over=tuple(passed_over),
+        )
+
+
+def _max_batch_size(config: ModelConfig, reason: str | None) -> int:
+    if reason is None:
+        return config.max_batch_size or config.default_max_batch_size
+    for key, largest in (
+        ("max_batch_size", config.max_batch_size),
+        ("buckets", max(config.buckets, default=1)),
+        ("preferred_batch_sizes", max(config.preferred_batch_sizes, default=1)),
+    ):
+        if largest > 1:
+            raise ConfigError(
+                f"{key} is {config.changed()[key]}; expected at most 1, "
+                f"since the model is not batchable: {reason}"
+            )
+    return 1
+
+
+def _labels(folder: Path, config: ModelConfig) -> tuple[str, ...]:
+    if not isinstance(config.labels, str):
+        return config.labels
+    path = folder / config.labels
+    try:
+        if not path.resolve().is_relative_to(folder):
+            raise ConfigError(f"labels is {config.labels!r}; expected a file in the model's folder")
+        with path.open("rb") as file:
+            raw = file.read(MAX_LABELS_BYTES + 1)
+        text = raw.decode()
+    except (OSError, RuntimeError, ValueError) as problem:
+        raise ConfigError(
+            f"labels is {config.labels!r}; expected a UTF-8 file in the model's folder ({problem})"
+        ) from problem
+    if len(raw) > MAX_LABELS_BYTES:
+        raise ConfigError(
+            f"labels is {config.labels!r}; expected a file of at most {MAX_LABELS_BYTES} bytes"
+        )
+    return tuple(text.splitlines())

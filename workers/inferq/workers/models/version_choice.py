@@ -1,0 +1,107 @@
+"""Which version of a model is served, and by what: the newest of which all files are there."""
+
+from __future__ import annotations
+
+import logging
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inferq.shared.errors import ConfigError
+from inferq.workers.logs.fields import about
+from inferq.workers.models.config import ModelToml
+from inferq.workers.models.engine import Engine
+from inferq.workers.models.folders import MODEL_FILES, TOML, inside
+from inferq.workers.models.model_files import Incomplete, check_whole
+from inferq.workers.models.not_served import NotServed, not_served
+from inferq.workers.models.on_cpu import cpu_engine
+from inferq.workers.models.registry import ENGINES, engine_class, registered
+from inferq.workers.models.validation import naming
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The version that is served, and by what."""
+
+    version: int
+    engine: str
+    cls: type[Engine]
+    table: Mapping[str, Any]
+    #: None for an engine that needs no file.
+    path: Path | None
+
+
+def newest_whole(
+    root: Path, name: str, versions: Sequence[int], toml: ModelToml, *, on_cpu: bool
+) -> tuple[Choice, list[NotServed]]:
+    """The newest version of which all files are there, and the newer ones. ConfigError: none is."""
+    passed_over: list[NotServed] = []
+    reasons: list[str] = []
+    for version in reversed(versions):
+        try:
+            return _choice(root, name, version, toml, on_cpu=on_cpu), passed_over
+        except Incomplete as problem:
+            reasons.append(problem.message)
+            passed_over.append(not_served(name, problem.message, version))
+    raise ConfigError("; ".join(reasons))
+
+
+def _choice(root: Path, name: str, version: int, toml: ModelToml, *, on_cpu: bool) -> Choice:
+    """What serves that version. Incomplete: its files are not all there. ConfigError."""
+    version_folder = root / name / str(version)
+    engine = toml.config.engine or _engine_for(version_folder)
+    table = toml.tables.get(engine, {})
+    instead = ""
+    if on_cpu:
+        named = engine
+        engine, table = cpu_engine(named, toml.tables)
+        instead = f", in place of {named}" if engine != named else ""
+    with naming(root / name / TOML):
+        entry, cls = registered(engine), engine_class(engine)
+    path = _model_file(root, version_folder, entry.files) if entry.files else None
+    if path is not None:
+        check_whole(path)
+    if on_cpu:
+        logger.info(
+            "model %r is served on the CPU by %s%s", name, engine, instead, extra=about(model=name)
+        )
+    return Choice(version, engine, cls, table, path)
+
+
+def _engine_for(version_folder: Path) -> str:
+    for engine, entry in ENGINES.items():
+        if any((version_folder / file).exists() for file in entry.files):
+            return engine
+    raise _no_model(version_folder, MODEL_FILES)
+
+
+def _model_file(root: Path, version_folder: Path, files: Sequence[str]) -> Path:
+    for file in files:
+        path = version_folder / file
+        if path.exists() or path.is_symlink():
+            real = inside(root, path)
+            if not real.is_file():
+                raise Incomplete(f"{path} is no file; expected a model")
+            _warn_if_open(real)
+            return path
+    raise _no_model(version_folder, files)
+
+
+def _no_model(version_folder: Path, files: Sequence[str]) -> Incomplete:
+    for file in files:
+        misplaced = version_folder.parent / file
+        if misplaced.exists():
+            return Incomplete(
+                f"{misplaced} is in no version's folder; expected {version_folder / file}"
+            )
+    return Incomplete(f"no model in {version_folder}; expected {' or '.join(files)} there")
+
+
+def _warn_if_open(path: Path) -> None:
+    for place in (path, path.parent):
+        if place.stat().st_mode & stat.S_IWOTH:
+            logger.warning("%s may be written by any user: a model is as good as code", place)

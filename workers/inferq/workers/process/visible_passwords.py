@@ -1,0 +1,56 @@
+"""A password on a command line is seen by every user of the host, in the list of processes."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from typing import Final
+from urllib.parse import urlsplit
+
+from inferq.workers.logs.printing import say
+
+_URL: Final = re.compile(r"[a-z+]+://[^;]+", re.IGNORECASE)
+_IN_QUERY: Final = re.compile(r"(?i)\bpassword=[^&]")
+#: Where else it may be said, by the option.
+_ELSEWHERE: Final = {
+    "--redis-url": "INFERQ_REDIS_URL",
+    "--broker": "CELERY_BROKER_URL",
+    "-b": "CELERY_BROKER_URL",
+    "--result-backend": "CELERY_RESULT_BACKEND",
+    "--broker-api": "FLOWER_BROKER_API",
+    "--broker_api": "FLOWER_BROKER_API",
+}
+
+
+def visible_password(arguments: Sequence[str]) -> str | None:
+    """What to say of a URL with a password among `arguments`; None: there is none."""
+    before = ""
+    for argument in arguments:
+        if any(map(_holds_password, _URL.findall(argument))):
+            option = argument.partition("=")[0] if argument.startswith("--") else before
+            if argument.startswith("-b"):
+                option = "-b"
+            elsewhere = _ELSEWHERE.get(option)
+            return (
+                f"{option if elsewhere else 'a URL'} holds a password, which every user of this "
+                "host sees in the list of processes; expected it in the environment: "
+                f"{elsewhere or 'INFERQ_REDIS_URL'}"
+            )
+        before = argument
+    return None
+
+
+def warn_of_visible_password() -> None:
+    """On stderr, if there is one on this process' command line."""
+    if (told := visible_password(sys.argv[1:])) is not None:
+        say(f"inferq: {told}", err=True)
+
+
+def _holds_password(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # ValueError: it is the beginning of a password with a / in it
+        return bool(parts.password or _IN_QUERY.search(parts.query))
+    except ValueError:
+        return "@" in url

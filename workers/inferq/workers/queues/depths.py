@@ -1,0 +1,270 @@
+"""How much waits where, of each model: told by Redis alone, whether or not a worker runs.
+
+A reading takes four round trips at most, however many requests wait: lengths are asked for, and no
+message leaves Redis (see oldest.lua). Where requests with an ETA stand is read, of the first
+`LATER_PLACES`. A key that holds something else than ours do counts as empty.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Final
+
+import msgspec
+import redis
+
+from inferq.shared import codec
+from inferq.shared.errors import ConfigError
+from inferq.shared.lua import source
+from inferq.shared.names import ClaimName, Names, glob_of, is_model_name, model_of
+from inferq.shared.schema import ModelAdvert
+from inferq.workers.claims import replies
+
+#: Most requests with an ETA whose model is looked at: those that are due first.
+LATER_PLACES: Final = 10_000
+#: Most models that are listed though no worker is known to have served them: whoever may push can
+#: make as many queues as it likes.
+STRAYS: Final = 10_000
+#: Part of max_queue_depth from which on a queue is nearly full.
+NEAR: Final = 0.8
+#: Keys that Redis looks at for one reply of a SCAN.
+_SCAN_COUNT: Final = 1000
+#: What `oldest.lua` says of an empty queue.
+_EMPTY: Final = b"none"
+
+
+class Depth(msgspec.Struct, frozen=True, kw_only=True):
+    """What waits of one model, in requests."""
+
+    model: str
+    #: In the queue, all priorities together; and by priority step.
+    depth: int
+    by_priority: Mapping[int, int]
+    #: Seconds since the oldest of those that are claimed next was sent; None: the queue is empty,
+    #: or they do not say, as those of a stock Celery app.
+    oldest_age_s: float | None
+    #: With an ETA that is ahead, among the first `LATER_PLACES` of all models.
+    later: int
+    #: Held by workers: computing, or about to.
+    claimed: int
+    dead: int
+    #: Live workers that serve the model.
+    consumers: int
+    #: None: no limit, or not known since nobody announced the model in the last day.
+    max_queue_depth: int | None
+    #: The depth is at `NEAR` of the limit or above.
+    near_limit: bool
+
+
+class Depths(msgspec.Struct, frozen=True, kw_only=True):
+    """One reading. `later_unread`: requests with an ETA of which the model was not looked at.
+
+    `unlisted`: further models, beyond `STRAYS`, that have a queue and that no worker announced.
+    """
+
+    models: Sequence[Depth]
+    later_unread: int
+    unlisted: int = 0
+
+
+class Found(msgspec.Struct, frozen=True, kw_only=True):
+    """The models that Redis knows of, each list sorted."""
+
+    #: A worker announces or announced them in the last day, or left something of them.
+    known: Sequence[str]
+    #: Those that only have a queue, `STRAYS` of them at most; and how many more queues there are.
+    strays: Sequence[str]
+    unlisted: int
+
+
+class DepthReader:
+    """Reads the depths in one Redis. Its methods raise redis' errors."""
+
+    def __init__(self, client: redis.Redis, names: Names) -> None:
+        self._client = client
+        self._names = names
+        self._oldest = client.register_script(source("oldest"))
+
+    def models(self) -> list[str]:
+        """The models that have a queue, dead letters, an announcement or a worker; see `find`.
+
+        Those that workers know come first.
+        """
+        found = self.find()
+        return [*found.known, *found.strays]
+
+    def find(self) -> Found:
+        """Look for all models, by every key's name (SCAN, twice).
+
+        That takes about a second where there are a million keys.
+        """
+        known: set[str] = set()
+        for names in self._names.spoken():
+            heads = (names.dead(""), names.model(""), names.serving(""))
+            for key in self._scan(names.root, "[dms]*"):
+                known |= {key.removeprefix(head) for head in heads if key.startswith(head)}
+            with self._client.pipeline(transaction=False) as pipe:
+                pipe.zrange(names.later, 0, LATER_PLACES - 1)
+                [places] = replies.of_each(pipe)
+            known |= {_model_of_place(place) for place in places or ()}
+        strays: set[str] = set()
+        unlisted = 0
+        for key in self._scan(self._names.prefix, "inferq.*", "list"):
+            model = self._model_of_queue(key)
+            if model is None or model in known or model in strays:
+                continue
+            if len(strays) < STRAYS:
+                strays.add(model)
+            else:
+                unlisted += 1
+        return Found(known=sorted(filter(is_model_name, known)), strays=sorted(strays),
+                     unlisted=unlisted)  # fmt: skip
+
+    def read(self, models: Sequence[str] | None = None) -> Depths:
+        """The depths of `models` in their order, or of all that are known."""
+        names, spoken = self._names, self._names.spoken()
+        unlisted = 0
+        if models is None:
+            found = self.find()
+            models, unlisted = sorted([*found.known, *found.strays]), found.unlisted
+        wanted = list(dict.fromkeys(models))
+        steps = names.priority_steps
+        with self._client.pipeline(transaction=False) as pipe:
+            pipe.time()
+            for each in spoken:
+                pipe.zcard(each.later)
+                pipe.zrange(each.later, 0, LATER_PLACES - 1)
+                pipe.zrange(each.leases, 0, -1)
+            for model in wanted:
+                queues = [names.queue(model, step) for step in steps]
+                for queue in queues:
+                    pipe.llen(queue)
+                self._oldest(keys=queues, client=pipe)
+                pipe.get(names.model(model))
+                for each in spoken:
+                    pipe.llen(each.dead(model))
+                    pipe.zrange(each.serving(model), 0, -1, withscores=True)
+            told_of = iter(replies.of_each(pipe))
+        now_ms = _ms(next(told_of))
+        later: Counter[str] = Counter()
+        unread = 0
+        holders: list[tuple[Names, str]] = []
+        for each in spoken:
+            total = next(told_of) or 0
+            places, leases = next(told_of) or (), next(told_of) or ()
+            later.update(_model_of_place(place) for place in places)
+            unread += total - len(places)
+            holders += [(each, incarnation.decode(errors="replace")) for incarnation in leases]
+        told = {}
+        for model in wanted:
+            depths = [next(told_of) or 0 for _ in steps]
+            sent, advert = next(told_of) or (), next(told_of)
+            by_protocol = [(next(told_of) or 0, next(told_of) or ()) for _ in spoken]
+            told[model] = depths, sent, advert, by_protocol
+        claimed = self._claimed(holders)
+        return Depths(
+            models=[
+                _depth(model, steps, now_ms, later[model], claimed[model], *told[model])
+                for model in wanted
+            ],
+            later_unread=max(0, unread),
+            unlisted=unlisted,
+        )
+
+    def _claimed(self, holders: Sequence[tuple[Names, str]]) -> Counter[str]:
+        """Requests that workers hold, by model. A place that is settled is blank."""
+        with self._client.pipeline(transaction=False) as pipe:
+            for names, incarnation in holders:
+                pipe.hkeys(names.claims(incarnation))
+            held = replies.of_each(pipe)
+        keys = [
+            (claim.model, key)
+            for (names, _), claims in zip(holders, held, strict=True)
+            for key in claims or ()
+            if (claim := _claim(names, key)) is not None
+        ]
+        with self._client.pipeline(transaction=False) as pipe:
+            for _, key in keys:
+                pipe.llen(key)
+                pipe.lpos(key, "", count=0)
+            sizes = replies.of_each(pipe)
+        claimed: Counter[str] = Counter()
+        for (model, _), size, blank in zip(keys, sizes[::2], sizes[1::2], strict=True):
+            claimed[model] += max(0, (size or 0) - len(blank or ()))
+        return claimed
+
+    def _scan(self, prefix: str, pattern: str, kind: str | None = None) -> Iterator[str]:
+        match = glob_of(prefix) + pattern
+        keys = self._client.scan_iter(match=match, count=_SCAN_COUNT, _type=kind)
+        return (key.decode("utf-8", "replace") for key in keys)
+
+    def _model_of_queue(self, key: str) -> str | None:
+        queue = key.removeprefix(self._names.prefix)
+        for step in self._names.priority_steps:
+            end = f"{self._names.sep}{step}"
+            if step and queue.endswith(end):
+                return model_of(queue.removesuffix(end))
+        return model_of(queue)
+
+
+def _depth(
+    model: str,
+    steps: Sequence[int],
+    now_ms: float,
+    later: int,
+    claimed: int,
+    depths: Sequence[int],
+    sent: Sequence[bytes],
+    announced: bytes | None,
+    by_protocol: Sequence[tuple[int, Sequence[tuple[bytes, float]]]],
+) -> Depth:
+    depth = sum(depths)
+    times = list(_times(sent))
+    advert = _advert(announced)
+    limit = (advert.max_queue_depth if advert is not None else 0) or None
+    live = {i for _, serving in by_protocol for i, lease_ends in serving if lease_ends > now_ms}
+    return Depth(
+        model=model,
+        depth=depth,
+        by_priority=dict(zip(steps, depths, strict=True)),
+        oldest_age_s=max(0.0, round((now_ms - min(times)) / 1000, 3)) if times else None,
+        later=later,
+        claimed=claimed,
+        dead=sum(count for count, _ in by_protocol),
+        consumers=len(live),
+        max_queue_depth=limit,
+        near_limit=limit is not None and depth >= NEAR * limit,
+    )
+
+
+def _times(sent: Sequence[bytes]) -> Iterator[float]:
+    """Those that are times; whoever may push a message says what it likes."""
+    for ms in sent:
+        if ms not in {b"", _EMPTY}:
+            with suppress(ValueError):
+                yield float(ms)
+
+
+def _claim(names: Names, key: bytes) -> ClaimName | None:
+    try:
+        return names.parse_claim(key.decode())
+    except ValueError:
+        return None
+
+
+def _advert(announced: bytes | None) -> ModelAdvert | None:
+    try:
+        return codec.decode_advert(announced) if announced is not None else None
+    except ConfigError:
+        return None
+
+
+def _model_of_place(place: bytes) -> str:
+    return place.decode("utf-8", "replace").partition(":")[0]
+
+
+def _ms(time: Any) -> float:
+    seconds, micros = time
+    return float(seconds) * 1000 + float(micros) / 1000

@@ -1,0 +1,96 @@
+"""Runs ONNX files as TensorRT plans, on lanes of a CUDA device.
+
+    [tensorrt]
+    flavour = "auto"                 # "tensorrt", "tensorrt-rtx"; auto: what is installed
+    precision = "fp32"               # "fp16": inner tensors; inputs and outputs stay as they are
+    cuda_graphs = true
+
+The plan comes from the plan cache, or is built when the model is loaded (`inferq build` does that
+beforehand). A plan that was built without a GPU is compared with ONNX Runtime before it serves.
+Nothing of CUDA is imported before `load`: a signature can be read anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from inferq.shared.errors import ConfigError
+from inferq.workers.engines.on_gpu import LANES, ROUNDING, gpu_buckets
+from inferq.workers.models.engine import Engine, Lane
+from inferq.workers.models.ranges import Usual, usual_inputs
+from inferq.workers.models.signatures import Declared
+from inferq.workers.models.validation import Flag, TomlTable, validate
+
+if TYPE_CHECKING:
+    from inferq.workers.models.repository import ModelSpec
+    from inferq.workers.trt.session import Session
+
+
+class _Table(TomlTable):
+    """``[tensorrt]``."""
+
+    flavour: Literal["auto", "tensorrt", "tensorrt-rtx"] = "auto"
+    precision: Literal["fp32", "fp16"] = "fp32"
+    cuda_graphs: Flag = True
+
+
+class TensorRTEngine(Engine):
+    """One plan; an execution context for each lane."""
+
+    name = "tensorrt"
+    rounding = ROUNDING
+    runs_to_be_warm = 2  # the second is captured as a CUDA graph
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        self._table = validate(_Table, spec.engine_table, "tensorrt.")
+        self._session: Session | None = None
+
+    @classmethod
+    def read(cls, path: Path | None, table: Mapping[str, Any]) -> Declared:
+        """As ONNX Runtime reads it from the same file, on the CPU."""
+        from inferq.workers.engines.onnxruntime import OnnxRuntimeEngine  # noqa: PLC0415
+
+        validate(_Table, table, "tensorrt.")
+        return OnnxRuntimeEngine.read(path, {})
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        return gpu_buckets(self.spec)
+
+    @property
+    def usual(self) -> Sequence[Usual]:
+        return usual_inputs(self.spec)
+
+    def load(self) -> None:
+        try:
+            from inferq.workers.trt.flavours import find_flavour  # noqa: PLC0415
+            from inferq.workers.trt.session import Session  # noqa: PLC0415
+        except ImportError as problem:
+            driver = "libcuda" in str(problem)
+            todo = "NVIDIA's driver" if driver else "pip install 'inferq[tensorrt]'"
+            raise ConfigError(
+                f"engine 'tensorrt' needs a GPU, its driver and PyCUDA ({problem}); expected: "
+                f"{todo} (`inferq worker --cpu` serves on the CPU)"
+            ) from problem
+        session = Session(
+            self.spec,
+            find_flavour(self._table.flavour),
+            self._table.precision,
+            lanes=self.spec.config.lanes or LANES,
+            buckets=self.buckets,
+            graphs=self._table.cuda_graphs,
+        )
+        session.open()
+        self._session = session
+
+    @property
+    def lanes(self) -> Sequence[Lane]:
+        return self._session.lanes if self._session is not None else ()
+
+    def close(self) -> None:
+        if self._session is not None:
+            self._session.close()
+        self._session = None
