@@ -39,7 +39,7 @@ types: $(READY)
 imports: $(READY)
 	$(BIN)/lint-imports
 
-# Only looks at the files, by Compose's own eyes, too, where it is; tests/unit/test_deploy.py does the
+# Only looks at the files, by Compose's own eyes, too, where it is; tests/unit/project/test_deploy.py does the
 # rest. No Docker is needed.
 deploy: $(READY)
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml

@@ -1,7 +1,7 @@
 """The claim protocol on one link: exactly one fenced MULTI per round trip, settles before claims.
 
     MULTI
-      <settles>, SET fence:i <their number>                  see settle.py
+      <settles>, SET fence:i <their number>                  see settlement.py
       per non-empty queue: HSET claims:i k 0, LMOVE q k RIGHT LEFT × n, HLEN attempts:m
     EXEC
     WATCH fence:i   GET fence:i   LLEN q × queues to hear of  arms the next round trip

@@ -1,7 +1,7 @@
 """What has ended and is not settled yet: when it is to be, how much of it at a time.
 
 Batches end on the lanes' threads, links and chords are published on another. What was settled
-lately is kept, for a Redis that goes back in time (see kept.py).
+lately is kept, for a Redis that goes back in time (see claims/rollback.py).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ROOTS = ("producer", "shared", "workers")
 
 # Imports every producer and shared module in an interpreter where what only workers and dashboards

@@ -13,7 +13,7 @@ from inferq.workers.flower.access import VARIABLE
 from inferq.workers.models.config import ModelConfig
 from inferq.workers.models.registry import ENGINES
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -112,7 +112,7 @@ def test_a_text_that_is_cut_keeps_its_ends(text: str, most: int) -> None:
 
 
 def test_the_docs_name_every_field() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "logs.md").read_text()
+    text = (Path(__file__).parents[3] / "docs" / "logs.md").read_text()
     always = ("time", "level", "logger", "message", "node", "exception")
     assert [name for name in (*always, *FIELDS) if f"`{name}`" not in text] == []
 

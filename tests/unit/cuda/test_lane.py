@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers.fakecuda import environment
 
-HELPERS = Path(__file__).parents[1] / "helpers"
+HELPERS = Path(__file__).parents[2] / "helpers"
 CASES = re.findall(
     r"^def ([a-z]\w*)\(\) -> None", (HELPERS / "cuda_cases.py").read_text(), re.MULTILINE
 )

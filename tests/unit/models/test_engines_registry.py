@@ -33,7 +33,7 @@ def _python(code: str) -> str:
 
 def test_no_engine_is_imported_before_it_is_asked_for() -> None:
     code = (
-        "import sys, inferq.workers.engines as e; e.engine_class('fake');"
+        "import sys, inferq.workers.models.registry as e; e.engine_class('fake');"
         "print([m for m in sys.modules if m.partition('.')[0] in ('onnxruntime', 'onnx', 'torch')])"
     )
     assert _python(code).strip() == "[]"
