@@ -1,0 +1,1 @@
+"""The subcommands of ``inferq``, one module each; `cli` lists them."""

@@ -1,0 +1,8 @@
+"""The request path: one thread claims, forms batches, hands them to lanes and settles.
+
+plane          the loop; `scheduling` says what it takes on next, `budget` how much
+receiver       hop 3, with `intake`: from claimed bytes to waiting requests
+served_model   one model: its engine, lanes, waiting requests and knobs
+lanes          hop 5: a thread for each lane
+settling       hop 6, with `results`: what has ended and is not settled yet
+"""

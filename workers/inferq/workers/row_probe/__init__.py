@@ -1,0 +1,1 @@
+"""Runs a model on examples to find out whether its rows are independent of each other."""

@@ -1,0 +1,1 @@
+"""Keeps workers alive and says how they are: one supervisor, a child per device, heartbeats."""
