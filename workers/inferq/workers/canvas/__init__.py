@@ -1,4 +1,4 @@
-"""What follows on a request (links, chains, groups, chords): checked, and published by Celery's rules.
+"""What follows on a request (links, chains, groups, chords): checked, and published as Celery does.
 
 following, options, place, link_queues   what a message may ask for; all else is refused or dropped
 publisher, sender, patience              a thread that publishes it, and how long it tries

@@ -1,4 +1,4 @@
-"""Celery's half of a worker: boot steps, remote control, task events, and what is private of Celery.
+"""Celery's half of a worker: boot steps, remote control, task events, what is private of Celery.
 
 bootsteps, service            start and stop everything, in order
 remote_control, mailbox       what ``celery inspect`` and ``celery control`` ask
