@@ -17,10 +17,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 import numpy as np
+from helpers.scoped import Scoped
 
 from inferq.producer import AsyncClient
 from inferq.shared.errors import InferqError, ResultTimeout
@@ -48,27 +48,21 @@ class Answer:
     end: str
 
 
-class Innocents:
+class Innocents(Scoped):
     """That process, as a context manager: it asks until `stop`."""
 
     def __init__(self, redis_url: str) -> None:
         self._redis_url = redis_url
 
-    def __enter__(self) -> Self:
+    def _begin(self) -> None:
         path = os.pathsep.join(entry for entry in sys.path if entry)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "fuzz.innocents", self._redis_url],
             env={**os.environ, "PYTHONPATH": path}, cwd=Path(__file__).parents[1],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def _end(self) -> None:
         self._process.kill()
         self._process.communicate()
 

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import secrets
 from contextlib import suppress
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import pytest
 import redis as redis_py
 
 from helpers.deploy import ROOT
+from helpers.scoped import Scoped
 
 USERS_FILE: Final = ROOT / "deploy" / "redis" / "users.acl"
 #: May push to the queues of all models, and do nothing else at all: not even PING.
@@ -54,7 +54,7 @@ def with_user(redis_url: str, user: str, password: str) -> str:
     return parts._replace(netloc=f"{user}:{password}@{parts.netloc.rpartition('@')[2]}").geturl()
 
 
-class Users:
+class Users(Scoped):
     """Users on the server at `redis_url`, each made when it is first asked for.
 
     As a context manager it deletes them at the end.
@@ -69,15 +69,7 @@ class Users:
         self._made: dict[tuple[str, ...], str] = {}
         self._clients: list[redis_py.Redis] = []
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def _end(self) -> None:
         for client in self._clients:
             client.close()
         if self._made:

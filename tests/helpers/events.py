@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import redis as redis_py
 from celery import Celery
 from celery.events.state import Task, Worker
 
+from helpers.scoped import Scoped
 from helpers.wait import until
 
 Event = dict[str, Any]
@@ -18,7 +18,7 @@ Event = dict[str, Any]
 OUTCOMES = frozenset({"task-succeeded", "task-failed", "task-revoked"})
 
 
-class Listener:
+class Listener(Scoped):
     """Everything that is sent from the start of the context on; `state` is what Flower shows of it.
 
     It connects again if Redis goes away.
@@ -36,17 +36,11 @@ class Listener:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> Self:
+    def _begin(self) -> None:
         self._thread.start()
         self.wait_until_listening()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def _end(self) -> None:
         self._ended.set()
         if self._receiver is not None:
             self._receiver.should_stop = True

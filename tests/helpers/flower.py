@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from helpers.scoped import Scoped
 from helpers.wait import until
 from inferq.workers.process.children import end_child, start_child
 from inferq.workers.process.embedded import free_port
@@ -38,7 +38,7 @@ class Reply:
         return json.loads(self.body)
 
 
-class FlowerProcess:
+class FlowerProcess(Scoped):
     """``inferq flower`` on a free port of `address`, or with `celery` Celery's own command.
 
     `args` are further options, `env` adds environment variables, `folders` stand first in the
@@ -77,28 +77,15 @@ class FlowerProcess:
             **(env or {}),
         }
 
-    def __enter__(self) -> Self:
+    def _begin(self) -> None:
         with self._log.open("wb") as log:
             self.process = start_child(
                 self._command, log, env=self._env, cwd=Path(self._log_folder.name)
             )
-        try:
-            until(self._answers, START_TIMEOUT_S, "Flower answers")
-        except BaseException:
-            sys.stderr.write(f"--- log of Flower ---\n{self.log[-4000:]}\n")
-            self._end()
-            raise
-        return self
+        until(self._answers, START_TIMEOUT_S, "Flower answers")
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is not None:
-            sys.stderr.write(f"--- log of Flower ---\n{self.log[-4000:]}\n")
-        self._end()
+    def _explain(self) -> None:
+        sys.stderr.write(f"--- log of Flower ---\n{self.log[-4000:]}\n")
 
     @property
     def url(self) -> str:

@@ -11,12 +11,12 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import msgpack
 import redis
 
+from helpers.scoped import Scoped
 from inferq.shared import codec
 from inferq.shared.errors import InferqError, PayloadExpired
 from inferq.shared.names import Names
@@ -65,7 +65,7 @@ class Seen:
     payload_keys: list[str] = field(default_factory=list)
 
 
-class Responder:
+class Responder(Scoped):
     """``with Responder(url) as responder``: echoes `models` until the end of the block.
 
     `answer` makes a message's outputs, or raises the error that its result shall be; None leaves
@@ -94,16 +94,10 @@ class Responder:
         self._thread = threading.Thread(target=self._run, name="responder")
         self.seen: list[Seen] = []
 
-    def __enter__(self) -> Self:
+    def _begin(self) -> None:
         self._thread.start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        problem: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def _end(self) -> None:
         self._ending.set()
         self._running.set()
         self._thread.join(20)

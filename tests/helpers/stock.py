@@ -13,11 +13,11 @@ import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from celery import Celery
 
+from helpers.scoped import Scoped
 from inferq.workers.process.children import end_child, start_child
 
 HERE = Path(__file__).parent
@@ -61,7 +61,7 @@ def let_go(app: Celery) -> None:
     app.close()
 
 
-class Side:
+class Side(Scoped):
     """A stock producer. ``side(function, *args)`` runs `function` there and returns its value.
 
     The function's source is what travels: it may use the names in `stock_side` and its arguments,
@@ -73,7 +73,7 @@ class Side:
         self.content = content
         self._process: subprocess.Popen[str] | None = None
 
-    def __enter__(self) -> Self:
+    def _begin(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "stock_side.py"],
             cwd=HERE,
@@ -82,14 +82,8 @@ class Side:
             stdout=subprocess.PIPE,
             text=True,
         )
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def _end(self) -> None:
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
@@ -113,7 +107,7 @@ class Side:
         return answer["value"]
 
 
-class PlainWorker:
+class PlainWorker(Scoped):
     """A stock worker of `stock_side`'s plain tasks. What is sent before it is up waits for it.
 
     `queue`: another than theirs.
@@ -126,7 +120,7 @@ class PlainWorker:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> Self:
+    def _begin(self) -> None:
         command = [
             sys.executable, "-m", "celery", "-A", "stock_side", "worker", "-P", "solo",
             "-Q", self._queue, "-n", f"plain-{self._content}@%h",
@@ -134,17 +128,12 @@ class PlainWorker:
         ]  # fmt: skip
         environment = stock_environment(self._redis_url, self._content)
         self._process = start_child(command, self._log, env=environment, cwd=HERE)
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def _explain(self) -> None:
+        self._log.seek(0)
+        sys.stderr.write(f"--- log of the plain worker ---\n{self._log.read().decode()}\n")
+
+    def _end(self) -> None:
         if self._process is not None:
             end_child(self._process, timeout=10)
-        if error is not None:
-            self._log.seek(0)
-            sys.stderr.write(f"--- log of the plain worker ---\n{self._log.read().decode()}\n")
         self._log.close()

@@ -14,8 +14,8 @@ import subprocess
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+
+from helpers.scoped import Scoped
 
 _DAYS = "2"
 
@@ -69,7 +69,7 @@ def _openssl(*args: str) -> None:
     subprocess.run(["openssl", *args], check=True, capture_output=True, timeout=60)
 
 
-class TlsProxy:
+class TlsProxy(Scoped):
     """Listens on a loopback port, speaks TLS there, and plainly with the Redis at port `target`.
 
     `clients`: the CA that must have issued what clients show; None: they need show nothing.
@@ -100,16 +100,10 @@ class TlsProxy:
         query = f"?{'&'.join(options)}" if options else ""
         return f"rediss://{user}127.0.0.1:{self.port}/0{query}"
 
-    def __enter__(self) -> Self:
+    def _begin(self) -> None:
         threading.Thread(target=self._accept, name="tls-accept", daemon=True).start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def _end(self) -> None:
         self._closing = True
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)

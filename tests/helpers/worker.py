@@ -10,12 +10,11 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import redis
 
 from helpers.process import stopped
+from helpers.scoped import Scoped
 from helpers.wait import until
 from inferq.shared.names import Names, queue_of
 from inferq.workers.process.children import end_child, start_child
@@ -25,7 +24,7 @@ START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 40.0
 
 
-class Worker:
+class Worker(Scoped):
     """``celery -A inferq.workers.app worker`` on the queues of `serve`, from the folder `models`.
 
     `serve` names models; None: every folder in `models`. `bad` names those of them that it is to
@@ -61,24 +60,11 @@ class Worker:
         #: The incarnation with which it began, once it is ready.
         self.incarnation = ""
 
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-            self.wait_ready()
-        except BaseException:
-            self._show_log()
-            self.close()
-            raise
-        return self
+    def _begin(self) -> None:
+        self.start()
+        self.wait_ready()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is not None:
-            self._show_log()
+    def _end(self) -> None:
         self.close()
 
     @property
@@ -168,7 +154,7 @@ class Worker:
             self._log.unlink(missing_ok=True)
             self._log = None
 
-    def _show_log(self) -> None:
+    def _explain(self) -> None:
         sys.stderr.write(f"--- log of worker {self.name} ---\n{self.log[-6000:]}\n")
 
     def _newcomers(self, client: redis.Redis, model: str) -> set[str]:
