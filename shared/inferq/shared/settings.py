@@ -27,6 +27,9 @@ _DAY_S: Final = 24 * 3600
 MAX_PORT: Final = 65_535
 
 
+_LINK_QUEUES: Final = f"{ENV_PREFIX}LINK_QUEUES"
+
+
 def _split(value: object) -> object:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
@@ -134,6 +137,12 @@ class Settings(BaseSettings):
         Raises ConfigError: a value is bad, or no Redis URL is set anywhere.
         """
         values = {name: value for name, value in given.items() if value is not None}
+        if "link_queues" not in values and os.environ.get(_LINK_QUEUES) == "":
+            # What stands for a setting's default elsewhere would open here what was to be closed.
+            raise ConfigError(
+                f"{_LINK_QUEUES} is empty; expected patterns of queues (* for all, inferq.* for "
+                "models alone), or that it is not set"
+            )
         try:
             return cls(**_with_url(values))
         except ValidationError as problem:

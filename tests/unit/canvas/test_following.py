@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from inferq.shared.errors import InvalidInput, PayloadTooLarge
 from inferq.shared.names import Names
 from inferq.workers.canvas.following import (
+    FEW,
     MAX_CHORDS_NESTED,
     MAX_COPIES,
     MAX_FOLLOWING,
     MAX_NESTING,
     MAX_PUBLISHED_BYTES,
     Following,
+    check_few,
     following,
 )
 from inferq.workers.canvas.link_queues import MAX_QUEUE_BYTES, LinkQueues
@@ -460,3 +462,16 @@ def test_of_much_that_is_refused_no_more_is_looked_at_than_may_follow() -> None:
     with pytest.raises(InvalidInput, match="more than"):
         rebuilt({"callbacks": [canvas("group", tasks=tasks)]})
     assert tasks.looked_at <= MAX_FOLLOWING
+
+
+def test_few_are_looked_at_before_the_request_is_computed_and_more_only_once_it_is() -> None:
+    good, bad = plain(queue="q"), plain(queue="inferq:1:later")
+    check_few({"callbacks": [good] * FEW}, 1_000, ANY)
+    with pytest.raises(InvalidInput, match=r"callbacks\[1\]: options.queue"):
+        check_few({"callbacks": [good, bad]}, 1_000, ANY)
+    tasks = Counted([*[good] * 500, bad])
+    embed = {"callbacks": [canvas("group", tasks=tasks)]}
+    check_few(embed, 1_000, ANY)
+    assert tasks.looked_at <= FEW
+    with pytest.raises(InvalidInput, match=r"tasks\[500\]: options.queue"):
+        following(embed, 1_000, ANY)

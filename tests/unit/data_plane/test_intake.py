@@ -198,15 +198,22 @@ def test_a_body_that_no_inputs_could_fill_is_refused_unread() -> None:
 
 
 @pytest.mark.parametrize("slot", ["callbacks", "errbacks", "chain"])
-def test_more_that_follows_than_is_allowed_is_refused_and_not_followed(slot: str) -> None:
+def test_what_follows_and_may_not_is_refused_and_not_followed(slot: str) -> None:
     link = {"task": "x"}
-    found = intake().open(SLOT, message(embed={slot: [link] * MAX_FOLLOWING}))
+    found = intake().open(SLOT, message(embed={slot: [link]}))
     assert isinstance(found, Opened)
     assert found.ticket.canvas is not None
-    found = intake().open(SLOT, message(embed={slot: [link] * (MAX_FOLLOWING + 1)}))
-    assert f"more than {MAX_FOLLOWING} signatures follow on it" in str(failure(found))
+    found = intake().open(SLOT, message(embed={slot: [link, {"task": "celery.chunks"}]}))
+    assert "celery.chunks" in str(failure(found))
     assert isinstance(found, Failed)
     assert found.ticket.canvas is None
+
+
+def test_what_follows_is_only_read_when_it_is_published_if_it_is_much() -> None:
+    raw = message(embed={"callbacks": [{"task": "x"}] * (MAX_FOLLOWING + 1)})
+    found = intake().open(SLOT, raw)
+    assert isinstance(found, Opened)
+    assert found.ticket.canvas == raw
 
 
 def test_a_reply_channel_that_is_no_clients_is_refused_and_not_told() -> None:

@@ -23,9 +23,13 @@ from inferq.workers.process.visible_passwords import visible_password
         (["x", "--redis-url", "redis://h?password=geheim&db=1"], "--redis-url holds a password"),
         (["x", "redis://:geheim@h"], "a URL holds a password, which every user of this host sees"),
         (["x", "--redis-url", "redis://:ge/[heim@h"], "--redis-url holds a password, which every"),
+        (["flower", "--basic-auth", "ops:geheim"], "--basic-auth holds a password, which every us"),
+        (["flower", "--basic_auth=ops:geheim"], "--basic_auth holds a password, which every user"),
+        (["flower", "--cookie_secret=geheim"], "--cookie_secret holds a password, which every us"),
+        (["flower", "--oauth2-secret", "geheim"], "--oauth2-secret holds a password, which every"),
     ],
 )
-def test_a_password_in_a_url_is_told_of_and_not_shown(arguments: list[str], told: str) -> None:
+def test_a_password_is_told_of_and_not_shown(arguments: list[str], told: str) -> None:
     found = visible_password(arguments)
     assert found is not None
     assert found.startswith(told)
@@ -42,9 +46,11 @@ def test_a_password_in_a_url_is_told_of_and_not_shown(arguments: list[str], told
         ["-b", "sentinel://h1:26379/0;sentinel://user@h2:26379/0"],
         ["--redis-url", "rediss://h/0?ssl_ca_certs=/a@b:c"],
         ["--models", "/a:b@c"],
+        ["flower", "--basic-auth"],
+        ["flower", "--port=5555", "--auth=.*@example.com"],
     ],
 )
-def test_a_url_without_one_is_not_told_of(arguments: list[str]) -> None:
+def test_where_there_is_none_nothing_is_told(arguments: list[str]) -> None:
     assert visible_password(arguments) is None
 
 

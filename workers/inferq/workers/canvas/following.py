@@ -19,6 +19,9 @@ from inferq.workers.canvas.options import check_count, rebuilt_options, shown
 
 #: Most signatures that follow on a request, wherever they stand.
 MAX_FOLLOWING: Final = 1_000
+#: Of so many it is found out before the request is computed whether they are good. More of them
+#: take up to 6 ms, in which the data plane would settle nothing of any model, and form no batch.
+FEW: Final = 64
 #: Deepest nesting of signatures, and of chords: Celery reads them recursively, and copies what is
 #: in a chord again at each level.
 MAX_NESTING: Final = 30
@@ -107,9 +110,28 @@ def following(embed: Mapping[str, Any], message_bytes: int, queues: LinkQueues) 
         walk.let_go()
 
 
+def check_few(embed: Mapping[str, Any], message_bytes: int, queues: LinkQueues) -> None:
+    """Raise what `following` would, if no more than `FEW` signatures follow.
+
+    Of more nothing is said: whoever publishes them finds out.
+    """
+    walk = _Walk(queues, FEW)
+    try:
+        walk.rebuilt(embed, message_bytes)
+    except _TooManyToRead:
+        pass
+    finally:
+        walk.let_go()
+
+
+class _TooManyToRead(Exception):
+    """There are more signatures than the walk was to read."""
+
+
 class _Walk:
-    def __init__(self, queues: LinkQueues) -> None:
+    def __init__(self, queues: LinkQueues, most: int = MAX_FOLLOWING) -> None:
         self._queues = queues
+        self._most = most
         #: Parents before what is inside of them.
         self._nodes: list[_Node] = []
 
@@ -153,7 +175,9 @@ class _Walk:
         *,
         queued: bool = False,
     ) -> _Node:
-        if len(self._nodes) >= MAX_FOLLOWING:
+        if len(self._nodes) >= self._most:
+            if self._most < MAX_FOLLOWING:
+                raise _TooManyToRead
             raise InvalidInput(
                 f"more than {MAX_FOLLOWING} signatures follow on it; "
                 f"expected at most {MAX_FOLLOWING} in all"

@@ -32,7 +32,7 @@ from inferq.shared.schema import (
 )
 from inferq.workers.batching.padding import Padding
 from inferq.workers.batching.waiting import Waiting
-from inferq.workers.canvas.following import following
+from inferq.workers.canvas.following import check_few
 from inferq.workers.canvas.link_queues import LinkQueues
 from inferq.workers.canvas.place import place_of
 from inferq.workers.claims.claim import Slot
@@ -51,10 +51,6 @@ from inferq.workers.data_plane.foreign_tasks import MAX_BYTES, ForeignTasks, not
 #: base64), and so many besides. What is decoded may take 40 times that: maps in maps.
 WRITTEN_OUT: Final = 10
 BODY_BYTES: Final = 4 << 20
-#: What follows on a larger message is not read before it is published, in a thread of its own, so
-#: what is wrong with it is told after the request was computed. Reading 1,000 signatures takes 6
-#: ms, in which nothing of any model would be settled, and no batch formed.
-FOLLOWING_READ_BYTES: Final = 16 << 10
 #: Longest description of a request that is kept with it, in characters: Celery's own limit.
 MAX_REPR_CHARS: Final = 1_024
 _ARGUMENTS = frozenset({"inputs", "model"})
@@ -146,8 +142,7 @@ class Intake:
                 ticket = replace(ticket, payload_keys=own)
             if body.has_canvas:
                 place_of(message)
-                if len(message) <= FOLLOWING_READ_BYTES:
-                    following(body.embed, len(message), self._links)
+                check_few(body.embed, len(message), self._links)
                 ticket = replace(ticket, canvas=message)
             if late is not None:
                 return replace(late, ticket=ticket)
@@ -193,7 +188,7 @@ class Intake:
             body = codec.decode_body(envelope)
             if body.has_canvas:
                 place_of(message)
-                following(body.embed, len(message), self._links)
+                check_few(body.embed, len(message), self._links)
                 ticket = replace(ticket, canvas=message)
         except InferqError:
             pass  # nobody can tell what follows on it

@@ -12,6 +12,7 @@ from inferq.shared.settings import Settings
 from inferq.workers.control_plane import kombu_guard
 from inferq.workers.doctor.finding import Finding, error, ok, warning
 from inferq.workers.metrics.published import read_stats
+from inferq.workers.models.not_served import listed
 
 #: Seconds that workers have to answer.
 ANSWER_S: Final = 1.0
@@ -26,7 +27,7 @@ def workers(settings: Settings) -> Iterator[Finding]:
         consumed: dict[str, list[dict[str, Any]]] = inspect.active_queues() or {}
         ours = {node: models for node, queues in consumed.items() if (models := _models(queues))}
         if not ours:
-            yield _silent(settings)
+            yield from _silent(settings)
             return
         stats = app.control.inspect(destination=list(ours), timeout=ANSWER_S).stats() or {}
     finally:
@@ -48,31 +49,39 @@ def workers(settings: Settings) -> Iterator[Finding]:
             )  # fmt: skip
         else:
             found = f"{told.get('inferq_state', 'serving')} {told['inferq_models']}"
-            if missing := told.get("inferq_not_served"):
-                yield warning(
-                    f"worker {node}", f"{found}; not served: {missing}",
-                    "mend it, then start the worker again",
-                )  # fmt: skip
-            else:
-                yield ok(f"worker {node}", found)
+            yield _serving(node, found, str(told.get("inferq_not_served") or ""))
 
 
-def _silent(settings: Settings) -> Finding:
+def _serving(node: str, found: str, missing: str) -> Finding:
+    """A worker of ours that serves what is `found`, and not what is `missing`."""
+    if not missing:
+        return ok(f"worker {node}", found)
+    return warning(
+        f"worker {node}", f"{found}; not served: {missing}", "mend it, then start the worker again"
+    )
+
+
+def _silent(settings: Settings) -> Iterator[Finding]:
     """Nobody answers: workers whose remote control is off are known by what they publish."""
     with redis_client(settings.redis_url, sentinel_master=settings.sentinel_master) as client:
-        nodes = sorted(stats.node for stats in read_stats(client, settings.names()))
-    if not nodes:
-        return warning(
+        published = read_stats(client, settings.names())
+    if not published:
+        yield warning(
             "workers", f"none that answers within {ANSWER_S:g} s consumes a queue of ours",
             "start one: inferq worker --models DIR",
         )  # fmt: skip
-    found = f"{', '.join(nodes)} publish what they do, and answer no remote control"
-    if not settings.remote_control:
-        return ok("workers", f"{found}: INFERQ_REMOTE_CONTROL is off")
-    return warning(
-        "workers", found,
-        "nothing if they were started with INFERQ_REMOTE_CONTROL=0; else see their logs",
-    )  # fmt: skip
+    for worker in published:
+        served = ", ".join(f"{model.model}:{model.version}" for model in worker.models)
+        yield _serving(
+            worker.node,
+            f"{worker.state} {served or 'nothing'}, and answers no remote control",
+            listed(worker.not_served),
+        )
+    if published and settings.remote_control:
+        yield warning(
+            "remote control", "no worker answers it",
+            "nothing if they were started with INFERQ_REMOTE_CONTROL=0; else see their logs",
+        )  # fmt: skip
 
 
 def _models(queues: list[dict[str, Any]] | None) -> list[str]:

@@ -21,24 +21,41 @@ _ELSEWHERE: Final = {
     "--broker-api": "FLOWER_BROKER_API",
     "--broker_api": "FLOWER_BROKER_API",
 }
+#: Flower's options that are secrets themselves, and where else each may be said.
+_SECRETS: Final = {
+    "--basic_auth": "INFERQ_FLOWER_BASIC_AUTH",
+    "--cookie_secret": "FLOWER_COOKIE_SECRET",
+    "--oauth2_secret": "FLOWER_OAUTH2_SECRET",
+}
 
 
 def visible_password(arguments: Sequence[str]) -> str | None:
-    """What to say of a URL with a password among `arguments`; None: there is none."""
+    """What to say of a password among `arguments`; None: there is none."""
     before = ""
     for argument in arguments:
+        name, _, value = argument.partition("=")
+        if (value or before) and (found := _SECRETS.get(_spelt(name if value else before))):
+            return _told(name if value else before, found)
         if any(map(_holds_password, _URL.findall(argument))):
             option = argument.partition("=")[0] if argument.startswith("--") else before
             if argument.startswith("-b"):
                 option = "-b"
             elsewhere = _ELSEWHERE.get(option)
-            return (
-                f"{option if elsewhere else 'a URL'} holds a password, which every user of this "
-                "host sees in the list of processes; expected it in the environment: "
-                f"{elsewhere or 'INFERQ_REDIS_URL'}"
-            )
+            return _told(option if elsewhere else "a URL", elsewhere or "INFERQ_REDIS_URL")
         before = argument
     return None
+
+
+def _told(what: str, elsewhere: str) -> str:
+    return (
+        f"{what} holds a password, which every user of this host sees in the list of processes; "
+        f"expected it in the environment: {elsewhere}"
+    )
+
+
+def _spelt(option: str) -> str:
+    """An option as Flower calls it: it takes dashes for underscores."""
+    return "--" + option.removeprefix("--").replace("-", "_") if option[:2] == "--" else ""
 
 
 def warn_of_visible_password() -> None:
