@@ -127,6 +127,32 @@ def test_a_missing_or_wrong_password_is_named(
     assert "percent-encoded" in refused.todo
 
 
+def test_a_redis_that_asks_others_for_no_password_is_a_warning(
+    redis: Redis, redis_url: str, doctor: Doctor
+) -> None:
+    """A list of users with passwords protects nothing while the user `default` needs none."""
+    redis.acl_setuser("worker", enabled=True, passwords=["+pw"], commands=["+@all"], keys=["*"])
+    url = _with_user(redis_url, "worker:pw@")
+    found = _checks(doctor, "--redis-url", url)["password"]
+    assert found.level == "warning"
+    assert "default" in found.found
+    redis.acl_setuser("default", enabled=True, passwords=["+secret"], reset_passwords=True,
+                      commands=["+@all"], keys=["*"])  # fmt: skip
+    assert "password" not in _checks(doctor, "--redis-url", url)
+    redis.acl_setuser("default", enabled=True, nopass=True, commands=["+@all"], keys=["*"])
+    assert "password" not in _checks(doctor, "--redis-url", redis_url)
+
+
+def test_a_setting_that_nothing_reads_is_a_warning(
+    doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INFERQ_REMOTE_CONTRL", "0")
+    found = _checks(doctor)["settings"]
+    assert found.level == "warning"
+    assert "INFERQ_REMOTE_CONTRL" in found.found
+    assert "INFERQ_REMOTE_CONTROL" in found.todo
+
+
 def _with_user(url: str, user: str) -> str:
     return url.replace("redis://", f"redis://{user}")
 

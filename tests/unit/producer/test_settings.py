@@ -57,6 +57,14 @@ def test_a_bad_value_is_named_with_its_variable_and_what_was_expected(
         assert part in caught.value.message
 
 
+def test_an_empty_list_of_queues_opens_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other empty variables stand for the default, which here is all queues."""
+    monkeypatch.setenv("INFERQ_LINK_QUEUES", "")
+    with pytest.raises(ConfigError, match="INFERQ_LINK_QUEUES is empty; expected patterns"):
+        Settings.load(redis_url="redis://h")
+    assert Settings.load(redis_url="redis://h", link_queues=("a",)).link_queues == ("a",)
+
+
 def test_a_setting_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"'lease' is 3; expected one of .*lease_s"):
         Settings.load(redis_url=URL, lease=3)

@@ -185,7 +185,7 @@ def test_every_variable_of_compose_is_in_the_example_and_the_other_way_round() -
 
 def test_defaults_in_compose_are_those_of_the_example() -> None:
     told = read_env()
-    defaults = dict(re.findall(r"\$\{(\w+):-([^}]*)\}", COMPOSE_FILE.read_text()))
+    defaults = dict(re.findall(r"\$\{(\w+):?-([^}]*)\}", COMPOSE_FILE.read_text()))
     assert defaults == {name: told[name] for name in defaults}
     assert set(defaults) == set(told) - {*SECRETS, "COMPOSE_PROFILES"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
@@ -54,9 +55,11 @@ def doctor(folder: Path | None, as_json: bool, redis_url: str | None) -> None:
 
 
 def _findings(folder: Path | None, redis_url: str | None) -> Iterator[Finding]:
+    from inferq.workers.doctor.environment import environment  # noqa: PLC0415
     from inferq.workers.doctor.host import gpus, packages  # noqa: PLC0415
     from inferq.workers.doctor.models import models  # noqa: PLC0415
 
+    yield from environment(os.environ)
     settings: Settings | None = None
     try:
         settings = Settings.load(redis_url=redis_url)
@@ -74,12 +77,18 @@ def _findings(folder: Path | None, redis_url: str | None) -> Iterator[Finding]:
 def _of_redis(settings: Settings) -> Iterator[Finding]:
     """What Redis says of itself and, if it can be asked, what the workers behind it say."""
     from inferq.workers.doctor.network import network  # noqa: PLC0415
-    from inferq.workers.doctor.redis import examine, keys, unreachable  # noqa: PLC0415
+    from inferq.workers.doctor.redis import (  # noqa: PLC0415
+        examine,
+        keys,
+        open_to_all,
+        unreachable,
+    )
 
     def look() -> Iterable[Finding]:
         master = settings.sentinel_master
         with redis_client(settings.redis_url, sentinel_master=master) as client:
             yield from examine(client, settings.redis_url)
+        yield from open_to_all(settings.redis_url)
 
     def look_at_keys() -> Iterable[Finding]:
         master = settings.sentinel_master

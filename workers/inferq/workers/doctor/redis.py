@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -10,7 +11,7 @@ from typing import Any, Final
 import redis
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
-from inferq.shared.connect import judge_server, redact
+from inferq.shared.connect import judge_server, redact, redis_client
 from inferq.shared.errors import ConfigError
 from inferq.shared.names import Names
 from inferq.workers.claims.amiss import find_amiss
@@ -44,6 +45,26 @@ def unreachable(url: str, problem: Exception) -> Finding:
     return error(
         "redis", f"{at} does not answer: {text}",
         "correct the URL (--redis-url, INFERQ_REDIS_URL), or start Redis there",
+    )  # fmt: skip
+
+
+def open_to_all(url: str) -> Iterator[Finding]:
+    """Whether Redis at `url`, which has a password in it, lets in who has none.
+
+    Of sentinels nothing is said. Raises redis' errors.
+    """
+    if not url.startswith(("redis://", "rediss://", "unix://")) or redact(url) == url:
+        return
+    bare = re.sub(r"^([a-z]+://).*@", r"\1", url, flags=re.DOTALL)
+    bare = re.sub(r"(?i)\b(username|password)=[^&]*&?", "", bare)
+    with redis_client(bare) as nobody:
+        try:
+            nobody.ping()
+        except (ResponseError, AuthenticationError):
+            return
+    yield warning(
+        "password", "Redis lets in who has none: its user default has no password",
+        "set one, or switch that user off: ACL SETUSER default off; docs/deploy.md",
     )  # fmt: skip
 
 
