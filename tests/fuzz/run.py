@@ -202,7 +202,7 @@ class Campaign:
                     pipe.lpush(NAMES.queue(each.model, each.step), each.raw)
                 pipe.execute()
 
-    def _account(self, chunk: Sequence[Message]) -> None:
+    def _account(self, chunk: Sequence[Message]) -> None:  # noqa: C901 - one loop, judged as a whole
         """Wait until every message of `chunk` has come to its end, and judge that."""
         sums = self.sums
         dead: Counter[Buried] = Counter()

@@ -196,7 +196,7 @@ def test_each_refusal_is_an_error_of_its_own(redis_url: str) -> None:
 
 
 @pytest.mark.parametrize("turn", range(5))
-def test_threads_that_use_a_client_while_it_is_closed_all_end(
+def test_threads_that_use_a_client_while_it_is_closed_all_end(  # noqa: C901 - a thread for each use
     echo: redis_py.Redis, redis_url: str, pool: ThreadPoolExecutor, turn: int
 ) -> None:
     client = Client(redis_url)

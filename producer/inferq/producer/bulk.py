@@ -113,7 +113,7 @@ async def _take_async(
     return block, False
 
 
-def _submit(
+def _submit(  # noqa: C901 - one loop; each error has its own consequence for the block
     core: Core, job: Job, window: Window[P], block: Sequence[Inputs], make: Callable[..., P]
 ) -> Dialogue[None]:
     """Submit as much of `block` as there is room for, in order, and have the rest held."""

@@ -70,7 +70,9 @@ def is_lists(tensor: object) -> bool:
     return isinstance(tensor.get("data") if isinstance(tensor, dict) else tensor, _NUMBERS)
 
 
-def decode_tensor(name: str, tensor: object, dtype: str | None = None) -> Array:
+def decode_tensor(  # noqa: C901 - for each tensor of a request: a call costs more
+    name: str, tensor: object, dtype: str | None = None
+) -> Array:
     """A tensor from its wire form. InvalidInput names `name` and what is wrong.
 
     Nested lists, or one number for a scalar, may stand alone (then `dtype` is the model's) or as

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Final, Literal
 
@@ -132,18 +132,13 @@ def _range(where: str, part: str, least: float, most: float) -> list[float]:
             raise ConfigError(f"{where}: {value:g}; expected {least:g} to {most:g}")
     if start > end:
         raise ConfigError(f"{where}: {start:g} to {end:g}; expected the smaller first")
+    if len(pieces) == 1:
+        return [round(start, 9)]
     if step <= (1 if times else 0):
         wanted = "a factor above 1" if times else "a step above 0"
         raise ConfigError(f"{where}: {pieces[2]}; expected {wanted}")
-    values = []
-    for place in range(MAX_STEPS + 1):
-        value = start * step**place if times else start + step * place
-        if value > end * (1 + 1e-9):
-            break
-        values.append(round(value, 9))
-        if len(pieces) == 1:
-            break
-    return values
+    steps = (start * step**n if times else start + step * n for n in range(MAX_STEPS + 1))
+    return [round(value, 9) for value in takewhile(lambda value: value <= end * (1 + 1e-9), steps)]
 
 
 def due_times(load: Load, share: int, shares: int, seed: Sequence[int]) -> Iterator[float]:

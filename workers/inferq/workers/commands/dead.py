@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, TypeVar
 
 import click
@@ -165,39 +166,51 @@ def _each(
         raise click.UsageError("expected IDs or --all, one of both")
     if everything and model is None:
         raise click.UsageError("--all; expected --model with it")
-    failed = False
-    told: list[dict[str, Any]] = []
     with _letters(redis_url) as letters:
-        named: dict[str, set[bytes]] = {}
-        known: set[str] = set()
-        for each in [model] if model else letters.models():
-            for letter in letters.read(each):
-                if everything or letter.name in ids:
-                    known.add(letter.name)
-                    named.setdefault(each, set()).add(letter.digest)
-        for unknown in dict.fromkeys(name for name in ids if name not in known):
-            say(f"Error: {_unknown(unknown, model)}", err=True)
-            failed = True
-        count = sum(map(len, named.values()))
+        named, unknown = _named(letters, ids, model)
+        for name in unknown:
+            say(f"Error: {_unknown(name, model)}", err=True)
         if everything:
+            count = sum(map(len, named.values()))
             _confirm(f"{verb} {count} dead letters of {model}?", yes)
-        try:
-            for letter in (
-                one for each, digests in named.items() for one in letters.pick(each, digests)
-            ):
-                try:
-                    text, details = act(letters, letter)
-                    told.append({"model": letter.model, "id": letter.name, **details})
-                    if not as_json:
-                        say(plain(text))
-                except InferqError as problem:
-                    say(f"Error: {plain(letter.name)}: {plain(problem.message)}", err=True)
-                    failed = True
-        finally:  # also of a Redis that was lost half way
-            if as_json:
-                say_json(told)
-    if failed:
+        picked = (one for each, digests in named.items() for one in letters.pick(each, digests))
+        refused = _act_on(picked, partial(act, letters), as_json)
+    if unknown or refused:
         raise SystemExit(1)
+
+
+def _named(
+    letters: DeadLetters, ids: Sequence[str], model: str | None
+) -> tuple[dict[str, set[bytes]], list[str]]:
+    """Model → digests of the letters of these `ids` (none: of all), and the ids of no letter."""
+    named: dict[str, set[bytes]] = {}
+    known: set[str] = set()
+    for each in [model] if model else letters.models():
+        for letter in letters.read(each):
+            if not ids or letter.name in ids:
+                known.add(letter.name)
+                named.setdefault(each, set()).add(letter.digest)
+    return named, list(dict.fromkeys(name for name in ids if name not in known))
+
+
+def _act_on(picked: Iterable[Letter], act: Callable[[Letter], _Done], as_json: bool) -> bool:
+    """Whether one of them was refused. What was done is told at once, or as JSON at the end."""
+    refused = False
+    told: list[dict[str, Any]] = []
+    try:
+        for letter in picked:
+            try:
+                text, details = act(letter)
+                told.append({"model": letter.model, "id": letter.name, **details})
+                if not as_json:
+                    say(plain(text))
+            except InferqError as problem:
+                say(f"Error: {plain(letter.name)}: {plain(problem.message)}", err=True)
+                refused = True
+    finally:  # also of a Redis that was lost half way
+        if as_json:
+            say_json(told)
+    return refused
 
 
 def _confirm(question: str, yes: bool) -> None:

@@ -104,7 +104,6 @@ def worker(
         _log_json()
     from inferq.shared.connect import redis_client  # noqa: PLC0415 (heavy)
     from inferq.shared.settings import Settings  # noqa: PLC0415
-    from inferq.workers.logs.one_line import OneLine  # noqa: PLC0415
     from inferq.workers.process.visible_passwords import visible_password  # noqa: PLC0415
     from inferq.workers.supervision import runtime_folder  # noqa: PLC0415
     from inferq.workers.supervision.devices import chosen_devices  # noqa: PLC0415
@@ -159,11 +158,7 @@ def worker(
         }
         children.append(Child(node, command, environment, heartbeat, folder))
     if log_format == "text":
-        logging.basicConfig(
-            level=logging.INFO, format="[%(asctime)s: %(levelname)s/supervisor] %(message)s"
-        )
-        for handler in logging.getLogger().handlers:
-            handler.addFilter(OneLine())
+        _log_text()
     if (told := visible_password(sys.argv[1:])) is not None:
         logger.warning("%s", told)
     supervisor = Supervisor(
@@ -174,6 +169,16 @@ def worker(
         with suppress(OSError):  # others' heartbeats are in it
             folder.rmdir()
     raise SystemExit(status)
+
+
+def _log_text() -> None:
+    from inferq.workers.logs.one_line import OneLine  # noqa: PLC0415
+
+    logging.basicConfig(
+        level=logging.INFO, format="[%(asctime)s: %(levelname)s/supervisor] %(message)s"
+    )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(OneLine())
 
 
 def _log_json() -> None:

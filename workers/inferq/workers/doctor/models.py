@@ -30,35 +30,35 @@ def models(root: Path | None, on_cpu: bool) -> Iterator[Finding]:
     elif folders.others:
         yield ok("models", others)
     for name in folders.models:
-        check = f"model {name}"
-        try:
-            _read_a_little(root / name)
-            spec = load_model(root, name, on_cpu=on_cpu)
-        except ConfigError as problem:
-            yield error(check, problem.message, _todo(problem))
-        except OSError as problem:
-            yield error(check, f"cannot be read: {problem}", "let the worker's user read it")
-        except Exception as problem:  # noqa: BLE001 - the other models are told of all the same
-            yield error(check, f"cannot be read: {problem!r}", "see what a worker logs of it")
-        else:
-            engine = spec.config.engine
-            lacks = tensorrt_lacks() if engine == "tensorrt" else None
-            if lacks is not None:
-                why, todo = lacks
-                yield error(check, f"its engine, {engine}, cannot run here: {why}", todo)
-                continue
-            rows = f"batches of up to {spec.max_batch_size}"
-            if spec.why_not_batchable is not None:
-                rows = f"no batches: {spec.why_not_batchable}"
-            found = f"version {spec.version}, {engine}, {rows}"
-            if spec.passed_over:
-                newer = "; ".join(f"version {v.version}: {v.reason}" for v in spec.passed_over)
-                yield warning(
-                    check, f"{found}; passed over: {newer}",
-                    f"make version {spec.passed_over[0].version} whole, or delete it",
-                )  # fmt: skip
-            else:
-                yield ok(check, found)
+        yield _of_one(f"model {name}", root, name, on_cpu)
+
+
+def _of_one(check: str, root: Path, name: str, on_cpu: bool) -> Finding:
+    try:
+        _read_a_little(root / name)
+        spec = load_model(root, name, on_cpu=on_cpu)
+    except ConfigError as problem:
+        return error(check, problem.message, _todo(problem))
+    except OSError as problem:
+        return error(check, f"cannot be read: {problem}", "let the worker's user read it")
+    except Exception as problem:  # noqa: BLE001 - the other models are told of all the same
+        return error(check, f"cannot be read: {problem!r}", "see what a worker logs of it")
+    engine = spec.config.engine
+    lacks = tensorrt_lacks() if engine == "tensorrt" else None
+    if lacks is not None:
+        why, todo = lacks
+        return error(check, f"its engine, {engine}, cannot run here: {why}", todo)
+    rows = f"batches of up to {spec.max_batch_size}"
+    if spec.why_not_batchable is not None:
+        rows = f"no batches: {spec.why_not_batchable}"
+    found = f"version {spec.version}, {engine}, {rows}"
+    if not spec.passed_over:
+        return ok(check, found)
+    newer = "; ".join(f"version {v.version}: {v.reason}" for v in spec.passed_over)
+    return warning(
+        check, f"{found}; passed over: {newer}",
+        f"make version {spec.passed_over[0].version} whole, or delete it",
+    )  # fmt: skip
 
 
 def _read_a_little(folder: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -70,6 +70,14 @@ def _problem(archive: zipfile.ZipFile, is_plain_data: Callable[[IO[bytes]], bool
             if old
             else f"holds no {MODEL}; expected what torch.export.save writes of one program"
         )
+    return _problem_of_parts(archive, parts, is_plain_data)
+
+
+def _problem_of_parts(
+    archive: zipfile.ZipFile,
+    parts: Mapping[str, zipfile.ZipInfo],
+    is_plain_data: Callable[[IO[bytes]], bool],
+) -> str | None:
     for name in parts:
         if name.startswith(_COMPILED):
             return f"holds compiled code ({name}); expected torch.export.save without AOTInductor"

@@ -172,6 +172,11 @@ def _models(models: Sequence[ModelStats]) -> Iterator[Metric]:
         for code, count in each.errors.items():
             failures.add_metric([each.model, code], count)
     yield from (info, requests, failures, audits)
+    yield from _by_model(models)
+
+
+def _by_model(models: Sequence[ModelStats]) -> Iterator[Metric]:
+    """Those that have no other label."""
     for field, name, says in _COUNTERS:
         counter = CounterMetricFamily(name, says, labels=["model"])
         for each in models:

@@ -82,7 +82,8 @@ class _Walk:
         self._begin = 0
         self._found: list[External] = []
 
-    def external(self) -> list[External]:
+    def external(self) -> list[External]:  # noqa: C901, PLR0912 - a branch for each wire type
+        """Of a file with too many fields: as far as it was looked through."""
         ahead = [(_Kind.MODEL, 0, self._size)]
         fields, has_graph = 0, False
         while ahead:

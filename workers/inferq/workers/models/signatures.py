@@ -71,7 +71,7 @@ def how_to_name(name: str, axis: int) -> str:
     )
 
 
-def examine(
+def examine(  # noqa: C901 - a table of cases
     declared: Declared, batchable: bool | None = None, known: Mapping[str, int] | None = None
 ) -> Examined:
     """The signature of a model, with one symbol at dim 0 of all tensors if it is batchable.

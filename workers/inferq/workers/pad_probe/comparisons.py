@@ -181,7 +181,7 @@ class Comparisons:
                     usual = min(float(np.median(values)), typical(values))
                     self._usual[name] = max(usual, self._usual.get(name, 0.0))
 
-    def _cases(self) -> Iterator[Case]:
+    def _cases(self) -> Iterator[Case]:  # noqa: C901 - a list of loops
         taken, kinds = self._taken, self._kinds
         within = {name: _within(self.rules[name], grid) for name, grid in taken.grids.items()}
         usable = {symbol: found for symbol, found in within.items() if found}
@@ -210,18 +210,22 @@ class Comparisons:
             for size in some - {near[symbol]}:
                 yield case(example, {symbol: size})
         for example, (symbol, found) in itertools.product(kinds[:ALWAYS], usable.items()):
-            for sizes in found[1:]:
-                for size in {sizes[-1], sizes[len(sizes) // 2], sizes[0]}:
-                    yield case(example, {symbol: size})
-        if self._labels:
-            for seed in range(1, LABELS + 1):
-                for symbol, found in usable.items():
-                    sizes = found[seed % len(found)]
-                    size = sizes[seed * STRIDE % len(sizes)]
-                    yield case(kinds[seed % len(kinds)], {symbol: size}, seed=seed)
+            for size in itertools.chain.from_iterable(map(_of_three, found[1:])):
+                yield case(example, {symbol: size})
+        for seed, (symbol, found) in itertools.product(
+            range(1, LABELS + 1 if self._labels else 1), usable.items()
+        ):
+            sizes = found[seed % len(found)]
+            size = sizes[seed * STRIDE % len(sizes)]
+            yield case(kinds[seed % len(kinds)], {symbol: size}, seed=seed)
         if taken.other is not None:
             for symbol, size in near.items():
                 yield case(kinds[0], {symbol: size}, base=taken.other)
+
+
+def _of_three(sizes: range) -> set[int]:
+    """The largest, one from the middle, and the smallest."""
+    return {sizes[-1], sizes[len(sizes) // 2], sizes[0]}
 
 
 def _within(rule: PadRule, grid: Grid) -> list[range]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Final
@@ -264,6 +264,13 @@ class Runs:
         fast = [size for size in fast if size > seen]
         if len(self._sizes) < 2 or not fast:
             return
+        measured = self._rates(fast)
+        # First runs allocate and compile: they tell nothing of those that were left out.
+        for size in set(fast) - measured:
+            del self._seconds[size]
+
+    def _rates(self, fast: list[int]) -> Set[int]:
+        """Measure these sizes, ascending, as long as it is worth it: which of them were."""
         until = time.monotonic() + MEASURING_S
         rates: dict[int, float] = {}
 
@@ -286,9 +293,7 @@ class Runs:
         for size in sorted(rates, key=lambda size: -rates[size])[:AGAIN] * ROUNDS:
             if len(rates) > 1:
                 rate(size)
-        # First runs allocate and compile: they tell nothing of those that were left out.
-        for size in set(fast) - rates.keys():
-            del self._seconds[size]
+        return rates.keys()
 
     def _rate(self, size: int) -> float:
         """Seconds of a batch of `size`, all lanes at work."""
