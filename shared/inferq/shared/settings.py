@@ -57,53 +57,54 @@ class Settings(BaseSettings):
         env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True
     )
 
-    #: redis://, rediss://, unix:// or Celery's sentinel://…;sentinel://… form.
+    #: Where the queues are: ``redis://``, ``rediss://``, ``unix://`` or Celery's form for Sentinels.
     redis_url: str = Field(repr=False)
-    #: The master's name, for a sentinel:// URL.
+    #: The master's name, for a ``sentinel://`` URL.
     sentinel_master: str = "mymaster"
     #: Seconds that a stored result lives.
     result_expires_s: int = Field(default=600, ge=1, le=10 * 365 * _DAY_S)
-    #: kombu's `global_keyprefix`: stands before every queue's name and every key of ours.
+    #: kombu's `global_keyprefix`: stands before the name of every queue and every key of inferq's.
     global_keyprefix: str = ""
     #: Celery's result backend prefix: stands before ``celery-task-meta-``.
     result_keyprefix: str = ""
-    #: kombu's `priority_steps`, ascending, the first is 0 (in the environment: ``0,3,6,9``).
+    #: kombu's `priority_steps`, ascending; the first is 0.
     priority_steps: Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split)] = (
         names.PRIORITY_STEPS
     )
     #: kombu's `sep` between a queue's name and a priority step.
     priority_sep: str = names.PRIORITY_SEP
-    #: Seconds after its last renewal at which a worker's claims are taken from it.
+    #: Seconds after its last renewal at which a worker's lease ends: others then take its claims.
     lease_s: float = Field(default=10.0, ge=0.5, le=_DAY_S, allow_inf_nan=False)
-    #: Seconds that a stopping worker has to finish or return what it claimed.
+    #: Seconds in which a worker that stops finishes what computes. The rest is handed back.
     grace_s: float = Field(default=30.0, ge=0.0, le=_DAY_S, allow_inf_nan=False)
-    #: What the incarnations of this worker process begin with; its supervisor recovers what those
-    #: held as soon as the process is dead. Letters and digits.
+    #: What the names of this process' incarnations begin with: by it `inferq worker` finds what a
+    #: dead child held. At most 64 letters and digits.
     incarnation: Annotated[str, Field(pattern=r"^[A-Za-z0-9]{0,64}$")] = ""
-    #: Where the worker writes every second what it does (see `inferq health`); None: nowhere.
+    #: The file in which the worker writes every second what it does, for `inferq health`. Not set:
+    #: it writes none.
     heartbeat_file: Path | None = None
-    #: Where a worker's models run. auto: as their model.toml says; cpu: all of them on the CPU.
+    #: Where a worker's models run. ``auto``: as their model.toml says; ``cpu``: all on the CPU.
     device: Literal["auto", "cpu"] = "auto"
-    #: The GPU that the worker is pinned to, by its number in PCI order; None: it is to none.
+    #: The GPU that the worker is pinned to, by its number in PCI order. Not set: to none.
     gpu: int | None = Field(default=None, ge=0)
-    #: HOST:PORT at which the worker tells Prometheus what it does; None: nowhere.
+    #: ``HOST:PORT`` at which the worker serves its metrics to Prometheus. Not set: nowhere.
     metrics: str | None = None
-    #: What a worker's log lines are: Celery's text, or JSON objects (docs/logs.md).
+    #: The form of a worker's log lines: Celery's text, or JSON objects (docs/logs.md).
     log_format: Literal["text", "json"] = "text"
-    #: The worker's model repository; None: the worker's command line names it.
+    #: The folder of the worker's models. Not set: `inferq worker --models` names it.
     models: Path | None = None
-    #: Whether a worker ends rather than serve without one of the models that it was told to serve,
-    #: or without the newest version of one.
+    #: Whether a worker ends if it cannot serve one of its models, or the newest version of one.
+    #: Otherwise it serves the others, and says so.
     strict: bool = False
-    #: Whether a worker gives other tasks than inferq's on our queues to Celery's own handler, as
-    #: far as they are registered in its app; else they fail as NotRegistered.
+    #: Whether a worker runs other tasks than inferq's that lie in its queues, if they are registered
+    #: in its app. Otherwise they fail with NotRegistered.
     foreign_tasks: bool = False
     #: Whether a worker takes part in Celery's remote control.
     remote_control: bool = True
-    #: Requests a second of which a worker sends task events, besides all that fail.
+    #: Most requests a second of which a worker sends task events. Those that fail come on top.
     events_per_s: int = Field(default=500, ge=0, le=100_000)
     #: Patterns (``*``, ``?``, ``[…]``) of the queues to which a worker sends what follows on a
-    #: request: links, chains, chords. In the environment: ``inferq.*,billing``.
+    #: request: links, chains, chords. For example ``inferq.*,billing``.
     link_queues: Annotated[tuple[Pattern, ...], NoDecode, BeforeValidator(_split)] = ("*",)
 
     @field_validator("*", mode="before")
