@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import pages
 from helpers.pages import Block
+from helpers.worker import Worker
 
 #: A Redis is started by the pages themselves.
 REDIS, FLOWER = "6379", "5555"
@@ -53,6 +54,7 @@ def _outcome(page: Path, model: str, tmp_path: Path) -> str:
     status, output = pages.run(script, folder, {"PYTHONUNBUFFERED": "1"}, TIMEOUT_S)
     assert status == 0, output
     assert "shown in Flower" in output, output
+    assert "handed back what was held: 0 requests" in output, output
     assert output.rstrip().endswith("all has ended"), output
     return output
 
@@ -73,6 +75,41 @@ def test_the_tutorial_runs_as_it_is_copied(tmp_path: Path) -> None:
     found = re.search(r"([\d,]+) requests/s, ([\d.]+) rows in a batch", output)
     assert found is not None, output
     assert float(found[2]) > 1, output
+
+
+#: Web frameworks are none of inferq's dependencies.
+FRAMEWORKS = ("fastapi", "flask", "django", "shop")
+
+
+def test_what_is_shown_of_calling_a_model_runs(redis_url: str, tmp_path: Path) -> None:
+    tutorial = pages.blocks(pages.ROOT / "docs" / "tutorial.md")
+    shown = pages.blocks(pages.ROOT / "docs" / "call.md")
+    plain = [
+        block.as_shell.replace("redis://127.0.0.1:6379/0", redis_url)
+        for block in shown
+        if not any(f"{name} import" in block.text for name in FRAMEWORKS)
+        and "# shop/" not in block.text
+    ]
+    assert len(plain) == 4
+    plain.append(
+        Block("python", _retry(shown) + "print(infer_patiently(Client(), 'colours', INPUTS))\n")
+        .as_shell
+    )  # fmt: skip
+    make = next(block for block in tutorial if "onnx.save" in block.text)
+    folder = pages.clone(tmp_path / "inferq")
+    status, output = pages.run(make.as_shell, folder, {}, TIMEOUT_S)
+    assert status == 0, output
+    with Worker(redis_url, folder / "my-models"):
+        status, output = pages.run(
+            "\n".join(plain), folder, {"INFERQ_REDIS_URL": redis_url}, TIMEOUT_S
+        )
+    assert status == 0, output
+    assert "Result(outputs={'share'" in output, output
+
+
+def _retry(shown: list[Block]) -> str:
+    (retry,) = [block.text for block in shown if "def infer_patiently" in block.text]
+    return f"{retry}\nINPUTS = {{'rgb': [[0.9, 0.1, 0.3]]}}\n"
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
