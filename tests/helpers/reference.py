@@ -2,8 +2,8 @@
 
     python -m helpers.reference        (`make docs`) writes them anew
 
-A page holds each between two comments, ``<!-- generated: name -->`` and ``<!-- end -->``; all else on
-it is written by hand.
+A page holds each between the comments ``<!-- generated: name -->`` and ``<!-- end -->``; all else
+on it is written by hand.
 """
 
 from __future__ import annotations
@@ -157,9 +157,7 @@ def _section(name: str, command: click.Command, context: click.Context) -> str:
     if isinstance(command, click.Group):
         each = command.list_commands(context)
         parts.append(
-            "\n".join(
-                f"- [`{name} {sub}`](#{f'{name} {sub}'.replace(' ', '-')})" for sub in each
-            )
+            "\n".join(f"- [`{name} {sub}`](#{f'{name} {sub}'.replace(' ', '-')})" for sub in each)
         )
     return "\n\n".join(part for part in parts if part)
 

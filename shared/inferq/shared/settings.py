@@ -57,7 +57,7 @@ class Settings(BaseSettings):
         env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True
     )
 
-    #: Where the queues are: ``redis://``, ``rediss://``, ``unix://`` or Celery's form for Sentinels.
+    #: Where the queues are: ``redis://``, ``rediss://``, ``unix://`` or Sentinels in Celery's form.
     redis_url: str = Field(repr=False)
     #: The master's name, for a ``sentinel://`` URL.
     sentinel_master: str = "mymaster"
@@ -96,8 +96,8 @@ class Settings(BaseSettings):
     #: Whether a worker ends if it cannot serve one of its models, or the newest version of one.
     #: Otherwise it serves the others, and says so.
     strict: bool = False
-    #: Whether a worker runs other tasks than inferq's that lie in its queues, if they are registered
-    #: in its app. Otherwise they fail with NotRegistered.
+    #: Whether a worker runs other tasks than inferq's that lie in its queues, as far as they are
+    #: registered in its app. Otherwise they fail with NotRegistered.
     foreign_tasks: bool = False
     #: Whether a worker takes part in Celery's remote control.
     remote_control: bool = True

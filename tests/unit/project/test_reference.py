@@ -8,7 +8,7 @@ import pytest
 from helpers import reference
 
 from inferq.shared import errors
-from inferq.shared.settings import Settings
+from inferq.shared.settings import ENV_PREFIX, Settings
 
 
 @pytest.mark.parametrize("page", reference.PARTS)
@@ -46,9 +46,9 @@ def test_every_variable_that_the_code_names_is_among_the_settings() -> None:
         for root in ("producer", "shared", "workers")
         for path in (reference.ROOT / root).rglob("*.py")
     ]
-    named = set(re.findall(r"INFERQ_[A-Z_]+", "\n".join(code))) - {reference.ENV_PREFIX}
+    named = set(re.findall(r"INFERQ_[A-Z_]+", "\n".join(code))) - {ENV_PREFIX}
     told = set(re.findall(r"^\| `(INFERQ_[A-Z_]+)`", _page("settings.md"), re.MULTILINE))
-    of_settings = {f"{reference.ENV_PREFIX}{name.upper()}" for name in Settings.model_fields}
+    of_settings = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields}
     assert len(named) > 20
     assert told == named | of_settings
 
