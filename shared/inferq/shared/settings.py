@@ -65,7 +65,8 @@ class Settings(BaseSettings):
     result_expires_s: int = Field(default=600, ge=1, le=10 * 365 * _DAY_S)
     #: kombu's `global_keyprefix`: stands before the name of every queue and every key of inferq's.
     global_keyprefix: str = ""
-    #: Celery's result backend prefix: stands before ``celery-task-meta-``.
+    #: The prefix of Celery's result backend: stands before ``celery-task-meta-``. Celery adds a
+    #: ``_`` to one that ends with none of ``:_-.``, so write it here, too.
     result_keyprefix: str = ""
     #: kombu's `priority_steps`, ascending; the first is 0.
     priority_steps: Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split)] = (
