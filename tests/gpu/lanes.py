@@ -18,7 +18,7 @@ from inferq.shared.schema import Array
 from inferq.workers.cuda import device
 from inferq.workers.cuda.lane import CudaLane
 from inferq.workers.models.engine import Batch
-from inferq.workers.models.repository import ModelSpec
+from inferq.workers.models.spec import ModelSpec
 from inferq.workers.trt.flavours import Flavour
 from inferq.workers.trt.session import Session
 from inferq.workers.trt.verify import LIMITS, verify

@@ -14,7 +14,8 @@ from helpers.worker import SupervisedWorker, Worker
 from gpu.lanes import make_batch
 from inferq.producer import Client
 from inferq.shared.schema import Tensors
-from inferq.workers.models.repository import ModelSpec, load_model
+from inferq.workers.models.repository import load_model
+from inferq.workers.models.spec import ModelSpec
 from inferq.workers.process.embedded import EmbeddedRedis
 
 IN_FLIGHT = 256

@@ -26,7 +26,8 @@ from gpu.path import recovery, whole_path
 from inferq.shared.errors import InferqError
 from inferq.workers.cuda import device
 from inferq.workers.demo.models import MODELS
-from inferq.workers.models.repository import ModelSpec, load_model
+from inferq.workers.models.repository import load_model
+from inferq.workers.models.spec import ModelSpec
 from inferq.workers.trt.api import MODULES
 from inferq.workers.trt.flavours import Flavour, find_flavour
 

@@ -14,7 +14,7 @@ from inferq.shared import codec
 from inferq.shared.names import Names, queue_of
 from inferq.shared.schema import Array, Signature
 from inferq.workers.models.config import ModelConfig
-from inferq.workers.models.repository import ModelSpec
+from inferq.workers.models.spec import ModelSpec
 
 FAKE = """\
 engine = "fake"

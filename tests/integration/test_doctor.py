@@ -33,7 +33,8 @@ from inferq.workers.doctor import redis as redis_checks
 from inferq.workers.doctor.finding import Finding, Level, ok, within
 from inferq.workers.doctor.models import models
 from inferq.workers.doctor.network import network
-from inferq.workers.models.repository import ModelSpec, load_model
+from inferq.workers.models.repository import load_model
+from inferq.workers.models.spec import ModelSpec
 from inferq.workers.process.embedded import EmbeddedRedis
 
 #: Tests of this module configure their Redis.

@@ -81,7 +81,7 @@ def _process(fault: int) -> subprocess.Popen[str]:
         "from inferq.workers.models.engine import Batch\n"
         "from inferq.workers.engines.fake import FakeEngine\n"
         "from inferq.workers.models.config import ModelConfig\n"
-        "from inferq.workers.models.repository import ModelSpec\n"
+        "from inferq.workers.models.spec import ModelSpec\n"
         f"table = {{'inputs': {INPUTS!r}, 'faults': True}}\n"
         "known = ModelConfig(), table, Signature((), ()), 8, ()\n"
         "engine = FakeEngine(ModelSpec('m', 1, (1,), None, *known))\n"

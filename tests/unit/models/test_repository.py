@@ -22,8 +22,9 @@ from inferq.shared.schema import ModelAdvert
 from inferq.workers.batching.padding import PadRule
 from inferq.workers.demo.models import package_folder
 from inferq.workers.models import repository
-from inferq.workers.models.config import MAX_TOML_BYTES, ModelConfig, ModelToml, read_toml
+from inferq.workers.models.config import ModelConfig
 from inferq.workers.models.folders import Folders, look_through
+from inferq.workers.models.model_toml import MAX_TOML_BYTES, ModelToml, read_toml
 from inferq.workers.models.not_served import NotServed
 from inferq.workers.models.repository import load_model, load_models, model_names
 

@@ -14,8 +14,9 @@ from helpers.row_models import INDEPENDENT, MIXED, UNTOLD
 
 from inferq.shared.errors import ConfigError
 from inferq.shared.schema import Array, Signature, Tensors, TensorSpec
-from inferq.workers.models.repository import ModelSpec, load_model
+from inferq.workers.models.repository import load_model
 from inferq.workers.models.signatures import Declared, Examined, examine
+from inferq.workers.models.spec import ModelSpec
 from inferq.workers.row_probe import examples, rows
 
 PLAIN = Signature(

@@ -9,7 +9,8 @@ from helpers import onnx_models
 
 from inferq.shared.errors import ConfigError
 from inferq.workers.models.ranges import InputRange, Sizes, input_ranges, profile_sizes
-from inferq.workers.models.repository import ModelSpec, load_model
+from inferq.workers.models.repository import load_model
+from inferq.workers.models.spec import ModelSpec
 from inferq.workers.trt.profiles import as_toml, open_ranges, parse_batch
 
 

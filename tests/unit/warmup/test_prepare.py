@@ -11,7 +11,8 @@ from helpers import onnx_models
 from helpers.repository import fake_model
 
 from inferq.workers.models.registry import engine_class
-from inferq.workers.models.repository import ModelSpec, load_model
+from inferq.workers.models.repository import load_model
+from inferq.workers.models.spec import ModelSpec
 from inferq.workers.warmup.notes import Size
 from inferq.workers.warmup.prepare import Preparation, Prepared
 

@@ -17,7 +17,7 @@ from inferq.workers.logs.printing import say, say_json
 
 if TYPE_CHECKING:
     from inferq.shared.schema import Array
-    from inferq.workers.models.repository import ModelSpec
+    from inferq.workers.models.spec import ModelSpec
     from inferq.workers.trt.builder import Order
     from inferq.workers.trt.plans import Plan, PlanFolder
     from inferq.workers.trt.pruning import Other

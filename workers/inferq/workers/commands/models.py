@@ -11,7 +11,8 @@ import msgspec
 from inferq.shared.errors import ConfigError
 from inferq.workers.logs.printing import plain, say, say_json
 from inferq.workers.models.folders import look_through
-from inferq.workers.models.repository import ModelSpec, load_models
+from inferq.workers.models.repository import load_models
+from inferq.workers.models.spec import ModelSpec
 
 
 @click.command()

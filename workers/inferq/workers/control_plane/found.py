@@ -13,7 +13,8 @@ from inferq.workers.logs.fields import about
 from inferq.workers.logs.printing import plain
 from inferq.workers.models.folders import look_through, why_no_name
 from inferq.workers.models.not_served import NotServed, not_served
-from inferq.workers.models.repository import ModelSpec, load_models
+from inferq.workers.models.repository import load_models
+from inferq.workers.models.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 

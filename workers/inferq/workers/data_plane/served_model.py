@@ -28,7 +28,7 @@ from inferq.workers.data_plane.results import Results
 from inferq.workers.logs.fields import about
 from inferq.workers.models.engine import Engine
 from inferq.workers.models.registry import engine_class
-from inferq.workers.models.repository import ModelSpec
+from inferq.workers.models.spec import ModelSpec
 from inferq.workers.pad_probe.probe import probe_padding
 from inferq.workers.warmup.fit import row_elements
 from inferq.workers.warmup.learning import Learner

@@ -20,7 +20,7 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -28,10 +28,8 @@ from inferq.shared.errors import ConfigError, FatalEngineError
 from inferq.shared.schema import DTYPES, MAX_DIMS, MAX_TENSORS, Array, Signature, TensorSpec
 from inferq.workers.models.engine import Batch, Engine, Lane, check_inputs, gather
 from inferq.workers.models.signatures import Declared
+from inferq.workers.models.spec import ModelSpec
 from inferq.workers.models.validation import Flag, Milliseconds, Text, TomlTable, validate
-
-if TYPE_CHECKING:
-    from inferq.workers.models.repository import ModelSpec
 
 #: With ``faults = true``, what the first element of a request's first input makes of its batch.
 FAULT_RAISE: Final = -1

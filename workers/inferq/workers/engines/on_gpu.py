@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from inferq.workers.engines.tuning import sizes
-
-if TYPE_CHECKING:
-    from inferq.workers.models.repository import ModelSpec
+from inferq.workers.models.spec import ModelSpec
 
 #: One lane's copies hide behind the other's compute.
 LANES: Final = 2

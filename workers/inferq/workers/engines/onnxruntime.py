@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any, Final, Literal
 
 # Official builds since 1.29 report what they run to their maker unless this is set beforehand.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -42,10 +42,8 @@ from inferq.workers.models.engine import (
     without_padding,
 )
 from inferq.workers.models.signatures import Declared, named
+from inferq.workers.models.spec import ModelSpec
 from inferq.workers.models.validation import TomlTable, validate
-
-if TYPE_CHECKING:
-    from inferq.workers.models.repository import ModelSpec
 
 logger = logging.getLogger(__name__)
 

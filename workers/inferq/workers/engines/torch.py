@@ -48,7 +48,7 @@ from inferq.workers.models.validation import Flag, TomlTable, validate
 
 if TYPE_CHECKING:
     from inferq.workers.engines.torch_cuda import CudaProgram
-    from inferq.workers.models.repository import ModelSpec
+    from inferq.workers.models.spec import ModelSpec
 
 # Inputs may be views of a message, which nobody may write to; a program that would is given copies.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

@@ -20,7 +20,7 @@ from inferq.workers.cuda.lane import CudaLane, RowLimit, Shape
 from inferq.workers.engines.torch_program import FlatFunction, Layout, flat_function
 from inferq.workers.models.engine import OutOfDeviceMemory
 from inferq.workers.models.ranges import input_ranges, profile_sizes
-from inferq.workers.models.repository import ModelSpec
+from inferq.workers.models.spec import ModelSpec
 
 
 class CudaProgram:

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -22,9 +22,7 @@ from inferq.shared.errors import ConfigError, EngineError
 from inferq.shared.schema import Array, GpuTimes, Tensors
 from inferq.workers.models.ranges import Usual, usual_inputs
 from inferq.workers.models.signatures import Declared
-
-if TYPE_CHECKING:
-    from inferq.workers.models.repository import ModelSpec
+from inferq.workers.models.spec import ModelSpec
 
 #: Libraries' messages can hold whole shapes and stack traces.
 MAX_REASON_CHARS: Final = 500

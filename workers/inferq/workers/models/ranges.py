@@ -10,14 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from inferq.shared.errors import ConfigError
 from inferq.shared.schema import TensorSpec
 from inferq.workers.models.signatures import how_to_name
-
-if TYPE_CHECKING:
-    from inferq.workers.models.repository import ModelSpec
+from inferq.workers.models.spec import ModelSpec
 
 Shape = tuple[int, ...]
 #: The smallest, the usual and the largest size of one symbol.

@@ -10,80 +10,26 @@ container mounts make every file so.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from inferq.shared.errors import ConfigError
 from inferq.shared.names import is_model_name
-from inferq.shared.schema import ModelAdvert, Signature
 from inferq.workers.logs.fields import about
 from inferq.workers.logs.slow import told_if_slow
-from inferq.workers.models.config import ModelConfig, ModelToml, check_pad, check_profile, read_toml
+from inferq.workers.models.config import ModelConfig
 from inferq.workers.models.folders import TOML, inside, look_through, versions_of, why_no_name
+from inferq.workers.models.model_toml import ModelToml, check_pad, check_profile, read_toml
 from inferq.workers.models.not_served import NotServed, not_served
 from inferq.workers.models.signatures import examine
+from inferq.workers.models.spec import ModelSpec
 from inferq.workers.models.validation import naming
 from inferq.workers.models.version_choice import newest_whole
 
 logger = logging.getLogger(__name__)
 
 MAX_LABELS_BYTES: Final = 16 << 20
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """One model of the repository, read and checked but not loaded."""
-
-    name: str
-    #: The version served, and all there are, ascending.
-    version: int
-    versions: tuple[int, ...]
-    #: The model's file; None for an engine that needs none.
-    path: Path | None
-    config: ModelConfig
-    #: The engine's own table of model.toml.
-    engine_table: Mapping[str, Any]
-    signature: Signature
-    #: Rows; 1 if the model is not batchable.
-    max_batch_size: int
-    labels: tuple[str, ...]
-    #: Why the model runs request by request; None if requests share batches.
-    why_not_batchable: str | None = None
-    #: What whoever serves it should know of its rows.
-    remark: str | None = None
-    #: Newer versions, whose files are not all there; the newest first.
-    passed_over: tuple[NotServed, ...] = ()
-
-    @property
-    def batchable(self) -> bool:
-        return self.why_not_batchable is None
-
-    @property
-    def batch_symbol(self) -> str | None:
-        """What the signature calls the batch; None if the model is not batchable."""
-        return self.signature.batch_symbol if self.batchable else None
-
-    def advert(self, seconds_per_row: float, result_expires_s: int) -> ModelAdvert:
-        """What a worker that serves this model announces."""
-        config = self.config
-        return ModelAdvert(
-            name=self.name,
-            version=self.version,
-            engine=config.engine,
-            signature=self.signature,
-            max_batch_size=self.max_batch_size,
-            batchable=self.batchable,
-            max_queue_depth=config.max_queue_depth,
-            max_queue_bytes=config.max_queue_bytes,
-            max_request_bytes=config.max_request_bytes,
-            default_priority=config.priority,
-            default_timeout_ms=config.timeout_ms,
-            seconds_per_row=seconds_per_row,
-            padded=tuple(config.pad),
-            result_expires_s=result_expires_s,
-        )
 
 
 def model_names(root: Path) -> list[str]:

@@ -11,10 +11,10 @@ from typing import Any
 
 from inferq.shared.errors import ConfigError
 from inferq.workers.logs.fields import about
-from inferq.workers.models.config import ModelToml
 from inferq.workers.models.engine import Engine
 from inferq.workers.models.folders import MODEL_FILES, TOML, inside
 from inferq.workers.models.model_files import Incomplete, check_whole
+from inferq.workers.models.model_toml import ModelToml
 from inferq.workers.models.not_served import NotServed, not_served
 from inferq.workers.models.on_cpu import cpu_engine
 from inferq.workers.models.registry import ENGINES, engine_class, registered

@@ -10,7 +10,7 @@ from typing import Final
 from inferq.shared.errors import ConfigError
 from inferq.shared.schema import TensorSpec
 from inferq.workers.models.ranges import InputRange, Sizes, input_ranges, profile_sizes
-from inferq.workers.models.repository import ModelSpec
+from inferq.workers.models.spec import ModelSpec
 from inferq.workers.trt.flavours import ANY_GPU, Flavour, Network, Progress
 from inferq.workers.trt.model_digest import model_digest
 from inferq.workers.trt.phases import phase

@@ -21,10 +21,10 @@ from inferq.workers.engines.on_gpu import LANES, ROUNDING, gpu_buckets
 from inferq.workers.models.engine import Engine, Lane
 from inferq.workers.models.ranges import Usual, usual_inputs
 from inferq.workers.models.signatures import Declared
+from inferq.workers.models.spec import ModelSpec
 from inferq.workers.models.validation import Flag, TomlTable, validate
 
 if TYPE_CHECKING:
-    from inferq.workers.models.repository import ModelSpec
     from inferq.workers.trt.session import Session
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from inferq.shared.errors import ConfigError
 from inferq.workers.models.ranges import InputRange, Sizes, toml_key
-from inferq.workers.models.repository import ModelSpec
+from inferq.workers.models.spec import ModelSpec
 from inferq.workers.models.validation import MAX_BATCH_SIZE
 
 

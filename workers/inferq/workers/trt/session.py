@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 from inferq.workers.cuda import device
 from inferq.workers.cuda.lane import CudaLane
-from inferq.workers.models.repository import ModelSpec
+from inferq.workers.models.spec import ModelSpec
 from inferq.workers.trt.builder import Order, ensure_plan
 from inferq.workers.trt.flavours import Flavour
 from inferq.workers.trt.lanes import opened, runs_on

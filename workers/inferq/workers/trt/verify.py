@@ -25,7 +25,7 @@ from inferq.workers.engines.onnxruntime import OnnxRuntimeEngine
 from inferq.workers.models.array_files import read_npz
 from inferq.workers.models.engine import Batch
 from inferq.workers.models.ranges import InputRange
-from inferq.workers.models.repository import ModelSpec
+from inferq.workers.models.spec import ModelSpec
 from inferq.workers.trt.builder import Order
 from inferq.workers.trt.flavours import Progress
 from inferq.workers.trt.phases import phase, stepped

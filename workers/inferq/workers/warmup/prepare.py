@@ -22,7 +22,7 @@ from inferq.workers.engines.tuning import Tuning, sample, sizes
 from inferq.workers.logs.fields import about
 from inferq.workers.models.engine import Batch, Engine, Lane
 from inferq.workers.models.ranges import Usual
-from inferq.workers.models.repository import ModelSpec
+from inferq.workers.models.spec import ModelSpec
 from inferq.workers.process.versions import installed_versions
 from inferq.workers.warmup import limits
 from inferq.workers.warmup.cache import Cache, Killed, files_digest, key_of
