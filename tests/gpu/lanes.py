@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -17,10 +16,10 @@ import numpy as np
 from inferq.shared.schema import Array
 from inferq.workers.cuda import device
 from inferq.workers.cuda.lane import CudaLane
-from inferq.workers.models.engine import Batch
+from inferq.workers.models.engine import Batch, Lane, LoadedModel
+from inferq.workers.models.registry import engine_class
 from inferq.workers.models.spec import ModelSpec
 from inferq.workers.trt.flavours import Flavour
-from inferq.workers.trt.session import Session
 from inferq.workers.trt.verify import LIMITS, verify
 
 
@@ -56,31 +55,17 @@ class Growth(msgspec.Struct, frozen=True):
     host_mb: float
 
 
-class Opened(Protocol):
-    """A model on the card."""
-
-    @property
-    def lanes(self) -> Sequence[Any]: ...
-
-    def close(self) -> None: ...
-
-
-def open_session(spec: ModelSpec, setup: Setup) -> Opened:
+def open_session(spec: ModelSpec, setup: Setup) -> LoadedModel:
     """To be closed. For torch, `spec` is that of the .pt2 file."""
-    if setup.flavour is None:
-        from inferq.workers.engines.torch import TorchEngine  # noqa: PLC0415
-
-        table = {"device": "cuda", "cuda_graphs": setup.graphs}
-        config = spec.config.model_copy(update={"lanes": setup.lanes})
-        engine = TorchEngine(replace(spec, config=config, engine_table=table))
-        engine.load()
-        return engine
-    session = Session(
-        spec, setup.flavour, setup.precision,
-        lanes=setup.lanes, buckets=spec.config.buckets, graphs=setup.graphs,
-    )  # fmt: skip
-    session.open()
-    return session
+    name, table = "torch", {"device": "cuda", "cuda_graphs": setup.graphs}
+    if setup.flavour is not None:
+        name = "tensorrt"
+        table = {
+            "flavour": setup.flavour.name, "precision": setup.precision,
+            "cuda_graphs": setup.graphs,
+        }  # fmt: skip
+    config = spec.config.model_copy(update={"lanes": setup.lanes})
+    return engine_class(name)(replace(spec, config=config, engine_table=table)).load()
 
 
 def make_batch(spec: ModelSpec, rows: int, seed: int = 0) -> Batch:
@@ -99,7 +84,7 @@ def make_batch(spec: ModelSpec, rows: int, seed: int = 0) -> Batch:
     return Batch(parts, rows, rows)
 
 
-def largest_error(spec: ModelSpec, session: Opened, setup: Setup) -> float:
+def largest_error(spec: ModelSpec, session: LoadedModel, setup: Setup) -> float:
     """Against ONNX Runtime, of every lane at every bucket, with and without padding.
 
     ConfigError: it is above the precision's limit.
@@ -116,7 +101,7 @@ def largest_error(spec: ModelSpec, session: Opened, setup: Setup) -> float:
                 padded = Batch(batch.parts, rows, bucket)
                 for _ in range(3):  # eager, then as a graph
 
-                    def run(_: object, lane: CudaLane = lane, padded: Batch = padded):  # type: ignore[no-untyped-def]
+                    def run(_: object, lane: Lane = lane, padded: Batch = padded):  # type: ignore[no-untyped-def]
                         return lane.run(padded)
 
                     error = verify(

@@ -12,9 +12,10 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from rich.console import Console
@@ -25,6 +26,7 @@ from gpu.models import RESNET, RESNET_PT2, lay_out
 from gpu.path import recovery, whole_path
 from inferq.shared.errors import InferqError
 from inferq.workers.cuda import device
+from inferq.workers.cuda.lane import CudaLane
 from inferq.workers.demo.models import MODELS
 from inferq.workers.models.repository import load_model
 from inferq.workers.models.spec import ModelSpec
@@ -132,10 +134,11 @@ class _Report:
 
     def _one(self, spec: ModelSpec, right: ModelSpec, setup: Setup, what: str) -> None:
         session = open_session(spec, setup)
+        lanes = cast("Sequence[CudaLane]", session.lanes)
         try:
             error = largest_error(right, session, setup)
             for bucket in spec.config.buckets:
-                found = speed(spec, session.lanes, bucket, self._seconds)
+                found = speed(spec, lanes, bucket, self._seconds)
                 row = {
                     "model": right.name, "lanes": setup.lanes,
                     "flavour": setup.flavour.name if setup.flavour else "torch",
@@ -150,7 +153,7 @@ class _Report:
                     f"{found.hidden:.2f}, error {error:.2g}", highlight=False,
                 )  # fmt: skip
             if setup.lanes == 2 and setup.graphs:
-                grown = growth(spec, session.lanes, self._batches)
+                grown = growth(spec, lanes, self._batches)
                 self.found["growth"].append({"what": what, **msgspec.structs.asdict(grown)})
                 self._console.print(f"{what}: {grown}", highlight=False)
         finally:

@@ -18,6 +18,7 @@ from shutil import rmtree
 import msgspec
 import pytest
 from helpers.repository import fake_model, message, numbered
+from helpers.served import served_model
 from helpers.wait import until
 from helpers.worker import Worker
 from redis import Redis
@@ -25,7 +26,6 @@ from redis import Redis
 from inferq.shared.names import Names
 from inferq.workers.data_plane.served_model import ServedModel
 from inferq.workers.engines.fake import FAULT_HANG
-from inferq.workers.models.repository import load_model
 from inferq.workers.process.children import end_child, start_child
 from inferq.workers.process.embedded import EmbeddedRedis
 from inferq.workers.supervision import health
@@ -201,7 +201,7 @@ def test_work_without_progress_is_counted_from_the_last_progress(tmp_path: Path)
 def test_an_audit_that_takes_its_time_is_no_lack_of_progress(tmp_path: Path, models: Path) -> None:
     plane = StandIn()
     plane.waits = True
-    model = ServedModel(load_model(models, "m"))
+    model = served_model(models, "m")
     plane.models = (model,)
     heart = Heartbeat(tmp_path / "beat.json", "node", tuple)
     heart.plane = plane
@@ -211,6 +211,7 @@ def test_an_audit_that_takes_its_time_is_no_lack_of_progress(tmp_path: Path, mod
     assert (beat.stuck_s, beat.computing, beat.overdue) == (0, 0, False)
     model.audit.since -= model.spec.config.max_run_seconds + 1
     assert heart._beat().overdue
+    model.close(10)
 
 
 class Waiting:

@@ -123,13 +123,15 @@ class Driven:
     """Lanes with an audit of each of their batches, as far as its budget goes."""
 
     def __init__(self, lanes: list[Computing], unbatch: bool, knobs: Knobs) -> None:
-        self.audit = Audit("m", 1, unbatch=unbatch)
         self.woken: SimpleQueue[None] = SimpleQueue()
         self.done: SimpleQueue[Finished] = SimpleQueue()
-        self.lanes = Lanes("m")
-        self.audit.begin(knobs, lambda: 0.0, lambda: 7, lambda: self.woken.put(None))
+        self.audit = Audit(
+            "m", 1, knobs, unbatch=unbatch, answered=lambda: 7,
+            wake=lambda: self.woken.put(None),
+        )  # fmt: skip
         never_late = lambda _slot, _ticket: None  # noqa: E731
-        self.lanes.start(lanes, knobs, never_late, self.done.put, audit=self.audit)
+        self.lanes = Lanes("m", lanes, knobs, never_late, self.done.put, audit=self.audit)
+        self.lanes.start()
 
     def compute(self, *values: float) -> Finished:
         self.lanes.put(job(*values))

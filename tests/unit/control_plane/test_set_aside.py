@@ -16,6 +16,7 @@ from inferq.shared.settings import Settings
 from inferq.workers.control_plane.found import find_models
 from inferq.workers.control_plane.service import Service
 from inferq.workers.engines.fake import FakeEngine
+from inferq.workers.models.engine import LoadedModel
 from inferq.workers.models.not_served import NotServed
 
 Load = Callable[..., Service]
@@ -28,10 +29,10 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
     def loading(strict: bool = False, **problems: Exception) -> Service:
         opened = FakeEngine.load
 
-        def refused(engine: FakeEngine) -> None:
+        def refused(engine: FakeEngine) -> LoadedModel:
             if engine.spec.name in problems:
                 raise problems[engine.spec.name]
-            opened(engine)
+            return opened(engine)
 
         monkeypatch.setattr(FakeEngine, "load", refused)
         for name in "abc":

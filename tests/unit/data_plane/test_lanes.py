@@ -167,8 +167,8 @@ def started(
     *lanes: Echo, too_late: Callable[[Any, Ticket], Failed | Revoked | None] = never_late
 ) -> tuple[Lanes, SimpleQueue[Finished]]:
     done: SimpleQueue[Finished] = SimpleQueue()
-    driven = Lanes("lane")
-    driven.start(lanes, KNOBS, too_late, done.put)
+    driven = Lanes("lane", lanes, KNOBS, too_late, done.put)
+    driven.start()
     return driven, done
 
 

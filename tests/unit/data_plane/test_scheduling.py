@@ -9,22 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.repository import fake_model
+from helpers.served import served_model
 from helpers.wait import until
 
-from inferq.shared.names import Names
 from inferq.shared.schema import Ticket
 from inferq.workers.audit.audit import Mismatch
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims.claim import Want
-from inferq.workers.claims.clock import RedisClock
 from inferq.workers.claims.ledger import HINT, QueueId
 from inferq.workers.claims.runs import Job
+from inferq.workers.data_plane import reporting
 from inferq.workers.data_plane import scheduling as supply
 from inferq.workers.data_plane.budget import Budget
 from inferq.workers.data_plane.served_model import AHEAD_S, MAX_AHEAD, ServedModel
-from inferq.workers.models.repository import load_model
 
-NAMES = Names()
 LANES, TARGET = 2, 4
 STEPS = (0, 3, 6, 9)
 KNOBS = f"lanes = {LANES}\nmax_batch_size = {TARGET}\nwarm_up = false"
@@ -32,12 +30,7 @@ KNOBS = f"lanes = {LANES}\nmax_batch_size = {TARGET}\nwarm_up = false"
 
 def served(root: Path, name: str) -> ServedModel:
     fake_model(root, name, knobs=KNOBS, fake="delay_ms = 300.0")
-    model = ServedModel(load_model(root, name))
-    model.load(
-        "worker", NAMES, RedisClock(), is_revoked=lambda _: False,
-        on_finished=lambda _: None, result_expires_s=60,
-    )  # fmt: skip
-    return model
+    return served_model(root, name)
 
 
 @pytest.fixture
@@ -265,7 +258,7 @@ def test_a_model_that_an_audit_found_out_forms_batches_of_one_request(model: Ser
     assert form(model) == [("m", [0])] * 2 * LANES
     assert len(model.waiting) == LANES
     assert model.room()[0] == 0
-    stats = model.stats()
+    stats = reporting.stats(model)
     assert (stats.target_batch_size, stats.unbatched) == (1, True)
     assert stats.mismatch == model.audit.mismatch
 

@@ -8,21 +8,18 @@ from typing import Any, cast
 
 import pytest
 from helpers.repository import fake_model
+from helpers.served import served_model
 
 from inferq.shared.errors import FatalEngineError
-from inferq.shared.names import Names
 from inferq.shared.resp import Command, pack, unpack
 from inferq.shared.schema import Ticket
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims.claim import Claim, Slot
-from inferq.workers.claims.clock import RedisClock
 from inferq.workers.claims.rollback import KEEP_BYTES, KEEP_REQUESTS, KEEP_S, Kept
 from inferq.workers.claims.runs import Finished, Job, Outcome, Run
 from inferq.workers.claims.settlement import Settlement
 from inferq.workers.data_plane import settling
-from inferq.workers.data_plane.served_model import ServedModel
 from inferq.workers.data_plane.settling import MAX_SETTLEMENTS, Settling, portion
-from inferq.workers.models.repository import load_model
 
 CLAIM = Claim("k", "m", 0, 100)
 
@@ -113,11 +110,7 @@ def test_an_engine_that_an_audit_found_beyond_use_is_told_and_its_batch_counts_o
     tmp_path: Path,
 ) -> None:
     fake_model(tmp_path, "m", knobs="max_batch_size = 4\nwarm_up = false")
-    model = ServedModel(load_model(tmp_path, "m"))
-    model.load(
-        "worker", Names(), RedisClock(), is_revoked=lambda _: False, on_finished=lambda _: None,
-        result_expires_s=60,
-    )  # fmt: skip
+    model = served_model(tmp_path, "m")
     item = Waiting(
         ticket=Ticket("id", "m", ""), inputs={}, slot=Slot(CLAIM, 0), compatible=None,
         arrived_ms=0.0, claimed_ms=0.0, rows=1, alone=False,

@@ -17,7 +17,7 @@ from helpers.repository import spec_of
 from inferq.shared.errors import EngineError
 from inferq.shared.schema import Array, Tensors
 from inferq.workers.demo.models import package_folder
-from inferq.workers.models.engine import Batch, Engine
+from inferq.workers.models.engine import Batch, LoadedModel
 from inferq.workers.models.registry import engine_class
 from inferq.workers.models.signatures import examine
 
@@ -95,16 +95,15 @@ def path(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path | None:
 
 
 @pytest.fixture(scope="module")
-def engine(case: Case, path: Path | None) -> Iterator[Engine]:
-    """The engine with three lanes open."""
-    engine = _new(case, path, lanes=3)
-    engine.load()
-    yield engine
-    engine.close()
+def loaded(case: Case, path: Path | None) -> Iterator[LoadedModel]:
+    """Its model with three lanes open."""
+    loaded = _load(case, path, lanes=3)
+    yield loaded
+    loaded.close()
 
 
-def _new(case: Case, path: Path | None, lanes: int) -> Engine:
-    return engine_class(case.engine)(spec_of(path, case.table, lanes=lanes))
+def _load(case: Case, path: Path | None, lanes: int) -> LoadedModel:
+    return engine_class(case.engine)(spec_of(path, case.table, lanes=lanes)).load()
 
 
 def _batch(parts: list[Tensors], bucket: int | None = None) -> Batch:
@@ -119,27 +118,27 @@ def _close(left: Mapping[str, Array], right: Mapping[str, Array]) -> bool:
 
 
 def test_load_run_and_close_follow_each_other(case: Case, path: Path | None) -> None:
-    engine = _new(case, path, lanes=2)
-    engine.load()
-    outputs = engine.lanes[-1].run(_batch([case.sample(1, 0)]))
+    loaded = _load(case, path, lanes=2)
+    outputs = loaded.lanes[-1].run(_batch([case.sample(1, 0)]))
     assert all(array.shape[0] == 1 for array in outputs.values())
-    engine.close()
-    engine.close()
+    loaded.close()
+    loaded.close()
 
 
 def test_it_opens_as_many_lanes_as_asked_and_at_least_one(case: Case, path: Path | None) -> None:
     for asked, at_least in ((3, 3), (0, 1)):
-        engine = _new(case, path, lanes=asked)
-        engine.load()
-        assert len(engine.lanes) == asked or (asked == 0 and len(engine.lanes) >= at_least)
-        engine.close()
+        loaded = _load(case, path, lanes=asked)
+        assert len(loaded.lanes) == asked or (asked == 0 and len(loaded.lanes) >= at_least)
+        loaded.close()
 
 
-def test_outputs_are_those_of_its_signature(case: Case, path: Path | None, engine: Engine) -> None:
-    examined = examine(type(engine).read(path, case.table))
+def test_outputs_are_those_of_its_signature(
+    case: Case, path: Path | None, loaded: LoadedModel
+) -> None:
+    examined = examine(engine_class(case.engine).read(path, case.table))
     assert examined.why_not_batchable is None
     signature = examined.signature
-    outputs = engine.lanes[0].run(_batch([case.sample(2, 0)]))
+    outputs = loaded.lanes[0].run(_batch([case.sample(2, 0)]))
     assert list(outputs) == [spec.name for spec in signature.outputs]
     for spec in signature.outputs:
         array = outputs[spec.name]
@@ -147,25 +146,25 @@ def test_outputs_are_those_of_its_signature(case: Case, path: Path | None, engin
         assert array.shape == (2, *spec.shape[1:])
 
 
-def test_each_request_is_answered_in_company_as_alone(case: Case, engine: Engine) -> None:
+def test_each_request_is_answered_in_company_as_alone(case: Case, loaded: LoadedModel) -> None:
     parts = [case.sample(rows, seed) for seed, rows in enumerate((1, 3, 2))]
-    together = engine.lanes[0].run(_batch(parts))
+    together = loaded.lanes[0].run(_batch(parts))
     row = 0
     for rows, part in zip((1, 3, 2), parts, strict=True):
-        alone = engine.lanes[0].run(_batch([part]))
+        alone = loaded.lanes[0].run(_batch([part]))
         assert _close(alone, {name: a[row : row + rows] for name, a in together.items()})
         row += rows
     assert all(array.shape[0] == row for array in together.values())
 
 
-def test_padding_is_cut_off_again(case: Case, engine: Engine) -> None:
+def test_padding_is_cut_off_again(case: Case, loaded: LoadedModel) -> None:
     parts = [case.sample(1, 1), case.sample(2, 2)]
-    assert _close(engine.lanes[0].run(_batch(parts, 8)), engine.lanes[0].run(_batch(parts)))
-    assert _close(engine.lanes[0].run(_batch(parts[:1], 2)), engine.lanes[0].run(_batch(parts[:1])))
+    assert _close(loaded.lanes[0].run(_batch(parts, 8)), loaded.lanes[0].run(_batch(parts)))
+    assert _close(loaded.lanes[0].run(_batch(parts[:1], 2)), loaded.lanes[0].run(_batch(parts[:1])))
 
 
-def test_outputs_stay_as_they_are_when_the_lane_runs_again(case: Case, engine: Engine) -> None:
-    lane = engine.lanes[0]
+def test_outputs_stay_as_they_are_when_the_lane_runs_again(case: Case, loaded: LoadedModel) -> None:
+    lane = loaded.lanes[0]
     first = lane.run(_batch([case.sample(2, 1)]))
     before = {name: array.copy() for name, array in first.items()}
     lane.run(_batch([case.sample(2, 2)]))
@@ -173,22 +172,22 @@ def test_outputs_stay_as_they_are_when_the_lane_runs_again(case: Case, engine: E
 
 
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")  # as the engine says
-def test_inputs_may_be_read_only(case: Case, engine: Engine) -> None:
+def test_inputs_may_be_read_only(case: Case, loaded: LoadedModel) -> None:
     sample = case.sample(1, 1)
     frozen = {n: np.frombuffer(a.tobytes(), a.dtype).reshape(a.shape) for n, a in sample.items()}
-    assert _close(engine.lanes[0].run(_batch([frozen])), engine.lanes[0].run(_batch([sample])))
+    assert _close(loaded.lanes[0].run(_batch([frozen])), loaded.lanes[0].run(_batch([sample])))
 
 
 def test_lanes_run_at_the_same_time_without_mixing_their_batches(
-    case: Case, engine: Engine
+    case: Case, loaded: LoadedModel
 ) -> None:
-    parts = [case.sample(2, seed) for seed in range(len(engine.lanes))]
-    expected = [engine.lanes[0].run(_batch([part])) for part in parts]
+    parts = [case.sample(2, seed) for seed in range(len(loaded.lanes))]
+    expected = [loaded.lanes[0].run(_batch([part])) for part in parts]
     good = [0] * len(parts)
 
     def drive(index: int) -> None:
         for _ in range(5):
-            good[index] += _close(engine.lanes[index].run(_batch([parts[index]])), expected[index])
+            good[index] += _close(loaded.lanes[index].run(_batch([parts[index]])), expected[index])
 
     threads = [threading.Thread(target=drive, args=(n,), daemon=True) for n in range(len(parts))]
     for thread in threads:
@@ -198,8 +197,10 @@ def test_lanes_run_at_the_same_time_without_mixing_their_batches(
     assert good == [5] * len(parts)
 
 
-def test_a_bad_input_is_an_engine_error_and_the_lane_goes_on(case: Case, engine: Engine) -> None:
-    lane = engine.lanes[0]
+def test_a_bad_input_is_an_engine_error_and_the_lane_goes_on(
+    case: Case, loaded: LoadedModel
+) -> None:
+    lane = loaded.lanes[0]
     good = case.sample(1, 1)
     expected = lane.run(_batch([good]))
     for bad in (

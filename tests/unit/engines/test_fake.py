@@ -21,9 +21,7 @@ INPUTS = [{"name": "x", "dtype": "float32", "shape": ["batch", 2]}]
 
 
 def _lane(**table: Any) -> Lane:
-    engine = fake.FakeEngine(spec_of(None, {"inputs": INPUTS, **table}))
-    engine.load()
-    return engine.lanes[0]
+    return fake.FakeEngine(spec_of(None, {"inputs": INPUTS, **table})).load().lanes[0]
 
 
 def _batch(*firsts: float) -> Batch:
@@ -84,10 +82,9 @@ def _process(fault: int) -> subprocess.Popen[str]:
         "from inferq.workers.models.spec import ModelSpec\n"
         f"table = {{'inputs': {INPUTS!r}, 'faults': True}}\n"
         "known = ModelConfig(), table, Signature((), ()), 8, ()\n"
-        "engine = FakeEngine(ModelSpec('m', 1, (1,), None, *known))\n"
-        "engine.load()\n"
+        "loaded = FakeEngine(ModelSpec('m', 1, (1,), None, *known)).load()\n"
         "print('running', flush=True)\n"
-        f"engine.lanes[0].run(Batch([{{'x': np.full((1, 2), {fault}, np.float32)}}], 1, 1))\n"
+        f"loaded.lanes[0].run(Batch([{{'x': np.full((1, 2), {fault}, np.float32)}}], 1, 1))\n"
         "print('still here', flush=True)\n"
     )
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

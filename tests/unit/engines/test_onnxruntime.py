@@ -18,7 +18,7 @@ from inferq.shared.errors import ConfigError, EngineError
 from inferq.workers.engines import cores, onnxruntime
 from inferq.workers.engines.cores import usable_cores
 from inferq.workers.engines.onnxruntime import OnnxRuntimeEngine
-from inferq.workers.models.engine import Batch
+from inferq.workers.models.engine import Batch, LoadedModel
 from inferq.workers.models.signatures import Examined, examine
 
 
@@ -31,10 +31,8 @@ def _read(path: Path, batchable: bool | None = None) -> Examined:
     return examine(OnnxRuntimeEngine.read(path, {}), batchable)
 
 
-def _engine(path: Path, lanes: int = 1, **table: Any) -> OnnxRuntimeEngine:
-    engine = OnnxRuntimeEngine(spec_of(path, table, lanes=lanes))
-    engine.load()
-    return engine
+def _loaded(path: Path, lanes: int = 1, **table: Any) -> LoadedModel:
+    return OnnxRuntimeEngine(spec_of(path, table, lanes=lanes)).load()
 
 
 # --- batchable or not ----------------------------------------------------------------------------
@@ -150,9 +148,9 @@ def test_a_model_that_no_example_fits_runs_request_by_request_and_says_what_to_w
 
 
 def test_a_model_that_is_not_batchable_is_run_as_it_is(file: Path) -> None:
-    engine = _engine(onnx_models.two_inputs(file, ("n", 2), ("m", 2)))
+    loaded = _loaded(onnx_models.two_inputs(file, ("n", 2), ("m", 2)))
     a, b = np.ones((2, 2), np.float32), np.ones((5, 2), np.float32)
-    outputs = engine.lanes[0].run(Batch([{"a": a, "b": b}], 1, 1, batchable=False))
+    outputs = loaded.lanes[0].run(Batch([{"a": a, "b": b}], 1, 1, batchable=False))
     assert (outputs["c"].shape, outputs["d"].shape) == ((2, 2), (5, 2))
 
 
@@ -211,7 +209,7 @@ def test_a_model_above_protobufs_limit_is_refused_unread(file: Path) -> None:
 def test_weights_in_a_file_beside_the_model_are_loaded(file: Path) -> None:
     onnx_models.external(file, "weights.bin")
     np.arange(4, dtype=np.float32).tofile(file.parent / "weights.bin")
-    outputs = _engine(file).lanes[0].run(Batch([{"x": np.zeros((1, 4), np.float32)}], 1, 1))
+    outputs = _loaded(file).lanes[0].run(Batch([{"x": np.zeros((1, 4), np.float32)}], 1, 1))
     assert outputs["y"].tolist() == [[0, 1, 2, 3]]
 
 
@@ -229,22 +227,22 @@ def test_weights_outside_the_models_folder_are_refused(file: Path, location: str
 
 
 def test_an_error_at_run_time_is_an_engine_error_with_the_engines_reason(file: Path) -> None:
-    lane = _engine(onnx_models.lookup(file)).lanes[0]
+    lane = _loaded(onnx_models.lookup(file)).lanes[0]
     with pytest.raises(EngineError, match=r"onnxruntime: .*indices element out of data bounds"):
         lane.run(Batch([{"ids": np.array([99])}], 1, 1))
     assert lane.run(Batch([{"ids": np.array([1])}], 1, 1))["y"].tolist() == [[2, 3]]
 
 
 def test_missing_rows_are_seen_before_padding_is_cut(file: Path) -> None:
-    lane = _engine(onnx_models.first_row(file)).lanes[0]
+    lane = _loaded(onnx_models.first_row(file)).lanes[0]
     with pytest.raises(EngineError, match="output 'y' has 1 rows; expected 4, as the inputs"):
         lane.run(Batch([{"x": np.ones((2, 3), np.float32)}], 2, 4))
 
 
 def test_a_cpu_gets_a_lane_for_each_core_it_may_use(file: Path) -> None:
-    engine = _engine(onnx_models.double(file), lanes=0, provider="cpu")
-    assert len(engine.lanes) == usable_cores() <= len(os.sched_getaffinity(0))
-    assert engine.parallel_lanes
+    loaded = _loaded(onnx_models.double(file), lanes=0, provider="cpu")
+    assert len(loaded.lanes) == usable_cores() <= len(os.sched_getaffinity(0))
+    assert loaded.parallel_lanes
 
 
 @pytest.mark.parametrize(("quota", "expected"), [("50000 100000", 1), ("max 100000", None)])
@@ -261,7 +259,7 @@ def test_a_containers_quota_bounds_the_cores(
 )
 def test_cuda_is_refused_where_the_build_has_none(file: Path) -> None:
     with pytest.raises(ConfigError, match="expected the package onnxruntime-gpu"):
-        _engine(onnx_models.double(file), provider="cuda")
+        _loaded(onnx_models.double(file), provider="cuda")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from inferq.shared.errors import ConfigError, EngineError
 from inferq.shared.schema import DTYPES
 from inferq.workers.engines import pt2
 from inferq.workers.engines.cores import usable_cores
-from inferq.workers.models.engine import Batch
+from inferq.workers.models.engine import Batch, LoadedModel
 from inferq.workers.models.repository import load_model
 from inferq.workers.models.signatures import Examined, examine
 
@@ -45,12 +45,10 @@ def _read(path: Path) -> Examined:
     return examine(TorchEngine.read(path, {}))
 
 
-def _engine(
+def _loaded(
     path: Path, lanes: int = 1, most: int = 8, buckets: tuple[int, ...] = (), **table: Any
-) -> TorchEngine:
-    engine = TorchEngine(spec_of(path, table, lanes=lanes, most=most, buckets=buckets))
-    engine.load()
-    return engine
+) -> LoadedModel:
+    return TorchEngine(spec_of(path, table, lanes=lanes, most=most, buckets=buckets)).load()
 
 
 def _ones(*shape: int) -> Any:
@@ -311,16 +309,16 @@ def test_batches_that_the_program_was_not_exported_for_are_refused(
     x = _ones(4, 3)
     save(file, torch_models.Double(), (x,), {"x": batch(**limits)})
     with pytest.raises(ConfigError) as caught:
-        _engine(file, most=most, buckets=buckets)
+        _loaded(file, most=most, buckets=buckets)
     assert message in str(caught.value)
-    _engine(file, most=4, buckets=(4,))
+    _loaded(file, most=4, buckets=(4,))
 
 
 # --- running -------------------------------------------------------------------------------------
 
 
 def test_an_error_at_run_time_is_an_engine_error_with_the_engines_reason(file: Path) -> None:
-    lane = _engine(torch_models.lookup(file)).lanes[0]
+    lane = _loaded(torch_models.lookup(file)).lanes[0]
     with pytest.raises(EngineError, match=r"torch: .*index 99 is out of bounds"):
         lane.run(Batch([{"ids": np.array([99])}], 1, 1))
     assert lane.run(Batch([{"ids": np.array([1])}], 1, 1))["y"].tolist() == [[2, 3]]
@@ -329,19 +327,19 @@ def test_an_error_at_run_time_is_an_engine_error_with_the_engines_reason(file: P
 def test_missing_rows_are_seen_before_padding_is_cut(file: Path) -> None:
     save(file, torch_models.Total(), (_ones(2, 3),), {"x": batch()})
     with pytest.raises(EngineError, match="'output' has 1 rows; expected 4, as the inputs"):
-        _engine(file).lanes[0].run(Batch([{"x": np.ones((2, 3), np.float32)}], 2, 4))
+        _loaded(file).lanes[0].run(Batch([{"x": np.ones((2, 3), np.float32)}], 2, 4))
 
 
 def test_a_program_that_writes_to_its_input_gets_a_copy(file: Path) -> None:
     save(file, torch_models.InPlace(), (_ones(2, 3),), {"x": batch()})
     x = np.frombuffer(np.ones((2, 3), np.float32).tobytes(), np.float32).reshape(2, 3)
-    outputs = _engine(file).lanes[0].run(Batch([{"x": x}], 2, 2))
+    outputs = _loaded(file).lanes[0].run(Batch([{"x": x}], 2, 2))
     assert outputs["y"].tolist() == [[2, 2, 1], [2, 2, 1]]
     assert x.tolist() == [[1, 1, 1], [1, 1, 1]]
 
 
 def test_nested_arguments_and_constants_are_put_in_their_places(file: Path) -> None:
-    lane = _engine(_nested(file)).lanes[0]
+    lane = _loaded(_nested(file)).lanes[0]
     parts = [
         {
             "scale": np.full((1, 1), n, np.float32),
@@ -362,26 +360,26 @@ def test_every_dtype_that_travels_goes_in_and_comes_out(file: Path, name: str) -
     save(file, torch.nn.Identity(), (torch.zeros(2, 3, dtype=dtype),), {"input": batch()})
     assert str(_read(file).signature) == f"(input: {name}[batch, 3]) -> (output: {name}[batch, 3])"
     x = np.arange(6).reshape(2, 3).astype(DTYPES[name])
-    outputs = _engine(file).lanes[0].run(Batch([{"input": x}], 2, 4))
+    outputs = _loaded(file).lanes[0].run(Batch([{"input": x}], 2, 4))
     assert outputs["output"].dtype == DTYPES[name]
     assert outputs["output"].tolist() == x.tolist()
 
 
 def test_a_reversed_view_is_taken(file: Path) -> None:
     x = np.arange(6, dtype=np.float32).reshape(2, 3)
-    outputs = _engine(torch_models.double(file)).lanes[0].run(Batch([{"x": x[::-1]}], 2, 2))
+    outputs = _loaded(torch_models.double(file)).lanes[0].run(Batch([{"x": x[::-1]}], 2, 2))
     assert outputs["y"].tolist() == (2 * x[::-1]).tolist()
 
 
 def test_a_cpu_gets_a_lane_for_each_core_it_may_use(file: Path) -> None:
-    engine = _engine(torch_models.double(file), lanes=0, device="cpu")
-    assert len(engine.lanes) == usable_cores()
-    assert engine.parallel_lanes
+    loaded = _loaded(torch_models.double(file), lanes=0, device="cpu")
+    assert len(loaded.lanes) == usable_cores()
+    assert loaded.parallel_lanes
     assert torch.get_num_threads() == 1
 
 
 def test_an_operator_that_computes_leaves_the_gil_to_others(file: Path) -> None:
-    lane = _engine(save(file, torch_models.Square(), (_ones(2000, 2000),))).lanes[0]
+    lane = _loaded(save(file, torch_models.Square(), (_ones(2000, 2000),))).lanes[0]
     batch = Batch([{"x": np.ones((2000, 2000), np.float32)}], 1, 1, batchable=False)
     thread = threading.Thread(target=lane.run, args=(batch,))
     thread.start()
@@ -396,8 +394,8 @@ def test_an_operator_that_computes_leaves_the_gil_to_others(file: Path) -> None:
 def test_cuda_is_refused_where_there_is_none(file: Path) -> None:
     torch_models.double(file)
     with pytest.raises(ConfigError, match=r"torch\.device is 'cuda', but no CUDA device"):
-        _engine(file, device="cuda")
-    assert _engine(file, device="auto").lanes
+        _loaded(file, device="cuda")
+    assert _loaded(file, device="auto").lanes
 
 
 @pytest.mark.parametrize(
@@ -421,7 +419,7 @@ def test_a_network_trained_on_digits_answers_in_batches_as_torch_does(file: Path
     assert str(_read(file).signature) == (
         "(image: float32[batch, 1, 8, 8]) -> (logits: float32[batch, 10], digit: int64[batch])"
     )
-    lane = _engine(file).lanes[0]
+    lane = _loaded(file).lanes[0]
     held_out = images[1400:]
     parts = [{"image": held_out[n : n + 1 + n % 3]} for n in range(0, 100, 3)]
     for part in parts:

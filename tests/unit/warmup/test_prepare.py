@@ -18,13 +18,12 @@ from inferq.workers.warmup.prepare import Preparation, Prepared
 
 
 def _prepare(spec: ModelSpec) -> Prepared:
-    engine = engine_class(spec.config.engine)(spec)
     preparation = Preparation(spec)
     preparation.start()
-    engine.load()
-    prepared = preparation.prepare(engine)
+    loaded = engine_class(spec.config.engine)(spec).load()
+    prepared = preparation.prepare(loaded)
     preparation.told_to_end()
-    engine.close()
+    loaded.close()
     return prepared
 
 
@@ -104,11 +103,10 @@ def test_without_warm_up_a_size_that_ended_a_process_is_not_formed_either(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     spec = _fake(tmp_path, knobs="warm_up = false")
-    engine = engine_class("fake")(spec)
-    engine.load()
+    loaded = engine_class("fake")(spec).load()
     preparation = Preparation(spec)
     preparation.start()
-    prepared = preparation.prepare(engine)
+    prepared = preparation.prepare(loaded)
     assert prepared.notes is not None
     # As if it was killed meanwhile: its lock is gone with it.
     trying = prepared.notes.trying(Size(20 * 4, 20))
@@ -130,8 +128,7 @@ def test_files_that_cannot_be_read_only_cost_the_memory_of_it(tmp_path: Path) ->
     path = tmp_path / "models" / "m" / "1" / "model.onnx"
     onnx_models.double(path)
     spec = load_model(tmp_path / "models", "m")
-    engine = engine_class("onnxruntime")(spec)
-    engine.load()
+    loaded = engine_class("onnxruntime")(spec).load()
     preparation = Preparation(replace(spec, path=tmp_path / "gone" / "model.onnx"))
     preparation.start()
-    assert preparation.prepare(engine).tuning is not None
+    assert preparation.prepare(loaded).tuning is not None

@@ -82,14 +82,31 @@ class OddRows:
 class Audit:
     """The audits of one model. Lanes' threads run them, one at a time; any thread may read."""
 
-    def __init__(self, model: str, every: int, *, unbatch: bool) -> None:
+    def __init__(
+        self,
+        model: str,
+        every: int,
+        knobs: Knobs,
+        *,
+        unbatch: bool,
+        computed_s: Callable[[], float] = lambda: 0.0,
+        answered: Callable[[], int] = lambda: 0,
+        wake: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`computed_s` tells how many seconds lanes have computed so far, `answered` how many
+        requests; `wake` is called when an audit ends that was in the way.
+        """
         self._model = model
+        self._knobs = knobs
+        self._exact = knobs.spread
         self._unbatch = unbatch
+        self._computed_s, self._answered, self._wake = computed_s, answered, wake
         self.budget = AuditBudget(every)
+        if not knobs.batchable or (knobs.max_batch_size == 1 and not knobs.buckets):
+            self.budget.end()  # nothing ever has company
         #: Held by the lane that audits.
         self._lock = threading.Lock()
         self._telling = threading.Lock()
-        self._exact = False
         self._odd_requests = 0
         self._failures = 0
         #: The end of the worker is near: none begins.
@@ -105,24 +122,6 @@ class Audit:
         self.mismatch: Mismatch | None = None
         #: Whether the model is to run request by request, since a mismatch was found.
         self.unbatched = False
-
-    def begin(
-        self,
-        knobs: Knobs,
-        computed_s: Callable[[], float],
-        answered: Callable[[], int],
-        wake: Callable[[], None],
-    ) -> None:
-        """The lanes are about to start.
-
-        `computed_s` tells how many seconds they have computed so far, `answered` how many requests;
-        `wake` is called when an audit ends that was in the way.
-        """
-        self._knobs = knobs
-        self._exact = knobs.spread
-        self._computed_s, self._answered, self._wake = computed_s, answered, wake
-        if not knobs.batchable or (knobs.max_batch_size == 1 and not knobs.buckets):
-            self.budget.end()  # nothing ever has company
 
     def summary(self) -> str:
         """In words, for people: ``12 of 12 answers as alone``. For any thread."""

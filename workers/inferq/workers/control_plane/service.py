@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from celery.worker import WorkController
@@ -39,8 +39,10 @@ from inferq.workers.control_plane.found import Found, log_not_served
 from inferq.workers.control_plane.main_loop import MainLoop
 from inferq.workers.control_plane.task_events import TaskEvents
 from inferq.workers.cuda.telemetry import GpuTelemetry
+from inferq.workers.data_plane import reporting
 from inferq.workers.data_plane.counts import WorkerStats
 from inferq.workers.data_plane.foreign_tasks import ForeignTasks
+from inferq.workers.data_plane.loading import LoadingModel
 from inferq.workers.data_plane.plane import DataPlane
 from inferq.workers.data_plane.served_model import ServedModel
 from inferq.workers.logs.slow import told_if_slow
@@ -89,11 +91,19 @@ class Service:
         self._recoverer = Recoverer(self._client, self._names, settings.lease_s)
         self._lease: Lease | None = None
         self._canvas: Canvas | None = None
-        self._models = [ServedModel(spec) for spec in found.specs]
+        #: Replaced, never changed: other threads read it. A model that was loaded stands in place
+        #: of the one that was to be.
+        self._models: Sequence[LoadingModel | ServedModel] = [
+            LoadingModel(spec) for spec in found.specs
+        ]
+        #: Held while one takes the other's place.
+        self._replacing = threading.Lock()
+        #: Those that are loaded, by name.
+        self._served: dict[str, ServedModel] = {}
         #: Replaced, never changed: other threads read it.
         self._not_served = found.not_served
         self._others = found.others
-        self._events = TaskEvents(worker, settings, self._models)
+        self._events = TaskEvents(worker, settings, self._served)
         self._side = CelerySide(worker, self._later, self._names, self._events)
         self._foreign = (
             ForeignTasks(worker.app.tasks, celery_private.read_body)
@@ -152,10 +162,10 @@ class Service:
 
         FatalEngineError, which ends them all; ConfigError: there is none left, or all are wanted.
         """
-        for model in self._models:
+        for model in [each for each in self._models if isinstance(each, LoadingModel)]:
             try:
                 with told_if_slow(logger, model.name, "loading it and warming it up"):
-                    model.load(
+                    served = model.load(
                         self._worker.hostname,
                         self._names,
                         self._clock,
@@ -174,10 +184,18 @@ class Service:
             except Exception as problem:
                 logger.exception("model %r could not be loaded", model.name)
                 self._set_aside(model, f"it could not be loaded: {problem!r}")
+            else:
+                self._put_in_place(model, served)
         if not self._models:
             raise ConfigError("no model can be served")
 
-    def _set_aside(self, model: ServedModel, reason: str) -> None:
+    def _put_in_place(self, loading: LoadingModel, served: ServedModel) -> None:
+        with self._replacing:
+            served.consuming = loading.consuming
+            self._served[served.name] = served
+            self._models = [served if each is loading else each for each in self._models]
+
+    def _set_aside(self, model: LoadingModel, reason: str) -> None:
         """Serve the others; what is sent to this one waits in its queue. ConfigError if strict."""
         if self._settings.strict:
             raise ConfigError(reason)
@@ -214,7 +232,8 @@ class Service:
 
     def _serve(self) -> None:
         settings, names = self._settings, self._names
-        adverts = {model.name: encode_advert(model.advert) for model in self._models}
+        models = list(self._served.values())
+        adverts = {model.name: encode_advert(model.advert) for model in models}
         lease = self._lease = Lease(
             self._client,
             names,
@@ -230,7 +249,7 @@ class Service:
             self._client,
             names,
             self._clock,
-            self._models,
+            models,
             lease=lease,
             recoverer=self._recoverer,
             hooks=self._side,
@@ -250,7 +269,7 @@ class Service:
         plane.start()
         missing = ", ".join(each.model for each in self._not_served if each.version is None)
         without = f"; not served: {missing}" if missing else ""
-        logger.info("serving %s%s", ", ".join(model.name for model in self._models), without)
+        logger.info("serving %s%s", ", ".join(model.name for model in models), without)
 
     def _on_finished(self, finished: Finished) -> None:
         self._events.on_finished(finished)
@@ -272,7 +291,7 @@ class Service:
         return self._side.inbox
 
     @property
-    def models(self) -> list[ServedModel]:
+    def models(self) -> Sequence[LoadingModel | ServedModel]:
         return self._models
 
     def not_served(self) -> list[NotServed]:
@@ -289,13 +308,13 @@ class Service:
 
     def consume(self, queue: str, consuming: bool) -> bool:
         """Claim from `queue`, or no longer; False if it is no queue of a model loaded here."""
-        for model in self._models:
-            if queue_of(model.name) == queue:
+        with self._replacing:
+            found = [model for model in self._models if queue_of(model.name) == queue]
+            for model in found:
                 model.consuming = consuming
-                if self.plane is not None:
-                    self.plane.look()
-                return True
-        return False
+        if found and self.plane is not None:
+            self.plane.look()
+        return bool(found)
 
     def why_not_consume(self, queue: str) -> str | None:
         """Why Celery's own handler is not to consume `queue`, no model's; None: it may."""
@@ -379,7 +398,7 @@ class Service:
             device=self._device(),
             versions=self._versions,
             gpu=None if gpu is None else gpu.numbers(),
-            models=[model.stats() for model in self._models],
+            models=[reporting.stats(model) for model in self._models],
             not_served=self._not_served,
             passed_over=self._others,
         )
@@ -431,8 +450,8 @@ class Service:
             "inferq_not_served": listed(self._not_served),
             "inferq_engines": ", ".join(f"{m.name}: {m.spec.config.engine}" for m in self._models),
             "inferq_lanes": ", ".join(f"{m.name}: {m.lanes}" for m in self._models),
-            "inferq_batch_fill": ", ".join(f"{m.name}: {m.fill()}" for m in self._models),
-            "inferq_audits": ", ".join(f"{m.name}: {m.audit.summary()}" for m in self._models),
+            "inferq_batch_fill": ", ".join(f"{m.name}: {reporting.fill(m)}" for m in self._models),
+            "inferq_audits": ", ".join(f"{m.name}: {reporting.audits(m)}" for m in self._models),
             "inferq_device": self._device(),
             "inferq_versions": ", ".join(f"{name} {v}" for name, v in self._versions.items()),
             "inferq_state": "loading" if plane is None else "serving",

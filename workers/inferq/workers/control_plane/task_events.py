@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Concatenate, Final, ParamSpec
 
@@ -79,10 +79,11 @@ class TaskEvents:
     """
 
     def __init__(
-        self, worker: WorkController, settings: Settings, models: Sequence[ServedModel]
+        self, worker: WorkController, settings: Settings, models: Mapping[str, ServedModel]
     ) -> None:
+        """`models`: those that are loaded, by name; more may be added."""
         self._worker = worker
-        self._models = {model.name: model for model in models}
+        self._models = models
         self._enabled = bool(worker.task_events)
         self._open: dict[str, _Open] = {}
         self._sampler = Sampler(settings.events_per_s)

@@ -145,20 +145,9 @@ class Lanes:
     from the lanes' threads.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._inbox: SimpleQueue[Job | None] = SimpleQueue()
-        self._threads: list[threading.Thread] = []
-        #: So many batches that wait for the lanes are ample: nothing is in a hurry then.
-        self.ample = math.inf
-        #: What each lane computes, and since when (monotonic ms).
-        self._computing: list[tuple[Job, float] | None] = []
-
-    def __len__(self) -> int:
-        return len(self._threads)
-
-    def start(
+    def __init__(
         self,
+        name: str,
         lanes: Sequence[Lane],
         knobs: Knobs,
         too_late: Callable[[Slot, Ticket], Failed | Revoked | None],
@@ -167,20 +156,30 @@ class Lanes:
         audit: Audit | None = None,
         fit: Fit | None = None,
     ) -> None:
-        """Drive `lanes` from now on."""
+        self._name = name
         self._knobs = knobs
-        self._fit = fit or Fit(self._name)
         self._knobs_alone = replace(knobs, batchable=False)
-        self._audit = audit or Audit(self._name, 0, unbatch=False)
+        self._fit = fit or Fit(name)
+        self._audit = audit or Audit(name, 0, knobs, unbatch=False)
         self._odd = [OddRows() for _ in lanes]
         self._too_late = too_late
         self._on_finished = on_finished
         self._on_begun = on_begun
-        self._computing = [None] * len(lanes)
+        self._inbox: SimpleQueue[Job | None] = SimpleQueue()
+        #: So many batches that wait for the lanes are ample: nothing is in a hurry then.
+        self.ample = math.inf
+        #: What each lane computes, and since when (monotonic ms).
+        self._computing: list[tuple[Job, float] | None] = [None] * len(lanes)
         self._threads = [
-            threading.Thread(target=self._run, args=place, name=f"{self._name}-{n}", daemon=True)
+            threading.Thread(target=self._run, args=place, name=f"{name}-{n}", daemon=True)
             for n, place in enumerate(enumerate(lanes))
         ]
+
+    def __len__(self) -> int:
+        return len(self._threads)
+
+    def start(self) -> None:
+        """Drive the lanes from now on."""
         for thread in self._threads:
             thread.start()
 

@@ -1,40 +1,24 @@
-"""One model as a worker serves it: its engine, lanes, waiting requests and knobs."""
+"""One model as a worker serves it: its lanes, its waiting requests, and what is formed ahead."""
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 
-from inferq.shared.errors import ConfigError, EngineError, FatalEngineError
-from inferq.shared.names import Names
 from inferq.shared.schema import ModelAdvert
 from inferq.workers.audit.audit import Audit
-from inferq.workers.batching.padding import Padding
-from inferq.workers.batching.policy import Knobs, Leave, Wait, decide
+from inferq.workers.batching.policy import Leave, Wait, decide
 from inferq.workers.batching.waiting import Waiting, WaitingRequests, rows_by_priority
-from inferq.workers.canvas.link_queues import LinkQueues
-from inferq.workers.claims.clock import RedisClock
 from inferq.workers.claims.runs import Finished, Job
 from inferq.workers.data_plane.budget import Sizes
-from inferq.workers.data_plane.counts import ModelCounts, ModelStats
-from inferq.workers.data_plane.foreign_tasks import ForeignTasks
+from inferq.workers.data_plane.counts import ModelCounts
 from inferq.workers.data_plane.intake import Intake
 from inferq.workers.data_plane.lanes import Lanes
 from inferq.workers.data_plane.results import Results
-from inferq.workers.logs.fields import about
-from inferq.workers.models.engine import Engine
-from inferq.workers.models.registry import engine_class
-from inferq.workers.models.spec import ModelSpec
-from inferq.workers.pad_probe.probe import probe_padding
-from inferq.workers.warmup.fit import row_elements
-from inferq.workers.warmup.learning import Learner
-from inferq.workers.warmup.prepare import Preparation, Prepared
-
-logger = logging.getLogger(__name__)
+from inferq.workers.data_plane.target import Target
+from inferq.workers.models.engine import LoadedModel
+from inferq.workers.warmup.prepare import Prepared
 
 #: How much the newest request weighs in the mean rows per request.
 _ROWS_WEIGHT = 0.1
@@ -47,143 +31,54 @@ AHEAD_S = 0.02
 MAX_AHEAD = 16
 #: How much the newest batch weighs in the mean time of a batch, if it was a short one.
 _BATCH_WEIGHT = 0.1
-#: Of batches that take less than so many seconds, one in so many is learnt from: that costs 3 µs.
-SHORT_S = 0.01
-LEARN_OF = 16
 
 
 class ServedModel:
-    """Owned by the data plane's thread once `load` has returned."""
+    """Owned by the data plane's thread. `loading` makes it, with its lanes started."""
 
-    def __init__(self, spec: ModelSpec) -> None:
-        self.spec = spec
-        self.name = spec.name
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        prepared: Prepared,
+        lanes: Lanes,
+        target: Target,
+        *,
+        advert: ModelAdvert,
+        intake: Intake,
+        results: Results,
+        counts: ModelCounts,
+        audit: Audit,
+        steps: Sequence[int],
+    ) -> None:
+        """`steps`: the priority steps of its queue."""
+        self.spec = loaded.spec
+        self.name = loaded.spec.name
+        self.advert = advert
+        self.intake = intake
+        self.results = results
+        self.sizes = Sizes(advert)
+        #: The batch size that is aimed at.
+        self.target = target
+        #: What has become of its requests since the start.
+        self.counts = counts
+        self.audit = audit
+        #: False while ``control cancel_consumer`` holds: nothing is claimed.
+        self.consuming = True
+        #: Rows of the largest batch that is formed.
+        self.max_rows = prepared.rows
         self.waiting = WaitingRequests()
         #: Batches that were formed and have not ended, in this order: the lanes compute the first
         #: of them, the others were formed ahead.
         self.jobs: list[Job] = []
+        #: Monotonic ms at which waiting requests may leave; None: when something changes.
+        self.due_ms: float | None = None
+        self._loaded = loaded
+        self._prepared = prepared
+        self._lanes = lanes
+        self._steps = steps
         #: Seconds that a batch takes, rather too many than too few; 0: not known.
         self._batch_s = 0.0
         self._rows_per_request = 1.0
-        #: Until it is loaded: None.
-        self._target: int | None = None
-        self._engine: Engine | None = None
-        self._preparation = Preparation(spec)
-        self._prepared: Prepared | None = None
-        #: None: nothing was measured that could be refined, or model.toml says what to aim at.
-        self._learner: Learner | None = None
-        #: Batches that have ended, while there is something to learn.
-        self._ended = 0
-        self._lanes = Lanes(f"inferq-{self.name}")
-        #: False while ``control cancel_consumer`` holds: nothing is claimed.
-        self.consuming = True
-        #: What has become of its requests since the start.
-        self.counts = ModelCounts()
-        config = spec.config
-        self.audit = Audit(self.name, config.audit_every, unbatch=config.on_mismatch == "unbatch")
-        #: Monotonic ms at which waiting requests may leave; None: when something changes.
-        self.due_ms: float | None = None
-
-    def load(
-        self,
-        worker: str,
-        names: Names,
-        clock: RedisClock,
-        *,
-        is_revoked: Callable[[str], bool],
-        on_finished: Callable[[Finished], None],
-        result_expires_s: int,
-        on_begun: Callable[[Sequence[Waiting]], None] = lambda _: None,
-        wake: Callable[[], None] = lambda: None,
-        foreign: ForeignTasks | None = None,
-        links: LinkQueues | None = None,
-    ) -> None:
-        """Load the engine, warm it up, start the lanes' threads. ConfigError if it cannot be."""
-        self._steps = names.priority_steps
-        spec = self.spec
-        config = spec.config
-        self._tell_of_rows()
-        engine = engine_class(config.engine)(spec)
-        began = time.monotonic()
-        self._preparation.start()
-        self._load(engine)
-        self._engine = engine
-        self._buckets = engine.buckets
-        padding = self._pad(engine)
-        prepared = self._prepared = self._preparation.prepare(engine)
-        tuning = prepared.tuning
-        preferred = tuple(n for n in config.preferred_batch_sizes if n <= prepared.rows)
-        if not config.preferred_batch_sizes and tuning is not None and spec.batchable:
-            preferred = (tuning.best,)
-            if len(tuning.sizes) > 1:
-                self._learner = Learner(tuning, tuning.best)
-        self.knobs = Knobs(
-            max_batch_size=prepared.rows,
-            preferred_batch_sizes=preferred,
-            max_queue_delay_ms=config.max_queue_delay_ms,
-            buckets=self._buckets,
-            batchable=spec.batchable,
-            spread=engine.parallel_lanes,
-        )
-        self._aim_at(self.knobs)
-        self.advert: ModelAdvert = spec.advert(
-            seconds_per_row=tuning.seconds_per_row if tuning else 0.0,
-            result_expires_s=result_expires_s,
-        )
-        self.sizes = Sizes(self.advert)
-        links = links or LinkQueues(names)
-        self.intake = Intake(self.advert, names, padding, is_revoked, clock.now, links, foreign)
-        self.results = Results(worker, config.engine, spec.version, padding)
-        prepared.serve()
-        counts = self.counts
-        self.audit.begin(
-            self.knobs, lambda: counts.busy_s, lambda: sum(counts.outcomes.values()), wake
-        )
-        self._lanes.start(
-            prepared.lanes, self.knobs, self.intake.too_late, on_finished, on_begun, self.audit,
-            prepared.fit,
-        )  # fmt: skip
-        logger.info(
-            "model %s version %d: %s, %d lanes, batches of %d, ready in %.1f s",
-            self.name, spec.version, config.engine, len(self._lanes), self.knobs.target,
-            time.monotonic() - began, extra=about(model=self.name),
-        )  # fmt: skip
-
-    def _tell_of_rows(self) -> None:
-        """Say why requests do not share batches, or what is known of those that do."""
-        why, remark = self.spec.why_not_batchable, self.spec.remark
-        told = about(model=self.name)
-        if why is not None:
-            logger.warning("model %s runs request by request: %s", self.name, why, extra=told)
-        elif remark is not None:
-            logger.warning("model %s is batched: %s", self.name, remark, extra=told)
-
-    def _load(self, engine: Engine) -> None:
-        with self._named():
-            engine.load()
-
-    def _pad(self, engine: Engine) -> Padding:
-        with self._named():
-            return probe_padding(engine)
-
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        """Make what is raised a ConfigError that names the model, which may be one of many."""
-        try:
-            yield
-        except FatalEngineError:
-            raise
-        except (ConfigError, EngineError) as problem:
-            known = repr(self.name) in problem.message or str(self.spec.path) in problem.message
-            named = problem.message if known else f"model {self.name!r}: {problem.message}"
-            raise ConfigError(named) from problem
-
-    def _aim_at(self, knobs: Knobs) -> None:
-        self.knobs = knobs
-        self._target = knobs.target
-        self._ahead_knobs = replace(
-            knobs, preferred_batch_sizes=(knobs.target,), max_queue_delay_ms=math.inf
-        )
 
     # --- claiming ---------------------------------------------------------------------------
 
@@ -196,7 +91,7 @@ class ServedModel:
         for job in self.jobs[len(self._lanes) :]:
             for priority, count in job.rows.items():
                 held[priority] = held.get(priority, 0) + count
-        rows = len(self._lanes) * self._depth * self.knobs.target
+        rows = len(self._lanes) * self._depth * self.target.size
         room: dict[int, int] = {}
         for step in self._steps:
             rows -= held.get(step, 0)
@@ -236,14 +131,14 @@ class ServedModel:
             return None
         free = len(self._lanes) - len(self.jobs)
         if free > 0:
-            decision = decide(self.waiting.items, free, now_ms, self.knobs)
+            decision = decide(self.waiting.items, free, now_ms, self.target.knobs)
             self.due_ms = decision.until_ms if isinstance(decision, Wait) else None
         else:
             self.due_ms = None
             if -free >= len(self._lanes) * self._depth:
                 return None
             items = self.waiting.items
-            decision = decide(items, 1, now_ms, self._ahead_knobs)
+            decision = decide(items, 1, now_ms, self.target.ahead)
             if (
                 isinstance(decision, Leave)
                 and items[decision.take[0]].ticket.priority > items[0].ticket.priority
@@ -300,79 +195,31 @@ class ServedModel:
             self._batch_s = max(took_s, smoothed)
             lanes, depth = len(self._lanes), self._depth
             self._lanes.ample = max(lanes, lanes * depth // 4) if depth > 1 else math.inf
-        if self.audit.unbatched and self.knobs.batchable:
-            self._unbatch()
-
-    def _unbatch(self) -> None:
-        """An audit found that answers depend on company: form no more batches."""
-        alone = replace(self.knobs, batchable=False, preferred_batch_sizes=(1,))
-        self.knobs = alone
-        self._ahead_knobs = replace(alone, max_queue_delay_ms=math.inf)
-        self._target = alone.target
+        if self.audit.unbatched and self.target.knobs.batchable:
+            self.target.unbatch()
 
     def learn(self, finished: Finished) -> None:
         """Refine the size that is aimed at by how long this batch took, if all lanes were busy."""
-        learner, outcomes = self._learner, finished.outcomes
-        if learner is None:
-            return
-        self._ended += 1
-        if finished.ended - finished.began < SHORT_S and self._ended % LEARN_OF:
-            return
-        if not outcomes or len(self.jobs) < len(self._lanes):
-            return
-        run = outcomes[0].run
-        if run is None or run.requests != len(outcomes):  # it was run in parts
-            return
-        assert self._prepared is not None
-        if row_elements(outcomes[0].item.inputs) != self._prepared.row_elements:
-            return  # longer or shorter rows than those that were measured
-        before = learner.target
-        if learner.ran(run.rows + run.padding, (run.ended_ms - run.started_ms) / 1000):
-            logger.info(
-                "model %s: batches of %d in place of %d from now on, as its batches ran since",
-                self.name, learner.target, before, extra=about(model=self.name),
-            )  # fmt: skip
-            self._aim_at(replace(self.knobs, preferred_batch_sizes=(learner.target,)))
+        self.target.learn(finished, busy=len(self.jobs) >= len(self._lanes))
+
+    # --- for any thread ---------------------------------------------------------------------
 
     @property
     def lanes(self) -> int:
-        """0 until it is loaded."""
+        """How many there are."""
         return len(self._lanes)
 
     @property
-    def _aim(self) -> int:
-        return self._target or self.spec.max_batch_size
-
-    @property
-    def _most(self) -> int:
-        return self._prepared.rows if self._prepared is not None else self.spec.max_batch_size
-
-    def fill(self) -> str:
-        """How full its batches were so far: ``5.2 of 8 rows``. For any thread."""
-        batches, rows = self.counts.batches, self.counts.rows
-        return f"{rows / batches:.1f} of {self._aim} rows" if batches else "no batch yet"
-
-    def stats(self) -> ModelStats:
-        """What has become of its requests so far, and how many it has now. For any thread."""
-        computing = self.computing()
-        stats = self.counts.stats(self.name, self.spec.version, self.spec.config.engine)
-        stats.lanes, stats.max_batch_size = self.lanes, self._most
-        stats.target_batch_size = self._aim
-        stats.lanes_busy = len(computing)
-        stats.computing = sum(len(job.items) for job, _ in computing)
-        stats.waiting = len(self.reserved())
-        audit = self.audit
-        stats.audits = {result.value: count for result, count in audit.results.items()}
-        stats.audit_s, stats.mismatch = audit.took_s, audit.mismatch
-        stats.unbatched = audit.unbatched
-        return stats
+    def target_rows(self) -> int:
+        """Rows that a batch aims at."""
+        return self.target.size
 
     def computing(self) -> list[tuple[Job, float]]:
-        """The batches that lanes have begun, and when (monotonic ms). For any thread."""
+        """The batches that lanes have begun, and when (monotonic ms)."""
         return self._lanes.computing()
 
     def reserved(self) -> list[Waiting]:
-        """The requests that are claimed and that no lane has begun. For any thread."""
+        """The requests that are claimed and that no lane has begun."""
         begun = [job for job, _ in self.computing()]
         ahead = [item for job in list(self.jobs) if job not in begun for item in job.items]
         return [*ahead, *list(self.waiting.items)]
@@ -392,14 +239,12 @@ class ServedModel:
         return self._lanes.is_alive
 
     def told_to_end(self) -> None:
-        """Whatever ends this process from now on, no batch is to blame. For any thread."""
-        self._preparation.told_to_end()
+        """Whatever ends this process from now on, no batch is to blame."""
+        self._prepared.told_to_end()
 
     def close(self, timeout: float) -> None:
-        """End the lanes and free the engine, unless a lane does not end in time."""
-        learner, self._learner = self._learner, None
-        if learner is not None and self._prepared is not None and learner.has_learnt:
-            self._prepared.keep(learner.learnt())
+        """End the lanes and free the model, unless a lane does not end in time."""
+        self.target.keep()
         self.told_to_end()
-        if self._lanes.stop(timeout) and self._engine is not None:
-            self._engine.close()
+        if self._lanes.stop(timeout):
+            self._loaded.close()

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -26,7 +26,8 @@ from pydantic import BeforeValidator, Field
 
 from inferq.shared.errors import ConfigError, FatalEngineError
 from inferq.shared.schema import DTYPES, MAX_DIMS, MAX_TENSORS, Array, Signature, TensorSpec
-from inferq.workers.models.engine import Batch, Engine, Lane, check_inputs, gather
+from inferq.workers.models.engine import Batch, Engine, Lane, LoadedModel, check_inputs, gather
+from inferq.workers.models.ranges import told_inputs
 from inferq.workers.models.signatures import Declared
 from inferq.workers.models.spec import ModelSpec
 from inferq.workers.models.validation import Flag, Milliseconds, Text, TomlTable, validate
@@ -99,7 +100,6 @@ class FakeEngine(Engine):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)
         self._table = _read(spec.engine_table)
-        self._lanes: list[FakeLane] = []
 
     @classmethod
     def read(cls, path: Path | None, table: Mapping[str, Any]) -> Declared:
@@ -107,15 +107,15 @@ class FakeEngine(Engine):
         specs = tuple(TensorSpec(t.name, t.dtype, t.shape) for t in _read(table).inputs)
         return Declared(Signature(specs, specs))
 
-    def load(self) -> None:
-        self._lanes = [FakeLane(self._table) for _ in range(self.spec.config.lanes or 1)]
-
-    @property
-    def lanes(self) -> Sequence[Lane]:
-        return self._lanes
-
-    def close(self) -> None:
-        self._lanes = []
+    def load(self) -> LoadedModel:
+        spec = self.spec
+        return LoadedModel(
+            spec,
+            "cpu",
+            [FakeLane(self._table) for _ in range(spec.config.lanes or 1)],
+            buckets=spec.config.buckets,
+            usual=told_inputs(spec),
+        )
 
 
 class FakeLane(Lane):

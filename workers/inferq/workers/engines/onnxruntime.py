@@ -37,10 +37,12 @@ from inferq.workers.models.engine import (
     Batch,
     Engine,
     Lane,
+    LoadedModel,
     gather,
     reason,
     without_padding,
 )
+from inferq.workers.models.ranges import told_inputs
 from inferq.workers.models.signatures import Declared, named
 from inferq.workers.models.spec import ModelSpec
 from inferq.workers.models.validation import TomlTable, validate
@@ -68,14 +70,13 @@ class _Table(TomlTable):
 
 
 class OnnxRuntimeEngine(Engine):
-    """One session, shared by its lanes."""
+    """Opens one session, which the lanes share."""
 
     name = "onnxruntime"
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)
         self._table = validate(_Table, spec.engine_table, "onnxruntime.")
-        self._lanes: list[OnnxRuntimeLane] = []
 
     @classmethod
     def read(cls, path: Path | None, table: Mapping[str, Any]) -> Declared:
@@ -105,8 +106,8 @@ class OnnxRuntimeEngine(Engine):
 
         return Declared(declared, probe)
 
-    def load(self) -> None:
-        provider = self._table.provider
+    def load(self) -> LoadedModel:
+        spec, provider = self.spec, self._table.provider
         available = ort.get_available_providers()
         if provider == "cuda" and _CUDA not in available:
             raise ConfigError(
@@ -114,22 +115,21 @@ class OnnxRuntimeEngine(Engine):
                 f"{', '.join(available)}; expected the package onnxruntime-gpu"
             )
         cuda = provider != "cpu" and _CUDA in available
-        session = _open(self.path, _session_options(), [_CUDA, _CPU] if cuda else [_CPU])
+        session = _open(spec.path, _session_options(), [_CUDA, _CPU] if cuda else [_CPU])
         # Where CUDA cannot be started ONNX Runtime quietly falls back.
         on_cuda = _CUDA in session.get_providers()
         if provider == "cuda" and not on_cuda:
             raise ConfigError("onnxruntime.provider is 'cuda', but no CUDA device could be used")
-        self.parallel_lanes = not on_cuda
-        self.rounding = ROUNDING if on_cuda else 1.0
-        count = self.spec.config.lanes or (LANES if on_cuda else usable_cores())
-        self._lanes = [OnnxRuntimeLane(session) for _ in range(count)]
-
-    @property
-    def lanes(self) -> Sequence[Lane]:
-        return self._lanes
-
-    def close(self) -> None:
-        self._lanes = []
+        count = spec.config.lanes or (LANES if on_cuda else usable_cores())
+        return LoadedModel(
+            spec,
+            "cuda" if on_cuda else "cpu",
+            [OnnxRuntimeLane(session) for _ in range(count)],
+            buckets=spec.config.buckets,
+            usual=told_inputs(spec),
+            parallel_lanes=not on_cuda,
+            rounding=ROUNDING if on_cuda else 1.0,
+        )
 
 
 class OnnxRuntimeLane(Lane):

@@ -20,9 +20,10 @@ libraries, the older format. Examples of inputs are read by PyTorch's restricted
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,18 +38,16 @@ from inferq.workers.models.engine import (
     Batch,
     Engine,
     Lane,
+    LoadedModel,
     check_inputs,
     gather,
     reason,
     without_padding,
 )
-from inferq.workers.models.ranges import Usual, usual_inputs
+from inferq.workers.models.ranges import told_inputs, usual_inputs
 from inferq.workers.models.signatures import Declared
+from inferq.workers.models.spec import ModelSpec
 from inferq.workers.models.validation import Flag, TomlTable, validate
-
-if TYPE_CHECKING:
-    from inferq.workers.engines.torch_cuda import CudaProgram
-    from inferq.workers.models.spec import ModelSpec
 
 # Inputs may be views of a message, which nobody may write to; a program that would is given copies.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -62,15 +61,13 @@ class _Table(TomlTable):
 
 
 class TorchEngine(Engine):
-    """One exported program, shared by its lanes."""
+    """Opens one exported program, which the lanes share."""
 
     name = "torch"
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)
         self._table = validate(_Table, spec.engine_table, "torch.")
-        self._lanes: list[TorchLane] = []
-        self._on_cuda: CudaProgram | None = None
 
     @classmethod
     def read(cls, path: Path | None, table: Mapping[str, Any]) -> Declared:
@@ -79,55 +76,54 @@ class TorchEngine(Engine):
         layout = read_layout(program)
         return Declared(layout.signature, TorchLane(flat_function(program), layout).call)
 
-    def load(self) -> None:
-        program = _open(self.path)
+    def load(self) -> LoadedModel:
+        spec = self.spec
+        program = _open(spec.path)
         layout = read_layout(program)
         self._check_rows(layout)
         # A lane is a thread already.
         torch.set_num_threads(1)
         if self._table.device == "cuda":
-            self._load_on_cuda(program, layout)
-            return
+            return self._load_on_cuda(program, layout)
         function = flat_function(program)
-        self.parallel_lanes = True
-        self._lanes = [
-            TorchLane(function, layout) for _ in range(self.spec.config.lanes or usable_cores())
-        ]
+        return LoadedModel(
+            spec,
+            "cpu",
+            [TorchLane(function, layout) for _ in range(spec.config.lanes or usable_cores())],
+            buckets=spec.config.buckets,
+            usual=told_inputs(spec),
+            parallel_lanes=True,
+        )
 
-    def _load_on_cuda(self, program: torch.export.ExportedProgram, layout: Layout) -> None:
+    def _load_on_cuda(self, program: torch.export.ExportedProgram, layout: Layout) -> LoadedModel:
         if not torch.cuda.is_available():
             raise ConfigError("torch.device is 'cuda', but no CUDA device could be used")
         try:
-            from inferq.workers.engines.torch_cuda import CudaProgram  # noqa: PLC0415
+            from inferq.workers.engines.torch_cuda import opened  # noqa: PLC0415
         except ImportError as problem:
             raise ConfigError(
                 f"torch.device is 'cuda', which needs PyCUDA ({problem}); expected: "
                 "pip install 'inferq[tensorrt]'"
             ) from problem
-        opened = CudaProgram(program, layout, self.spec)
-        lanes = self.spec.config.lanes or LANES
-        opened.open(lanes, self.buckets, graphs=self._table.cuda_graphs)
-        self._on_cuda = opened
-        self.rounding = ROUNDING
-        self.runs_to_be_warm = 2  # the second is captured as a CUDA graph
-
-    @property
-    def buckets(self) -> tuple[int, ...]:
-        return gpu_buckets(self.spec) if self._table.device == "cuda" else self.spec.config.buckets
-
-    @property
-    def usual(self) -> Sequence[Usual]:
-        return usual_inputs(self.spec) if self._table.device == "cuda" else super().usual
-
-    @property
-    def lanes(self) -> Sequence[Lane]:
-        return self._lanes if self._on_cuda is None else self._on_cuda.lanes
-
-    def close(self) -> None:
-        self._lanes = []
-        if self._on_cuda is not None:
-            self._on_cuda.close()
-        self._on_cuda = None
+        spec, graphs = self.spec, self._table.cuda_graphs
+        buckets, usual = gpu_buckets(spec), usual_inputs(spec)
+        with ExitStack() as stack:
+            lanes = stack.enter_context(
+                opened(
+                    program, layout, spec,
+                    count=spec.config.lanes or LANES, buckets=buckets, graphs=graphs,
+                )
+            )  # fmt: skip
+            return LoadedModel(
+                spec,
+                "cuda",
+                lanes,
+                buckets=buckets,
+                usual=usual,
+                rounding=ROUNDING,
+                runs_to_be_warm=2,  # the second is captured as a CUDA graph
+                free=stack.pop_all().close,
+            )
 
     def _check_rows(self, layout: Layout) -> None:
         if layout.rows is None:

@@ -6,8 +6,8 @@ stand in the lane's buffers; what lies between is in memory of PyTorch's allocat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,47 +23,38 @@ from inferq.workers.models.ranges import input_ranges, profile_sizes
 from inferq.workers.models.spec import ModelSpec
 
 
-class CudaProgram:
-    """The program on the device, and its lanes. `close` frees both."""
+@contextmanager
+def opened(
+    program: torch.export.ExportedProgram,
+    layout: Layout,
+    spec: ModelSpec,
+    *,
+    count: int,
+    buckets: tuple[int, ...],
+    graphs: bool,
+) -> Iterator[Sequence[CudaLane]]:
+    """`program`, on the device, with `count` lanes, until the end.
 
-    def __init__(
-        self, program: torch.export.ExportedProgram, layout: Layout, spec: ModelSpec
-    ) -> None:
-        self._program = program
-        self._layout = layout
-        self._spec = spec
-        #: What is to be freed.
-        self._stack = ExitStack()
-        self.lanes: list[CudaLane] = []
-
-    def open(self, count: int, buckets: tuple[int, ...], *, graphs: bool) -> None:
-        """Move the program there and open `count` lanes. ConfigError, EngineError, FatalEngineError
-        or what PyTorch raises.
-        """
-        with ExitStack() as stack:
-            gpu = stack.enter_context(device.acquired())
-            profiles = [input_ranges(self._spec, each) for each in profile_sizes(self._spec)]
-            largest = [{span.name: span.max for span in ranges} for ranges in profiles]
-            signature, limit = self._layout.signature, RowLimit()
-            lanes: list[CudaLane] = []
-            with gpu:
-                function = flat_function(move_to_device_pass(self._program, "cuda"))
-                for _ in range(count):
-                    lane = CudaLane(
-                        gpu, _Executor(function, self._layout),
-                        {tensor.name: tensor.dtype for tensor in signature.inputs},
-                        {tensor.name: tensor.dtype for tensor in signature.outputs},
-                        largest, limit, buckets=buckets, graphs=graphs,
-                    )  # fmt: skip
-                    stack.callback(lane.close)
-                    lanes.append(lane)
-            self.lanes = lanes
-            self._stack = stack.pop_all()
-
-    def close(self) -> None:
-        """Idempotent."""
-        self.lanes = []
-        self._stack.close()
+    ConfigError, EngineError, FatalEngineError or what PyTorch raises.
+    """
+    with ExitStack() as stack:
+        gpu = stack.enter_context(device.acquired())
+        profiles = [input_ranges(spec, each) for each in profile_sizes(spec)]
+        largest = [{span.name: span.max for span in ranges} for ranges in profiles]
+        signature, limit = layout.signature, RowLimit()
+        lanes: list[CudaLane] = []
+        with gpu:
+            function = flat_function(move_to_device_pass(program, "cuda"))
+            for _ in range(count):
+                lane = CudaLane(
+                    gpu, _Executor(function, layout),
+                    {tensor.name: tensor.dtype for tensor in signature.inputs},
+                    {tensor.name: tensor.dtype for tensor in signature.outputs},
+                    largest, limit, buckets=buckets, graphs=graphs,
+                )  # fmt: skip
+                stack.callback(lane.close)
+                lanes.append(lane)
+        yield lanes
 
 
 class _Executor:

@@ -1,26 +1,26 @@
-"""What an engine is: it loads one model, and runs batches on lanes.
+"""What an engine is: it loads one model; what it loaded runs batches on lanes.
 
-Lifecycle, the same for every backend: ``load → lane.run … → close``. A lane is what one
-batch occupies: on CUDA one execution context, one stream and its buffers; on a CPU one core. Each
-lane is driven by one thread of its own that calls `Lane.run` and nothing else touches it, so
-copies and compute of different lanes overlap while ``run`` itself may simply wait, provided that
-it waits with the GIL released.
+Lifecycle, the same for every backend: ``Engine.load → LoadedModel.lanes[n].run … →
+LoadedModel.close``. A lane is what one batch occupies: on CUDA one execution context, one stream
+and its buffers; on a CPU one core. Each lane is driven by one thread of its own that calls
+`Lane.run` and nothing else touches it, so copies and compute of different lanes overlap while
+``run`` itself may simply wait, provided that it waits with the GIL released.
 """
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 
-from inferq.shared.errors import ConfigError, EngineError
+from inferq.shared.errors import EngineError
 from inferq.shared.schema import Array, GpuTimes, Tensors
-from inferq.workers.models.ranges import Usual, usual_inputs
+from inferq.workers.models.ranges import Usual
 from inferq.workers.models.signatures import Declared
 from inferq.workers.models.spec import ModelSpec
 
@@ -70,23 +70,46 @@ class Lane(Protocol):
         ...
 
 
+def _free_nothing() -> None:
+    """What is freed with its last reference."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model on its device, its lanes open. Close it once no lane runs."""
+
+    spec: ModelSpec
+    device: Literal["cpu", "cuda"]
+    #: Open, at least one.
+    lanes: Sequence[Lane]
+    #: Batch sizes at which it runs, ascending; empty: any.
+    buckets: tuple[int, ...] = ()
+    #: Its usual inputs, those of the largest batches first; empty: nothing tells them.
+    usual: Sequence[Usual] = ()
+    #: Whether each lane has hardware of its own (CPU cores), so that two batches on two lanes end
+    #: sooner than one of twice the size on one.
+    parallel_lanes: bool = False
+    #: How many times as much as on a CPU two runs of other shapes may differ by rounding: a card
+    #: multiplies float32 as TF32, whose mantissa is float16's.
+    rounding: float = 1.0
+    #: How often a lane runs a size until the next run is as fast as any.
+    runs_to_be_warm: int = 1
+    #: Frees all that the last reference does not free. Idempotent.
+    free: Callable[[], None] = _free_nothing
+
+    def close(self) -> None:
+        """Free everything. No lane is running by then. Idempotent."""
+        self.free()
+
+
 class Engine(ABC):
-    """One loaded model. The constructor assigns; `load` reads the model and opens the lanes."""
+    """Loads one model. The constructor checks the engine's own table; `load` reads the model."""
 
     #: The name in model.toml.
     name: str
-    #: Whether each lane has hardware of its own (CPU cores), so that two batches on two lanes end
-    #: sooner than one of twice the size on one. `load` may set it.
-    parallel_lanes: bool = False
-    #: How many times as much as on a CPU two runs of other shapes may differ by rounding: a card
-    #: multiplies float32 as TF32, whose mantissa is float16's. `load` may set it.
-    rounding: float = 1.0
-    #: How often a lane runs a size until the next run is as fast as any. `load` may set it.
-    runs_to_be_warm: int = 1
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
-        self.path = spec.path
 
     @classmethod
     @abstractmethod
@@ -94,30 +117,8 @@ class Engine(ABC):
         """What the model's file says, without loading it to a device. ConfigError: why not."""
 
     @abstractmethod
-    def load(self) -> None:
-        """Load the model and open the lanes. ConfigError if it cannot be."""
-
-    @property
-    def buckets(self) -> tuple[int, ...]:
-        """Batch sizes at which it runs, ascending; empty: any."""
-        return self.spec.config.buckets
-
-    @property
-    def usual(self) -> Sequence[Usual]:
-        """The usual inputs that it was told of, those of the largest batches first; empty: none."""
-        try:
-            return usual_inputs(self.spec) if self.spec.config.profile else ()
-        except ConfigError:  # only an engine that is built for its profiles needs all of them
-            return ()
-
-    @property
-    @abstractmethod
-    def lanes(self) -> Sequence[Lane]:
-        """The open lanes, at least one, once loaded."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Free everything. No lane is running by then. Idempotent."""
+    def load(self) -> LoadedModel:
+        """Load the model and open its lanes. ConfigError if it cannot be; nothing is left open."""
 
 
 def gather(batch: Batch) -> dict[str, Array]:

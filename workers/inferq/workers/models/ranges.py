@@ -94,6 +94,14 @@ def usual_inputs(spec: ModelSpec) -> tuple[Usual, ...]:
     return tuple(sorted(found, key=lambda each: -each.rows))
 
 
+def told_inputs(spec: ModelSpec) -> tuple[Usual, ...]:
+    """The same, for an engine that takes any shape; empty if ``[profile]`` does not tell them."""
+    try:
+        return usual_inputs(spec) if spec.config.profile else ()
+    except ConfigError:  # only an engine that is built for its profiles needs all of them
+        return ()
+
+
 def _symbols(spec: ModelSpec) -> list[str]:
     found: dict[str, None] = {}
     for tensor in spec.signature.inputs:

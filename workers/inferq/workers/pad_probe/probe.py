@@ -14,7 +14,7 @@ from inferq.shared.errors import ConfigError
 from inferq.shared.schema import Array, Signature, Tensors
 from inferq.workers.batching.padding import Measured, Padding, PadRule, padded_dims
 from inferq.workers.logs.fields import about
-from inferq.workers.models.engine import Batch, Engine
+from inferq.workers.models.engine import Batch, LoadedModel
 from inferq.workers.models.ranges import toml_key
 from inferq.workers.pad_probe.comparisons import Changed, Comparisons
 from inferq.workers.pad_probe.sizes import SizeProbe
@@ -28,13 +28,13 @@ BUDGET_S: Final = 10.0
 ADVICE_S: Final = 5.0
 
 
-def probe_padding(engine: Engine) -> Padding:
-    """The `Padding` of a loaded model. ConfigError with the reason if it must not be padded so.
+def probe_padding(model: LoadedModel) -> Padding:
+    """The `Padding` of a loaded `model`. ConfigError with the reason if it must not be padded so.
 
     Runs it on the first lane, which nobody else may drive yet.
     """
-    spec, lane = engine.spec, engine.lanes[0]
-    bucket = engine.buckets[0] if engine.buckets and spec.batchable else 1  # that of one row
+    spec, lane = model.spec, model.lanes[0]
+    bucket = model.buckets[0] if model.buckets and spec.batchable else 1  # that of one row
 
     def run(inputs: Tensors) -> Mapping[str, Array]:
         return lane.run(Batch([inputs], 1, bucket, spec.batchable))
@@ -42,7 +42,7 @@ def probe_padding(engine: Engine) -> Padding:
     return measured_padding(
         spec.signature, spec.config.pad, run,
         batch=spec.batch_symbol, known=spec.config.known_sizes, name=spec.name,
-        rounding=engine.rounding,
+        rounding=model.rounding,
     )  # fmt: skip
 
 

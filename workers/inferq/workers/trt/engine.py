@@ -12,20 +12,18 @@ Nothing of CUDA is imported before `load`: a signature can be read anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from inferq.shared.errors import ConfigError
 from inferq.workers.engines.on_gpu import LANES, ROUNDING, gpu_buckets
-from inferq.workers.models.engine import Engine, Lane
-from inferq.workers.models.ranges import Usual, usual_inputs
+from inferq.workers.models.engine import Engine, LoadedModel
+from inferq.workers.models.ranges import usual_inputs
 from inferq.workers.models.signatures import Declared
 from inferq.workers.models.spec import ModelSpec
 from inferq.workers.models.validation import Flag, TomlTable, validate
-
-if TYPE_CHECKING:
-    from inferq.workers.trt.session import Session
 
 
 class _Table(TomlTable):
@@ -37,16 +35,13 @@ class _Table(TomlTable):
 
 
 class TensorRTEngine(Engine):
-    """One plan; an execution context for each lane."""
+    """Opens one plan, with an execution context for each lane."""
 
     name = "tensorrt"
-    rounding = ROUNDING
-    runs_to_be_warm = 2  # the second is captured as a CUDA graph
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)
         self._table = validate(_Table, spec.engine_table, "tensorrt.")
-        self._session: Session | None = None
 
     @classmethod
     def read(cls, path: Path | None, table: Mapping[str, Any]) -> Declared:
@@ -56,18 +51,10 @@ class TensorRTEngine(Engine):
         validate(_Table, table, "tensorrt.")
         return OnnxRuntimeEngine.read(path, {})
 
-    @property
-    def buckets(self) -> tuple[int, ...]:
-        return gpu_buckets(self.spec)
-
-    @property
-    def usual(self) -> Sequence[Usual]:
-        return usual_inputs(self.spec)
-
-    def load(self) -> None:
+    def load(self) -> LoadedModel:
         try:
             from inferq.workers.trt.flavours import find_flavour  # noqa: PLC0415
-            from inferq.workers.trt.session import Session  # noqa: PLC0415
+            from inferq.workers.trt.session import opened_session  # noqa: PLC0415
         except ImportError as problem:
             driver = "libcuda" in str(problem)
             todo = "NVIDIA's driver" if driver else "pip install 'inferq[tensorrt]'"
@@ -75,22 +62,26 @@ class TensorRTEngine(Engine):
                 f"engine 'tensorrt' needs a GPU, its driver and PyCUDA ({problem}); expected: "
                 f"{todo} (`inferq worker --cpu` serves on the CPU)"
             ) from problem
-        session = Session(
-            self.spec,
-            find_flavour(self._table.flavour),
-            self._table.precision,
-            lanes=self.spec.config.lanes or LANES,
-            buckets=self.buckets,
-            graphs=self._table.cuda_graphs,
-        )
-        session.open()
-        self._session = session
-
-    @property
-    def lanes(self) -> Sequence[Lane]:
-        return self._session.lanes if self._session is not None else ()
-
-    def close(self) -> None:
-        if self._session is not None:
-            self._session.close()
-        self._session = None
+        spec, table = self.spec, self._table
+        buckets = gpu_buckets(spec)
+        with ExitStack() as stack:
+            lanes = stack.enter_context(
+                opened_session(
+                    spec,
+                    find_flavour(table.flavour),
+                    table.precision,
+                    lanes=spec.config.lanes or LANES,
+                    buckets=buckets,
+                    graphs=table.cuda_graphs,
+                )
+            )
+            return LoadedModel(
+                spec,
+                "cuda",
+                lanes,
+                buckets=buckets,
+                usual=usual_inputs(spec),
+                rounding=ROUNDING,
+                runs_to_be_warm=2,  # the second is captured as a CUDA graph
+                free=stack.pop_all().close,
+            )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 from inferq.workers.cuda import device
 from inferq.workers.cuda.lane import CudaLane
@@ -19,83 +19,61 @@ from inferq.workers.trt.verify import verify_plan
 logger = logging.getLogger(__name__)
 
 
-class Session:
-    """The constructor assigns; `open` builds what is not built yet, and takes the GPU's memory."""
+@contextmanager
+def opened_session(
+    spec: ModelSpec,
+    flavour: Flavour,
+    precision: str,
+    *,
+    lanes: int,
+    buckets: Sequence[int],
+    graphs: bool,
+) -> Iterator[Sequence[CudaLane]]:
+    """The lanes of `spec`'s plan, which is built if it is not yet, until the end.
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        flavour: Flavour,
-        precision: str,
-        *,
-        lanes: int,
-        buckets: Sequence[int],
-        graphs: bool,
-    ) -> None:
-        self._spec = spec
-        self._flavour = flavour
-        self._precision = precision
-        self._count = lanes
-        self._buckets = buckets
-        self._graphs = graphs
-        self._folder = PlanFolder()
-        #: What is to be freed.
-        self._stack = ExitStack()
-        self._plan: Plan | None = None
-        #: The first lane's, one for each profile.
-        self._contexts: Sequence[Context] = ()
-        self.lanes: Sequence[CudaLane] = ()
-
-    def open(self) -> None:
-        """ConfigError: no plan of the model can be had, or it does not fit, or answers wrongly.
-
-        EngineError, FatalEngineError: CUDA failed meanwhile.
-        """
-        with ExitStack() as stack:
-            gpu = stack.enter_context(device.acquired())
-            stack.callback(self._folder.close)
-            order = Order(self._spec, self._flavour, self._precision, capability=gpu.capability)
-            with gpu:  # a build measures kernels on it
-                plan = ensure_plan(order, self._folder)
-            # With both, TensorRT would capture what is being captured.
-            own = self._flavour.has_own_graphs
-            made = stack.enter_context(
-                opened(
-                    gpu, self._flavour, plan.load(),
-                    count=self._count,
-                    buckets=self._buckets,
-                    own_graphs=self._graphs and own,
-                    cuda_graphs=self._graphs and not own,
-                    runtime_cache=lambda profile: self._folder.read_cache(
-                        self._cache_name(plan, profile)
-                    ),
-                )
+    ConfigError: no plan of the model can be had, or it does not fit, or answers wrongly.
+    EngineError, FatalEngineError: CUDA failed meanwhile.
+    """
+    with ExitStack() as stack:
+        gpu = stack.enter_context(device.acquired())
+        folder = PlanFolder()
+        stack.callback(folder.close)
+        order = Order(spec, flavour, precision, capability=gpu.capability)
+        with gpu:  # a build measures kernels on it
+            plan = ensure_plan(order, folder)
+        # With both, TensorRT would capture what is being captured.
+        own = flavour.has_own_graphs
+        made = stack.enter_context(
+            opened(
+                gpu, flavour, plan.load(),
+                count=lanes,
+                buckets=buckets,
+                own_graphs=graphs and own,
+                cuda_graphs=graphs and not own,
+                runtime_cache=lambda profile: folder.read_cache(_cache_name(plan, profile)),
+            )
+        )  # fmt: skip
+        if not plan.record.verified:
+            run = runs_on(made.lanes[0], batchable=spec.batchable)
+            checked = verify_plan(order, folder, plan, run)
+            logger.info(
+                "%s: differs from ONNX Runtime by %.2g at most",
+                spec.name, checked.record.max_error,
             )  # fmt: skip
-            if not plan.record.verified:
-                run = runs_on(made.lanes[0], batchable=self._spec.batchable)
-                checked = verify_plan(order, self._folder, plan, run)
-                logger.info(
-                    "%s: differs from ONNX Runtime by %.2g at most",
-                    self._spec.name, checked.record.max_error,
-                )  # fmt: skip
-            self._plan, self.lanes, self._contexts = plan, made.lanes, made.contexts
-            self._keep_compiled()
-            self._stack = stack.pop_all()
+        _keep_compiled(folder, plan, made.contexts)
+        stack.callback(_keep_compiled, folder, plan, made.contexts)
+        yield made.lanes
 
-    def close(self) -> None:
-        """Free all of it. Idempotent."""
-        if self.lanes:
-            self._keep_compiled()
-        self.lanes = self._contexts = ()
-        self._stack.close()
 
-    def _keep_compiled(self) -> None:
-        """For the next process: what TensorRT-RTX compiled for this GPU."""
-        for profile, context in enumerate(self._contexts):
-            compiled = context.runtime_cache()
-            if compiled is not None and self._plan is not None:
-                self._folder.write_cache(self._cache_name(self._plan, profile), compiled)
+def _keep_compiled(folder: PlanFolder, plan: Plan, contexts: Sequence[Context]) -> None:
+    """For the next process: what TensorRT-RTX compiled for this GPU, by the first lane's contexts,
+    one for each profile.
+    """
+    for profile, context in enumerate(contexts):
+        compiled = context.runtime_cache()
+        if compiled is not None:
+            folder.write_cache(_cache_name(plan, profile), compiled)
 
-    @staticmethod
-    def _cache_name(plan: Plan, profile: int) -> str:
-        return runtime_cache_name(plan.path, profile)
+
+def _cache_name(plan: Plan, profile: int) -> str:
+    return runtime_cache_name(plan.path, profile)

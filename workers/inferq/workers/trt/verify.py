@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -144,14 +145,11 @@ def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[np
 
 
 def _reference(spec: ModelSpec, samples: Sequence[Tensors]) -> Iterator[Mapping[str, Array]]:
-    engine = OnnxRuntimeEngine(replace(spec, engine_table={"provider": "cpu"}))
-    engine.load()
-    try:
+    loaded = OnnxRuntimeEngine(replace(spec, engine_table={"provider": "cpu"})).load()
+    with closing(loaded):
         for sample in samples:
             # One part and no padding: the arrays pass as they are.
-            yield engine.lanes[0].run(Batch([sample], 1, 1, batchable=False))
-    finally:
-        engine.close()
+            yield loaded.lanes[0].run(Batch([sample], 1, 1, batchable=False))
 
 
 def _scales(answers: Sequence[Mapping[str, Array]]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from inferq.shared.errors import ConfigError, FatalEngineError
 from inferq.workers.engines.cores import usable_cores
 from inferq.workers.engines.tuning import Tuning, sample, sizes
 from inferq.workers.logs.fields import about
-from inferq.workers.models.engine import Batch, Engine, Lane
+from inferq.workers.models.engine import Batch, Lane, LoadedModel
 from inferq.workers.models.ranges import Usual
 from inferq.workers.models.spec import ModelSpec
 from inferq.workers.process.versions import installed_versions
@@ -34,7 +34,7 @@ from inferq.workers.warmup.runs import Runs, Warmed
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Prepared:
     """A loaded model, ready for requests."""
 
@@ -59,6 +59,11 @@ class Prepared:
         if self.notes is not None:
             self.notes.record.seconds = dict(learnt.seconds)
             self.notes.save()
+
+    def told_to_end(self) -> None:
+        """Whatever ends this process from now on, no batch is to blame. For any thread."""
+        if self.notes is not None:
+            self.notes.close()
 
 
 class Preparation:
@@ -86,53 +91,53 @@ class Preparation:
         if self._notes is not None:
             self._notes.close()
 
-    def prepare(self, engine: Engine) -> Prepared:
-        """Warm up `engine`, which is loaded. ConfigError: it cannot run one row."""
+    def prepare(self, model: LoadedModel) -> Prepared:
+        """Warm up `model`. ConfigError: it cannot run one row."""
         spec = self._spec
-        tried = sizes(spec.max_batch_size, engine.buckets) if spec.batchable else [1]
-        killed = self._open(engine) if len(tried) > 1 else None
+        tried = sizes(spec.max_batch_size, model.buckets) if spec.batchable else [1]
+        killed = self._open(model) if len(tried) > 1 else None
         refused = self._refused(killed) if killed is not None else None
         if not spec.config.warm_up:
-            return self._as_it_is(engine, tried, killed, refused)
-        first, *others = engine.usual or [Usual({}, tried[-1])]
-        if self._make(engine, tried[0], first) is None:
+            return self._as_it_is(model, tried, killed, refused)
+        first, *others = model.usual or [Usual({}, tried[-1])]
+        if self._make(model, tried[0], first) is None:
             self._tell_untried()
-            return self._as_it_is(engine, tried, killed, refused)
+            return self._as_it_is(model, tried, killed, refused)
         known = self._notes.record.seconds if self._notes is not None else {}
         runs = Runs(
             spec.name,
-            engine.lanes,
-            lambda size: self._batch(engine, size, first),
+            model.lanes,
+            lambda size: self._batch(model, size, first),
             tried,
             forecast=Forecast(),
             notes=self._notes,
             known=known,
             refused=(killed.elements, refused) if killed is not None and refused else None,
-            times=engine.runs_to_be_warm,
+            times=model.runs_to_be_warm,
         )
         try:
             warmed = runs.run()
             for other in others:
                 fitting = [size for size in tried if size <= other.rows]
-                runs.also(lambda size, other=other: self._batch(engine, size, other), fitting)  # type: ignore[misc]
+                runs.also(lambda size, other=other: self._batch(model, size, other), fitting)  # type: ignore[misc]
         except FatalEngineError:
             raise
         except Exception as problem:
             raise self._cannot_run(problem) from problem
-        self._tell(warmed, len(engine.lanes))
+        self._tell(warmed, len(model.lanes))
         prepared = Prepared(
-            engine.lanes[: warmed.lanes],
+            model.lanes[: warmed.lanes],
             warmed.rows,
             self._fit(warmed.elements if warmed.why else math.inf),
             warmed.tuning,
-            row_elements(self._batch(engine, 1, first).parts[0]),
+            row_elements(self._batch(model, 1, first).parts[0]),
             self._notes,
         )
         if not known.items() >= warmed.tuning.seconds.items():
             prepared.keep(warmed.tuning)
         return prepared
 
-    def _open(self, engine: Engine) -> Killed | None:
+    def _open(self, model: LoadedModel) -> Killed | None:
         self._thread.join()
         if not self._digest:
             return None
@@ -143,10 +148,10 @@ class Preparation:
                 "engine": spec.config.engine,
                 "table": {name: repr(value) for name, value in spec.engine_table.items()},
                 "versions": installed_versions(),
-                "batch": [spec.max_batch_size, list(engine.buckets), spec.batch_symbol],
-                "lanes": len(engine.lanes),
+                "batch": [spec.max_batch_size, list(model.buckets), spec.batch_symbol],
+                "lanes": len(model.lanes),
                 "pad": {symbol: repr(rule) for symbol, rule in spec.config.pad.items()},
-                "usual": [repr(usual) for usual in engine.usual],
+                "usual": [repr(usual) for usual in model.usual],
                 "machine": _machine(),
             }
         )
@@ -165,7 +170,7 @@ class Preparation:
         )
 
     def _as_it_is(
-        self, engine: Engine, tried: Sequence[int], killed: Killed | None, refused: str | None
+        self, model: LoadedModel, tried: Sequence[int], killed: Killed | None, refused: str | None
     ) -> Prepared:
         """Without any run."""
         rows, elements = tried[-1], math.inf
@@ -174,7 +179,7 @@ class Preparation:
             if self._row() is not None:
                 rows = max((size for size in tried if size < killed.rows), default=tried[0])
             self._tell_rows(rows, refused)
-        return Prepared(engine.lanes, rows, self._fit(elements), notes=self._notes)
+        return Prepared(model.lanes, rows, self._fit(elements), notes=self._notes)
 
     def _fit(self, elements: float) -> Fit:
         return Fit(self._spec.name, self._notes, elements, self._row())
@@ -189,19 +194,19 @@ class Preparation:
             total += math.prod(sizes_of)
         return max(1, total)
 
-    def _batch(self, engine: Engine, size: int, usual: Usual) -> Batch:
-        batch = self._make(engine, size, usual)
+    def _batch(self, model: LoadedModel, size: int, usual: Usual) -> Batch:
+        batch = self._make(model, size, usual)
         assert batch is not None
         return batch
 
-    def _make(self, engine: Engine, size: int, usual: Usual) -> Batch | None:
+    def _make(self, model: LoadedModel, size: int, usual: Usual) -> Batch | None:
         spec = self._spec
         arrays = sample(
             spec.signature, size, spec.config.pad, usual.sizes, batchable=spec.batchable
         )
         if arrays is None:
             return None
-        bucket = next((bucket for bucket in engine.buckets if bucket >= size), size)
+        bucket = next((bucket for bucket in model.buckets if bucket >= size), size)
         return Batch([arrays], size, bucket, spec.batchable)
 
     def _cannot_run(self, problem: Exception) -> ConfigError:

@@ -1,0 +1,163 @@
+"""Loads one model: its engine, its warm-up, its lanes. What comes of it is a `ServedModel`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from inferq.shared.errors import ConfigError, EngineError, FatalEngineError
+from inferq.shared.names import Names
+from inferq.workers.audit.audit import Audit
+from inferq.workers.batching.policy import Knobs
+from inferq.workers.batching.waiting import Waiting
+from inferq.workers.canvas.link_queues import LinkQueues
+from inferq.workers.claims.clock import RedisClock
+from inferq.workers.claims.runs import Finished, Job
+from inferq.workers.data_plane.counts import ModelCounts
+from inferq.workers.data_plane.foreign_tasks import ForeignTasks
+from inferq.workers.data_plane.intake import Intake
+from inferq.workers.data_plane.lanes import Lanes
+from inferq.workers.data_plane.results import Results
+from inferq.workers.data_plane.served_model import ServedModel
+from inferq.workers.data_plane.target import Target
+from inferq.workers.logs.fields import about
+from inferq.workers.models.engine import LoadedModel
+from inferq.workers.models.registry import engine_class
+from inferq.workers.models.spec import ModelSpec
+from inferq.workers.pad_probe.probe import probe_padding
+from inferq.workers.warmup.prepare import Preparation, Prepared
+
+logger = logging.getLogger(__name__)
+
+
+class LoadingModel:
+    """One model that a worker is to serve, as long as it is not loaded: it has no requests."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self.name = spec.name
+        #: Whether requests will be claimed once it is loaded.
+        self.consuming = True
+        self.counts = ModelCounts()
+        self.audit: Audit | None = None
+        self.lanes = 0
+        self.max_rows = self.target_rows = spec.max_batch_size
+        self.is_driven = False
+        self._preparation = Preparation(spec)
+
+    def computing(self) -> list[tuple[Job, float]]:
+        return []
+
+    def reserved(self) -> list[Waiting]:
+        return []
+
+    def told_to_end(self) -> None:
+        """Whatever ends this process from now on, no batch is to blame. For any thread."""
+        self._preparation.told_to_end()
+
+    def close(self, timeout: float) -> None:
+        """As a served model's: there is nothing to free, or `load` has freed it."""
+        self.told_to_end()
+
+    def load(
+        self,
+        worker: str,
+        names: Names,
+        clock: RedisClock,
+        *,
+        is_revoked: Callable[[str], bool],
+        on_finished: Callable[[Finished], None],
+        result_expires_s: int,
+        on_begun: Callable[[Sequence[Waiting]], None] = lambda _: None,
+        wake: Callable[[], None] = lambda: None,
+        foreign: ForeignTasks | None = None,
+        links: LinkQueues | None = None,
+    ) -> ServedModel:
+        """Load the engine, warm it up, start the lanes' threads. ConfigError if it cannot be; then
+        all is freed again.
+        """
+        spec, config = self.spec, self.spec.config
+        self._tell_of_rows()
+        engine = engine_class(config.engine)(spec)
+        began = time.monotonic()
+        self._preparation.start()
+        with ExitStack() as undo:
+            with self._named():
+                loaded = engine.load()
+            undo.callback(loaded.close)
+            undo.callback(self.told_to_end)
+            with self._named():
+                padding = probe_padding(loaded)
+            prepared = self._preparation.prepare(loaded)
+            target = self._target(loaded, prepared)
+            advert = spec.advert(
+                seconds_per_row=prepared.tuning.seconds_per_row if prepared.tuning else 0.0,
+                result_expires_s=result_expires_s,
+            )
+            links = links or LinkQueues(names)
+            intake = Intake(advert, names, padding, is_revoked, clock.now, links, foreign)
+            counts = ModelCounts()
+            audit = Audit(
+                spec.name,
+                config.audit_every,
+                target.knobs,
+                unbatch=config.on_mismatch == "unbatch",
+                computed_s=lambda: counts.busy_s,
+                answered=lambda: sum(counts.outcomes.values()),
+                wake=wake,
+            )
+            lanes = Lanes(
+                f"inferq-{spec.name}", prepared.lanes, target.knobs, intake.too_late, on_finished,
+                on_begun, audit, prepared.fit,
+            )  # fmt: skip
+            served = ServedModel(
+                loaded, prepared, lanes, target,
+                advert=advert, intake=intake,
+                results=Results(worker, config.engine, spec.version, padding),
+                counts=counts, audit=audit, steps=names.priority_steps,
+            )  # fmt: skip
+            prepared.serve()
+            lanes.start()
+            undo.pop_all()
+        logger.info(
+            "model %s version %d: %s on %s, %d lanes, batches of %d, ready in %.1f s",
+            spec.name, spec.version, config.engine, loaded.device, len(lanes), target.size,
+            time.monotonic() - began, extra=about(model=spec.name),
+        )  # fmt: skip
+        return served
+
+    def _tell_of_rows(self) -> None:
+        """Say why requests do not share batches, or what is known of those that do."""
+        why, remark = self.spec.why_not_batchable, self.spec.remark
+        told = about(model=self.name)
+        if why is not None:
+            logger.warning("model %s runs request by request: %s", self.name, why, extra=told)
+        elif remark is not None:
+            logger.warning("model %s is batched: %s", self.name, remark, extra=told)
+
+    def _target(self, loaded: LoadedModel, prepared: Prepared) -> Target:
+        spec, config = self.spec, self.spec.config
+        preferred = config.preferred_batch_sizes
+        knobs = Knobs(
+            max_batch_size=prepared.rows,
+            preferred_batch_sizes=tuple(n for n in preferred if n <= prepared.rows),
+            max_queue_delay_ms=config.max_queue_delay_ms,
+            buckets=loaded.buckets,
+            batchable=spec.batchable,
+            spread=loaded.parallel_lanes,
+        )
+        return Target(spec.name, knobs, prepared, fixed=bool(preferred))
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Make what is raised a ConfigError that names the model, which may be one of many."""
+        try:
+            yield
+        except FatalEngineError:
+            raise
+        except (ConfigError, EngineError) as problem:
+            known = repr(self.name) in problem.message or str(self.spec.path) in problem.message
+            named = problem.message if known else f"model {self.name!r}: {problem.message}"
+            raise ConfigError(named) from problem
