@@ -24,8 +24,7 @@ from inferq.workers.commands import build_progress
 from inferq.workers.commands.build import build
 from inferq.workers.demo.models import MAGIKA, ORIENTATION, prepare
 from inferq.workers.trt.builder import ensure_plan
-from inferq.workers.trt.flavours import BuildStopped
-from inferq.workers.trt.phases import phase, stepped
+from inferq.workers.trt.phases import BuildStopped, phase, stepped
 from inferq.workers.trt.plan_lock import locked
 from inferq.workers.trt.plans import PlanFolder
 from inferq.workers.trt.precision import prepare as prepare_onnx

@@ -16,9 +16,12 @@ from helpers.trt import REASON, rtx
 
 from inferq.shared.errors import ConfigError
 from inferq.workers.models.ranges import InputRange
-from inferq.workers.trt import flavours, logs, running
+from inferq.workers.trt import flavours, logs, network, phases, running
 from inferq.workers.trt.api import MODULES, RTX, TENSORRT, used
-from inferq.workers.trt.flavours import AUTO, BuildStopped, Flavour, find_flavour
+from inferq.workers.trt.flavours import AUTO, Flavour, find_flavour
+from inferq.workers.trt.network import build, data_dependent, parse
+from inferq.workers.trt.phases import BuildStopped
+from inferq.workers.trt.running import deserialize, why_unusable
 
 SPAN = InputRange("x", (1, 3), (4, 3), (8, 3))
 
@@ -40,7 +43,7 @@ def test_every_name_that_is_used_is_there() -> None:
 
 def test_the_table_names_all_that_the_module_uses() -> None:
     """Attributes in the source that TensorRT has, too, and that are none of the module's own."""
-    tree = ast.parse("\n".join(map(inspect.getsource, (flavours, running, logs))))
+    tree = ast.parse("\n".join(map(inspect.getsource, (flavours, network, phases, running, logs))))
     accessed = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     own |= {
@@ -63,7 +66,7 @@ def test_the_table_names_all_that_the_module_uses() -> None:
 
 
 def test_no_flavour_is_imported_before_it_is_asked_for() -> None:
-    for module in (flavours, running, logs):
+    for module in (flavours, network, running, logs):
         assert "import tensorrt" not in inspect.getsource(module)
 
 
@@ -98,9 +101,9 @@ def test_auto_takes_what_is_installed_and_always_the_same_object(
 
 def test_a_plan_is_built_without_a_gpu(tmp_path: Path) -> None:
     flavour = rtx()
-    network = flavour.parse(onnx_models.double(tmp_path / "model.onnx"))
+    network = parse(flavour, onnx_models.double(tmp_path / "model.onnx"))
     assert [str(tensor) for tensor in network.inputs] == ["x: float32[?, 3]"]
-    plan, timing = flavour.build(network, [[SPAN]])
+    plan, timing = build(flavour, network, [[SPAN]])
     assert len(plan) > 1000
     assert timing is None
 
@@ -109,7 +112,7 @@ def test_junk_is_refused_with_the_parsers_reason(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(b"junk" * 100)
     with pytest.raises(ConfigError, match=r"model\.onnx cannot be parsed by .*Failed to parse"):
-        rtx().parse(path)
+        parse(rtx(), path)
 
 
 def test_an_operator_that_is_not_known_is_named(tmp_path: Path) -> None:
@@ -120,15 +123,15 @@ def test_an_operator_that_is_not_known_is_named(tmp_path: Path) -> None:
         {"y": (onnx_models.INT64, (2, "k"))},
     )
     with pytest.raises(ConfigError, match=r"NonZero ''.*output's shape depends on the data"):
-        rtx().parse(path)
+        parse(rtx(), path)
 
 
 def test_a_failed_build_repeats_the_errors_that_were_logged(tmp_path: Path) -> None:
     flavour = rtx()
-    network = flavour.parse(onnx_models.double(tmp_path / "model.onnx"))
+    network = parse(flavour, onnx_models.double(tmp_path / "model.onnx"))
     wrong = InputRange("x", (1, 2), (4, 2), (8, 2))
     with pytest.raises(ConfigError, match=r"could not build the model: .*tensor has 3"):
-        flavour.build(network, [[wrong]])
+        build(flavour, network, [[wrong]])
 
 
 @pytest.mark.parametrize(
@@ -138,9 +141,9 @@ def test_a_failed_build_repeats_the_errors_that_were_logged(tmp_path: Path) -> N
 )
 def test_a_profile_that_makes_no_sense_is_refused(tmp_path: Path, span: InputRange) -> None:
     flavour = rtx()
-    network = flavour.parse(onnx_models.double(tmp_path / "model.onnx"))
+    network = parse(flavour, onnx_models.double(tmp_path / "model.onnx"))
     with pytest.raises(ConfigError):
-        flavour.build(network, [[span]])
+        build(flavour, network, [[span]])
 
 
 class _Watch:
@@ -168,8 +171,8 @@ class _Watch:
 
 def test_progress_is_told_phase_by_phase(tmp_path: Path) -> None:
     flavour, watch = rtx(), _Watch(1 << 30)
-    network = flavour.parse(onnx_models.double(tmp_path / "model.onnx"))
-    flavour.build(network, [[SPAN]], progress=watch)
+    network = parse(flavour, onnx_models.double(tmp_path / "model.onnx"))
+    build(flavour, network, [[SPAN]], progress=watch)
     (first, no_parent), *rest = watch.phases
     assert no_parent is None
     assert first in {parent for _, parent in rest}
@@ -178,19 +181,19 @@ def test_progress_is_told_phase_by_phase(tmp_path: Path) -> None:
 
 def test_a_build_can_be_stopped(tmp_path: Path) -> None:
     flavour, watch = rtx(), _Watch(2)
-    network = flavour.parse(onnx_models.double(tmp_path / "model.onnx"))
+    network = parse(flavour, onnx_models.double(tmp_path / "model.onnx"))
     with pytest.raises(BuildStopped):
-        flavour.build(network, [[SPAN]], progress=watch)
+        build(flavour, network, [[SPAN]], progress=watch)
     assert watch.steps == 2
 
 
 def test_what_is_no_plan_is_not_usable() -> None:
-    assert rtx().why_unusable(b"junk" * 500) == "malformed engine"
+    assert why_unusable(rtx(), b"junk" * 500) == "malformed engine"
 
 
 def test_a_plan_that_cannot_be_loaded_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="could not load the plan"):
-        rtx().deserialize(b"junk" * 500)
+        deserialize(rtx(), b"junk" * 500)
 
 
 def test_data_dependent_outputs_are_found_and_the_network_is_left_as_it_was(
@@ -210,10 +213,10 @@ def test_data_dependent_outputs_are_found_and_the_network_is_left_as_it_was(
         [onnx_models.ints("zero", [1], [0]), onnx_models.ints("three", [1], [3])],
     )
     flavour = rtx()
-    network = flavour.parse(path)
+    network = parse(flavour, path)
     assert network.outputs[0].shape == (None,)
-    assert flavour.data_dependent(network, {"x": (4, 3)}) == ()
-    plan, _ = flavour.build(network, [[SPAN]])
+    assert data_dependent(network, {"x": (4, 3)}) == ()
+    plan, _ = build(flavour, network, [[SPAN]])
     assert plan
 
 
@@ -222,11 +225,11 @@ def test_the_log_goes_to_python_and_errors_into_exceptions_as_well(
 ) -> None:
     flavour = rtx()
     with caplog.at_level(logging.INFO, "inferq.workers.trt.logs"):
-        network = flavour.parse(onnx_models.double(tmp_path / "model.onnx"))
-        flavour.build(network, [[SPAN]])
+        network = parse(flavour, onnx_models.double(tmp_path / "model.onnx"))
+        build(flavour, network, [[SPAN]])
         assert not caplog.records
         with pytest.raises(ConfigError, match="no optimization profile has been defined"):
-            flavour.build(network, [])
+            build(flavour, network, [])
     (record,) = caplog.records
     assert record.levelno == logging.ERROR
     assert "no optimization profile has been defined" in record.message
@@ -237,21 +240,21 @@ def test_the_timing_cache_is_handed_on_where_the_flavour_has_one(tmp_path: Path)
     module = _module()
     # A copy of its own: TensorRT takes one logger per process, so the logger is shared.
     flavour = Flavour(RTX, module)
-    flavour._logger, flavour.errors = rtx()._logger, rtx().errors
+    flavour.logger, flavour.errors = rtx().logger, rtx().errors
     flavour.name = TENSORRT
-    network = flavour.parse(onnx_models.double(tmp_path / "model.onnx"))
+    network = parse(flavour, onnx_models.double(tmp_path / "model.onnx"))
     with pytest.warns(DeprecationWarning, match="no-ops"):
-        _, timing = flavour.build(network, [[SPAN]], capability="9.0")
+        _, timing = build(flavour, network, [[SPAN]], capability="9.0")
     assert timing
     with pytest.warns(DeprecationWarning, match="no-ops"):
-        _, again = flavour.build(network, [[SPAN]], capability="9.0", timing_cache=timing)
+        _, again = build(flavour, network, [[SPAN]], capability="9.0", timing_cache=timing)
     assert again
 
 
 def test_the_workspace_can_be_limited(tmp_path: Path) -> None:
     flavour = rtx()
-    network = flavour.parse(onnx_models.double(tmp_path / "model.onnx"))
-    assert flavour.build(network, [[SPAN]], workspace_bytes=1 << 20)[0]
+    network = parse(flavour, onnx_models.double(tmp_path / "model.onnx"))
+    assert build(flavour, network, [[SPAN]], workspace_bytes=1 << 20)[0]
 
 
 def test_an_import_that_fails_in_its_own_way_is_a_config_error(

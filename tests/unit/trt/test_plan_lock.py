@@ -19,7 +19,7 @@ from helpers.wait import until
 from inferq.shared.errors import ConfigError
 from inferq.workers.commands.build_progress import Steps
 from inferq.workers.trt import plan_lock
-from inferq.workers.trt.flavours import BuildStopped
+from inferq.workers.trt.phases import BuildStopped
 from inferq.workers.trt.plan_lock import StillLocked, locked
 
 #: Has the lock until its input ends.

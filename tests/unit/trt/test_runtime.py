@@ -14,7 +14,7 @@ from inferq.workers.models.engine import OutOfDeviceMemory
 from inferq.workers.models.ranges import InputRange
 from inferq.workers.trt.api import RTX, TENSORRT
 from inferq.workers.trt.flavours import Flavour
-from inferq.workers.trt.running import Context, Loaded
+from inferq.workers.trt.running import Context, Loaded, deserialize, why_unusable
 
 
 class _Blob(bytes):
@@ -125,7 +125,7 @@ class _Double:
         )  # fmt: skip
 
     def loaded(self, name: str = RTX) -> Loaded:
-        return Flavour(name, self.module).deserialize(b"plan")
+        return deserialize(Flavour(name, self.module), b"plan")
 
     def context(self) -> Context:
         return self.loaded().context()
@@ -150,9 +150,9 @@ def test_a_plan_that_does_not_load_says_why(double: _Double) -> None:
     with pytest.raises(ConfigError, match="could not load the plan: deserialize_cuda_engine ref"):
         double.loaded()
     with pytest.raises(ConfigError, match=r"\(version mismatch, unsupported cc\)"):
-        Flavour(RTX, double.module).deserialize(b"old")
-    assert Flavour(RTX, double.module).why_unusable(b"new") is None
-    assert Flavour(TENSORRT, double.module).why_unusable(b"old") is None
+        deserialize(Flavour(RTX, double.module), b"old")
+    assert why_unusable(Flavour(RTX, double.module), b"new") is None
+    assert why_unusable(Flavour(TENSORRT, double.module), b"old") is None
 
 
 def test_what_a_lane_calls_arrives(double: _Double) -> None:

@@ -18,7 +18,7 @@ from inferq.workers.commands.build_progress import Steps
 from inferq.workers.models.ranges import input_ranges, profile_sizes
 from inferq.workers.models.repository import load_model
 from inferq.workers.models.spec import ModelSpec
-from inferq.workers.trt.flavours import BuildStopped
+from inferq.workers.trt.phases import BuildStopped
 from inferq.workers.trt.verify import FLOOR, PER_MISMATCH, load_samples, make_samples, verify
 
 #: y = x + x, of rows of three.

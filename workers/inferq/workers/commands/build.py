@@ -80,15 +80,16 @@ def build(
     """
     from inferq.workers.cuda.libcuda import compute_capability  # noqa: PLC0415
     from inferq.workers.models.repository import load_model  # noqa: PLC0415 (heavy)
-    from inferq.workers.trt import flavours, logs  # noqa: PLC0415
+    from inferq.workers.trt import logs, network, running  # noqa: PLC0415
     from inferq.workers.trt.builder import Order, ensure_plan  # noqa: PLC0415
-    from inferq.workers.trt.phases import phase  # noqa: PLC0415
+    from inferq.workers.trt.flavours import find_flavour  # noqa: PLC0415
+    from inferq.workers.trt.phases import BuildStopped, phase  # noqa: PLC0415
     from inferq.workers.trt.plans import PlanFolder  # noqa: PLC0415
     from inferq.workers.trt.profiles import parse_batch  # noqa: PLC0415
     from inferq.workers.trt.pruning import prune  # noqa: PLC0415
 
     # What goes wrong is told once, by the exception.
-    for module in (flavours, logs):
+    for module in (network, running, logs):
         logging.getLogger(module.__name__).addHandler(logging.NullHandler())
     try:
         with closing(PlanFolder(plans)) as folder:
@@ -99,7 +100,7 @@ def build(
                 table = spec.engine_table if spec.config.engine == "tensorrt" else {}
                 order = Order(
                     spec=spec,
-                    flavour=flavours.find_flavour(flavour_name or table.get("flavour", "auto")),
+                    flavour=find_flavour(flavour_name or table.get("flavour", "auto")),
                     precision=precision or table.get("precision", "fp32"),
                     batch=None if batch is None else parse_batch(batch),
                     capability=compute_capability(),
@@ -115,7 +116,7 @@ def build(
         else:
             _print(order, plan)
             _print_pruned(others)
-    except flavours.BuildStopped:
+    except BuildStopped:
         raise click.Abort from None
     except InferqError as problem:
         raise click.ClickException(problem.message) from problem

@@ -11,9 +11,10 @@ from inferq.shared.errors import ConfigError
 from inferq.shared.schema import TensorSpec
 from inferq.workers.models.ranges import InputRange, Sizes, input_ranges, profile_sizes
 from inferq.workers.models.spec import ModelSpec
-from inferq.workers.trt.flavours import ANY_GPU, Flavour, Network, Progress
+from inferq.workers.trt.flavours import ANY_GPU, Flavour
 from inferq.workers.trt.model_digest import model_digest
-from inferq.workers.trt.phases import phase
+from inferq.workers.trt.network import Network, build, data_dependent, parse
+from inferq.workers.trt.phases import Progress, phase
 from inferq.workers.trt.plan_record import PlanKey, new_record
 from inferq.workers.trt.plans import VARIABLE, Plan, PlanFolder
 from inferq.workers.trt.precision import check_precision, prepare
@@ -129,12 +130,13 @@ def _build(order: Order, key: PlanKey, folder: PlanFolder, progress: Progress | 
     logger.info("building %s %s as %s for %s", spec.name, spec.version, order.precision, flavour)
     with phase(progress, "Reading the network"):
         model = prepare(spec.path, order.precision)
-        network = flavour.parse(spec.path, model)
+        network = parse(flavour, spec.path, model)
     _check_tensors(spec, network)
     _check_shapes(spec, flavour, network, key.profiles)
     open_ones = [open_ranges(spec, ranges) for ranges in key.profiles]
     cache_name = f"timing.{flavour.name}.{flavour.version}.{key.capability}"
-    plan, measured = flavour.build(
+    plan, measured = build(
+        flavour,
         network,
         open_ones if any(open_ones) else [],
         capability=key.capability,
@@ -187,7 +189,7 @@ def _check_shapes(
             f"{spec.path}: the values of input {network.shape_inputs[0]!r} are used as a shape; "
             "expected shapes that follow from the inputs' shapes"
         )
-    found = flavour.data_dependent(network, {span.name: span.opt for span in profiles[0]})
+    found = data_dependent(network, {span.name: span.opt for span in profiles[0]})
     if found:
         raise ConfigError(
             f"{spec.path}: the shape of output {found[0]!r} depends on the inputs' values, so that "

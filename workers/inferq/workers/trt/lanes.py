@@ -16,7 +16,7 @@ from inferq.workers.cuda.lane import CudaLane, RowLimit, tensor_bytes
 from inferq.workers.models.engine import Batch, Lane
 from inferq.workers.trt.executor import ProfileExecutor
 from inferq.workers.trt.flavours import Flavour
-from inferq.workers.trt.running import Context, Loaded
+from inferq.workers.trt.running import Context, Loaded, deserialize
 from inferq.workers.trt.verify import Run
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def opened(
     """
     lanes: list[CudaLane] = []
     with gpu:
-        loaded = flavour.deserialize(plan)
+        loaded = deserialize(flavour, plan)
     del plan  # gigabytes, maybe
     try:
         with gpu:

@@ -1,11 +1,32 @@
-"""Tells a build's `Progress` of what TensorRT does not: the phases before and after its own."""
+"""How far a build is, in phases: TensorRT's own, and those before and after them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
-from inferq.workers.trt.flavours import BuildStopped, Progress
+
+class Progress(Protocol):
+    """Is told how far a build is; called from TensorRT's threads. Phases nest by their names."""
+
+    def start(self, phase: str, parent: str | None, steps: int) -> None:
+        """`phase` begins, of `steps` steps, as a part of `parent`."""
+
+    def step(self, phase: str, done: int) -> None:
+        """`done` steps of `phase` are over."""
+
+    def finish(self, phase: str) -> None:
+        """`phase` is over, or was broken off."""
+
+    @property
+    def stopped(self) -> bool:
+        """True breaks the build off at its next step."""
+        ...
+
+
+class BuildStopped(Exception):
+    """`Progress.stopped` broke a build off."""
 
 
 @contextmanager

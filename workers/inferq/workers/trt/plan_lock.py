@@ -20,8 +20,7 @@ from typing import Final
 import msgspec
 
 from inferq.shared.errors import ConfigError
-from inferq.workers.trt.flavours import Progress
-from inferq.workers.trt.phases import phase, stop_if_asked
+from inferq.workers.trt.phases import Progress, phase, stop_if_asked
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from inferq.shared.errors import ConfigError
 from inferq.workers.process import trusted_files
 from inferq.workers.process.user_cache import user_cache
 from inferq.workers.trt import plan_lock
-from inferq.workers.trt.flavours import Progress
+from inferq.workers.trt.phases import Progress
 from inferq.workers.trt.plan_record import PlanKey, Record, altered, read_record
 
 logger = logging.getLogger(__name__)

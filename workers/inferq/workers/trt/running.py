@@ -1,24 +1,51 @@
-"""A plan on the GPU, and its execution contexts, as TensorRT's API has them."""
+"""Loads plans onto the GPU; a plan there and its execution contexts, as TensorRT's API has them."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from inferq.shared.errors import EngineError
+from inferq.shared.errors import ConfigError, EngineError
 from inferq.workers.models.engine import OutOfDeviceMemory
 from inferq.workers.models.ranges import InputRange, Shape
-from inferq.workers.trt.api import RTX
+from inferq.workers.trt.api import RTX, USED_ONLY
+from inferq.workers.trt.flavours import Flavour
 from inferq.workers.trt.logs import is_out_of_memory, joined
 
-if TYPE_CHECKING:
-    from inferq.workers.trt.flavours import Flavour
-
 logger = logging.getLogger(__name__)
+
+
+def why_unusable(flavour: Flavour, plan: bytes) -> str | None:
+    """Why `plan` cannot run on the GPU at hand, as far as its header tells; else None."""
+    if flavour.name != RTX:
+        return None
+    validity, found = flavour.runtime.get_engine_validity(plan)
+    if validity == flavour.trt.EngineValidity.SUBOPTIMAL:
+        logger.warning("the plan may run slowly on this GPU")
+    if validity != flavour.trt.EngineValidity.INVALID:
+        return None
+    bits = flavour.trt.EngineInvalidityDiagnostics
+    reasons = [
+        name.lower().replace("_", " ")
+        for name in USED_ONLY[RTX]["EngineInvalidityDiagnostics"]
+        if int(found) & int(getattr(bits, name))
+    ]
+    return ", ".join(reasons) or "no GPU that it could run on"
+
+
+def deserialize(flavour: Flavour, plan: bytes) -> Loaded:
+    """`plan` on the current CUDA context. A plan is code: only of `Plan.load`. ConfigError."""
+    with flavour.errors.loading() as errors:
+        engine = flavour.runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            reason = why_unusable(flavour, plan)
+            what = "could not load the plan" + (f" ({reason})" if reason else "")
+            raise ConfigError(flavour.failed(what, errors))
+    return Loaded(flavour, engine)
 
 
 @dataclass(frozen=True)
@@ -44,7 +71,7 @@ class Loaded:
         self.context_bytes: int = engine.device_memory_size_v2
 
     def _tensor(self, index: int) -> IOTensor:
-        trt, engine = self._flavour._trt, self._engine
+        trt, engine = self._flavour.trt, self._engine
         name = engine.get_tensor_name(index)
         return IOTensor(
             name=name,
@@ -69,7 +96,7 @@ class Loaded:
         Where the flavour has them: `graphs` has it capture CUDA graphs by itself, and
         `runtime_cache` is what `Context.runtime_cache` returned in an earlier process.
         """
-        trt = self._flavour._trt
+        trt = self._flavour.trt
         config, cache = self._engine.create_runtime_config(), None
         if graphs and self._flavour.has_own_graphs:
             config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE

@@ -28,8 +28,7 @@ from inferq.workers.models.engine import Batch
 from inferq.workers.models.ranges import InputRange
 from inferq.workers.models.spec import ModelSpec
 from inferq.workers.trt.builder import Order
-from inferq.workers.trt.flavours import Progress
-from inferq.workers.trt.phases import phase, stepped
+from inferq.workers.trt.phases import Progress, phase, stepped
 from inferq.workers.trt.plans import Plan, PlanFolder
 
 #: Inputs → outputs, by their names.
