@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,12 @@ def test_load_run_and_close_follow_each_other(case: Case, path: Path | None) -> 
     assert all(array.shape[0] == 1 for array in outputs.values())
     loaded.close()
     loaded.close()
+
+
+def test_what_was_loaded_stays_as_it_is_and_says_where(loaded: LoadedModel) -> None:
+    assert loaded.device == "cpu"
+    with pytest.raises(FrozenInstanceError):
+        loaded.rounding = 2.0  # type: ignore[misc]
 
 
 def test_it_opens_as_many_lanes_as_asked_and_at_least_one(case: Case, path: Path | None) -> None:

@@ -40,6 +40,7 @@ class LoadingModel:
         self.name = spec.name
         #: Whether requests will be claimed once it is loaded.
         self.consuming = True
+        #: What will become of its requests.
         self.counts = ModelCounts()
         self.audit: Audit | None = None
         self.lanes = 0
@@ -98,7 +99,7 @@ class LoadingModel:
             )
             links = links or LinkQueues(names)
             intake = Intake(advert, names, padding, is_revoked, clock.now, links, foreign)
-            counts = ModelCounts()
+            counts = self.counts
             audit = Audit(
                 spec.name,
                 config.audit_every,

@@ -1,7 +1,7 @@
 """All that is used of TensorRT's API, by name, so that tests can check it against a release.
 
-`flavours`, `running` and `logs` are the modules that name anything of it; everything else knows
-theirs alone.
+`flavours`, `network`, `running` and `logs` are the modules that name anything of it; everything
+else knows theirs alone.
 """
 
 from __future__ import annotations

@@ -100,6 +100,8 @@ class Runs:
         self._why = self._why_lanes = ""
         #: What was tried and does not fit.
         self._too_large = self._sizes[-1] + 1
+        #: When `run` was called (monotonic s).
+        self._began = 0.0
 
     def run(self) -> Warmed:
         """Take the time that it takes."""
