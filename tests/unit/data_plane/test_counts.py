@@ -25,10 +25,11 @@ from inferq.workers.data_plane.counts import (
     PADDING,
     ROWS,
     SECONDS,
+    Counts,
     Histogram,
     ModelCounts,
-    count_settled,
 )
+from inferq.workers.data_plane.observers import Settled
 
 #: The present: Redis' clock and the monotonic one, in ms.
 REDIS_MS, NOW_MS = 1_000_000.0, 5_000.0
@@ -44,7 +45,7 @@ def settlement(ending: str | None, *, model: str = "m", **given: Any) -> Settlem
 
 def counted(sent: list[Settlement], *places: int) -> dict[str, ModelCounts]:
     found = {"m": ModelCounts(), "n": ModelCounts()}
-    count_settled(found, sent, frozenset(places), NOW_MS, REDIS_MS)
+    Counts(found).settled(Settled(sent, frozenset(places), NOW_MS, REDIS_MS))
     return found
 
 
@@ -113,7 +114,8 @@ def test_who_does_not_say_when_it_was_sent_counts_from_its_claim(
 
 def test_a_clock_that_was_set_back_makes_no_negative_time() -> None:
     of = {"m": ModelCounts()}
-    count_settled(of, [settlement(SUCCESS, run=RUN)], frozenset(), NOW_MS, REDIS_MS - 50)
+    done = Settled([settlement(SUCCESS, run=RUN)], frozenset(), NOW_MS, REDIS_MS - 50)
+    Counts(of).settled(done)
     assert of["m"].total_s.sum == of["m"].queue_s.sum == 0
     assert of["m"].total_s.counts[0] == of["m"].queue_s.counts[0] == 1
 

@@ -19,6 +19,11 @@ class Job(msgspec.Struct, frozen=True, eq=False):
     #: Priority → rows.
     rows: Mapping[int, int]
 
+    @property
+    def model(self) -> str:
+        """The model of them all."""
+        return self.items[0].ticket.model
+
 
 class Run(msgspec.Struct, frozen=True):
     """One successful run of the engine that served a request. Times: monotonic ms."""

@@ -32,17 +32,20 @@ from inferq.workers.claims.lease import Lease
 from inferq.workers.claims.recovery import Recoverer
 from inferq.workers.claims.runs import Finished
 from inferq.workers.claims.scheduled import Later
+from inferq.workers.claims.settlement import Settlement
 from inferq.workers.control_plane import celery_private
 from inferq.workers.control_plane.celery_inbox import CeleryInbox
-from inferq.workers.control_plane.celery_side import CelerySide
+from inferq.workers.control_plane.celery_side import CelerySide, TaskTotals
 from inferq.workers.control_plane.found import Found, log_not_served
 from inferq.workers.control_plane.main_loop import MainLoop
 from inferq.workers.control_plane.task_events import TaskEvents
 from inferq.workers.cuda.telemetry import GpuTelemetry
 from inferq.workers.data_plane import reporting
-from inferq.workers.data_plane.counts import WorkerStats
+from inferq.workers.data_plane.batch_log import BatchLog
+from inferq.workers.data_plane.counts import Counts, WorkerStats
 from inferq.workers.data_plane.foreign_tasks import ForeignTasks
 from inferq.workers.data_plane.loading import LoadingModel
+from inferq.workers.data_plane.observers import Observers
 from inferq.workers.data_plane.plane import DataPlane
 from inferq.workers.data_plane.served_model import ServedModel
 from inferq.workers.logs.slow import told_if_slow
@@ -90,7 +93,7 @@ class Service:
         self._later = Later(self._client, self._names, self._clock)
         self._recoverer = Recoverer(self._client, self._names, settings.lease_s)
         self._lease: Lease | None = None
-        self._canvas: Canvas | None = None
+        self._canvas = Canvas(settings, self._client, self._on_ready)
         #: Replaced, never changed: other threads read it. A model that was loaded stands in place
         #: of the one that was to be.
         self._models: Sequence[LoadingModel | ServedModel] = [
@@ -104,7 +107,9 @@ class Service:
         self._not_served = found.not_served
         self._others = found.others
         self._events = TaskEvents(worker, settings, self._served)
-        self._side = CelerySide(worker, self._later, self._names, self._events)
+        self._side = CelerySide(worker, self._canvas, self._later, self._names)
+        counts = Counts({model.name: model.counts for model in self._models})
+        self._observers = Observers([counts, self._events, TaskTotals(), BatchLog()])
         self._foreign = (
             ForeignTasks(worker.app.tasks, celery_private.read_body)
             if settings.foreign_tasks
@@ -171,7 +176,7 @@ class Service:
                         self._clock,
                         is_revoked=celery_private.is_revoked,
                         on_finished=self._on_finished,
-                        on_begun=self._events.on_begun,
+                        on_begun=self._observers.started,
                         wake=self._look,
                         result_expires_s=self._settings.result_expires_s,
                         foreign=self._foreign,
@@ -252,13 +257,14 @@ class Service:
             models,
             lease=lease,
             recoverer=self._recoverer,
-            hooks=self._side,
+            later=self._later,
+            control=self._side,
+            observers=self._observers,
             result_expires_s=settings.result_expires_s,
             reply_timeout_s=min(5.0, settings.lease_s),
         )
-        self._canvas = self._side.canvas = Canvas(settings, self._client, plane.on_ready)
         lease.start()
-        self._side.canvas.start()
+        self._canvas.start()
         self._recoverer.start()
         self._later.start()
         self._events.start()
@@ -272,9 +278,12 @@ class Service:
         logger.info("serving %s%s", ", ".join(model.name for model in models), without)
 
     def _on_finished(self, finished: Finished) -> None:
-        self._events.on_finished(finished)
         if self.plane is not None:
             self.plane.on_finished(finished)
+
+    def _on_ready(self, incarnation: str, settlement: Settlement) -> None:
+        if self.plane is not None:
+            self.plane.on_ready(incarnation, settlement)
 
     def _look(self) -> None:
         if self.plane is not None:
@@ -377,7 +386,7 @@ class Service:
         self.inbox.put_back(self._client)
         self._recoverer.stop()
         self._later.stop()
-        self._side.canvas.stop()
+        self._canvas.stop()
         self._events.stop()
         for model in self._models:
             model.close(timeout=1.0)
@@ -437,9 +446,9 @@ class Service:
         """Those that run in this worker, and those that are to."""
         found: list[Loop] = [
             self.main_loop, self._later.loop, self._recoverer.loop, self._publisher.loop,
-            self._events.loop,
+            self._events.loop, self._canvas.loop,
         ]  # fmt: skip
-        some = (self._lease, self._canvas, self._gpu, self._endpoint)
+        some = (self._lease, self._gpu, self._endpoint)
         return found + [each.loop for each in some if each is not None]
 
     def info(self) -> dict[str, Any]:

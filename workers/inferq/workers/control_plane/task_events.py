@@ -11,11 +11,10 @@ then what came before is told together with its end. Nothing of this waits for R
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Concatenate, Final, ParamSpec
+from typing import Any, Final
 
 import msgspec
 from celery.worker import WorkController
@@ -27,22 +26,19 @@ from inferq.shared.schema import Ticket, describe
 from inferq.shared.settings import Settings
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims.runs import Finished, Outcome
-from inferq.workers.claims.settlement import FAILURE, Settlement
+from inferq.workers.claims.settlement import FAILURE
 from inferq.workers.claims.verdicts import Failed, Revoked
 from inferq.workers.control_plane import celery_private
 from inferq.workers.control_plane.event_publisher import TIMEOUT_S, Event, EventPublisher
 from inferq.workers.control_plane.event_sampling import Sampler
+from inferq.workers.data_plane.observers import Observer, Settled
 from inferq.workers.data_plane.served_model import ServedModel
 from inferq.workers.process.periodic import Periodic
-
-logger = logging.getLogger(__name__)
 
 #: Longest text in an event, in characters.
 MAX_TEXT: Final = 500
 #: Requests whose end is awaited. What is never settled here, for want of a lease, is among them.
 MAX_OPEN: Final = 20_000
-
-_Args = ParamSpec("_Args")
 
 
 class _Open(msgspec.Struct):
@@ -57,25 +53,10 @@ class _Open(msgspec.Struct):
     result: str = ""
 
 
-def _harmless(
-    method: Callable[Concatenate[TaskEvents, _Args], None],
-) -> Callable[Concatenate[TaskEvents, _Args], None]:
-    """No event is worth a request."""
-
-    def wrapped(self: TaskEvents, /, *args: _Args.args, **kwargs: _Args.kwargs) -> None:
-        try:
-            method(self, *args, **kwargs)
-        except Exception:
-            logger.exception("task events are missing")
-
-    return wrapped
-
-
-class TaskEvents:
+class TaskEvents(Observer):
     """Sends the task events of one worker, while they are enabled as stock Celery has it (-E).
 
-    `on_admitted` and `on_settled` are called from the data plane's thread, `on_begun` and
-    `on_finished` from the lanes'.
+    What its methods raise is said by those who tell it: no event is worth a request.
     """
 
     def __init__(
@@ -117,10 +98,9 @@ class TaskEvents:
             "inferq_events_dropped": self._publisher.dropped,
         }
 
-    @_harmless
-    def on_admitted(self, items: Sequence[Waiting]) -> None:
+    def claimed(self, items: Sequence[Waiting]) -> None:
         """These were claimed and wait for a lane."""
-        if not items or not self._is_on():
+        if not self._is_on():
             return
         now = time.time()
         events: list[Event] = []
@@ -133,8 +113,7 @@ class TaskEvents:
                 for request_id in list(self._open)[: MAX_OPEN // 2]:
                     self._open.pop(request_id, None)
 
-    @_harmless
-    def on_begun(self, items: Sequence[Waiting]) -> None:
+    def started(self, items: Sequence[Waiting]) -> None:
         """A lane starts to compute these."""
         told = self._open
         if not told:
@@ -144,8 +123,7 @@ class TaskEvents:
         if events:
             self._publisher.put(events)
 
-    @_harmless
-    def on_finished(self, finished: Finished) -> None:
+    def finished(self, finished: Finished) -> None:
         """A lane has ended a batch, whose requests are to be settled."""
         told = self._open
         for outcome in finished.outcomes:
@@ -170,12 +148,11 @@ class TaskEvents:
         shown = ", ".join(f"{name!r}: {describe(array)}" for name, array in outputs.items())
         known.result = _short(f"{{{shown}}}")
 
-    @_harmless
-    def on_settled(self, settlements: Sequence[Settlement]) -> None:
+    def settled(self, settled: Settled) -> None:
         """These have a stored result, or were handed on."""
         told, events = self._open, []
         now = time.time()
-        for done in settlements:
+        for done in settled.settlements:
             known = told.pop(done.request_id, None)  # type: ignore[arg-type]
             if done.ended is not None:
                 events += self._ended_badly(done.ended, known, now)

@@ -5,4 +5,6 @@ receiver       hop 3, with `intake`: from claimed bytes to waiting requests
 served_model   one model: its engine, lanes, waiting requests and knobs
 lanes          hop 5: a thread for each lane
 settling       hop 6, with `results`: what has ended and is not settled yet
+observers      who is told of all this: `counts`, `batch_log`, and the control plane's task events
+control        what the data plane asks of the control plane
 """

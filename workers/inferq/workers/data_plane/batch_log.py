@@ -1,16 +1,42 @@
-"""The line that a worker writes of each batch at DEBUG."""
+"""The lines that a worker writes at DEBUG: one of each batch, and of each request not computed."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
+from inferq.shared.errors import DeadLettered, NotRegistered
 from inferq.workers.claims.runs import Finished
+from inferq.workers.claims.verdicts import Failed, Revoked
+from inferq.workers.data_plane.observers import Observer
 from inferq.workers.logs.fields import about, few
 
+logger = logging.getLogger(__name__)
 
-def tell(logger: logging.Logger, model: str, finished: Finished) -> None:
-    """One DEBUG line about a batch that has ended: what it held, how long it took, who failed."""
-    outcomes = finished.outcomes
+
+class BatchLog(Observer):
+    """Costs nothing above DEBUG."""
+
+    def refused(self, ended: Sequence[Failed | Revoked]) -> None:
+        if not logger.isEnabledFor(logging.DEBUG):
+            return
+        for each in ended:
+            ticket = each.ticket
+            if isinstance(each, Revoked):
+                told = about(ticket.id, model=ticket.model)
+                logger.debug("%s is %s", ticket.id, each.reason, extra=told)
+            elif not isinstance(each.error, NotRegistered | DeadLettered):  # said as what is wrong
+                told = about(ticket.id, model=ticket.model, error=each.error.code)
+                logger.debug("refused %s: %s", ticket.id, each.error.message, extra=told)
+
+    def finished(self, finished: Finished) -> None:
+        if logger.isEnabledFor(logging.DEBUG):
+            _tell(finished)
+
+
+def _tell(finished: Finished) -> None:
+    """What a batch that has ended held, how long it took, who failed."""
+    model, outcomes = finished.job.model, finished.outcomes
     # A batch that failed was run again in parts.
     runs = {run.started_ms: run for outcome in outcomes if (run := outcome.run) is not None}
     failed = [each.item.ticket.id for each in outcomes if each.error is not None]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Final
 
@@ -22,8 +22,8 @@ from inferq.workers.claims.settlement import (
     OVERTAKEN,
     REVOKED,
     SUCCESS,
-    Settlement,
 )
+from inferq.workers.data_plane.observers import Observer, Settled
 from inferq.workers.models.not_served import NotServed
 
 #: Upper bounds of the buckets of times, in s; there is one more bucket beyond the last.
@@ -202,19 +202,14 @@ class ModelCounts:
             self.padding.counts[bisect_left(PADDING, run.padding)] += 1
             self.padding.sum += run.padding
 
-    def settled(
-        self,
-        sent: Sequence[Settlement],
-        places: range,
-        overtaken: Collection[int],
-        now_ms: float,
-        redis_ms: float,
-    ) -> None:
-        """Redis has answered for those `places` of `sent`, all of this model; see `count_settled`.
+    def settled(self, settled: Settled, places: range) -> None:
+        """Redis has answered for what is settled at those `places`, all of this model.
 
         What is the same for all requests of a run is counted once for all of them. Outcomes come
         last, and first in a snapshot: of a request that has one, all else is counted.
         """
+        sent, overtaken = settled.settlements, settled.overtaken
+        now_ms, redis_ms = settled.at_ms, settled.redis_ms
         queue_s, total_s = self.queue_s, self.total_s
         endings: list[str] = []
         run: Run | None = None
@@ -282,22 +277,22 @@ class ModelCounts:
         )  # fmt: skip
 
 
-def count_settled(
-    counts: Mapping[str, ModelCounts],
-    sent: Sequence[Settlement],
-    overtaken: Collection[int],
-    now_ms: float,
-    redis_ms: float,
-) -> None:
-    """Redis has answered for `sent`. What has no outcome of its own is passed over.
+class Counts(Observer):
+    """Counts what becomes of the requests of all models, each in its own of `models`."""
 
-    `overtaken`: places in `sent` whose request had a result already. Both clocks' present: the
-    monotonic one's and Redis', in ms.
-    """
-    begin = 0
-    while begin < len(sent):
-        model, end = sent[begin].model, begin + 1
-        while end < len(sent) and sent[end].model == model:
-            end += 1
-        counts[model].settled(sent, range(begin, end), overtaken, now_ms, redis_ms)
-        begin = end
+    def __init__(self, models: Mapping[str, ModelCounts]) -> None:
+        self._models = models
+
+    def finished(self, finished: Finished) -> None:
+        self._models[finished.job.model].ended(finished)
+
+    def settled(self, settled: Settled) -> None:
+        """What has no outcome of its own is passed over."""
+        sent = settled.settlements
+        begin = 0
+        while begin < len(sent):
+            model, end = sent[begin].model, begin + 1
+            while end < len(sent) and sent[end].model == model:
+                end += 1
+            self._models[model].settled(settled, range(begin, end))
+            begin = end

@@ -35,10 +35,12 @@ from inferq.workers.claims.link import Link, Waker
 from inferq.workers.claims.payloads import PayloadReader
 from inferq.workers.claims.recovery import Recoverer
 from inferq.workers.claims.runs import Finished, Job
+from inferq.workers.claims.scheduled import Later
 from inferq.workers.claims.settlement import Settlement
 from inferq.workers.data_plane import scheduling as supply
 from inferq.workers.data_plane.budget import Budget, budget_bytes
-from inferq.workers.data_plane.hooks import Hooks
+from inferq.workers.data_plane.control import Control
+from inferq.workers.data_plane.observers import Observers
 from inferq.workers.data_plane.receiver import Received, Receiver
 from inferq.workers.data_plane.served_model import ServedModel
 from inferq.workers.data_plane.settling import SETTLE_WITHIN_S, Settling, portion
@@ -67,8 +69,7 @@ def _ids(items: Iterable[Waiting]) -> list[str]:
 class DataPlane:
     """Runs the request path of one worker process. `start` spawns its thread.
 
-    `hooks` is how Celery's side takes part (see hooks.Hooks); `on_fatal` is called from the data
-    plane's thread when an engine is beyond use.
+    `control` does what Celery's half alone can do, `observers` are told what becomes of requests.
     """
 
     def __init__(
@@ -80,7 +81,9 @@ class DataPlane:
         *,
         lease: Lease,
         recoverer: Recoverer,
-        hooks: Hooks,
+        later: Later,
+        control: Control,
+        observers: Observers,
         result_expires_s: int,
         reply_timeout_s: float,
     ) -> None:
@@ -89,11 +92,13 @@ class DataPlane:
         self._models = {model.name: model for model in models}
         self._lease = lease
         self._recoverer = recoverer
-        self._hooks = hooks
+        self._later = later
+        self._control = control
+        self._observers = observers
         self._result_expires_s = result_expires_s
         self._reply_timeout_s = reply_timeout_s
         self._waker = Waker()
-        self._settling = Settling(self._models, hooks)
+        self._settling = Settling(self._models, control, observers)
         self._budget = Budget(models, budget_bytes())
         self._unfetched = Backlog()
         self._ledger: Ledger | None = None
@@ -218,7 +223,9 @@ class DataPlane:
                 self._settling.incarnation = self._lease.incarnation
                 link = Link(self._client, self._waker, self._reply_timeout_s)
                 payloads = PayloadReader(self._client, self._reply_timeout_s)
-                self._receiver = Receiver(self._models, self._clock, self._hooks, payloads)
+                self._receiver = Receiver(
+                    self._models, self._clock, self._control, self._later, payloads
+                )
                 try:
                     link.open()
                     ledger = Ledger(
@@ -256,7 +263,7 @@ class DataPlane:
             try:
                 self._hand_back()
             finally:  # whatever else fails: a process that serves nothing must end
-                self._hooks.on_fatal("the data plane failed")
+                self._control.end_process()
         finally:
             self._ended.set()
 
@@ -305,7 +312,7 @@ class DataPlane:
             fatal = settling.collect()
             if fatal is not None:
                 self._fatal = True
-                self._hooks.on_fatal(str(fatal))
+                self._control.end_process()
             if self._unfetched and self._claiming:
                 self._fetch()
             self._form(ledger)
@@ -446,7 +453,11 @@ class DataPlane:
         self.claimed += len(received.waiting) + len(received.ended)
         for item in received.waiting:
             model.add(item)
-        self._hooks.on_admitted(received.waiting)
+        if received.waiting:
+            self._observers.claimed(received.waiting)
+        refused = [done.ended for done, _ in received.ended if done.ended is not None]
+        if refused:
+            self._observers.refused(refused)
         for settlement, canvas in received.ended:
             self._settling.add(settlement, canvas)
 

@@ -21,6 +21,7 @@ from inferq.workers.claims.clock import RedisClock
 from inferq.workers.claims.ledger import Ledger
 from inferq.workers.claims.payloads import PayloadReader
 from inferq.workers.claims.recovery import suspect
+from inferq.workers.claims.scheduled import Later
 from inferq.workers.claims.settlement import Settlement
 from inferq.workers.claims.verdicts import (
     Early,
@@ -31,7 +32,7 @@ from inferq.workers.claims.verdicts import (
     Revoked,
     retried,
 )
-from inferq.workers.data_plane.hooks import Hooks
+from inferq.workers.data_plane.control import Control
 from inferq.workers.data_plane.served_model import ServedModel
 from inferq.workers.data_plane.unfetched import Unfetched, payload_sizes
 from inferq.workers.logs.fields import about
@@ -84,12 +85,14 @@ class Receiver:
         self,
         models: Mapping[str, ServedModel],
         clock: RedisClock,
-        hooks: Hooks,
+        control: Control,
+        later: Later,
         payloads: PayloadReader,
     ) -> None:
         self._models = models
         self._clock = clock
-        self._hooks = hooks
+        self._control = control
+        self._later = later
         self._payloads = payloads
 
     def receive(self, ledger: Ledger, claimed: Claimed, suspicious: bool, room: int) -> Received:
@@ -247,14 +250,8 @@ class Receiver:
                         error.message, model.name,
                         extra=about(ticket.id, model=model.name, error=error.code),
                     )  # fmt: skip
-                elif logger.isEnabledFor(logging.DEBUG):
-                    told = about(ticket.id, model=model.name, error=error.code)
-                    logger.debug("refused %s: %s", ticket.id, error.message, extra=told)
                 return results.failed(slot, ticket, error), ticket.canvas
             case Revoked(slot=slot, ticket=ticket, reason=reason):
-                if logger.isEnabledFor(logging.DEBUG):
-                    told = about(ticket.id, model=model.name)
-                    logger.debug("%s is %s", ticket.id, reason, extra=told)
                 return results.revoked(slot, ticket, reason), ticket.canvas
             case Dead(slot=slot, ticket=ticket, message=message):
                 logger.error(
@@ -267,9 +264,9 @@ class Receiver:
                 # What follows on it may be forgotten, or was never published: then it is twice.
                 return results.answered(slot, ticket, result), ticket.canvas if result else None
             case Foreign(slot=slot, message=message, handed=handed):
-                return self._hooks.hand_over(slot, model.name, message, handed), None
+                return self._control.hand_over(slot, model.name, message, handed), None
             case Early(slot=slot, message=message, due_ms=due_ms):
-                return self._hooks.keep(slot, message, due_ms), None
+                return self._later.keep(slot, message, due_ms), None
             case Quarantined(reason=reason):
                 settlement = results.quarantined(found, self._clock.now())
                 told = about(settlement.request_id, model=model.name)

@@ -19,9 +19,8 @@ from inferq.shared.resp import Packed
 from inferq.workers.claims.rollback import Kept
 from inferq.workers.claims.runs import Finished
 from inferq.workers.claims.settlement import Settlement
-from inferq.workers.data_plane import batch_log as batches
-from inferq.workers.data_plane.counts import count_settled
-from inferq.workers.data_plane.hooks import Hooks
+from inferq.workers.data_plane.control import Control
+from inferq.workers.data_plane.observers import Observers, Settled
 from inferq.workers.data_plane.served_model import ServedModel
 from inferq.workers.logs.fields import about
 
@@ -56,9 +55,12 @@ def _other_bytes(done: Settlement) -> int:
 class Settling:
     """Owned by the data plane's thread; `on_finished` and `on_ready` may be called from any."""
 
-    def __init__(self, models: Mapping[str, ServedModel], hooks: Hooks) -> None:
+    def __init__(
+        self, models: Mapping[str, ServedModel], control: Control, observers: Observers
+    ) -> None:
         self._models = models
-        self._hooks = hooks
+        self._control = control
+        self._observers = observers
         self._finished: deque[Finished] = deque()
         self._ready: deque[tuple[str, Settlement]] = deque()
         #: Batches whose results wait for more.
@@ -72,7 +74,6 @@ class Settling:
         #: What goes into the next MULTIs, in order.
         self.due: list[Settlement] = []
         self.kept = Kept()
-        self._counts = {name: model.counts for name, model in models.items()}
         #: How many of those due were sent and not answered for.
         self._doubtful = 0
         #: Since the start.
@@ -96,11 +97,9 @@ class Settling:
                 self.batches_ended += 1
                 model.learn(finished)
                 model.ended(finished.job, finished.ended - finished.began)
-                model.counts.ended(finished)
                 if finished.outcomes and (one := finished.outcomes[0]).outputs is not None:
                     model.sizes.computed(one.item.inputs, one.outputs)
-                if logger.isEnabledFor(logging.DEBUG):
-                    batches.tell(logger, model.name, finished)
+                self._observers.finished(finished)
             if finished.fatal is not None:
                 ids = (item.ticket.id for item in finished.job.items)
                 told = about(*ids, model=model.name)
@@ -153,7 +152,7 @@ class Settling:
 
     def _publish(self, settlement: Settlement, canvas: bytes) -> None:
         self.away_in_canvas[settlement.model] += 1
-        self._hooks.publish_canvas(self.incarnation, settlement, canvas)
+        self._control.publish_canvas(self.incarnation, settlement, canvas)
 
     def publish_again(self) -> None:
         """Redis was started anew, and may have forgotten what was published for those due."""
@@ -186,8 +185,7 @@ class Settling:
         if overtaken and self._doubtful:  # the result there may be this very one
             overtaken = frozenset(place for place in overtaken if place >= self._doubtful)
         self._doubtful = max(0, self._doubtful - len(sent))
-        count_settled(self._counts, sent, overtaken, time.monotonic() * 1000, redis_ms)
-        self._hooks.on_settled(sent)
+        self._observers.settled(Settled(sent, overtaken, time.monotonic() * 1000, redis_ms))
         for done in sent:
             if done.after is not None:
                 try:
@@ -222,4 +220,4 @@ class Settling:
         self._doubtful = 0
 
     def _model(self, finished: Finished) -> ServedModel:
-        return self._models[finished.job.items[0].ticket.model]
+        return self._models[finished.job.model]
