@@ -17,6 +17,7 @@ from inferq.workers.claims.runs import Finished
 from inferq.workers.claims.scheduled import Later
 from inferq.workers.claims.settlement import Settlement
 from inferq.workers.data_plane.control import Control
+from inferq.workers.data_plane.counts import Counts
 from inferq.workers.data_plane.observers import Observer, Observers
 from inferq.workers.data_plane.plane import DataPlane
 from inferq.workers.data_plane.served_model import ServedModel
@@ -49,9 +50,10 @@ class RunningPlane:
     ) -> None:
         names, clock = Names(), RedisClock()
         client = redis_client(url)
-        told = Observers(observers)
         self.control = NoCelery()
         self.models = {name: ServedModel(load_model(root, name)) for name in models}
+        counts = Counts({name: model.counts for name, model in self.models.items()})
+        told = Observers([*observers, counts])
         for model in self.models.values():
             model.load(
                 "worker", names, clock, is_revoked=lambda _: False,

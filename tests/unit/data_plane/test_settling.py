@@ -19,7 +19,9 @@ from inferq.workers.claims.rollback import KEEP_BYTES, KEEP_REQUESTS, KEEP_S, Ke
 from inferq.workers.claims.runs import Finished, Job, Outcome, Run
 from inferq.workers.claims.settlement import Settlement
 from inferq.workers.data_plane import settling
+from inferq.workers.data_plane.budget import Budget
 from inferq.workers.data_plane.counts import Counts
+from inferq.workers.data_plane.held import Held
 from inferq.workers.data_plane.observers import Observers
 from inferq.workers.data_plane.settling import MAX_SETTLEMENTS, Settling, portion
 
@@ -120,7 +122,8 @@ def test_an_engine_that_an_audit_found_beyond_use_is_told_and_its_batch_counts_o
     job = Job([item], {0: 1})
     model.jobs.append(job)
     observers = Observers([Counts({"m": model.counts})])
-    of = Settling({"m": model}, cast("Any", None), observers)
+    held = Held({"m": model}, Budget([model], 1 << 30))
+    of = Settling({"m": model}, held, cast("Any", None), observers)
     run = Run(1000.0, 2000.0, 1, 0, 1)
     of.on_finished(Finished(job, (Outcome(item, {}, run),), began=1.0, ended=2.0))
     assert of.collect() is None

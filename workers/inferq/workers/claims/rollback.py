@@ -6,7 +6,7 @@ a claim were settled. The very bytes that settled are kept: nothing else costs a
 
 Only results and who is told of them are taken from these bytes again. What a MULTI acknowledged may
 belong to a claim of which an earlier one, not kept any more, settled a part: claims are looked
-through anew instead (see DataPlane._catch_up).
+through anew instead (see Incarnation.catch_up).
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ CLIENT_CAUSED: Final = (
     "inferq.workers.control_plane.remote_control",
     "inferq.workers.control_plane.kombu_guard",
     "inferq.workers.data_plane.batch_log",
+    "inferq.workers.data_plane.incarnation",
     "inferq.workers.data_plane.lanes",
     "inferq.workers.data_plane.observers",
     "inferq.workers.claims.ledger",

@@ -17,17 +17,15 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Collection, Iterable, Sequence
-from itertools import count
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
 
 import redis
-from redis.exceptions import RedisError
 
 from inferq.shared.names import Names
 from inferq.shared.resp import BROKEN
-from inferq.workers.batching.waiting import Waiting
-from inferq.workers.claims.amiss import Told
-from inferq.workers.claims.claim import Claim, Claimed, Want
+from inferq.workers.claims.claim import Want
 from inferq.workers.claims.clock import RedisClock
 from inferq.workers.claims.lease import Lease
 from inferq.workers.claims.ledger import LeaseLost, Ledger, QueueId, RedisFull
@@ -38,14 +36,18 @@ from inferq.workers.claims.runs import Finished, Job
 from inferq.workers.claims.scheduled import Later
 from inferq.workers.claims.settlement import Settlement
 from inferq.workers.data_plane import scheduling as supply
+from inferq.workers.data_plane.admission import Admission
 from inferq.workers.data_plane.budget import Budget, budget_bytes
+from inferq.workers.data_plane.calls import Calls
 from inferq.workers.data_plane.control import Control
+from inferq.workers.data_plane.held import Held, running
+from inferq.workers.data_plane.incarnation import Incarnation
 from inferq.workers.data_plane.observers import Observers
-from inferq.workers.data_plane.receiver import Received, Receiver
+from inferq.workers.data_plane.receiver import Receiver
 from inferq.workers.data_plane.served_model import ServedModel
 from inferq.workers.data_plane.settling import SETTLE_WITHIN_S, Settling, portion
-from inferq.workers.data_plane.unfetched import Backlog, Unfetched
-from inferq.workers.logs.fields import about
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +61,6 @@ MAX_AWAY_IN_CANVAS = 256
 REMIND_S = 5.0
 #: Seconds before a MULTI that a full Redis refused is sent again.
 FULL_RETRY_S = 0.25
-
-
-def _ids(items: Iterable[Waiting]) -> list[str]:
-    """The members of running:<i> for `items`."""
-    return [f"{item.ticket.model}/{item.ticket.id}" for item in items]
 
 
 class DataPlane:
@@ -88,42 +85,28 @@ class DataPlane:
         reply_timeout_s: float,
     ) -> None:
         self._client = client
-        self._names = names
+        self._clock = clock
         self._models = {model.name: model for model in models}
-        self._lease = lease
-        self._recoverer = recoverer
         self._later = later
         self._control = control
         self._observers = observers
-        self._result_expires_s = result_expires_s
         self._reply_timeout_s = reply_timeout_s
         self._waker = Waker()
-        self._settling = Settling(self._models, control, observers)
-        self._budget = Budget(models, budget_bytes())
-        self._unfetched = Backlog()
+        self._calls = Calls(self._waker.set)
+        self._held = Held(self._models, Budget(models, budget_bytes()))
+        self._settling = Settling(self._models, self._held, control, observers)
+        self._incarnation = Incarnation(
+            client, names, self._models,
+            lease=lease, recoverer=recoverer, held=self._held, settling=self._settling,
+            result_expires_s=result_expires_s, reply_timeout_s=reply_timeout_s,
+        )  # fmt: skip
+        #: On the present link, or the one before.
         self._ledger: Ledger | None = None
-        self._told = Told()
-        #: The Redis that last knew this incarnation, and all that it had settled.
-        self._run_id = ""
-        #: Whether Redis went back in time, and it was not looked yet for what it took back.
-        self._went_back = False
-        #: Batches that were formed and not given to the lanes yet.
-        self._leaving: list[tuple[ServedModel, Job]] = []
-        self._claims: dict[str, Claim] = {}
-        self._claim_numbers = count(1)
-        self._settle_numbers = count(1)
-        self._clock = clock
-        #: Claims decoded since Redis was last told.
-        self._decoded: list[Claim] = []
         self._claiming = True
         self._drain_by: float | None = None
-        self._fenced_out = False
         self._fatal = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="inferq-data-plane", daemon=True)
-        #: Requests since the start.
-        self.claimed = 0
-        self.settled = 0
         #: When Redis last answered (monotonic s); 0: never yet.
         self.answered_at = 0.0
         #: When the present connection was made (monotonic s): Redis has answered since.
@@ -147,22 +130,44 @@ class DataPlane:
 
     def on_lease_lost(self) -> None:
         """The lease's thread found the fence gone."""
-        self._fenced_out = True
+        self._incarnation.on_lost()
         self._waker.set()
 
     def look(self) -> None:
         """Look at the queues again: what may be claimed from has changed."""
         self._waker.set()
 
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Have `function` run in the data plane's thread, between two batches.
+
+        No claim is being read and no batch formed meanwhile, while lanes compute on. All requests
+        wait for it: it returns at once. It comes within milliseconds; while Redis does not answer,
+        within `reply_timeout_s`. Wait for the future with a timeout: what has not begun by then can
+        be cancelled. DataPlaneEnded is its exception if the data plane ends before.
+        """
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("called from the data plane's own thread; call the function itself")
+        return self._calls.put(function)
+
     @property
     def incarnation(self) -> str:
         """Under which it holds what it holds; empty: it was not born yet."""
-        return self._lease.incarnation
+        return self._incarnation.id
 
     @property
     def run_id(self) -> str:
         """Of the Redis that last knew it; empty: none yet."""
-        return self._run_id
+        return self._incarnation.run_id
+
+    @property
+    def claimed(self) -> int:
+        """Requests since the start."""
+        return self._held.requests_claimed
+
+    @property
+    def settled(self) -> int:
+        """Requests since the start."""
+        return self._settling.requests_settled
 
     @property
     def steps(self) -> int:
@@ -217,45 +222,11 @@ class DataPlane:
     # --- the thread -------------------------------------------------------------------------
 
     def _run(self) -> None:
-        broke_at = -math.inf
         try:
-            while not self._over():
-                self._settling.incarnation = self._lease.incarnation
-                link = Link(self._client, self._waker, self._reply_timeout_s)
-                payloads = PayloadReader(self._client, self._reply_timeout_s)
-                self._receiver = Receiver(
-                    self._models, self._clock, self._control, self._later, payloads
-                )
-                try:
-                    link.open()
-                    ledger = Ledger(
-                        link,
-                        self._names,
-                        self._settling.incarnation,
-                        list(self._models),
-                        numbers=self._claim_numbers,
-                        settles=self._settle_numbers,
-                        result_ttl_s=self._result_expires_s,
-                        told=self._told,
-                    )
-                    self._ledger = ledger
-                    ledger.take_over()
-                    ledger.arm()
-                    if link.run_id != self._run_id:
-                        self._settling.publish_again()
-                    self._catch_up(ledger)
-                    self._run_id = link.run_id
-                    self._serve(link, ledger)
-                except LeaseLost:
-                    self._be_reborn(forgotten=link.run_id != self._run_id)
-                except BROKEN as problem:
-                    if time.monotonic() > broke_at + REMIND_S:
-                        broke_at = time.monotonic()
-                        logger.warning("the data plane's connection broke: %s", problem)
-                    time.sleep(RECONNECT_S)
-                finally:
-                    payloads.close()
-                    link.close()
+            try:
+                self._serve_on_links()
+            finally:
+                self._calls.end()
             self._hand_back()
         except Exception:
             logger.critical("the data plane failed", exc_info=True)
@@ -267,6 +238,44 @@ class DataPlane:
         finally:
             self._ended.set()
 
+    def _hand_back(self) -> None:
+        self._incarnation.hand_back(self._drain_by or 0.0, blame=self._fatal)
+
+    def _serve_on_links(self) -> None:
+        """Serve until it is over, on one connection after the other."""
+        broke_at = -math.inf
+        while not self._over():
+            self._calls.run()
+            try:
+                self._serve_on_link()
+            except BROKEN as problem:
+                if time.monotonic() > broke_at + REMIND_S:
+                    broke_at = time.monotonic()
+                    logger.warning("the data plane's connection broke: %s", problem)
+                time.sleep(RECONNECT_S)
+
+    def _serve_on_link(self) -> None:
+        """Serve until it is over or the lease is lost. Raises one of BROKEN if the link breaks."""
+        incarnation = self._incarnation
+        self._settling.incarnation = incarnation.id
+        link = Link(self._client, self._waker, self._reply_timeout_s)
+        payloads = PayloadReader(self._client, self._reply_timeout_s)
+        receiver = Receiver(self._models, self._clock, self._control, self._later, payloads)
+        try:
+            link.open()
+            self._ledger = ledger = incarnation.ledger(link)
+            admission = Admission(
+                ledger, receiver, self._clock, self._models, self._held, self._settling,
+                self._observers,
+            )  # fmt: skip
+            incarnation.catch_up(link, ledger, admission)
+            self._serve(link, ledger, admission)
+        except LeaseLost:
+            incarnation.begin_anew(forgotten=link.run_id != incarnation.run_id)
+        finally:
+            payloads.close()
+            link.close()
+
     def _over(self) -> bool:
         if self._drain_by is None:
             return self._fatal
@@ -275,62 +284,34 @@ class DataPlane:
         computing = any(model.jobs for model in self._models.values())
         return not computing and self._settling.is_over()
 
-    def _catch_up(self, ledger: Ledger) -> None:
-        """Learn what became, before this link, of what was sent on the one before it.
-
-        Where Redis went back, results that are kept are stored again first. Then each request that
-        Redis holds for us is taken on, unless it still waits, computes or is being settled here: it
-        is acknowledged if it has a result, and computed once more if not.
-        """
-        kept = self._settling.kept
-        if ledger.settles_known < kept.last:
-            self._went_back = True
-        if self._went_back:
-            ledger.unmark_all()
-        self._mark_all(ledger)
-        for multi in kept.after(ledger.settles_known):
-            ledger.settle_again(multi.results(), multi.number)
-            kept.again(multi)
-        models = frozenset(self._models)
-        if self._went_back:
-            settling = {done.slot for done in self._settling.due}
-            for claimed in ledger.unsettled(self._claims, settling):
-                self._receive(ledger, [claimed], models)
-            self._went_back = False
-        for claimed in ledger.adopt(self._claims):
-            self._receive(ledger, [claimed], models)
-        kept.last = ledger.settles_known
-
-    def _serve(self, link: Link, ledger: Ledger) -> None:
+    def _serve(self, link: Link, ledger: Ledger, admission: Admission) -> None:
         settling = self._settling
         self.answered_at = self.answering_since = time.monotonic()
         while not self._over():
-            if self._fenced_out:
+            if self._incarnation.is_lost:
                 raise LeaseLost
+            self._calls.run()
             if ledger.forgot():
-                self._mark_all(ledger)
+                self._incarnation.mark_all(ledger)
             fatal = settling.collect()
             if fatal is not None:
                 self._fatal = True
                 self._control.end_process()
-            if self._unfetched and self._claiming:
-                self._fetch()
+            if self._held.unfetched and self._claiming:
+                admission.fetch()
             self._form(ledger)
             wants, listen = self._wants(ledger)
             if wants or settling.is_due():
-                settling.take(self._claims)
-                if settling.stopped:
-                    ledger.unmark(settling.stopped)
-                    settling.stopped = []
+                settling.take(ledger)
             if settling.due or wants:
                 try:
-                    self._exchange(ledger, wants, listen)
+                    self._exchange(ledger, admission, wants, listen)
                 except RedisFull as problem:
                     logger.error("Redis is full, will try again: %s", problem)
                     link.wait(FULL_RETRY_S)
                 self.answered_at = time.monotonic()
                 continue
-            if self._leaving:
+            if self._held.leaving:
                 ledger.flush()
                 # kill point: batch-flushed
                 self._dispatch()
@@ -340,12 +321,6 @@ class DataPlane:
                 ledger.arm()
                 settling.kept.trim()
                 self.answered_at = time.monotonic()
-
-    def _mark_all(self, ledger: Ledger) -> None:
-        # What a lost incarnation had begun is discarded: it is nothing of this one's.
-        jobs = [job for model in self._models.values() for job in model.jobs]
-        items = [item for job in jobs for item in job.items if item.slot.claim.key in self._claims]
-        ledger.mark(_ids(items), list(self._claims.values()))
 
     def _sleep_s(self) -> float:
         until = [IDLE_S]
@@ -372,28 +347,29 @@ class DataPlane:
         else:
             for model in self._models.values():
                 self._recall(ledger, model)
-        if leaving or self._decoded:
-            ledger.mark(_ids(item for _, job in leaving for item in job.items), self._decoded)
+        held = self._held
+        if leaving or held.decoded:
+            ledger.mark(running(item for _, job in leaving for item in job.items), held.decoded)
             # kill point: batch-noted
-            self._decoded = []
-            self._leaving += leaving
+            held.decoded = []
+            held.leaving += leaving
 
     def _recall(self, ledger: Ledger, model: ServedModel) -> None:
         """Let what waits for `model`'s lanes in formed batches be formed anew, or handed back."""
         recalled = model.recall()
         if recalled:
-            ledger.unmark(_ids(recalled))
+            ledger.unmark(running(recalled))
 
     def _dispatch(self) -> None:
-        for model, job in self._leaving:
+        for model, job in self._held.leaving:
             model.put(job)
-        self._leaving.clear()
+        self._held.leaving.clear()
 
     def _wants(self, ledger: Ledger) -> tuple[list[Want], list[QueueId]]:
         if not self._claiming:
             return [], []
         models, ending = self._claimable(), self._settling.ending()
-        return supply.wants(models, ledger.depths, ending, self._budget)
+        return supply.wants(models, ledger.depths, ending, self._held.budget)
 
     def _claimable(self) -> Collection[ServedModel]:
         """The models of which more may be claimed: few of their requests wait for links."""
@@ -403,7 +379,9 @@ class DataPlane:
             return models
         return [model for model in models if away[model.name] < MAX_AWAY_IN_CANVAS]
 
-    def _exchange(self, ledger: Ledger, wants: list[Want], listen: list[QueueId]) -> None:
+    def _exchange(
+        self, ledger: Ledger, admission: Admission, wants: list[Want], listen: list[QueueId]
+    ) -> None:
         sending = portion(self._settling.due)
         try:
             exchange = ledger.exchange(sending, wants, listen, self._dispatch)
@@ -412,130 +390,10 @@ class DataPlane:
             raise
         if sending:
             # kill point: settle-answered
-            self.settled += len(sending)
-            for claim in {done.slot.claim for done in sending}:
-                self._budget.settled(claim)
-                if claim.complete:
-                    self._claims.pop(claim.key, None)
             self._settling.settled(
                 sending, exchange.settling, ledger.settles_sent,
                 exchange.overtaken, self._clock.now(),
             )  # fmt: skip
-        self._receive(ledger, exchange.claimed, exchange.suspicious)
+        admission.take_on(exchange.claimed, exchange.suspicious)
         if exchange.missed:
             ledger.arm()
-
-    def _receive(
-        self, ledger: Ledger, claimed: Sequence[Claimed], suspicious: frozenset[str]
-    ) -> None:
-        for batch in claimed:
-            claim = batch.claim
-            claim.claimed_ms = self._clock.now()
-            room = self._budget.fetchable(claim.model)
-            began = time.thread_time()
-            # If this breaks off, the claim stays unknown here and is adopted on the next link.
-            received = self._receiver.receive(ledger, batch, claim.model in suspicious, room)
-            if batch.places:
-                took = time.thread_time() - began
-                self._models[claim.model].sizes.read(took / len(batch.places))
-            self._claims[claim.key] = claim
-            if batch.adopted:
-                claim.settled.difference_update(batch.places)
-            inputs = sum(map(len, filter(None, batch.messages))) + sum(received.payloads)
-            self._budget.claimed(claim, batch.places, inputs, received.whole)
-            # kill point: claim-decoded
-            self._decoded.append(claim)
-            if received.unfetched:
-                self._postpone(claim.model, received.unfetched)
-            self._admit(self._models[claim.model], received)
-
-    def _admit(self, model: ServedModel, received: Received) -> None:
-        self.claimed += len(received.waiting) + len(received.ended)
-        for item in received.waiting:
-            model.add(item)
-        if received.waiting:
-            self._observers.claimed(received.waiting)
-        refused = [done.ended for done, _ in received.ended if done.ended is not None]
-        if refused:
-            self._observers.refused(refused)
-        for settlement, canvas in received.ended:
-            self._settling.add(settlement, canvas)
-
-    def _postpone(self, model: str, some: Sequence[Unfetched]) -> None:
-        self._unfetched.add(model, some)
-        self._budget.postponed(model, sum(each.size for each in some))
-
-    def _fetch(self) -> None:
-        """Fetch payloads that there is room for by now."""
-        for name in self._unfetched.models:
-            model, room = self._models[name], self._budget.fetchable(name)
-            some = self._unfetched.first(name, room, alone=not (model.waiting or model.jobs))
-            if some:
-                received = self._receiver.fetch(model, some)  # breaks off: they are still there
-                self._unfetched.drop(name, len(some))
-                self._budget.postponed(name, -sum(each.size for each in some))
-                self._admit(model, received)
-
-    # --- the end of an incarnation ----------------------------------------------------------
-
-    def _be_reborn(self, *, forgotten: bool) -> None:
-        """Another worker took over what this incarnation held: drop it all, begin anew.
-
-        `forgotten`: it is another Redis now, which may have gone back behind this one's birth.
-        """
-        lost = self._lease.incarnation
-        held = self._held()
-        told = about(*held, requests=len(held), incarnation=lost)
-        logger.error("the lease of %s is lost; its results are discarded", lost, extra=told)
-        self._settling.drop(forgotten=forgotten)
-        self._went_back = False
-        self._claims.clear()
-        self._budget.clear()
-        self._unfetched.clear()
-        self._decoded.clear()
-        for model, job in self._leaving:
-            model.ended(job)
-        self._leaving.clear()
-        for model in self._models.values():
-            model.recall()
-            model.waiting.clear()
-        try:
-            self._client.delete(self._names.running(lost))
-            self._lease.be_born()
-            self._fenced_out = False
-        except RedisError as problem:
-            logger.warning("no new lease yet: %s", problem)
-            time.sleep(RECONNECT_S)
-
-    def _held(self) -> list[str]:
-        """The ids of the requests that wait or compute."""
-        models = self._models.values()
-        jobs = [item for model in models for job in model.jobs for item in job.items]
-        waiting = [item for model in models for item in model.waiting.items]
-        unfetched = [each.opened.ticket.id for each in self._unfetched]
-        return [*(item.ticket.id for item in (*jobs, *waiting)), *unfetched]
-
-    def _hand_back(self) -> None:
-        """Put everything that is still held back into its queues, and give up the lease."""
-        for model in self._models.values():
-            model.recall()  # or lanes would still begin what others are about to compute
-        incarnation = self._settling.incarnation
-        held = self._held()
-        deadline = max(self._drain_by or 0.0, time.monotonic()) + self._reply_timeout_s
-        while True:
-            try:
-                self._lease.stop()
-                if not self._fatal:
-                    self._client.delete(self._names.running(incarnation))
-                # kill point: handback-begun
-                moved = self._recoverer.recover(incarnation, dead=True)
-                # kill point: handback-unretired
-                self._lease.retire()
-                told = about(*held[: moved or 0], requests=moved or 0, incarnation=incarnation)
-                logger.info("handed back what was held: %d requests", moved or 0, extra=told)
-                return
-            except RedisError as problem:
-                if time.monotonic() > deadline:
-                    logger.error("claims not handed back, others will recover them: %s", problem)
-                    return
-                time.sleep(RECONNECT_S)

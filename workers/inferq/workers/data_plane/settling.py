@@ -9,17 +9,19 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from typing import Final
 
 from msgspec.structs import replace
 
 from inferq.shared.errors import FatalEngineError
 from inferq.shared.resp import Packed
+from inferq.workers.claims.ledger import Ledger
 from inferq.workers.claims.rollback import Kept
 from inferq.workers.claims.runs import Finished
 from inferq.workers.claims.settlement import Settlement
 from inferq.workers.data_plane.control import Control
+from inferq.workers.data_plane.held import Held
 from inferq.workers.data_plane.observers import Observers, Settled
 from inferq.workers.data_plane.served_model import ServedModel
 from inferq.workers.logs.fields import about
@@ -56,9 +58,14 @@ class Settling:
     """Owned by the data plane's thread; `on_finished` and `on_ready` may be called from any."""
 
     def __init__(
-        self, models: Mapping[str, ServedModel], control: Control, observers: Observers
+        self,
+        models: Mapping[str, ServedModel],
+        held: Held,
+        control: Control,
+        observers: Observers,
     ) -> None:
         self._models = models
+        self._held = held
         self._control = control
         self._observers = observers
         self._finished: deque[Finished] = deque()
@@ -68,7 +75,7 @@ class Settling:
         #: Requests that have ended but for their links, chain or chord, by model.
         self.away_in_canvas: Counter[str] = Counter()
         #: Of these, what Redis has not been told yet to be computing no longer ("<m>/<id>").
-        self.stopped: list[str] = []
+        self._stopped: list[str] = []
         #: The incarnation whose requests these are.
         self.incarnation = ""
         #: What goes into the next MULTIs, in order.
@@ -78,6 +85,7 @@ class Settling:
         self._doubtful = 0
         #: Since the start.
         self.batches_ended = 0
+        self.requests_settled = 0
 
     def on_finished(self, finished: Finished) -> None:
         """A lane is done with a batch."""
@@ -121,8 +129,9 @@ class Settling:
         """When (monotonic s) what waits for more will wait no longer; None if nothing waits."""
         return self._ended[0].ended + SETTLE_WITHIN_S if self._ended else None
 
-    def take(self, claims: Container[str]) -> None:
-        """What has ended is due now, as far as it belongs to one of `claims` (by key)."""
+    def take(self, ledger: Ledger) -> None:
+        """What has ended is due now, as far as it belongs to a claim that is held."""
+        claims = self._held.claims
         ended, self._ended = self._ended, []
         for finished in ended:
             results = self._model(finished).results
@@ -133,6 +142,9 @@ class Settling:
                 if late.slot.claim.key in claims:
                     self.add(results.late(late), late.ticket.canvas)
         self._take_ready()
+        if self._stopped:
+            ledger.unmark(self._stopped)
+            self._stopped = []
 
     def _take_ready(self) -> None:
         while self._ready:
@@ -147,7 +159,7 @@ class Settling:
             self.due.append(settlement)
         else:
             if settlement.running:
-                self.stopped.append(f"{settlement.model}/{settlement.request_id}")
+                self._stopped.append(f"{settlement.model}/{settlement.request_id}")
             self._publish(replace(settlement, canvas=canvas), canvas)
 
     def _publish(self, settlement: Settlement, canvas: bytes) -> None:
@@ -180,6 +192,8 @@ class Settling:
 
         `overtaken`: places of those that had a result already. `redis_ms`: Redis' present.
         """
+        self.requests_settled += len(sent)
+        self._held.settled({done.slot.claim for done in sent})
         del self.due[: len(sent)]
         self.kept.add(settling, len(sent), number)
         if overtaken and self._doubtful:  # the result there may be this very one
@@ -195,6 +209,16 @@ class Settling:
                         "Celery did not take a message; it stays in kombu's unacked",
                         extra=about(done.request_id, model=done.model),
                     )
+
+    def is_ahead_of(self, ledger: Ledger) -> bool:
+        """Whether Redis went back in time: it knows less than it has answered for."""
+        return ledger.settles_known < self.kept.last
+
+    def store_again(self, ledger: Ledger) -> None:
+        """Store results that were settled lately and that Redis does not know any more."""
+        for multi in self.kept.after(ledger.settles_known):
+            ledger.settle_again(multi.results(), multi.number)
+            self.kept.again(multi)
 
     def ending(self) -> int:
         """How many requests will be settled with the next MULTIs."""
@@ -215,7 +239,7 @@ class Settling:
         if not forgotten:
             self.kept.clear()
         self.kept.last = 0
-        self.stopped.clear()
+        self._stopped.clear()
         self.away_in_canvas.clear()
         self._doubtful = 0
 

@@ -1,0 +1,171 @@
+"""A worker's incarnation from the data plane's side: links join it, it is lost, it is handed back.
+
+An incarnation holds claims under one lease. It outlives links to Redis. Once its lease is lost,
+others take over what it held, and the worker goes on as a new one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from itertools import count
+
+import redis
+from redis.exceptions import RedisError
+
+from inferq.shared.names import Names
+from inferq.workers.claims.amiss import Told
+from inferq.workers.claims.lease import Lease
+from inferq.workers.claims.ledger import Ledger
+from inferq.workers.claims.link import Link
+from inferq.workers.claims.recovery import Recoverer
+from inferq.workers.data_plane.admission import Admission
+from inferq.workers.data_plane.held import Held, running
+from inferq.workers.data_plane.served_model import ServedModel
+from inferq.workers.data_plane.settling import Settling
+from inferq.workers.logs.fields import about
+
+logger = logging.getLogger(__name__)
+
+#: Seconds before what Redis did not answer is asked again.
+RETRY_S = 0.2
+
+
+class Incarnation:
+    """The present one. Owned by the data plane's thread, but for `on_lost`, `id` and `run_id`."""
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        names: Names,
+        models: Mapping[str, ServedModel],
+        *,
+        lease: Lease,
+        recoverer: Recoverer,
+        held: Held,
+        settling: Settling,
+        result_expires_s: int,
+        reply_timeout_s: float,
+    ) -> None:
+        self._client = client
+        self._names = names
+        self._models = models
+        self._lease = lease
+        self._recoverer = recoverer
+        self._held = held
+        self._settling = settling
+        self._result_expires_s = result_expires_s
+        self._reply_timeout_s = reply_timeout_s
+        self._claim_numbers = count(1)
+        self._settle_numbers = count(1)
+        self._told = Told()
+        #: Of the Redis that last knew this incarnation, and all that it had settled; empty: none.
+        self.run_id = ""
+        #: Whether Redis went back in time, and it was not looked yet for what it took back.
+        self._went_back = False
+        #: Whether the lease's thread found the fence gone.
+        self.is_lost = False
+
+    @property
+    def id(self) -> str:
+        """Empty: it was not born yet."""
+        return self._lease.incarnation
+
+    def on_lost(self) -> None:
+        """The lease's thread found the fence gone: called from there."""
+        self.is_lost = True
+
+    def ledger(self, link: Link) -> Ledger:
+        """This incarnation's claims on a new link."""
+        return Ledger(
+            link,
+            self._names,
+            self.id,
+            list(self._models),
+            numbers=self._claim_numbers,
+            settles=self._settle_numbers,
+            result_ttl_s=self._result_expires_s,
+            told=self._told,
+        )
+
+    def catch_up(self, link: Link, ledger: Ledger, admission: Admission) -> None:
+        """Take over from earlier links: learn what became of what was sent on them.
+
+        Where Redis went back, results that are kept are stored again first. Then each request that
+        Redis holds for us is taken on, unless it still waits, computes or is being settled here: it
+        is acknowledged if it has a result, and computed once more if not.
+        """
+        settling, claims = self._settling, self._held.claims
+        ledger.take_over()
+        ledger.arm()
+        if link.run_id != self.run_id:
+            settling.publish_again()
+        if settling.is_ahead_of(ledger):
+            self._went_back = True
+        if self._went_back:
+            ledger.unmark_all()
+        self.mark_all(ledger)
+        settling.store_again(ledger)
+        models = frozenset(self._models)
+        if self._went_back:
+            for claimed in ledger.unsettled(claims, {done.slot for done in settling.due}):
+                admission.take_on([claimed], models)
+            self._went_back = False
+        for claimed in ledger.adopt(claims):
+            admission.take_on([claimed], models)
+        settling.kept.last = ledger.settles_known
+        self.run_id = link.run_id
+
+    def mark_all(self, ledger: Ledger) -> None:
+        """Tell Redis all that it is to know of what is held."""
+        held = self._held
+        ledger.mark(running(held.in_batches()), list(held.claims.values()))
+
+    def begin_anew(self, *, forgotten: bool) -> None:
+        """Another worker took over what this incarnation held: drop it all, be a new one.
+
+        `forgotten`: it is another Redis now, which may have gone back behind this one's birth.
+        """
+        lost, ids = self.id, self._held.request_ids()
+        told = about(*ids, requests=len(ids), incarnation=lost)
+        logger.error("the lease of %s is lost; its results are discarded", lost, extra=told)
+        self._settling.drop(forgotten=forgotten)
+        self._went_back = False
+        self._held.drop()
+        try:
+            self._client.delete(self._names.running(lost))
+            self._lease.be_born()
+            self.is_lost = False
+        except RedisError as problem:
+            logger.warning("no new lease yet: %s", problem)
+            time.sleep(RETRY_S)
+
+    def hand_back(self, until: float, *, blame: bool) -> None:
+        """Put everything that is still held back into its queues, and give up the lease.
+
+        Tried until then (monotonic s), and a little longer. `blame`: what computes may be what
+        ended this worker, and is counted as that.
+        """
+        for model in self._models.values():
+            model.recall()  # or lanes would still begin what others are about to compute
+        incarnation = self.id
+        ids = self._held.request_ids()
+        deadline = max(until, time.monotonic()) + self._reply_timeout_s
+        while True:
+            try:
+                self._lease.stop()
+                if not blame:
+                    self._client.delete(self._names.running(incarnation))
+                # kill point: handback-begun
+                moved = self._recoverer.recover(incarnation, dead=True) or 0
+                # kill point: handback-unretired
+                self._lease.retire()
+                told = about(*ids[:moved], requests=moved, incarnation=incarnation)
+                logger.info("handed back what was held: %d requests", moved, extra=told)
+                return
+            except RedisError as problem:
+                if time.monotonic() > deadline:
+                    logger.error("claims not handed back, others will recover them: %s", problem)
+                    return
+                time.sleep(RETRY_S)
