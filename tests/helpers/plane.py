@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 
+from helpers.scoped import Scoped
 from inferq.shared.codec import encode_advert
 from inferq.shared.connect import redis_client
 from inferq.shared.names import Names
@@ -42,7 +42,7 @@ class NoCelery(Control):
         self.ended = True
 
 
-class RunningPlane:
+class RunningPlane(Scoped):
     """Serves `models` of the repository `root`; within `with` it has started."""
 
     def __init__(
@@ -73,17 +73,11 @@ class RunningPlane:
             result_expires_s=60, reply_timeout_s=2.0,
         )  # fmt: skip
 
-    def __enter__(self) -> RunningPlane:
+    def _begin(self) -> None:
         self._lease.start()
         self.plane.start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        problem: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def _end(self) -> None:
         self.stop()
         for model in self.models.values():
             model.close(10)
