@@ -18,6 +18,7 @@ from inferq.workers.claims.scheduled import Later
 from inferq.workers.claims.settlement import Settlement
 from inferq.workers.data_plane.control import Control
 from inferq.workers.data_plane.counts import Counts
+from inferq.workers.data_plane.loading import LoadingModel
 from inferq.workers.data_plane.observers import Observer, Observers
 from inferq.workers.data_plane.plane import DataPlane
 from inferq.workers.data_plane.served_model import ServedModel
@@ -51,15 +52,16 @@ class RunningPlane(Scoped):
         names, clock = Names(), RedisClock()
         client = redis_client(url)
         self.control = NoCelery()
-        self.models = {name: ServedModel(load_model(root, name)) for name in models}
-        counts = Counts({name: model.counts for name, model in self.models.items()})
+        loading = [LoadingModel(load_model(root, name)) for name in models]
+        counts = Counts({model.name: model.counts for model in loading})
         told = Observers([*observers, counts])
-        for model in self.models.values():
-            model.load(
+        self.models: dict[str, ServedModel] = {
+            model.name: model.load(
                 "worker", names, clock, is_revoked=lambda _: False,
-                on_finished=self._on_finished,
-                on_begun=told.started, result_expires_s=60,
-            )  # fmt: skip
+                on_finished=self._on_finished, on_begun=told.started, result_expires_s=60,
+            )
+            for model in loading
+        }  # fmt: skip
         self._lease = Lease(
             client, names, clock, prefix="", lease_s=LEASE_S,
             adverts={name: encode_advert(model.advert) for name, model in self.models.items()},
