@@ -15,7 +15,7 @@ from redis import Redis
 from inferq.shared import codec
 from inferq.shared.errors import EngineError
 from inferq.shared.names import Names
-from inferq.shared.resp import pack, unpack
+from inferq.shared.resp import Command, pack, unpack
 from inferq.shared.schema import Signature, TensorSpec, Ticket
 from inferq.workers.batching.growth import Grid, Growth
 from inferq.workers.batching.padding import Measured, Padding, PadRule
@@ -30,8 +30,8 @@ from inferq.workers.claims.settlement import (
     KEYS_AT_ONCE,
     QUARANTINED_KEPT,
     QUARANTINED_LEFT,
+    Settle,
     Settlement,
-    commands,
     without_scripts,
 )
 from inferq.workers.claims.verdicts import Quarantined
@@ -59,11 +59,15 @@ def settled(claim: Claim, place: int, **given: Any) -> Settlement:
     return Settlement(Slot(claim, place), "m", request_id, b"done", **given)
 
 
+def commands(settlements: Iterable[Settlement]) -> list[Command]:
+    return Settle.of(settlements, NAMES, I, 60).commands
+
+
 def apply(redis: Redis, settlements: Iterable[Settlement], times: int = 1) -> None:
     settlements = list(settlements)
     for _ in range(times):
         with redis.pipeline(transaction=True) as pipe:
-            for command in commands(settlements, NAMES, I, 60):
+            for command in commands(settlements):
                 pipe.execute_command(*command)  # type: ignore[no-untyped-call]
             pipe.execute(raise_on_error=False)
 
@@ -115,7 +119,7 @@ def test_what_was_computing_its_attempts_and_its_payload_are_gone(
 def test_an_ignored_result_is_neither_stored_nor_told(redis: Redis, claim: Claim) -> None:
     given = settled(claim, 0, ignore_result=True, reply="channel")
     told = ("SET", "PUBLISH", "EVAL")
-    assert not any(command[0] in told for command in commands([given], NAMES, I, 60))
+    assert not any(command[0] in told for command in commands([given]))
     apply(redis, [given])
     assert redis.lrange(claim.key, 0, -1) == [b"third", b"second", b""]
 
@@ -170,6 +174,77 @@ def test_a_multi_whose_answer_was_lost_may_be_sent_again(
     once = state(redis)
     apply(redis, settlements, times=2)
     assert state(redis) == once
+
+
+# --- which reply decides which request ------------------------------------------------------------
+
+
+def replies_of(redis: Redis, made: Settle) -> list[Any]:
+    """What Redis answers to the commands of `made`, as the connections of ours read it."""
+    with redis.pipeline(transaction=True) as pipe:
+        for command in made.commands:
+            pipe.execute_command(*command)  # type: ignore[no-untyped-call]
+        return pipe.execute(raise_on_error=False)
+
+
+def test_only_a_result_that_redis_refused_was_there_before(redis: Redis) -> None:
+    claim = Claim("claim", "m", 0, 5)
+    redis.mset({NAMES.meta(f"id{n}"): b"first" for n in (2, 3, 4)})
+    made = Settle.of(
+        [
+            settled(claim, 0, reply="channel"),
+            settled(claim, 1, ignore_result=True),
+            settled(claim, 2, dead_letter=b"letter", payload_keys=("payload",)),
+            settled(claim, 3, stored=True),
+            settled(claim, 4),
+        ],
+        NAMES, I, 60,
+    )  # fmt: skip
+    replies = replies_of(redis, made)
+    assert made.overtaken(replies) == {2, 4}
+    assert made.overtaken([0 if each is None else each for each in replies]) == set()
+
+
+def test_a_hand_over_that_answers_nil_passes_for_no_refused_result(redis: Redis) -> None:
+    claim = Claim("claim", "m", 0, 2)
+    redis.set("lock", "another's")
+    lock = (("SET", "lock", "mine", "NX"),)
+    made = Settle.of([settled(claim, 0, before=lock), settled(claim, 1)], NAMES, I, 60)
+    replies = replies_of(redis, made)
+    assert None in replies
+    assert made.overtaken(replies) == set()
+    redis.delete("lock")
+    assert made.overtaken(replies_of(redis, made)) == {0, 1}
+
+
+def test_what_is_stored_and_told_is_apart_from_what_acknowledges(
+    redis: Redis, claim: Claim
+) -> None:
+    """Sent again to a Redis that went back, it touches no claim and nothing of Celery's."""
+    redis.set("payload", 1)
+    state_before = state(redis)
+    made = Settle.of(
+        [
+            settled(claim, 0, reply="channel", running=True, attempts=1),
+            settled(claim, 1, dead_letter=b"letter", payload_keys=("payload",)),
+            settled(claim, 2, before=(("RPUSH", "unacked", "message"),)),
+        ],
+        NAMES, I, 60,
+    )  # fmt: skip
+    for command in made.storing:
+        redis.execute_command(*command)  # type: ignore[no-untyped-call]
+    after = state(redis)
+    assert redis.ttl("payload") > 0
+    new = {key: after.pop(key) for key in after.keys() - state_before.keys()}
+    assert after == state_before
+    assert set(new) == {
+        key.encode()
+        for key in (
+            NAMES.dead("m"),
+            NAMES.quarantined("m"),
+            *(NAMES.meta(f"id{n}") for n in range(3)),
+        )
+    }
 
 
 # --- how requests end ----------------------------------------------------------------------------
@@ -296,7 +371,7 @@ def test_nobody_is_told_a_result_that_is_not_the_stored_one(
         waiting.subscribe(NAMES.meta("id0"), NAMES.meta("id1"))
         until(lambda: redis.pubsub_numsub(NAMES.meta("id1"))[0][1] == 1)
         if full:
-            packed = pack(commands(done, NAMES, I, 60))
+            packed = pack(commands(done))
             replies = redis.execute_command(*forced(without_scripts(unpack(packed)), NAMES))  # type: ignore[no-untyped-call]
             assert not any(isinstance(reply, Exception) for reply in replies)
             assert len(replies) == packed.count, "each tells of its own command"
@@ -322,7 +397,7 @@ def test_a_key_of_another_type_keeps_nobody_else_from_being_told(
 
 def test_no_command_names_more_results_than_lua_can_take(redis: Redis, claim: Claim) -> None:
     many = [replace(settled(claim, 0), request_id=f"id{n}") for n in range(2 * KEYS_AT_ONCE + 1)]
-    made = commands(many, NAMES, I, 60)
+    made = commands(many)
     assert max(len(command) for command in made) == KEYS_AT_ONCE + 3
     apply(redis, many)
     assert redis.exists(*(NAMES.meta(str(done.request_id)) for done in many)) == len(many)
@@ -331,7 +406,7 @@ def test_no_command_names_more_results_than_lua_can_take(redis: Redis, claim: Cl
 def test_no_unlink_names_more_keys_than_lua_can_take(redis: Redis, claim: Claim) -> None:
     keys = tuple(f"payload{n}" for n in range(2 * KEYS_AT_ONCE + 1))
     redis.mset(dict.fromkeys(keys, "x"))
-    made = commands([settled(claim, 0, payload_keys=keys)], NAMES, I, 60)
+    made = commands([settled(claim, 0, payload_keys=keys)])
     assert max(len(command) for command in made) == KEYS_AT_ONCE + 1
     apply(redis, [settled(claim, 0, payload_keys=keys)])
     assert redis.exists(*keys) == 0
@@ -362,7 +437,7 @@ def taken(redis: Redis) -> int:
 
 def apply_full(redis: Redis, settlements: Iterable[Settlement]) -> None:
     """As a worker does while Redis is full."""
-    packed = pack(commands(list(settlements), NAMES, I, 60))
+    packed = pack(commands(list(settlements)))
     replies = redis.execute_command(*forced(without_scripts(unpack(packed)), NAMES))  # type: ignore[no-untyped-call]
     assert len(replies) == packed.count
     assert not [reply for reply in replies if isinstance(reply, Exception)]

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from inferq.shared.resp import Command
 from inferq.shared.schema import GpuTimes
 from inferq.workers.claims.claim import Claim, Slot
 from inferq.workers.claims.runs import Finished, Job, Outcome, Run
@@ -17,7 +16,6 @@ from inferq.workers.claims.settlement import (
     REVOKED,
     SUCCESS,
     Settlement,
-    overtaken,
 )
 from inferq.workers.data_plane import counts
 from inferq.workers.data_plane.counts import (
@@ -159,23 +157,3 @@ def test_quantiles_are_interpolated_within_their_bucket() -> None:
     assert seen.quantile(1.0, bounds) == 8.0
     assert Histogram([0, 0, 3]).quantile(0.5, (1.0, 2.0)) == 2.0
     assert Histogram([0, 0]).quantile(0.5, (1.0,)) is None
-
-
-def test_only_a_result_that_redis_refused_was_there_before() -> None:
-    sent = [
-        settlement(SUCCESS),
-        settlement(SUCCESS, ignore_result=True),
-        settlement(SUCCESS),
-        settlement(SUCCESS, stored=True),
-        settlement(SUCCESS),
-    ]
-    commands: list[Command] = []
-    replies: list[Any] = []
-    for reply, done in zip([b"OK", ..., None, None, None], sent, strict=True):
-        if not done.ignore_result:
-            commands += [("SET", "key", b"result", "EX", 60, "NX"), ("PUBLISH", "key", b"result")]
-            replies += [reply, 0]
-    commands.append(("UNLINK", "claim"))
-    replies.append(None)
-    assert overtaken(sent, commands, replies) == {2, 4}
-    assert overtaken(sent, commands, [0 if each is None else each for each in replies]) == set()

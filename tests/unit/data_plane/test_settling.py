@@ -67,7 +67,7 @@ def test_what_is_kept_is_bounded_in_requests() -> None:
         kept.add(pack([("SET", "key", n)]), 2, n)
     found = kept.after(-1)
     assert len(found) == KEEP_REQUESTS // 2
-    assert unpack(found[0].settling) == [(b"SET", b"key", b"10")]
+    assert unpack(found[0].storing) == [(b"SET", b"key", b"10")]
 
 
 def test_what_is_kept_is_bounded_in_bytes() -> None:
@@ -97,17 +97,6 @@ def test_what_was_settled_again_is_kept_longer(monkeypatch: pytest.MonkeyPatch) 
         kept.again(multi)
     kept.trim()
     assert [one.number for one in kept.after(-1)] == [1, 2]
-
-
-def test_of_what_settled_only_what_was_stored_and_told_goes_out_again() -> None:
-    kept = Kept()
-    letter = (("LREM", "dead", 1, b"letter"), ("LPUSH", "dead", b"letter"))
-    stores = (stored(20_000), ("EVAL", "script", 1, "key"), ("PUBLISH", "reply", b"ids"), *letter)
-    handed_on = (("ZADD", "later", 7.5, "place"), ("DEL", "place"), ("RPUSH", "place", b"message"))
-    acknowledges = (("LSET", "claim", -1, b""), ("UNLINK", "claim"), ("HDEL", "claims", "claim"))
-    kept.add(pack([*handed_on, *stores, *acknowledges]), 2, 1)
-    (multi,) = kept.after(0)
-    assert unpack(multi.results()) == unpack(pack(stores))
 
 
 def test_an_engine_that_an_audit_found_beyond_use_is_told_and_its_batch_counts_once(

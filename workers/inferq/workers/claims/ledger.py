@@ -24,7 +24,6 @@ from redis.exceptions import RedisError
 
 from inferq.shared.names import Names
 from inferq.shared.resp import Command, Packed, Reply, ReplyError, pack, unpack
-from inferq.workers.claims import settlement as settle
 from inferq.workers.claims.amiss import (
     HASH,
     LIST,
@@ -36,7 +35,7 @@ from inferq.workers.claims.amiss import (
 from inferq.workers.claims.claim import Claim, Claimed, Slot, Want
 from inferq.workers.claims.link import Link
 from inferq.workers.claims.oom import forced
-from inferq.workers.claims.settlement import Settlement
+from inferq.workers.claims.settlement import Settle, Settlement, without_scripts
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +48,6 @@ FULL_S: Final = 1.0
 _MEMBERS: Final = 1_000
 _YEAR_S: Final = 365 * 24 * 3600
 _MULTI: Final = pack([("MULTI",)])
-_NOTHING: Final = pack([])
 #: A model's name and a priority step.
 QueueId = tuple[str, int]
 
@@ -71,8 +69,8 @@ class Exchange:
     suspicious: frozenset[str]
     #: A queue held less than was wanted, and was not looked at.
     missed: bool
-    #: What settled.
-    settling: Packed
+    #: What stored results and dead letters, and told who waits.
+    storing: Packed
     #: Places of the settlements whose request had a result already.
     overtaken: frozenset[int]
 
@@ -161,12 +159,11 @@ class Ledger:
         models = sorted({want.model for want in wants})
         claiming += [("HLEN", self._names.attempts(model)) for model in models]
         # kill point: exchange-unwritten
-        ending = settle.commands(settlements, self._names, self._incarnation, self._result_ttl_s)
-        settling = pack(ending)
-        number = next(self._settles) if settling.count else 0
-        done = self._transact(settling, number, claiming, listen, sent)
-        self._tell_refused(ending, done)
-        overtaken = settle.overtaken(settlements, ending, done[: len(ending)])
+        settle = Settle.of(settlements, self._names, self._incarnation, self._result_ttl_s)
+        storing, releasing = pack(settle.storing), pack(settle.releasing)
+        number = next(self._settles) if settlements else 0
+        done = self._transact([storing, releasing], number, claiming, listen, sent)
+        self._tell_refused(settle, done)
         offset = len(done) - len(claiming)  # what settles comes first
         self.depths.update((place, None) for place in self._queues if place not in listen)
         self.depths.update(dict.fromkeys(self._amiss, 0))
@@ -200,20 +197,21 @@ class Ledger:
         if empty:
             self._link.note(("HDEL", self._claims, *empty))
         # kill point: exchange-read
-        return Exchange(claimed, suspicious, missed, settling, overtaken)
+        overtaken = settle.overtaken(done[: storing.count])
+        return Exchange(claimed, suspicious, missed, storing, overtaken)
 
-    def settle_again(self, settling: Packed, number: int) -> None:
-        """Settle what was settled before, on a Redis that has forgotten it.
+    def settle_again(self, storing: Packed, number: int) -> None:
+        """Store once more what was stored before, on a Redis that has forgotten it.
 
         `number` is that of then. So wherever this breaks off, the fence tells what is still to be
         settled again.
         """
-        again = self._transact(settling, number, [], list(self._queues), lambda: None)
+        again = self._transact([storing], number, [], list(self._queues), lambda: None)
         _log_errors(again)
 
     def _transact(
         self,
-        settling: Packed,
+        settling: Sequence[Packed],
         number: int,
         claiming: list[Command],
         listen: Sequence[QueueId],
@@ -231,8 +229,8 @@ class Ledger:
                 return self._multi(settling, claiming, listen, sent)
             except RedisFull as problem:
                 self._now_full(str(problem))
-        body = settle.without_scripts(unpack(settling)) + claiming
-        (done,) = self._multi(_NOTHING, [forced(body, self._names)], listen, sent)
+        body = [each for packed in settling for each in without_scripts(unpack(packed))]
+        (done,) = self._multi([], [forced(body + claiming, self._names)], listen, sent)
         if isinstance(done, ReplyError):
             raise RedisFull(f"and takes no script: {done}")
         replies: list[Reply] = done
@@ -240,12 +238,14 @@ class Ledger:
 
     def _multi(
         self,
-        settling: Packed,
+        settling: Sequence[Packed],
         claiming: list[Command],
         listen: Sequence[QueueId],
         sent: Callable[[], None],
     ) -> list[Reply]:
-        replies, arming = self._round_trip([_MULTI, settling], [*claiming, ("EXEC",)], listen, sent)
+        replies, arming = self._round_trip(
+            [_MULTI, *settling], [*claiming, ("EXEC",)], listen, sent
+        )
         self._read_arming(listen, arming)
         return self._executed(replies)
 
@@ -494,11 +494,11 @@ class Ledger:
             return False
         return name.incarnation == self._incarnation and (name.model, name.step) in self._queues
 
-    def _tell_refused(self, ending: Sequence[Command], done: Sequence[Reply]) -> None:
+    def _tell_refused(self, settle: Settle, done: Sequence[Reply]) -> None:
         """What settles was applied but for these; results of others are not touched by it."""
         if not any(reply.__class__ is ReplyError for reply in done):
             return
-        for command, reply in zip(ending, done, strict=False):
+        for command, reply in zip(settle.commands, done, strict=False):
             if isinstance(reply, ReplyError) and not _is_repeated(reply):
                 key = command[3 if command[0] == "EVAL" else 1]
                 logger.error("Redis refused %s %s of a settle: %s", command[0], key, reply)

@@ -2,11 +2,11 @@
 
 With ``appendfsync everysec`` a Redis that crashes comes back as it was a second or two ago, and so
 does a replica that takes over. What it acknowledged since is gone: results, and which requests of
-a claim were settled. The very bytes that settled are kept: nothing else costs a worker so little.
+a claim were settled. The very bytes that stored results and told who waits are kept: nothing else
+costs a worker so little.
 
-Only results and who is told of them are taken from these bytes again. What a MULTI acknowledged may
-belong to a claim of which an earlier one, not kept any more, settled a part: claims are looked
-through anew instead (see Incarnation.catch_up).
+What acknowledged is not: it may belong to a claim of which an earlier MULTI, not kept any more,
+settled a part. Claims are looked through anew instead (see Incarnation.catch_up).
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from typing import Final
 
 import msgspec
 
-from inferq.shared.resp import Packed, pack, unpack
-from inferq.workers.claims.settlement import storing
+from inferq.shared.resp import Packed
 
 #: Seconds that they are kept: more than such a Redis goes back.
 KEEP_S: Final = 5.0
@@ -35,13 +34,10 @@ class Multi(msgspec.Struct, gc=False):
     #: When Redis has last answered for it (monotonic s).
     at: float
     number: int
-    settling: Packed
+    #: What stores its results and dead letters, and tells who waits.
+    storing: Packed
     requests: int
     size: int
-
-    def results(self) -> Packed:
-        """What stores its results again, and its dead letters, and tells who waits."""
-        return pack(storing(unpack(self.settling)))
 
 
 class Kept:
@@ -54,9 +50,9 @@ class Kept:
         #: The number of the last MULTI of this incarnation that Redis has answered for; 0: none.
         self.last = 0
 
-    def add(self, settling: Packed, requests: int, number: int) -> None:
-        """Redis has answered: `settling` settled so many requests, in the MULTI of this number."""
-        multi = Multi(time.monotonic(), number, settling, requests, settling.size)
+    def add(self, storing: Packed, requests: int, number: int) -> None:
+        """Redis has answered: the MULTI of this number settled so many requests, by `storing`."""
+        multi = Multi(time.monotonic(), number, storing, requests, storing.size)
         self._multis.append(multi)
         self._requests += multi.requests
         self._bytes += multi.size

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import msgpack
@@ -37,8 +38,6 @@ KEEP_LETTERS: Final = source("letters") + "return keep_letters(KEYS[1], KEYS[2],
 
 #: Most keys that one command names: Lua, which is needed on a full Redis, takes a few thousand.
 KEYS_AT_ONCE: Final = 1_000
-#: The commands that do nothing else: no claim is touched by them, nor what is handed to Celery.
-_STORING: Final = {b"SET", b"PUBLISH", b"EVAL", b"LREM", b"LPUSH", b"LTRIM", b"EXPIRE"}
 _KEEP_LETTERS: Final = KEEP_LETTERS.encode()
 
 #: How a request may end, as metrics have it.
@@ -98,69 +97,104 @@ class Settlement(msgspec.Struct, frozen=True, eq=False):
         return self.ended.error.code if isinstance(self.ended, Failed) else ""
 
 
-def commands(
-    settlements: Iterable[Settlement],
-    names: Names,
-    incarnation: str,
-    result_expires_s: int,
-) -> list[Command]:
-    """The commands that settle `settlements`, to stand inside the MULTI of a fenced round trip."""
-    out: list[Command] = []
-    replies: defaultdict[str, list[str]] = defaultdict(list)
-    touched: defaultdict[Claim, list[int]] = defaultdict(list)
-    stopped: list[str] = []
-    forgiven: defaultdict[str, list[str]] = defaultdict(list)
-    garbage: list[str] = []
-    stored: list[str] = []
-    #: Model with new dead letters → how many of these are quarantined.
-    letters: Counter[str] = Counter()
-    for done in settlements:
-        out += done.before
-        if done.request_id is not None and _stores(done):
-            key = names.meta(done.request_id)
-            out.append(("SET", key, done.outcome, "EX", result_expires_s, "NX"))
-            stored.append(key)
-            if done.reply is not None:
-                replies[done.reply].append(done.request_id)
-        if done.dead_letter is not None:
-            dead = names.dead(done.model)
-            out.append(("LREM", dead, 1, done.dead_letter))  # of a MULTI whose answer was lost
-            out.append(("LPUSH", dead, done.dead_letter))
-            if not done.quarantined:
-                out.append(("LTRIM", dead, 0, DEAD_LETTERS_KEPT - 1))
-            letters[done.model] += done.quarantined
-            out += [("EXPIRE", key, DEAD_PAYLOAD_S) for key in done.payload_keys]
-        else:
-            garbage += done.payload_keys
-        if done.running and done.request_id is not None:
-            stopped.append(f"{done.model}/{done.request_id}")
-        if done.attempts and done.request_id is not None:
-            forgiven[done.model].append(done.request_id)
-        if done.suspect is not None:
-            forgiven[done.model].append(done.suspect)
-        done.slot.claim.settled.add(done.slot.index)
-        touched[done.slot.claim].append(done.slot.index)
-    out += [_keep_letters(names, model, added) for model, added in letters.items()]
-    for at in range(0, len(stored), KEYS_AT_ONCE):
-        keys = stored[at : at + KEYS_AT_ONCE]
-        out.append(("EVAL", source("publish"), len(keys), *keys))
-    for channel, ids in replies.items():
-        out.append(("PUBLISH", channel, msgpack.packb(ids)))
-    finished = [claim for claim in touched if claim.complete]
-    for claim, places in touched.items():
-        if not claim.complete:
-            out += [("LSET", claim.key, -(place + 1), b"") for place in places]
-    if finished:
-        keys = [claim.key for claim in finished]
-        out.append(("UNLINK", *keys))
-        out.append(("HDEL", names.claims(incarnation), *keys))
-    if stopped:
-        out.append(("SREM", names.running(incarnation), *stopped))
-    for model, fields in forgiven.items():
-        out.append(("HDEL", names.attempts(model), *fields))
-    for at in range(0, len(garbage), KEYS_AT_ONCE):
-        out.append(("UNLINK", *garbage[at : at + KEYS_AT_ONCE]))
-    return out
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """Commands that settle some requests, and which reply decides which request.
+
+    They stand inside the MULTI of a fenced round trip, `storing` ahead of `releasing`.
+    """
+
+    #: What stores results and dead letters, and tells who waits: sent again if Redis goes back.
+    storing: list[Command]
+    #: All else: claims, payloads, what is handed to Celery.
+    releasing: list[Command]
+    #: (index of the reply that decides it, place among the settlements) of each stored result.
+    _deciding: list[tuple[int, int]]
+
+    @property
+    def commands(self) -> list[Command]:
+        """All of them, in the order of their replies."""
+        return self.storing + self.releasing
+
+    @classmethod
+    def of(
+        cls,
+        settlements: Iterable[Settlement],
+        names: Names,
+        incarnation: str,
+        result_expires_s: int,
+    ) -> Settle:
+        """The commands for `settlements`, whose places in their claims are settled from here on."""
+        storing: list[Command] = []
+        releasing: list[Command] = []
+        deciding: list[tuple[int, int]] = []
+        replies: defaultdict[str, list[str]] = defaultdict(list)
+        touched: defaultdict[Claim, list[int]] = defaultdict(list)
+        stopped: list[str] = []
+        forgiven: defaultdict[str, list[str]] = defaultdict(list)
+        garbage: list[str] = []
+        stored: list[str] = []
+        #: Model with new dead letters → how many of these are quarantined.
+        letters: Counter[str] = Counter()
+        for place, done in enumerate(settlements):
+            releasing += done.before
+            if done.request_id is not None and done.outcome and not done.ignore_result:
+                if not done.stored:
+                    deciding.append((len(storing), place))
+                key = names.meta(done.request_id)
+                storing.append(("SET", key, done.outcome, "EX", result_expires_s, "NX"))
+                stored.append(key)
+                if done.reply is not None:
+                    replies[done.reply].append(done.request_id)
+            if done.dead_letter is not None:
+                dead = names.dead(done.model)
+                # LREM: of a MULTI whose answer was lost.
+                storing.append(("LREM", dead, 1, done.dead_letter))
+                storing.append(("LPUSH", dead, done.dead_letter))
+                if not done.quarantined:
+                    storing.append(("LTRIM", dead, 0, DEAD_LETTERS_KEPT - 1))
+                letters[done.model] += done.quarantined
+                storing += [("EXPIRE", key, DEAD_PAYLOAD_S) for key in done.payload_keys]
+            else:
+                garbage += done.payload_keys
+            if done.running and done.request_id is not None:
+                stopped.append(f"{done.model}/{done.request_id}")
+            if done.attempts and done.request_id is not None:
+                forgiven[done.model].append(done.request_id)
+            if done.suspect is not None:
+                forgiven[done.model].append(done.suspect)
+            done.slot.claim.settled.add(done.slot.index)
+            touched[done.slot.claim].append(done.slot.index)
+        storing += [_keep_letters(names, model, added) for model, added in letters.items()]
+        for at in range(0, len(stored), KEYS_AT_ONCE):
+            keys = stored[at : at + KEYS_AT_ONCE]
+            storing.append(("EVAL", source("publish"), len(keys), *keys))
+        for channel, ids in replies.items():
+            storing.append(("PUBLISH", channel, msgpack.packb(ids)))
+        finished = [claim for claim in touched if claim.complete]
+        for claim, places in touched.items():
+            if not claim.complete:
+                releasing += [("LSET", claim.key, -(place + 1), b"") for place in places]
+        if finished:
+            keys = [claim.key for claim in finished]
+            releasing.append(("UNLINK", *keys))
+            releasing.append(("HDEL", names.claims(incarnation), *keys))
+        if stopped:
+            releasing.append(("SREM", names.running(incarnation), *stopped))
+        for model, fields in forgiven.items():
+            releasing.append(("HDEL", names.attempts(model), *fields))
+        for at in range(0, len(garbage), KEYS_AT_ONCE):
+            releasing.append(("UNLINK", *garbage[at : at + KEYS_AT_ONCE]))
+        return cls(storing, releasing, deciding)
+
+    def overtaken(self, replies: Sequence[Reply]) -> frozenset[int]:
+        """Places of the settlements whose request had a result already; `replies`: to `commands`.
+
+        Whose result was stored ahead is not among them: the one that is there is its own.
+        """
+        if None not in replies:
+            return frozenset()
+        return frozenset(place for index, place in self._deciding if replies[index] is None)
 
 
 def _keep_letters(names: Names, model: str, added: int) -> Command:
@@ -170,33 +204,8 @@ def _keep_letters(names: Names, model: str, added: int) -> Command:
     )  # fmt: skip
 
 
-def _stores(done: Settlement) -> bool:
-    return bool(done.outcome) and not done.ignore_result and done.request_id is not None
-
-
-def overtaken(
-    settlements: Iterable[Settlement], commands: Iterable[Command], replies: Sequence[Reply]
-) -> frozenset[int]:
-    """Places of those whose result was not stored, as there was one already.
-
-    `commands` are what `commands` made of them, `replies` begin with theirs.
-    """
-    if None not in replies:
-        return frozenset()
-    stored = (
-        reply
-        for command, reply in zip(commands, replies, strict=False)
-        if command[0] == "SET" and command[-1] == "NX"
-    )
-    return frozenset(
-        place
-        for place, done in enumerate(settlements)
-        if _stores(done) and next(stored) is None and not done.stored
-    )
-
-
 def without_scripts(commands: Iterable[Command]) -> list[Command]:
-    """What `commands` made (each word as bytes), to run in a script: that may call no other."""
+    """`commands` of a Settle (each word as bytes), to run in a script: that may call no other."""
     out: list[Command] = []
     for command in commands:
         if command[0] == b"EVAL":  # of which force.lua does the same
@@ -205,8 +214,3 @@ def without_scripts(commands: Iterable[Command]) -> list[Command]:
         else:
             out.append(command)
     return out
-
-
-def storing(commands: Iterable[Command]) -> list[Command]:
-    """Of what `commands` made (each word as bytes): results, who is told of them, dead letters."""
-    return [command for command in commands if command[0] in _STORING]

@@ -391,7 +391,7 @@ class DataPlane:
         if sending:
             # kill point: settle-answered
             self._settling.settled(
-                sending, exchange.settling, ledger.settles_sent,
+                sending, exchange.storing, ledger.settles_sent,
                 exchange.overtaken, self._clock.now(),
             )  # fmt: skip
         admission.take_on(exchange.claimed, exchange.suspicious)

@@ -183,7 +183,7 @@ class Settling:
     def settled(
         self,
         sent: list[Settlement],
-        settling: Packed,
+        storing: Packed,
         number: int,
         overtaken: frozenset[int],
         redis_ms: float,
@@ -195,7 +195,7 @@ class Settling:
         self.requests_settled += len(sent)
         self._held.settled({done.slot.claim for done in sent})
         del self.due[: len(sent)]
-        self.kept.add(settling, len(sent), number)
+        self.kept.add(storing, len(sent), number)
         if overtaken and self._doubtful:  # the result there may be this very one
             overtaken = frozenset(place for place in overtaken if place >= self._doubtful)
         self._doubtful = max(0, self._doubtful - len(sent))
@@ -217,7 +217,7 @@ class Settling:
     def store_again(self, ledger: Ledger) -> None:
         """Store results that were settled lately and that Redis does not know any more."""
         for multi in self.kept.after(ledger.settles_known):
-            ledger.settle_again(multi.results(), multi.number)
+            ledger.settle_again(multi.storing, multi.number)
             self.kept.again(multi)
 
     def ending(self) -> int:
