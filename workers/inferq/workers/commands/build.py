@@ -127,7 +127,7 @@ def _check_file(repository: Path, model: str) -> None:
 
     What else may be wrong with the model is told by `load_model`.
     """
-    from inferq.workers.models.folders import MODEL_FILES  # noqa: PLC0415
+    from inferq.workers.models.registry import model_files  # noqa: PLC0415
     from inferq.workers.trt.builder import FILE  # noqa: PLC0415
 
     folder = repository / model
@@ -137,7 +137,7 @@ def _check_file(repository: Path, model: str) -> None:
     if not versions:
         return
     served = max(versions, key=lambda each: int(each.name))
-    others = sorted(name for name in MODEL_FILES if (served / name).exists())
+    others = sorted(name for name in model_files() if (served / name).exists())
     if others and FILE not in others:
         raise ConfigError(
             f"model {model!r} has {', '.join(others)} in {served}; expected {FILE}: "

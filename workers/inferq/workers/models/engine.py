@@ -174,7 +174,7 @@ def check_rows(outputs: Mapping[str, Array], rows: int) -> None:
             raise RowsDiffer(f"output {name!r} has {got} rows; expected {rows}, as the inputs")
 
 
-def reason(problem: Exception) -> str:
+def reason(problem: BaseException) -> str:
     """What a library says of `problem`, on one line of at most `MAX_REASON_CHARS` (and "…")."""
     text = " ".join(str(problem).split()) or type(problem).__name__
     return text if len(text) <= MAX_REASON_CHARS else text[:MAX_REASON_CHARS] + "…"

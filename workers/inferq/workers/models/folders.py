@@ -13,13 +13,9 @@ from typing import Final
 
 from inferq.shared.errors import ConfigError
 from inferq.shared.names import is_model_name
-from inferq.workers.models.registry import ENGINES
+from inferq.workers.models.registry import model_files
 
 TOML: Final = "model.toml"
-#: What models' files are called, in order of preference.
-MODEL_FILES: Final = tuple(
-    dict.fromkeys(file for entry in ENGINES.values() for file in entry.files)
-)
 _VERSION: Final = re.compile(r"[1-9][0-9]{0,8}")
 
 
@@ -96,7 +92,7 @@ def _holds_model(root: Path, entry: Path) -> bool:
         if not entry.is_dir() or not entry.resolve().is_relative_to(root.resolve()):
             return True
         return any(
-            inner.name == TOML or inner.name in MODEL_FILES or _is_version(inner)
+            inner.name == TOML or _is_version(inner) or inner.name in model_files()
             for inner in entry.iterdir()
         )
     except (OSError, RuntimeError):  # RuntimeError: a loop of links

@@ -16,7 +16,7 @@ from inferq.shared.errors import ConfigError
 from inferq.shared.schema import Signature
 from inferq.workers.batching.padding import PadRule
 from inferq.workers.models.config import ModelConfig
-from inferq.workers.models.registry import ENGINES
+from inferq.workers.models.registry import engines
 from inferq.workers.models.signatures import how_to_name
 from inferq.workers.models.validation import nearest, validate
 
@@ -52,11 +52,12 @@ def read_toml(path: Path) -> ModelToml:
         raise ConfigError(f"not TOML: {problem}") from problem
     knobs: dict[str, Any] = {}
     tables: dict[str, Mapping[str, Any]] = {}
-    known = {*ModelConfig.model_fields, *ENGINES}
+    tables_of = engines()
+    known = {*ModelConfig.model_fields, *tables_of}
     for key, value in document.items():
         if key not in known:
             raise ConfigError(f"{key} is not a known key; {nearest(key, known)}")
-        if key not in ENGINES:
+        if key not in tables_of:
             knobs[key] = value
         elif isinstance(value, dict):
             tables[key] = value

@@ -1,17 +1,38 @@
 """The engines, by the name that model.toml gives them; each is imported when it is first asked for.
 
-A new engine is one more line in `ENGINES`.
+Our own stand in `ENGINES`. Another package adds one by an entry point ``package.module:Class`` of
+the group ``inferq.engines``, and names the model's file by one of the same name in the group
+``inferq.engine_files``. Both are read from what is installed; nothing is imported for that.
+
+The working directory is passed over, wherever it stands on Python's path: what lies there was
+perhaps only copied or cloned, and an engine is code.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Mapping
+import inspect
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final
+from importlib import metadata
+from typing import Any, Final
 
 from inferq.shared.errors import ConfigError
-from inferq.workers.models.engine import Engine
+from inferq.workers.models.engine import Engine, reason
+
+logger = logging.getLogger(__name__)
+
+GROUP: Final = "inferq.engines"
+FILES_GROUP: Final = "inferq.engine_files"
+_NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+_TARGET: Final = re.compile(r"([\w.]+:\w+)\s*(?:\[\s*([\w.-]+)\s*\])?")
+#: As setuptools, too, takes the value of an entry point.
+_FILE: Final = re.compile(r"\w+(?:\.\w+)*")
 
 
 @dataclass(frozen=True)
@@ -22,11 +43,18 @@ class Registered:
     target: str
     #: File names looked for in a version's folder, in order; empty: the engine needs no file.
     files: tuple[str, ...] = ()
-    #: The extra that installs what it imports.
+    #: The extra that installs what it imports; empty: there is none.
     extra: str = "worker"
+    #: What is installed by that name.
+    distribution: str = "inferq"
+
+    @property
+    def requirement(self) -> str:
+        """What to give pip."""
+        return f"{self.distribution}[{self.extra}]" if self.extra else self.distribution
 
 
-#: In order of preference, where model.toml names none and a file fits several.
+#: Our own, in order of preference, where model.toml names none and a file fits several.
 ENGINES: Final[Mapping[str, Registered]] = {
     "onnxruntime": Registered(
         "inferq.workers.engines.onnxruntime:OnnxRuntimeEngine", files=("model.onnx",)
@@ -42,18 +70,28 @@ ENGINES: Final[Mapping[str, Registered]] = {
 }
 
 
+def engines() -> Mapping[str, Registered]:
+    """All engines by name, our own first; what is installed is looked through at the first call."""
+    return {**ENGINES, **_installed()}
+
+
+def model_files() -> tuple[str, ...]:
+    """What models' files are called, in order of preference."""
+    return tuple(dict.fromkeys(file for entry in engines().values() for file in entry.files))
+
+
 def registered(name: str) -> Registered:
     """What is known of the engine `name`. ConfigError, listing the known ones, if nothing is."""
-    known = ENGINES.get(name)
+    known = engines().get(name)
     if known is None:
-        raise ConfigError(f"engine is {name!r}; expected one of {', '.join(ENGINES)}")
+        raise ConfigError(f"engine is {name!r}; expected one of {', '.join(engines())}")
     return known
 
 
 def engine_class(name: str) -> type[Engine]:
     """The class of the engine `name`.
 
-    ConfigError: there is no such engine, or what it imports is not installed.
+    ConfigError: there is no such engine, what it imports is not installed, or it is no engine.
     """
     entry = registered(name)
     module_name, _, class_name = entry.target.partition(":")
@@ -62,7 +100,116 @@ def engine_class(name: str) -> type[Engine]:
     except ImportError as problem:
         raise ConfigError(
             f"engine {name!r} cannot be imported ({problem}); "
-            f'to install what it needs: pip install "inferq[{entry.extra}]"'
+            f'to install what it needs: pip install "{entry.requirement}"'
         ) from problem
-    found: type[Engine] = getattr(module, class_name)
-    return found
+    except (Exception, SystemExit) as problem:  # a module of others' may raise anything
+        raise ConfigError(
+            f"engine {name!r} of {entry.distribution} cannot be imported: "
+            f"{module_name} raised {type(problem).__name__}: {reason(problem)}"
+        ) from problem
+    found: Any = getattr(module, class_name, None)
+    if (flaw := _flaw(found, name)) is not None:
+        raise ConfigError(f"engine {name!r} of {entry.distribution}: {entry.target} {flaw}")
+    cls: type[Engine] = found
+    return cls
+
+
+def _flaw(found: object, name: str) -> str | None:
+    if not (isinstance(found, type) and issubclass(found, Engine)):
+        return f"is {found!r}; expected a subclass of {Engine.__module__}.Engine"
+    if lacking := sorted(found.__abstractmethods__) if inspect.isabstract(found) else []:
+        return f"has no {', '.join(lacking)}; expected all that an engine has"
+    if (own := getattr(found, "name", None)) != name:
+        return f"has the name {own!r}; expected {name!r}, as it is registered"
+    return None
+
+
+# --- engines of other packages -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    """An entry point of `GROUP`, and of `FILES_GROUP` where there is one of the same name."""
+
+    distribution: str
+    value: str
+    file: str | None
+
+
+@functools.cache
+def _installed() -> Mapping[str, Registered]:
+    """The engines of other packages; what is wrong with one is logged, on one line.
+
+    Where two packages have one of the same name neither is used: which of them came first would
+    depend on the order of Python's path.
+    """
+    found: dict[str, list[_Found]] = {}
+    for name, each in _entry_points():
+        found.setdefault(name, []).append(each)
+    known: dict[str, Registered] = {}
+    for name, rivals in sorted(found.items()):
+        if (problem := _why_unusable(name, rivals)) is not None:
+            owners = " and ".join(sorted(each.distribution for each in rivals))
+            logger.warning("the engine %r of %s is not used: %s", name, owners, problem)
+            continue
+        (each,) = rivals
+        target, extra = _parts(each.value)
+        files = () if each.file is None else (each.file,)
+        known[name] = Registered(target, files, extra, each.distribution)
+    return known
+
+
+def _why_unusable(name: str, rivals: list[_Found]) -> str | None:
+    from inferq.workers.models.config import ModelConfig  # noqa: PLC0415 - which imports this
+
+    each = rivals[0]
+    if name in ENGINES:
+        return "inferq has one of that name; expected another"
+    if name in ModelConfig.model_fields:
+        return "model.toml has a knob of that name; expected another"
+    if not _NAME.fullmatch(name):
+        return "expected a name of at most 32 small letters, digits, _ and -, a letter first"
+    if len(rivals) > 1:
+        return "two packages have one of that name; uninstall one of them"
+    if not _TARGET.fullmatch(each.value):
+        return f"its entry point is {each.value!r}; expected package.module:Class"
+    if each.file is not None and not _FILE.fullmatch(each.file):
+        return f"its {FILES_GROUP} is {each.file!r}; expected a name of letters, digits, _ and ."
+    return None
+
+
+def _parts(value: str) -> tuple[str, str]:
+    """The target and the extra of an entry point that has the form of one."""
+    match = _TARGET.fullmatch(value)
+    assert match is not None
+    return match[1], match[2] or ""
+
+
+def _entry_points() -> Iterator[tuple[str, _Found]]:
+    """Each engine's name, and where it is said to be, by all that is installed."""
+    seen: set[str] = set()
+    for distribution in metadata.distributions(path=_trusted_path()):
+        try:
+            points = distribution.entry_points
+            if not (targets := points.select(group=GROUP)):
+                continue
+            owner = distribution.name
+            if owner in seen:  # further down the path: what is imported is the first
+                continue
+            seen.add(owner)
+            files = {point.name: point.value for point in points.select(group=FILES_GROUP)}
+            yield from (
+                (point.name, _Found(owner, point.value, files.get(point.name))) for point in targets
+            )
+        except Exception as problem:  # noqa: BLE001 - what others have installed may be anything
+            where = getattr(distribution, "_path", "what is installed")
+            logger.warning("the entry points of %s cannot be read: %r", where, problem)
+
+
+def _trusted_path() -> list[str]:
+    """Python's path without the working directory, which it may name in several ways."""
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:  # it was deleted, so nothing stands in it
+        here = ""
+    return [entry for entry in sys.path if entry and os.path.realpath(entry) != here]

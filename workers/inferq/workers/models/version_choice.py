@@ -12,12 +12,12 @@ from typing import Any
 from inferq.shared.errors import ConfigError
 from inferq.workers.logs.fields import about
 from inferq.workers.models.engine import Engine
-from inferq.workers.models.folders import MODEL_FILES, TOML, inside
+from inferq.workers.models.folders import TOML, inside
 from inferq.workers.models.model_files import Incomplete, check_whole
 from inferq.workers.models.model_toml import ModelToml
 from inferq.workers.models.not_served import NotServed, not_served
 from inferq.workers.models.on_cpu import cpu_engine
-from inferq.workers.models.registry import ENGINES, engine_class, registered
+from inferq.workers.models.registry import ENGINES, engine_class, engines, model_files, registered
 from inferq.workers.models.validation import naming
 
 logger = logging.getLogger(__name__)
@@ -73,10 +73,20 @@ def _choice(root: Path, name: str, version: int, toml: ModelToml, *, on_cpu: boo
 
 
 def _engine_for(version_folder: Path) -> str:
-    for engine, entry in ENGINES.items():
-        if any((version_folder / file).exists() for file in entry.files):
-            return engine
-    raise _no_model(version_folder, MODEL_FILES)
+    """The engine that takes a file there: the first of our own, or the only one of others'."""
+    fitting = [
+        engine
+        for engine, entry in engines().items()
+        if any((version_folder / file).exists() for file in entry.files)
+    ]
+    if not fitting:
+        raise _no_model(version_folder, model_files())
+    if fitting[0] not in ENGINES and len(fitting) > 1:
+        raise ConfigError(
+            f"several engines take the file in {version_folder}: {', '.join(fitting)}; expected "
+            f'{TOML} to name one, as in engine = "{fitting[0]}"'
+        )
+    return fitting[0]
 
 
 def _model_file(root: Path, version_folder: Path, files: Sequence[str]) -> Path:
