@@ -10,20 +10,11 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import hiredis
 import redis
 
 from inferq.shared.connect import SOCKET_TIMEOUT_S
-from inferq.shared.resp import (
-    NOTHING,
-    Command,
-    Reply,
-    new_reader,
-    open_socket,
-    pack,
-    receive,
-    send_all,
-)
+from inferq.shared.replies import GeneralParser, Replies, decrypted, ignore
+from inferq.shared.resp import Command, Reply, open_socket, pack, send_all
 
 
 class Wire:
@@ -33,21 +24,16 @@ class Wire:
     one of `BROKEN` was raised the wire is of no further use.
     """
 
-    def __init__(
-        self, client: redis.Redis, on_push: Callable[[list[Any]], None] | None = None
-    ) -> None:
+    def __init__(self, client: redis.Redis, on_push: Callable[[list[Any]], None] = ignore) -> None:
         self._client = client
-        self._on_push = on_push
-        self._reader = new_reader()
-        self._buffer = bytearray(256 * 1024)
-        self._view = memoryview(self._buffer)
+        self._replies = Replies(GeneralParser(), on_push)
+        self._poll = select.poll()
         self._sock: socket.socket | None = None
         self.used_at = 0.0
 
     def open(self) -> None:
         """Connect and shake hands. Raises one of BROKEN."""
         self._sock = open_socket(self._client, SOCKET_TIMEOUT_S)
-        self._poll = select.poll()
         self._poll.register(self._sock, select.POLLIN)
 
     def send(self, commands: Sequence[Command]) -> socket.socket:
@@ -61,17 +47,8 @@ class Wire:
     def call(self, commands: Sequence[Command]) -> list[Reply]:
         """Write `commands` at once and return their replies, ReplyErrors among them."""
         sock = self.send(commands)
-        replies: list[Reply] = []
-        wanted = len(commands)
-        while len(replies) < wanted:
-            reply = self._reader.gets()
-            if reply is NOTHING:
-                self._receive(sock)
-            elif isinstance(reply, hiredis.PushNotification):
-                self._pushed(reply)
-            else:
-                replies.append(reply)
-        self._drain()  # what came along: else `listen` would wait for what is here already
+        replies = self._replies.read(sock, len(commands))
+        self._replies.drain()  # what came along: else `listen` would wait for what is here already
         return replies
 
     def listen(self, seconds: float) -> None:
@@ -79,24 +56,8 @@ class Wire:
         sock = self._sock
         if sock is None:
             raise redis.ConnectionError("the connection is closed")
-        pending = getattr(sock, "pending", None)  # TLS: decrypted, not yet read
-        if (pending is not None and pending()) or self._poll.poll(max(0.0, seconds) * 1000):
-            try:
-                self._receive(sock)
-            except TimeoutError:  # TLS: what came was no data of ours
-                return
-            self._drain()
-
-    def _drain(self) -> None:
-        while (push := self._reader.gets()) is not NOTHING:
-            self._pushed(push)
-
-    def _pushed(self, push: Any) -> None:
-        if self._on_push is not None:
-            self._on_push(push)
-
-    def _receive(self, sock: socket.socket) -> None:
-        self._reader.feed(self._buffer, 0, receive(sock, self._view))
+        if decrypted(sock) or self._poll.poll(max(0.0, seconds) * 1000):
+            self._replies.receive(sock)
 
     def interrupt(self) -> None:
         """Make a thread that waits on this wire stop, with one of BROKEN. Never raises."""

@@ -11,29 +11,24 @@ import os
 import select
 import socket
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
-import hiredis
 import redis
 
 from inferq.shared.connect import parse_info
+from inferq.shared.replies import GeneralParser, Replies, decrypted
 from inferq.shared.resp import (
-    NOTHING,
     Command,
     Packed,
     Reply,
     ReplyError,
-    new_reader,
     open_socket,
     pack,
-    receive,
     send_all,
 )
 from inferq.workers.claims.amiss import is_wrong_type
 
 logger = logging.getLogger(__name__)
-
-_BUFFER_BYTES: Final = 256 * 1024
 
 
 class Waker:
@@ -67,14 +62,13 @@ class Link:
         self._sock: socket.socket | None = None
         self._waker = waker
         self._timeout = timeout
-        self._buffer = bytearray(_BUFFER_BYTES)
-        self._view = memoryview(self._buffer)
+        self._poll = select.poll()
+        self._replies = Replies(GeneralParser(), self._pushed, self._passed_over)
         self._notes: list[Command] = []
-        #: Replies that come next and are passed over.
-        self._unread = 0
-        #: The last error among them that was for want of memory, until somebody clears it.
+        #: The last error for want of memory among the replies that were passed over, until somebody
+        #: clears it.
         self.refused: ReplyError | None = None
-        #: The same of those that were for a key of another type.
+        #: The same of a key of another type.
         self.amiss: ReplyError | None = None
         #: Keys that Redis has reported as changed since the last `forget_changes`.
         self.changed: set[bytes] = set()
@@ -86,8 +80,6 @@ class Link:
     def open(self) -> None:
         """Connect and turn key tracking on. Raises one of BROKEN."""
         self._sock = open_socket(self._client, self._timeout)
-        self._reader = new_reader()
-        self._poll = select.poll()
         self._poll.register(self._sock, select.POLLIN)
         self._poll.register(self._waker.fd, select.POLLIN)
         reply, info = self.call([("CLIENT", "TRACKING", "ON", "NOLOOP"), ("INFO", "server")])
@@ -120,7 +112,7 @@ class Link:
         """Write what was noted, then `parts`, whose replies are to be `read`."""
         notes, self._notes = pack(self._notes), []
         send_all(self._socket, [piece for part in (notes, *parts) for piece in part.pieces])
-        self._unread += notes.count
+        self._replies.pass_over(notes.count)
 
     @property
     def _socket(self) -> socket.socket:
@@ -130,18 +122,7 @@ class Link:
 
     def read(self, count: int) -> list[Reply]:
         """The next `count` replies that were not passed over."""
-        replies: list[Reply] = []
-        while len(replies) < count:
-            reply = self._reader.gets()
-            if reply is NOTHING:
-                self._receive()
-            elif isinstance(reply, hiredis.PushNotification):
-                self._note(reply)
-            elif self._unread:
-                self._pass_over(reply)
-            else:
-                replies.append(reply)
-        return replies
+        return self._replies.read(self._socket, count)
 
     def forget_changes(self) -> None:
         """Start anew to collect changed keys."""
@@ -150,29 +131,20 @@ class Link:
 
     def wait(self, seconds: float) -> None:
         """Until a key changed, the waker was set, or `seconds` have passed."""
-        self._drain()  # a push may have come in behind, or among, replies that were read
+        sock = self._socket
+        self._replies.drain()  # a push may have come in behind, or among, replies that were read
         if self.changed or self.all_changed:
             return
-        pending = getattr(self._sock, "pending", None)  # TLS: decrypted, not yet read
-        if pending is not None and pending():
-            self._receive()
-        else:
-            for fd, _ in self._poll.poll(max(0.0, seconds) * 1000):
-                if fd == self._waker.fd:
-                    self._waker.clear()
-                else:
-                    self._receive()
-        self._drain()
-
-    def _drain(self) -> None:
-        while (reply := self._reader.gets()) is not NOTHING:
-            if isinstance(reply, hiredis.PushNotification):
-                self._note(reply)
+        if decrypted(sock):
+            self._replies.receive(sock)
+            return
+        for fd, _ in self._poll.poll(max(0.0, seconds) * 1000):
+            if fd == self._waker.fd:
+                self._waker.clear()
             else:
-                self._pass_over(reply)
+                self._replies.receive(sock)
 
-    def _pass_over(self, reply: Reply) -> None:
-        self._unread -= 1
+    def _passed_over(self, reply: Reply) -> None:
         if isinstance(reply, ReplyError):
             if "OOM " in str(reply):
                 self.refused = reply
@@ -181,10 +153,7 @@ class Link:
             else:
                 logger.error("Redis refused what was noted: %s", reply)
 
-    def _receive(self) -> None:
-        self._reader.feed(self._buffer, 0, receive(self._socket, self._view))
-
-    def _note(self, push: list[Any]) -> None:
+    def _pushed(self, push: list[Any]) -> None:
         if push and push[0] == b"invalidate":
             if push[1] is None:
                 self.all_changed = True

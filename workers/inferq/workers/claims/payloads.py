@@ -7,13 +7,14 @@ kilobytes that is a good part of what a request costs. Here the kernel writes in
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 import numpy as np
 import redis
 
-from inferq.shared.resp import open_socket, pack, receive, send_all
+from inferq.shared.replies import Replies
+from inferq.shared.resp import NOTHING, Reply, open_socket, pack, receive, send_all
 
 _SCRATCH_BYTES: Final = 4096
 #: Most keys asked for at once.
@@ -35,9 +36,8 @@ class PayloadReader:
         self._client = client
         self._timeout = timeout
         self._sock: socket.socket | None = None
-        self._scratch = bytearray(_SCRATCH_BYTES)
-        self._view = memoryview(self._scratch)
-        self._start = self._end = 0
+        self._parser = _InPlace()
+        self._replies = Replies(self._parser)
 
     def fetch(self, sizes: Mapping[str, int], limit: int) -> dict[str, bytes | memoryview | None]:
         """The bytes under the keys of `sizes`, which says how many are expected.
@@ -49,8 +49,9 @@ class PayloadReader:
             if self._sock is None:
                 self._sock = open_socket(self._client, self._timeout)
             for keys in _blocks(sizes):
-                most = {key: min(limit, sizes[key] + _SLACK) for key in keys}
-                found.update(self._fetch(self._sock, most))
+                self._parser.expect([min(limit, sizes[key] + _SLACK) for key in keys])
+                send_all(self._sock, pack([("MGET", *keys)]).pieces)
+                found.update(zip(keys, self._replies.read(self._sock, len(keys)), strict=True))
         except BaseException:
             self.close()
             raise
@@ -59,62 +60,104 @@ class PayloadReader:
     def close(self) -> None:
         """Close the connection, if there is one; never raises."""
         sock, self._sock = self._sock, None
-        self._start = self._end = 0
+        self._parser.clear()
         if sock is not None:
             sock.close()
 
-    def _fetch(
-        self, sock: socket.socket, most: Mapping[str, int]
-    ) -> dict[str, bytes | memoryview | None]:
-        send_all(sock, pack([("MGET", *most)]).pieces)
-        head = self._line(sock)
-        if head != b"*%d" % len(most):
-            raise redis.ResponseError(f"MGET of {len(most)} payloads answered {head[:200]!r}")
-        return {key: self._value(sock, limit) for key, limit in most.items()}
 
-    def _value(self, sock: socket.socket, limit: int) -> memoryview | None:
-        head = self._line(sock)
-        if head in (b"_", b"$-1"):
-            return None
-        if head[:1] != b"$":
-            raise redis.ResponseError(f"a payload was answered with {head[:200]!r}")
-        size = int(head[1:])
-        if size > limit:
-            self._skip(sock, size)
-            value = None
-        else:
-            value = np.empty(size, np.uint8).data
-            self._read(sock, value)
-        self._skip(sock, 2)
-        return value
+class _InPlace:
+    """A parser of the reply to MGET, whose values the kernel writes to where they stay."""
 
-    def _line(self, sock: socket.socket) -> bytes:
-        while (at := self._scratch.find(b"\r\n", self._start, self._end)) < 0:
+    def __init__(self) -> None:
+        self._scratch = bytearray(_SCRATCH_BYTES)
+        self._view = memoryview(self._scratch)
+        #: What was received and not looked at yet: scratch[start:end].
+        self._start = self._end = 0
+        #: The value that is being read.
+        self._value: memoryview | None = None
+        #: What is to be filled of it with what comes next; None: that goes into `_scratch`.
+        self._into: memoryview | None = None
+        self.gets: Callable[[], Reply] = iter(()).__next__
+
+    def expect(self, limits: Sequence[int]) -> None:
+        """So many values come next; of one that has more bytes than its limit, None is made."""
+        self.gets = self._values(limits).__next__
+
+    def clear(self) -> None:
+        """The connection is gone, and with it what was received."""
+        self._start = self._end = 0
+        self._value = self._into = None
+        self.gets = iter(()).__next__
+
+    def receive(self, sock: socket.socket) -> None:
+        into = self._into
+        if into is None:
+            self._end += receive(sock, self._view[self._end :] if self._end else self._view)
+            return
+        while (came := receive(sock, into, whole=True)) < len(into):
+            into = into[came:]
+        self._into = None
+
+    def _values(self, limits: Sequence[int]) -> Iterator[Reply]:
+        """The values, and NOTHING wherever bytes are lacking."""
+        while (head := self._line()) is None:
+            yield NOTHING
+        if head != b"*%d" % len(limits):
+            raise redis.ResponseError(f"MGET of {len(limits)} payloads answered {head[:200]!r}")
+        for limit in limits:
+            while (head := self._line()) is None:
+                yield NOTHING
+            if head in (b"_", b"$-1"):
+                yield None
+                continue
+            if head[:1] != b"$":
+                raise redis.ResponseError(f"a payload was answered with {head[:200]!r}")
+            size = left = int(head[1:])
+            if size <= limit:
+                self._begin(size)
+                if self._into is not None:
+                    yield NOTHING
+                left = 0
+            left += 2
+            while left := self._skip(left):
+                yield NOTHING
+            yield self._ended()
+
+    def _line(self) -> bytes | None:
+        """The next line; None: its end is lacking, and there is room for more of it."""
+        at = self._scratch.find(b"\r\n", self._start, self._end)
+        if at < 0:
             if self._start:
                 rest = self._scratch[self._start : self._end]
                 self._scratch[: len(rest)] = rest
                 self._start, self._end = 0, len(rest)
             if self._end == _SCRATCH_BYTES:
                 raise redis.InvalidResponse("a reply line is too long")
-            self._end += receive(sock, self._view[self._end :])
+            return None
         line = bytes(self._view[self._start : at])
         self._start = at + 2
         return line
 
-    def _read(self, sock: socket.socket, into: memoryview) -> None:
-        have = min(len(into), self._end - self._start)
-        into[:have] = self._view[self._start : self._start + have]
+    def _begin(self, size: int) -> None:
+        """A value that begins with what is here; the rest of it comes next."""
+        value = self._value = np.empty(size, np.uint8).data
+        have = min(size, self._end - self._start)
+        value[:have] = self._view[self._start : self._start + have]
         self._start += have
-        while have < len(into):
-            have += receive(sock, into[have:], whole=True)
+        self._into = value[have:] if have < size else None
 
-    def _skip(self, sock: socket.socket, count: int) -> None:
-        while count:
-            if self._start == self._end:
-                self._start, self._end = 0, receive(sock, self._view)
-            step = min(count, self._end - self._start)
-            self._start += step
-            count -= step
+    def _ended(self) -> memoryview | None:
+        """The value that was begun, if one was. Nothing here keeps it in memory from then on."""
+        value, self._value = self._value, None
+        return value
+
+    def _skip(self, count: int) -> int:
+        """Skip `count` bytes; return how many of these are lacking."""
+        step = min(count, self._end - self._start)
+        self._start += step
+        if self._start == self._end:
+            self._start = self._end = 0
+        return count - step
 
 
 def _blocks(sizes: Mapping[str, int]) -> Iterator[list[str]]:
