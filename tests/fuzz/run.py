@@ -318,7 +318,7 @@ class Campaign:
         found: list[bytes] = []
         places: Any = self._redis.zrange(NAMES.later, 0, -1)
         for place in places:
-            key = NAMES.kept(place.decode())
+            key = NAMES.scheduled_message(place.decode())
             messages: Any = self._redis.lrange(key, 0, -1)
             found += messages
             with self._redis.pipeline(transaction=True) as pipe:

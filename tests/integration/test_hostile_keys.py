@@ -179,7 +179,7 @@ def test_odd_members_beside_what_a_worker_holds_change_nothing(
         redis.zadd(NAMES.leases, {b"inf": float("inf"), b"-inf": float("-inf")})
         redis.zadd(NAMES.later, {b"m:0:inf": float("-inf"), b"x": float("inf")})
         redis.zadd(NAMES.later, {b"m:0:gone": 0, b"m:77:step": 0})
-        redis.set(NAMES.kept("m:0:odd"), "a string")
+        redis.set(NAMES.scheduled_message("m:0:odd"), "a string")
         redis.zadd(NAMES.later, {b"m:0:odd": 0})
         for _ in range(3):
             serves(redis)
@@ -187,7 +187,7 @@ def test_odd_members_beside_what_a_worker_holds_change_nothing(
         serves(redis)
         assert worker.alive
         assert "Traceback" not in worker.log
-        assert redis.get(NAMES.kept("m:0:odd")) == b"a string"
+        assert redis.get(NAMES.scheduled_message("m:0:odd")) == b"a string"
 
 
 @pytest.mark.parametrize("how", ["dead", "alive"])

@@ -164,7 +164,7 @@ def test_queues_that_a_sender_makes_up_leave_nothing_else_behind(
     [
         NAMES.attempts("m"),
         NAMES.later,
-        NAMES.kept("m:0:ab"),
+        NAMES.scheduled_message("m:0:ab"),
         NAMES.meta("victim"),
         "celery-taskset-meta-victim.s",
         "test@host.celery.pidbox",

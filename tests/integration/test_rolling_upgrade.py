@@ -108,7 +108,7 @@ def test_what_an_old_worker_held_when_it_died_is_recovered_by_a_new_one(
         redis.hset(OLD.claims(old.incarnation), key, 1)
         redis.zadd(OLD.later, {"m:0:someplace": 0})
         later = message("m", numbered(9))
-        redis.rpush(OLD.kept("m:0:someplace"), later[1])
+        redis.rpush(OLD.scheduled_message("m:0:someplace"), later[1])
         old.kill()
         with upgraded(redis_url, models, "new", **short):
             for n, request_id in enumerate([*sent]):

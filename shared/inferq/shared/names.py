@@ -163,8 +163,8 @@ class Names:
     def later(self) -> str:
         return f"{self.root}later"
 
-    def kept(self, place: str) -> str:
-        """`place` is a member of `later`."""
+    def scheduled_message(self, place: str) -> str:
+        """The list that one message waits in; `place` is a member of `later`."""
         return f"{self.later}:{place}"
 
     def model(self, model: str) -> str:

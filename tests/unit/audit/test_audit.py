@@ -112,7 +112,7 @@ def job(*values: float, alone: bool = False) -> Job:
     items = [
         Waiting(
             ticket=Ticket(f"{value:g}", "m", ""), inputs={"x": np.full((1, 2), value)}, slot=None,
-            compatible=None, arrived_ms=0.0, claimed_ms=0.0, rows=1, alone=alone,
+            compatible=None, arrived_mono_ms=0.0, claimed_redis_ms=0.0, rows=1, alone=alone,
         )
         for value in values
     ]  # fmt: skip

@@ -20,7 +20,7 @@ class Request:
     rows: int = 1
     compatible: Hashable = None
     alone: bool = False
-    arrived_ms: float = NOW
+    arrived_mono_ms: float = NOW
     overtaken: int = 0
     priority: int = 0
     number: int = 0
@@ -40,7 +40,7 @@ def taken(
     """The indices that leave, or when to look again, or None."""
     decision = decide(waiting, free, now, knobs)
     if isinstance(decision, Wait):
-        return decision.until_ms
+        return decision.until_mono_ms
     return decision.take if decision else None
 
 
@@ -84,8 +84,13 @@ def test_without_a_delay_what_fits_leaves_at_once(
         (ones(3), DELAY, NOW + 10, (0, 1, 2)),
         (ones(4), DELAY, NOW, (0, 1, 2, 3)),
         (of_rows(3, 2), DELAY, NOW, (0,)),
-        ([Request(arrived_ms=NOW + 5), Request(arrived_ms=NOW)], DELAY, NOW + 9, NOW + 10),
-        ([Request(arrived_ms=NOW + 5), Request(arrived_ms=NOW)], DELAY, NOW + 10, (0, 1)),
+        (
+            [Request(arrived_mono_ms=NOW + 5), Request(arrived_mono_ms=NOW)],
+            DELAY,
+            NOW + 9,
+            NOW + 10,
+        ),
+        ([Request(arrived_mono_ms=NOW + 5), Request(arrived_mono_ms=NOW)], DELAY, NOW + 10, (0, 1)),
         ([ALONE], DELAY, NOW, (0,)),
         ([X, ALONE], DELAY, NOW, NOW + 10),
         (ones(1), PREFERRED, NOW, NOW + 10),
@@ -103,10 +108,10 @@ def test_a_delay_is_waited_for_company_from_the_oldest_arrival_on(
 
 
 def test_a_group_that_waits_for_company_keeps_no_lane_from_those_behind_it() -> None:
-    old_y = Request(compatible="y", arrived_ms=NOW - 10)
+    old_y = Request(compatible="y", arrived_mono_ms=NOW - 10)
     assert taken([X, old_y], DELAY) == (1,)
     assert taken([X, *[Y] * 4], DELAY) == (1, 2, 3, 4)
-    assert taken([X, Request(compatible="y", arrived_ms=NOW - 4)], DELAY) == NOW + 6
+    assert taken([X, Request(compatible="y", arrived_mono_ms=NOW - 4)], DELAY) == NOW + 6
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -208,12 +213,12 @@ class Simulation:
             free -= 1
 
     def _may_wait(self, wait: Wait) -> None:
-        assert self.now < wait.until_ms < math.inf
+        assert self.now < wait.until_mono_ms < math.inf
         assert not self.waiting[0].alone
         for request in self.waiting:
             if request.alone:
                 continue  # its turn is when it is first
-            assert wait.until_ms <= request.arrived_ms + self.knobs.max_queue_delay_ms
+            assert wait.until_mono_ms <= request.arrived_mono_ms + self.knobs.max_queue_delay_ms
 
     def _leave(self, leave: Leave) -> None:
         assert list(leave.take) == sorted(set(leave.take))
@@ -237,7 +242,7 @@ class Simulation:
             self.waiting[index].overtaken += times
         if leave.take[0] != 0:  # only those who wait for company are passed over
             head = self.waiting[0]
-            assert self.now < head.arrived_ms + self.knobs.max_queue_delay_ms
+            assert self.now < head.arrived_mono_ms + self.knobs.max_queue_delay_ms
         self.waiting = [r for i, r in enumerate(self.waiting) if i not in leave.take]
         self.left += len(batch)
 

@@ -330,7 +330,8 @@ OTHERS = Names(prefix="g:", result_prefix="r_", sep="|")
     "queue",
     [
         NAMES.attempts("m"), NAMES.later, NAMES.leases, NAMES.fence("i"), NAMES.dead("m"),
-        NAMES.kept("m:0:ab"), NAMES.payload("id", "x"), "inferq:2:later", "other:inferq:1:later",
+        NAMES.scheduled_message("m:0:ab"), NAMES.payload("id", "x"), "inferq:2:later",
+        "other:inferq:1:later",
         NAMES.meta("victim"), "other_celery-task-meta-victim", "celery-taskset-meta-g.s",
         "chord-unlock-g", "w@h.celery.pidbox", "reply.celery.pidbox", "id.reply.celery.pidbox",
         "celeryev", "celeryev.abc", "_kombu.binding.celery", "_kombu.x", "unacked",

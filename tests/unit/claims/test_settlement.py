@@ -252,8 +252,8 @@ def test_what_is_stored_and_told_is_apart_from_what_acknowledges(
 
 def outcome(claim: Claim, ticket: Ticket, **given: Any) -> Outcome:
     item = Waiting(
-        ticket=ticket, inputs={}, slot=Slot(claim, 0), compatible=None, arrived_ms=100.0,
-        claimed_ms=5_000.0, rows=2, alone=False, padded={"n": 3},
+        ticket=ticket, inputs={}, slot=Slot(claim, 0), compatible=None, arrived_mono_ms=100.0,
+        claimed_redis_ms=5_000.0, rows=2, alone=False, padded={"n": 3},
     )  # fmt: skip
     outputs = {"y": np.arange(8, dtype=np.float32).reshape(2, 4)}
     return Outcome(item, **{"outputs": outputs, "run": Run(130.0, 150.0, 6, 2, 3), **given})

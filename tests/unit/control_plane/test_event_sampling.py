@@ -19,7 +19,7 @@ def requests(count: int, *, alone: bool = False, seed: int = 0) -> list[Waiting]
     return [
         Waiting(
             ticket=Ticket(request_id, "m", "", attempts=int(alone)), inputs={}, slot=None,
-            compatible=None, arrived_ms=0.0, claimed_ms=0.0, rows=1, alone=alone,
+            compatible=None, arrived_mono_ms=0.0, claimed_redis_ms=0.0, rows=1, alone=alone,
         )
         for request_id in ids
     ]  # fmt: skip

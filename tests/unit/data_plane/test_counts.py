@@ -37,7 +37,7 @@ RUN = Run(NOW_MS - 30, NOW_MS - 10, 3, 1, 3, None, 4.0)
 
 def settlement(ending: str | None, *, model: str = "m", **given: Any) -> Settlement:
     claim = Claim("k", model, 0, 1)
-    claim.claimed_ms = REDIS_MS - 40
+    claim.claimed_redis_ms = REDIS_MS - 40
     return Settlement(Slot(claim, 0), model, "id", b"result", ending=ending, **given)
 
 

@@ -39,7 +39,8 @@ def items(*values: float, rows: int = 1) -> list[Waiting]:
     return [
         Waiting(
             ticket=Ticket(f"{value:g}", "m", ""), inputs={"x": np.full((rows, 2), value)},
-            slot=None, compatible=None, arrived_ms=0.0, claimed_ms=0.0, rows=rows, alone=False,
+            slot=None, compatible=None, arrived_mono_ms=0.0, claimed_redis_ms=0.0, rows=rows,
+            alone=False,
         )
         for value in values
     ]  # fmt: skip

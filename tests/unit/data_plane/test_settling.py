@@ -15,7 +15,7 @@ from inferq.shared.resp import Command, pack, unpack
 from inferq.shared.schema import Ticket
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims.claim import Claim, Slot
-from inferq.workers.claims.rollback import KEEP_BYTES, KEEP_REQUESTS, KEEP_S, Kept
+from inferq.workers.claims.rollback import KEEP_BYTES, KEEP_REQUESTS, KEEP_S, SettledMultis
 from inferq.workers.claims.runs import Finished, Job, Outcome, Run
 from inferq.workers.claims.settlement import Settlement
 from inferq.workers.data_plane import settling
@@ -62,41 +62,41 @@ def stored(size: int = 1) -> Command:
 
 
 def test_what_is_kept_is_bounded_in_requests() -> None:
-    kept = Kept()
+    multis = SettledMultis()
     for n in range(KEEP_REQUESTS // 2 + 10):
-        kept.add(pack([("SET", "key", n)]), 2, n)
-    found = kept.after(-1)
+        multis.add(pack([("SET", "key", n)]), 2, n)
+    found = multis.after(-1)
     assert len(found) == KEEP_REQUESTS // 2
     assert unpack(found[0].storing) == [(b"SET", b"key", b"10")]
 
 
 def test_what_is_kept_is_bounded_in_bytes() -> None:
-    kept = Kept()
+    multis = SettledMultis()
     for _ in range(3):
-        kept.add(pack([stored(KEEP_BYTES // 2 - 100)]), 1, 1)
-    assert len(kept.after(0)) == 2
-    kept.add(pack([stored(KEEP_BYTES + 1)]), 1, 1)
-    assert kept.after(0) == []
+        multis.add(pack([stored(KEEP_BYTES // 2 - 100)]), 1, 1)
+    assert len(multis.after(0)) == 2
+    multis.add(pack([stored(KEEP_BYTES + 1)]), 1, 1)
+    assert multis.after(0) == []
 
 
 def test_only_what_redis_does_not_know_is_settled_again() -> None:
-    kept = Kept()
+    multis = SettledMultis()
     for n in range(5):
-        kept.add(pack([("SET", "key", n)]), 1, n)
-    assert [one.number for one in kept.after(2)] == [3, 4]
-    assert kept.last == 4
+        multis.add(pack([("SET", "key", n)]), 1, n)
+    assert [one.number for one in multis.after(2)] == [3, 4]
+    assert multis.last == 4
 
 
 def test_what_was_settled_again_is_kept_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = Kept()
+    multis = SettledMultis()
     for n in range(3):
-        kept.add(pack([stored()]), 1, n)
+        multis.add(pack([stored()]), 1, n)
     now = time.monotonic() + KEEP_S + 1
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    for multi in kept.after(0):
-        kept.again(multi)
-    kept.trim()
-    assert [one.number for one in kept.after(-1)] == [1, 2]
+    for multi in multis.after(0):
+        multis.again(multi)
+    multis.trim()
+    assert [one.number for one in multis.after(-1)] == [1, 2]
 
 
 def test_an_engine_that_an_audit_found_beyond_use_is_told_and_its_batch_counts_once(
@@ -106,7 +106,7 @@ def test_an_engine_that_an_audit_found_beyond_use_is_told_and_its_batch_counts_o
     model = served_model(tmp_path, "m")
     item = Waiting(
         ticket=Ticket("id", "m", ""), inputs={}, slot=Slot(CLAIM, 0), compatible=None,
-        arrived_ms=0.0, claimed_ms=0.0, rows=1, alone=False,
+        arrived_mono_ms=0.0, claimed_redis_ms=0.0, rows=1, alone=False,
     )  # fmt: skip
     job = Job([item], {0: 1})
     model.jobs.append(job)

@@ -30,7 +30,7 @@ class Candidate(Protocol):
         """It must not share a batch: a worker died computing it."""
 
     @property
-    def arrived_ms(self) -> float: ...
+    def arrived_mono_ms(self) -> float: ...
     @property
     def overtaken(self) -> int: ...
 
@@ -72,13 +72,13 @@ class Leave:
 
 @dataclass(frozen=True)
 class Wait:
-    """Nothing leaves before `until_ms`, unless a request arrives."""
+    """Nothing leaves before `until_mono_ms`, unless a request arrives."""
 
-    until_ms: float
+    until_mono_ms: float
 
 
 def decide(
-    waiting: Sequence[Candidate], free_lanes: int, now_ms: float, knobs: Knobs
+    waiting: Sequence[Candidate], free_lanes: int, now_mono_ms: float, knobs: Knobs
 ) -> Leave | Wait | None:
     """The next batch of `waiting` (most urgent first), given `free_lanes`; None: nothing to do.
 
@@ -96,10 +96,10 @@ def decide(
             return Leave((index,), head.rows, knobs.bucket(head.rows))
         if head.compatible not in seen:
             seen.add(head.compatible)
-            decision = _decide_group(waiting, index, free_lanes, now_ms, knobs)
+            decision = _decide_group(waiting, index, free_lanes, now_mono_ms, knobs)
             if isinstance(decision, Leave):
                 return decision
-            until = min(until, decision.until_ms)
+            until = min(until, decision.until_mono_ms)
     return Wait(until)
 
 
@@ -107,18 +107,18 @@ def decide(
 class _Batch:
     take: list[int]
     rows: int
-    oldest_ms: float
+    oldest_mono_ms: float
     #: As in `Leave`; not empty: this batch is closed.
     overtaken: dict[int, int]
 
 
 def _decide_group(
-    waiting: Sequence[Candidate], head: int, free_lanes: int, now_ms: float, knobs: Knobs
+    waiting: Sequence[Candidate], head: int, free_lanes: int, now_mono_ms: float, knobs: Knobs
 ) -> Leave | Wait:
     limit = max(knobs.target, waiting[head].rows)
     batch = _fill(waiting, head, limit)
-    due = batch.oldest_ms + knobs.max_queue_delay_ms
-    if batch.rows < limit and not batch.overtaken and now_ms < due:
+    due = batch.oldest_mono_ms + knobs.max_queue_delay_ms
+    if batch.rows < limit and not batch.overtaken and now_mono_ms < due:
         return _preferred(waiting, batch, knobs) or Wait(due)
     if knobs.spread and free_lanes > 1:
         share = max(_share(waiting, head, free_lanes, limit), waiting[head].rows)
@@ -130,7 +130,7 @@ def _decide_group(
 def _fill(waiting: Sequence[Candidate], head: int, limit: int) -> _Batch:
     """What fits into `limit` rows with the request at `head`, in order."""
     first = waiting[head]
-    compatible, rows, oldest_ms = first.compatible, first.rows, first.arrived_ms
+    compatible, rows, oldest_mono_ms = first.compatible, first.rows, first.arrived_mono_ms
     take = [head]
     overtaken: dict[int, int] = {}
     for index in range(head + 1, len(waiting)):
@@ -149,8 +149,8 @@ def _fill(waiting: Sequence[Candidate], head: int, limit: int) -> _Batch:
                 overtaken[passed] += 1
         take.append(index)
         rows += item.rows
-        oldest_ms = min(oldest_ms, item.arrived_ms)
-    return _Batch(take, rows, oldest_ms, overtaken)
+        oldest_mono_ms = min(oldest_mono_ms, item.arrived_mono_ms)
+    return _Batch(take, rows, oldest_mono_ms, overtaken)
 
 
 def _preferred(waiting: Sequence[Candidate], batch: _Batch, knobs: Knobs) -> Leave | None:

@@ -16,16 +16,15 @@ _sequence = count()
 
 
 class Waiting(msgspec.Struct, eq=False):
-    """A decoded request and its place. A policy.Candidate; times in ms of the monotonic clock."""
+    """A decoded request and its place. A policy.Candidate."""
 
     ticket: Ticket
     inputs: Tensors
     #: Its place in a claim; opaque here.
     slot: Any
     compatible: Hashable
-    arrived_ms: float
-    #: Redis ms when it was claimed.
-    claimed_ms: float
+    arrived_mono_ms: float
+    claimed_redis_ms: float
     rows: int
     alone: bool
     overtaken: int = 0

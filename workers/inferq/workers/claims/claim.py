@@ -21,8 +21,8 @@ class Claim:
     size: int
     #: False until every message was decoded without killing the process; Redis knows it too.
     decoded: bool = False
-    #: Redis ms when its messages came.
-    claimed_ms: float = 0.0
+    #: When its messages came.
+    claimed_redis_ms: float = 0.0
     #: Places whose request is settled, or is being settled by a MULTI without an answer yet.
     settled: set[int] = field(default_factory=set)
     #: What the budget counts: requests, and bytes of each but those that are known by place.

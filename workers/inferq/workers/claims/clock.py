@@ -1,4 +1,8 @@
-"""Redis' clock as seen from here: what timestamps and deadlines are compared with."""
+"""Redis' clock as seen from here: what timestamps and deadlines are compared with.
+
+A time of this process' monotonic clock is called ``…_mono_ms``. One of Redis' clock is called
+``…_redis_ms`` where both meet; what travels (``sent_ms``, ``deadline_ms``) is always Redis'.
+"""
 
 from __future__ import annotations
 

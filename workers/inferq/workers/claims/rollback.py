@@ -40,7 +40,7 @@ class Multi(msgspec.Struct, gc=False):
     size: int
 
 
-class Kept:
+class SettledMultis:
     """The MULTIs of the last seconds that settled, oldest first. Not thread-safe."""
 
     def __init__(self) -> None:

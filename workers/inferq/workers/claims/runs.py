@@ -28,8 +28,8 @@ class Job(msgspec.Struct, frozen=True, eq=False):
 class Run(msgspec.Struct, frozen=True):
     """One successful run of the engine that served a request. Times: monotonic ms."""
 
-    started_ms: float
-    ended_ms: float
+    started_mono_ms: float
+    ended_mono_ms: float
     rows: int
     padding: int
     requests: int
@@ -44,7 +44,7 @@ class Run(msgspec.Struct, frozen=True):
         On a GPU the first ends once the inputs are on the card, and the last begins as the outputs
         leave it; elsewhere the last is nothing.
         """
-        took_ms = self.ended_ms - self.started_ms
+        took_ms = self.ended_mono_ms - self.started_mono_ms
         if self.gpu is None:
             return self.gather_ms / 1000, max(0.0, took_ms - self.gather_ms) / 1000, 0.0
         input_ms, compute_ms = self.gather_ms + self.gpu.h2d_ms, self.gpu.compute_ms

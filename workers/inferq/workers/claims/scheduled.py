@@ -93,7 +93,7 @@ class Later:
         """The settlement that has `message` wait until `due_ms`, by Redis' clock."""
         names, claim = self._names, slot.claim
         place = f"{claim.model}:{claim.step}:{secrets.token_hex(8)}"
-        key = names.kept(place)
+        key = names.scheduled_message(place)
         return Settlement(
             slot, claim.model, None, b"",
             before=(
@@ -152,8 +152,8 @@ class Later:
         commands: list[Command] = []
         # To the end that is claimed first: they have waited long enough. The first due last.
         for member, (model, step) in reversed(places.items()):
-            kept, queue = names.kept(member.decode()), names.queue(model, step)
-            commands.append(("LMOVE", kept, queue, "LEFT", "RIGHT"))
+            waiting, queue = names.scheduled_message(member.decode()), names.queue(model, step)
+            commands.append(("LMOVE", waiting, queue, "LEFT", "RIGHT"))
         replies = attempted(self._client, names, commands)
         stays = {
             member
@@ -180,7 +180,7 @@ class Later:
 
     def _tell(self, names: Names, member: bytes, place: _Place) -> None:
         for key, until in (
-            (names.kept(member.decode()), "The request that it was for is gone"),
+            (names.scheduled_message(member.decode()), "The request that it was for is gone"),
             (names.queue(*place), NOTHING_CLAIMED),
         ):
             if (kind := type_of(self._client, key)) not in (LIST, "none"):
@@ -188,9 +188,9 @@ class Later:
 
     def _list_again(self, names: Names) -> None:
         """`later` was amiss: requests that were kept meanwhile, or before, may not stand in it."""
-        head = names.kept("").encode()
+        head = names.scheduled_message("").encode()
         for key in self._client.scan_iter(
-            match=f"{glob_of(names.kept(''))}*", count=1000, _type=LIST
+            match=f"{glob_of(names.scheduled_message(''))}*", count=1000, _type=LIST
         ):
             member = bytes(key).removeprefix(head)
             message = self._client.lindex(key, 0)

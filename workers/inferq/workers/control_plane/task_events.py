@@ -132,7 +132,7 @@ class TaskEvents(Observer):
                 self._note(known, outcome)
             elif outcome.error is not None and self._enabled:
                 behind = time.time() - time.monotonic()
-                received = behind + outcome.item.arrived_ms / 1000
+                received = behind + outcome.item.arrived_mono_ms / 1000
                 told[outcome.item.ticket.id] = _Open(
                     received, told=False, started=behind + finished.began
                 )
@@ -141,7 +141,7 @@ class TaskEvents(Observer):
         run, outputs = outcome.run, outcome.outputs
         if run is None or outputs is None:
             return
-        known.runtime = (run.ended_ms - run.started_ms) / 1000
+        known.runtime = (run.ended_mono_ms - run.started_mono_ms) / 1000
         if outcome.item.padded:
             model = self._models[outcome.item.ticket.model]
             outputs = model.results.padding.cut(outputs, outcome.item.padded)

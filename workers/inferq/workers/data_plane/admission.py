@@ -42,7 +42,7 @@ class Admission:
         held = self._held
         for batch in claimed:
             claim = batch.claim
-            claim.claimed_ms = self._clock.now()
+            claim.claimed_redis_ms = self._clock.now()
             room = held.budget.fetchable(claim.model)
             began = time.thread_time()
             # If this breaks off, the claim stays unknown here and is adopted on the next link.

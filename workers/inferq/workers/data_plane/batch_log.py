@@ -38,7 +38,7 @@ def _tell(finished: Finished) -> None:
     """What a batch that has ended held, how long it took, who failed."""
     model, outcomes = finished.job.model, finished.outcomes
     # A batch that failed was run again in parts.
-    runs = {run.started_ms: run for outcome in outcomes if (run := outcome.run) is not None}
+    runs = {run.started_mono_ms: run for outcome in outcomes if (run := outcome.run) is not None}
     failed = [each.item.ticket.id for each in outcomes if each.error is not None]
     late = [each.ticket.id for each in finished.late]
     rows = sum(run.rows for run in runs.values())

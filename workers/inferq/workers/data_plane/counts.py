@@ -209,7 +209,7 @@ class ModelCounts:
         last, and first in a snapshot: of a request that has one, all else is counted.
         """
         sent, overtaken = settled.settlements, settled.overtaken
-        now_ms, redis_ms = settled.at_ms, settled.redis_ms
+        now_mono_ms, redis_ms = settled.at_mono_ms, settled.redis_ms
         queue_s, total_s = self.queue_s, self.total_s
         endings: list[str] = []
         run: Run | None = None
@@ -227,10 +227,10 @@ class ModelCounts:
                     self.errors[done.error_code] += 1
             if done.attempts:
                 self.attempts += done.attempts - (ending == DEAD_LETTER)
-            claimed_ms = done.slot.claim.claimed_ms
+            claimed_redis_ms = done.slot.claim.claimed_redis_ms
             sent_ms = done.sent_ms
-            if sent_ms is None or not 0 <= claimed_ms - sent_ms <= MAX_AGE_MS:
-                sent_ms = claimed_ms
+            if sent_ms is None or not 0 <= claimed_redis_ms - sent_ms <= MAX_AGE_MS:
+                sent_ms = claimed_redis_ms
             total = max(0.0, redis_ms - sent_ms) / 1000  # the clock may have been set meanwhile
             total_s.counts[bisect_left(SECONDS, total)] += 1
             total_s.sum += total
@@ -238,25 +238,25 @@ class ModelCounts:
                 continue
             if done.run is not run:
                 if run is not None:
-                    self._computed(run, requests, now_ms)
+                    self._computed(run, requests, now_mono_ms)
                 run, requests = done.run, 0
-                since_s = (now_ms - run.started_ms) / 1000
+                since_s = (now_mono_ms - run.started_mono_ms) / 1000
             requests += 1
             queue = max(0.0, total - since_s)
             queue_s.counts[bisect_left(SECONDS, queue)] += 1
             queue_s.sum += queue
         if run is not None:
-            self._computed(run, requests, now_ms)
+            self._computed(run, requests, now_mono_ms)
         for ending, count in Counter(endings).items():
             self.outcomes[ending] += count
 
-    def _computed(self, run: Run, requests: int, now_ms: float) -> None:
+    def _computed(self, run: Run, requests: int, now_mono_ms: float) -> None:
         input_s, infer_s, output_s = run.split_s
         for histogram, value in (
             (self.compute_input_s, input_s),
             (self.compute_infer_s, infer_s),
             (self.compute_output_s, output_s),
-            (self.settle_s, (now_ms - run.ended_ms) / 1000),
+            (self.settle_s, (now_mono_ms - run.ended_mono_ms) / 1000),
         ):
             histogram.counts[bisect_left(SECONDS, value)] += requests
             histogram.sum += requests * value

@@ -114,7 +114,7 @@ class Incarnation:
             self._went_back = False
         for claimed in ledger.adopt(claims):
             admission.take_on([claimed], models)
-        settling.kept.last = ledger.settles_known
+        settling.settled_multis.last = ledger.settles_known
         self.run_id = link.run_id
 
     def mark_all(self, ledger: Ledger) -> None:

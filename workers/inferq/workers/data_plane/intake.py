@@ -224,7 +224,7 @@ class Intake:
             ticket = replace(ticket, lists=True)
         return Waiting(
             ticket=ticket, inputs=arrays, slot=slot, compatible=self._compatible(arrays),
-            arrived_ms=time.monotonic() * 1000, claimed_ms=self._redis_ms(), rows=rows,
+            arrived_mono_ms=time.monotonic() * 1000, claimed_redis_ms=self._redis_ms(), rows=rows,
             alone=ticket.attempts > 0, padded=padded,
         )  # fmt: skip
 

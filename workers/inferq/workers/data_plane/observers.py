@@ -31,7 +31,7 @@ class Settled(msgspec.Struct, frozen=True):
     #: Places of those whose request had another's result already.
     overtaken: frozenset[int]
     #: When Redis answered, in ms of the monotonic clock and of Redis' own.
-    at_ms: float
+    at_mono_ms: float
     redis_ms: float
 
 

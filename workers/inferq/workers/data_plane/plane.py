@@ -319,13 +319,15 @@ class DataPlane:
             ledger.note_changes()
             if time.monotonic() - self.answered_at > IDLE_S:
                 ledger.arm()
-                settling.kept.trim()
+                settling.settled_multis.trim()
                 self.answered_at = time.monotonic()
 
     def _sleep_s(self) -> float:
         until = [IDLE_S]
         now = time.monotonic()
-        until += [m.due_ms / 1000 - now for m in self._models.values() if m.due_ms is not None]
+        until += [
+            m.due_mono_ms / 1000 - now for m in self._models.values() if m.due_mono_ms is not None
+        ]
         if self._drain_by is not None:
             until.append(self._drain_by - now)
         if (due_at := self._settling.due_at()) is not None:
@@ -338,7 +340,7 @@ class DataPlane:
         """Decide what leaves. It is dispatched once Redis was told what starts."""
         leaving: list[tuple[ServedModel, Job]] = []
         for model in self._models.values():
-            model.due_ms = None
+            model.due_mono_ms = None
         if self._claiming and not self._fatal:
             for model in self._models.values():
                 if model.overtaken():

@@ -255,7 +255,9 @@ class Results:
         if run is None:
             raise ValueError("only a computed request has a receipt")
         queued = (
-            None if ticket.sent_ms is None else max(0.0, round(item.claimed_ms - ticket.sent_ms, 3))
+            None
+            if ticket.sent_ms is None
+            else max(0.0, round(item.claimed_redis_ms - ticket.sent_ms, 3))
         )
         gpu = run.gpu
         on_gpu = (
@@ -269,9 +271,9 @@ class Results:
         )
         return {
             "queue_ms": queued,
-            "form_ms": round(run.started_ms - item.arrived_ms, 3),
-            "compute_ms": round(run.ended_ms - run.started_ms, 3),
-            "settle_ms": round(time.monotonic() * 1000 - run.ended_ms, 3),
+            "form_ms": round(run.started_mono_ms - item.arrived_mono_ms, 3),
+            "compute_ms": round(run.ended_mono_ms - run.started_mono_ms, 3),
+            "settle_ms": round(time.monotonic() * 1000 - run.ended_mono_ms, 3),
             "batch_size": run.rows,
             "padding": run.padding,
             "requests": run.requests,

@@ -11,8 +11,10 @@ from inferq.workers.data_plane.budget import Budget
 from inferq.workers.data_plane.served_model import ServedModel
 
 
-def next_batches(models: Collection[ServedModel], now_ms: float) -> list[tuple[ServedModel, Job]]:
-    """The batches that leave now. `now_ms`: of the monotonic clock.
+def next_batches(
+    models: Collection[ServedModel], now_mono_ms: float
+) -> list[tuple[ServedModel, Job]]:
+    """The batches that leave now. `now_mono_ms`: of the monotonic clock.
 
     A suspect computes while nothing else does, on no lane of any model, and no audit either: should
     it end this process once more, nobody else is blamed, nor is it blamed for others.
@@ -27,7 +29,7 @@ def next_batches(models: Collection[ServedModel], now_ms: float) -> list[tuple[S
     for model in models:
         if model.audit.held:
             model.audit.release()
-    return [(model, job) for model in models if model.waiting for job in model.form(now_ms)]
+    return [(model, job) for model in models if model.waiting for job in model.form(now_mono_ms)]
 
 
 def wants(

@@ -71,7 +71,7 @@ class ServedModel:
         #: of them, the others were formed ahead.
         self.jobs: list[Job] = []
         #: Monotonic ms at which waiting requests may leave; None: when something changes.
-        self.due_ms: float | None = None
+        self.due_mono_ms: float | None = None
         self._loaded = loaded
         self._prepared = prepared
         self._lanes = lanes
@@ -104,9 +104,9 @@ class ServedModel:
 
     # --- forming ----------------------------------------------------------------------------
 
-    def form(self, now_ms: float) -> Iterator[Job]:
+    def form(self, now_mono_ms: float) -> Iterator[Job]:
         """The batches to `put` now: none while the first in line is a suspect."""
-        while (decision := self._decide(now_ms)) is not None:
+        while (decision := self._decide(now_mono_ms)) is not None:
             yield self._form(decision)
 
     def suspect(self) -> bool:
@@ -123,7 +123,7 @@ class ServedModel:
         self.jobs.append(job)
         return job
 
-    def _decide(self, now_ms: float) -> Leave | None:
+    def _decide(self, now_mono_ms: float) -> Leave | None:
         """The next batch for a free lane or, once all compute, the next full one for whichever
         lane is free first: requests that still lack company keep the chance to find it.
         """
@@ -131,14 +131,14 @@ class ServedModel:
             return None
         free = len(self._lanes) - len(self.jobs)
         if free > 0:
-            decision = decide(self.waiting.items, free, now_ms, self.target.knobs)
-            self.due_ms = decision.until_ms if isinstance(decision, Wait) else None
+            decision = decide(self.waiting.items, free, now_mono_ms, self.target.knobs)
+            self.due_mono_ms = decision.until_mono_ms if isinstance(decision, Wait) else None
         else:
-            self.due_ms = None
+            self.due_mono_ms = None
             if -free >= len(self._lanes) * self._depth:
                 return None
             items = self.waiting.items
-            decision = decide(items, 1, now_ms, self.target.ahead)
+            decision = decide(items, 1, now_mono_ms, self.target.ahead)
             if (
                 isinstance(decision, Leave)
                 and items[decision.take[0]].ticket.priority > items[0].ticket.priority

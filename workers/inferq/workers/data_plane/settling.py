@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from inferq.shared.errors import FatalEngineError
 from inferq.shared.resp import Packed
 from inferq.workers.claims.ledger import Ledger
-from inferq.workers.claims.rollback import Kept
+from inferq.workers.claims.rollback import SettledMultis
 from inferq.workers.claims.runs import Finished
 from inferq.workers.claims.settlement import Settlement
 from inferq.workers.data_plane.control import Control
@@ -80,7 +80,7 @@ class Settling:
         self.incarnation = ""
         #: What goes into the next MULTIs, in order.
         self.due: list[Settlement] = []
-        self.kept = Kept()
+        self.settled_multis = SettledMultis()
         #: How many of those due were sent and not answered for.
         self._doubtful = 0
         #: Since the start.
@@ -195,7 +195,7 @@ class Settling:
         self.requests_settled += len(sent)
         self._held.settled({done.slot.claim for done in sent})
         del self.due[: len(sent)]
-        self.kept.add(storing, len(sent), number)
+        self.settled_multis.add(storing, len(sent), number)
         if overtaken and self._doubtful:  # the result there may be this very one
             overtaken = frozenset(place for place in overtaken if place >= self._doubtful)
         self._doubtful = max(0, self._doubtful - len(sent))
@@ -212,13 +212,13 @@ class Settling:
 
     def is_ahead_of(self, ledger: Ledger) -> bool:
         """Whether Redis went back in time: it knows less than it has answered for."""
-        return ledger.settles_known < self.kept.last
+        return ledger.settles_known < self.settled_multis.last
 
     def store_again(self, ledger: Ledger) -> None:
         """Store results that were settled lately and that Redis does not know any more."""
-        for multi in self.kept.after(ledger.settles_known):
+        for multi in self.settled_multis.after(ledger.settles_known):
             ledger.settle_again(multi.storing, multi.number)
-            self.kept.again(multi)
+            self.settled_multis.again(multi)
 
     def ending(self) -> int:
         """How many requests will be settled with the next MULTIs."""
@@ -237,8 +237,8 @@ class Settling:
         """
         self.due.clear()
         if not forgotten:
-            self.kept.clear()
-        self.kept.last = 0
+            self.settled_multis.clear()
+        self.settled_multis.last = 0
         self._stopped.clear()
         self.away_in_canvas.clear()
         self._doubtful = 0

@@ -65,7 +65,7 @@ class Target:
         if row_elements(outcomes[0].item.inputs) != self._prepared.row_elements:
             return  # longer or shorter rows than those that were measured
         before = learner.target
-        if learner.ran(run.rows + run.padding, (run.ended_ms - run.started_ms) / 1000):
+        if learner.ran(run.rows + run.padding, (run.ended_mono_ms - run.started_mono_ms) / 1000):
             logger.info(
                 "model %s: batches of %d in place of %d from now on, as its batches ran since",
                 self._model, learner.target, before, extra=about(model=self._model),

@@ -79,8 +79,8 @@ class DeadLetters:
         missing = -1
         while wanted and len(wanted) != missing:
             missing = len(wanted)  # others' removals may have moved some past us: look once more
-            kept, count = 0, 1
-            while wanted and (block := self._range(model, -kept - count, -kept - 1)):
+            passed, count = 0, 1
+            while wanted and (block := self._range(model, -passed - count, -passed - 1)):
                 picked = 0
                 for raw in reversed(block):
                     letter = read_letter(model, raw)
@@ -88,7 +88,7 @@ class DeadLetters:
                         wanted.discard(letter.digest)
                         picked += 1
                         yield letter
-                kept += len(block) - picked
+                passed += len(block) - picked
                 count = _next_count(block)
 
     def queue(self, letter: Letter) -> str:
@@ -118,8 +118,8 @@ class DeadLetters:
         if not letter.genuine:
             raise InferqError(f"{letter.reason}; it can only be dropped")
         if letter.is_cut:
-            kept, size = len(letter.message), letter.size
-            raise InferqError(f"{kept} of its {size} bytes are kept; it can only be dropped")
+            held, size = len(letter.message), letter.size
+            raise InferqError(f"{held} of its {size} bytes are kept; it can only be dropped")
         stored = self._stored(letter)
         status = _status(stored)
         if status not in {None, "FAILURE"}:

@@ -156,7 +156,7 @@ class Heartbeat:
         waiting = sum(len(model.reserved()) for model in models)
         steps = plane.steps if plane is not None else 0
         work = waiting or (plane is not None and plane.backlog())
-        for_company = any(model.due_ms is not None for model in models)
+        for_company = any(model.due_mono_ms is not None for model in models)
         # Without Redis there is nothing to get on with: health asks for how long that is so.
         silent = plane is not None and now - plane.answered_at > UNANSWERED_S
         busy = computing or audits  # what takes too long of that is overdue
