@@ -176,7 +176,7 @@ def test_entry_points_that_cannot_be_read_are_told_on_one_line_and_no_other_is_l
         (
             "from inferq.workers.models.engine import Engine as E\n"
             "class Engine(E):\n    name = 'other'\n    def load(self): ...\n",
-            "has no close, lanes, read; expected all that an engine has",
+            "has no read; expected all that an engine has",
         ),
         (ENGINE.replace('"other"', '"else"'), "has the name 'else'; expected 'other'"),
     ],

@@ -7,7 +7,7 @@ the first result, LSET and UNLINK of a place that is settled change nothing.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -117,7 +117,7 @@ class Settle:
         return self.storing + self.releasing
 
     @classmethod
-    def of(
+    def of(  # noqa: C901 - one loop: what is done for each request, a call would make dearer
         cls,
         settlements: Iterable[Settlement],
         names: Names,
@@ -147,14 +147,8 @@ class Settle:
                 if done.reply is not None:
                     replies[done.reply].append(done.request_id)
             if done.dead_letter is not None:
-                dead = names.dead(done.model)
-                # LREM: of a MULTI whose answer was lost.
-                storing.append(("LREM", dead, 1, done.dead_letter))
-                storing.append(("LPUSH", dead, done.dead_letter))
-                if not done.quarantined:
-                    storing.append(("LTRIM", dead, 0, DEAD_LETTERS_KEPT - 1))
+                storing += _dead_letter(names, done, done.dead_letter)
                 letters[done.model] += done.quarantined
-                storing += [("EXPIRE", key, DEAD_PAYLOAD_S) for key in done.payload_keys]
             else:
                 garbage += done.payload_keys
             if done.running and done.request_id is not None:
@@ -166,19 +160,8 @@ class Settle:
             done.slot.claim.settled.add(done.slot.index)
             touched[done.slot.claim].append(done.slot.index)
         storing += [_keep_letters(names, model, added) for model, added in letters.items()]
-        for at in range(0, len(stored), KEYS_AT_ONCE):
-            keys = stored[at : at + KEYS_AT_ONCE]
-            storing.append(("EVAL", source("publish"), len(keys), *keys))
-        for channel, ids in replies.items():
-            storing.append(("PUBLISH", channel, msgpack.packb(ids)))
-        finished = [claim for claim in touched if claim.complete]
-        for claim, places in touched.items():
-            if not claim.complete:
-                releasing += [("LSET", claim.key, -(place + 1), b"") for place in places]
-        if finished:
-            keys = [claim.key for claim in finished]
-            releasing.append(("UNLINK", *keys))
-            releasing.append(("HDEL", names.claims(incarnation), *keys))
+        storing += _telling(stored, replies)
+        releasing += _ending(names, incarnation, touched)
         if stopped:
             releasing.append(("SREM", names.running(incarnation), *stopped))
         for model, fields in forgiven.items():
@@ -195,6 +178,39 @@ class Settle:
         if None not in replies:
             return frozenset()
         return frozenset(place for index, place in self._deciding if replies[index] is None)
+
+
+def _dead_letter(names: Names, done: Settlement, letter: bytes) -> Iterator[Command]:
+    dead = names.dead(done.model)
+    yield ("LREM", dead, 1, letter)  # of a MULTI whose answer was lost
+    yield ("LPUSH", dead, letter)
+    if not done.quarantined:
+        yield ("LTRIM", dead, 0, DEAD_LETTERS_KEPT - 1)
+    for key in done.payload_keys:
+        yield ("EXPIRE", key, DEAD_PAYLOAD_S)
+
+
+def _telling(stored: Sequence[str], replies: Mapping[str, Sequence[str]]) -> Iterator[Command]:
+    """What tells who waits of the results under the keys `stored`, and of ids, by reply channel."""
+    for at in range(0, len(stored), KEYS_AT_ONCE):
+        keys = stored[at : at + KEYS_AT_ONCE]
+        yield ("EVAL", source("publish"), len(keys), *keys)
+    for channel, ids in replies.items():
+        yield ("PUBLISH", channel, msgpack.packb(ids))
+
+
+def _ending(
+    names: Names, incarnation: str, touched: Mapping[Claim, Sequence[int]]
+) -> Iterator[Command]:
+    """What blanks the settled places of claims, and deletes those in which nothing is left."""
+    finished = [claim.key for claim in touched if claim.complete]
+    for claim, places in touched.items():
+        if not claim.complete:
+            for place in places:
+                yield ("LSET", claim.key, -(place + 1), b"")
+    if finished:
+        yield ("UNLINK", *finished)
+        yield ("HDEL", names.claims(incarnation), *finished)
 
 
 def _keep_letters(names: Names, model: str, added: int) -> Command:

@@ -202,7 +202,9 @@ class ModelCounts:
             self.padding.counts[bisect_left(PADDING, run.padding)] += 1
             self.padding.sum += run.padding
 
-    def settled(self, settled: Settled, places: range) -> None:
+    def settled(  # noqa: C901 - for each request: a call would cost more than what it does
+        self, settled: Settled, places: range
+    ) -> None:
         """Redis has answered for what is settled at those `places`, all of this model.
 
         What is the same for all requests of a run is counted once for all of them. Outcomes come

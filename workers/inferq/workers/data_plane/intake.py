@@ -90,7 +90,7 @@ class Intake:
             not isinstance(dim, int) for spec in advert.signature.inputs for dim in spec.shape[1:]
         )
 
-    def open(
+    def open(  # noqa: C901, PLR0912 - the checks of one message, in their order
         self, slot: Slot, message: bytes
     ) -> Opened | Failed | Revoked | Foreign | Early | Quarantined:
         """Read one message. Never raises."""

@@ -32,7 +32,7 @@ from inferq.workers.warmup.fit import Fit, lacks_memory
 logger = logging.getLogger(__name__)
 
 
-def execute(
+def execute(  # noqa: C901, PLR0912 - each way in which a batch may fail, in their order
     lane: Lane,
     items: Sequence[Waiting],
     knobs: Knobs,

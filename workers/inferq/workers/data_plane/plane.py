@@ -284,7 +284,9 @@ class DataPlane:
         computing = any(model.jobs for model in self._models.values())
         return not computing and self._settling.is_over()
 
-    def _serve(self, link: Link, ledger: Ledger, admission: Admission) -> None:
+    def _serve(  # noqa: C901 - the steps of the loop, in their order
+        self, link: Link, ledger: Ledger, admission: Admission
+    ) -> None:
         settling = self._settling
         self.answered_at = self.answering_since = time.monotonic()
         while not self._over():
