@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import redis
 
@@ -22,6 +25,20 @@ from inferq.workers.supervision.health import SERVING, read_beat
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 40.0
+#: How often, and after how long each, a worker that was told to end is woken to see it.
+WAKE_UPS, WAKE_UP_S = 20, 0.05
+#: A broadcast of Celery's that is addressed to no worker at all.
+FOR_NOBODY = json.dumps(
+    {
+        "body": base64.b64encode(b'{"method": "ping", "destination": ["nobody"]}').decode(),
+        "content-type": "application/json", "content-encoding": "utf-8",
+        "headers": {"clock": 1, "expires": 0},
+        "properties": {
+            "delivery_mode": 2, "priority": 0, "body_encoding": "base64", "delivery_tag": "none",
+            "delivery_info": {"exchange": "celery.pidbox", "routing_key": ""},
+        },
+    }
+)  # fmt: skip
 
 
 class Worker(Scoped):
@@ -149,10 +166,27 @@ class Worker(Scoped):
         if self._process is not None:
             if self._process.poll() is None:
                 self.resume()
+                self._end_soon(self._process)
             end_child(self._process, STOP_TIMEOUT_S)
         if self._log is not None:
             self._log.unlink(missing_ok=True)
             self._log = None
+
+    def _end_soon(self, process: subprocess.Popen[bytes]) -> None:
+        """SIGTERM, which Celery's loop sees once a second, or whenever a broadcast arrives."""
+        process.terminate()
+        database = urlsplit(self.redis_url).path.strip("/") or "0"
+        try:
+            with redis.Redis.from_url(self.redis_url, socket_timeout=0.5) as client:
+                for _ in range(WAKE_UPS):
+                    client.publish(f"/{database}.celery.pidbox", FOR_NOBODY)
+                    try:
+                        process.wait(WAKE_UP_S)
+                        return
+                    except subprocess.TimeoutExpired:
+                        continue
+        except redis.RedisError:
+            return  # no Redis, or one that lets nobody publish: it ends by itself
 
     def _explain(self) -> None:
         sys.stderr.write(f"--- log of worker {self.name} ---\n{self.log[-6000:]}\n")

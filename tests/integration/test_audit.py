@@ -173,7 +173,7 @@ def test_flowers_page_tells_it(found: Found) -> None:
 
 def test_inspect_stats_tells_it(found: Found) -> None:
     with Celery(broker=found.url) as app:
-        (stats,) = app.control.inspect(timeout=5).stats().values()
+        (stats,) = app.control.inspect(timeout=5, limit=1).stats().values()
     assert stats["inferq_audits"].startswith("company: answers depend on their batch: output 'y'")
 
 

@@ -208,7 +208,7 @@ def test_flowers_page_and_inspect_stats_name_each(worker: SupervisedWorker, url:
     (note,) = (note for note in page["notes"] if "no model" in note)
     assert ", ".join(OTHERS) in note
     with stock_app(url) as app:
-        stats = until(lambda: app.control.inspect(timeout=2).stats(), 30, "it answers")
+        stats = until(lambda: app.control.inspect(timeout=2, limit=1).stats(), 30, "it answers")
         ((_, info),) = stats.items()
     for name, bad in {**BAD, **NEWEST}.items():
         assert name in info["inferq_not_served"]
@@ -238,7 +238,7 @@ def test_what_is_sent_to_a_model_that_is_not_served_waits(
     pools.reset()  # kombu's pools of this process hold dead ones, too
     until(lambda: worker.log.count("Connected to redis") > connected, 60, "Celery's side is back")
     with stock_app(url) as app, Client(url) as client:
-        until(lambda: app.control.inspect(timeout=2).ping(), 60, "its consumer listens")
+        until(lambda: app.control.inspect(timeout=2, limit=1).ping(), 60, "its consumer listens")
         # Served after the new connections are there: so both sides take again what they take.
         for _ in range(20):
             client.infer("good", {"x": np.ones((1, 3), np.float32)}, timeout=TIMEOUT_S)

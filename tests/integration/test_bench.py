@@ -371,7 +371,7 @@ def test_a_redis_that_goes_away_is_one_line_and_what_was_measured_is_shown(
     new_redis: Callable[..., EmbeddedRedis], serve: Serve, load: Sequence[str]
 ) -> None:
     server = new_redis()
-    serve(server.url, fake="delay_ms = 5")
+    worker = serve(server.url, fake="delay_ms = 5")
     args = (*load, "--processes", 2, "--window", 0.3, "--max-windows", 3)
     with running(server.url, "m", *args) as bench:
         bench.says(" (1 of 3): ")
@@ -380,6 +380,7 @@ def test_a_redis_that_goes_away_is_one_line_and_what_was_measured_is_shown(
         assert bench.err.splitlines()[-1].startswith("Error: Redis cannot be reached: ")
         assert "Traceback" not in bench.err
         assert bench.out.splitlines()[1].split()[0].rstrip("*") in ("4", "20")
+    worker.kill()  # it would wait through its grace for a Redis that never comes back
 
 
 def test_a_producer_process_that_dies_is_one_line(redis_url: str, serve: Serve) -> None:

@@ -218,7 +218,7 @@ def test_an_event_and_a_count_tell_of_another_task(
         redis.pubsub() as heard,  # type: ignore[no-untyped-call]
     ):
         heard.psubscribe("*celeryev*")
-        until(lambda: app.control.ping(timeout=2), what="it hears commands")
+        until(lambda: app.control.ping(timeout=2, limit=1), what="it hears commands")
         told = app.send_task("someone.elses", queue="inferq.m")
         told.get(timeout=WAIT_S, propagate=False)
         events: dict[str, dict[str, Any]] = {}
@@ -233,7 +233,7 @@ def test_an_event_and_a_count_tell_of_another_task(
         until(ended, what="its failure is told")
         assert events["task-received"]["name"] == "someone.elses"
         assert events["task-failed"]["exception"] == "NotRegistered('someone.elses')"
-        stats = app.control.inspect(timeout=5).stats()
+        stats = app.control.inspect(timeout=5, limit=1).stats()
         (stat,) = (stats or {}).values()
         assert stat["total"] == {"inferq.infer": 0}
         assert "task 'someone.elses' on the queue of m is not run" in worker.log
@@ -415,7 +415,7 @@ def test_tasks_with_an_eta_wait_in_redis_and_not_in_the_worker(
     until(lambda: not my_store.exists("unacked"), what="Celery holds none")
     assert int(my_store.zcard(NAMES.later)) == 2_000
     with stock_app(mine.redis_url) as app:
-        (scheduled,) = (app.control.inspect(timeout=5).scheduled() or {}).values()
+        (scheduled,) = (app.control.inspect(timeout=5, limit=1).scheduled() or {}).values()
     assert scheduled == []
     my_store.delete(NAMES.later, *my_store.keys(f"{NAMES.later}:*"))
 

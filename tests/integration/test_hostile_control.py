@@ -317,8 +317,8 @@ def test_what_others_tell_a_starting_worker_does_not_end_it(
         assert worker.alive
         with stock_app(redis_url) as app:
             assert app.control.ping(timeout=ANSWER_S, limit=1)
-            (clock,) = (app.control.inspect(timeout=ANSWER_S).clock() or {}).values()
-            (known,) = (app.control.inspect(timeout=ANSWER_S).revoked() or {}).values()
+            (clock,) = (app.control.inspect(timeout=ANSWER_S, limit=1).clock() or {}).values()
+            (known,) = (app.control.inspect(timeout=ANSWER_S, limit=1).revoked() or {}).values()
         assert clock["clock"] < 1e6
         assert all(len(each) < 1_001 for each in known)
         assert connections(worker) == 1

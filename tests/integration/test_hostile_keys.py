@@ -131,16 +131,19 @@ def test_a_key_of_celerys_side_of_another_type_disturbs_no_worker(
         redis.lpush(key, "x")
     else:
         redis.set(key, "x")
+    record = json.dumps([json.loads(message_of("held")), "", "inferq.m"])
+    if keeps_records := not key.startswith("unacked") or key == "unacked_mutex":
+        # Before it starts: a worker looks for what dead ones held then, and every 10 s.
+        redis.hset("unacked", "held", record)
+        redis.zadd("unacked_index", {"held": time.time() - 3700})
     with Worker(redis_url, models) as worker:
         is_up(worker)
         serves(redis)
         if key not in ASKERS:
             assert app.control.ping(timeout=ANSWER_S, limit=1)
-        record = json.dumps([json.loads(message_of("held")), "", "inferq.m"])
-        if not key.startswith("unacked") or key == "unacked_mutex":
-            redis.hset("unacked", "held", record)
-            redis.zadd("unacked_index", {"held": time.time() - 3700})
+        if keeps_records:
             assert meta_of(redis, "held", 30.0)["status"] == "SUCCESS"
+        until(redis.pubsub_numpat, what="it has subscribed")
         redis.publish("/0.celery.pidbox", "odd")
         until(lambda: lines(worker, "a broadcast is no message"), what="it listens")
         was_undisturbed(worker)

@@ -187,8 +187,10 @@ def test_a_queue_of_another_type_at_the_start_stops_no_other_model(
         assert_serves(redis, "b")
         assert lines(worker, "key 'inferq.a' is a hash; expected a list")
         app = make_app(Settings.load(redis_url=redis_url))
-        until(lambda: app.control.inspect(timeout=1.0).ping(), what="remote control answers")
-        consumed = app.control.inspect(timeout=1.0).active_queues()
+        until(
+            lambda: app.control.inspect(timeout=1.0, limit=1).ping(), what="remote control answers"
+        )
+        consumed = app.control.inspect(timeout=10.0, limit=1).active_queues()
         assert {each["name"] for each in next(iter(consumed.values()))} == {"inferq.a", "inferq.b"}
         let_go(app)
         assert not lines(worker, "Connection to broker lost")

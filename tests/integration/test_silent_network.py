@@ -62,7 +62,7 @@ def answered(redis: redis_py.Redis, sent: list[AsyncResult[Any]]) -> int:
 
 
 def pinged(app: Celery) -> bool:
-    return bool(app.control.inspect(timeout=1.0).ping())
+    return bool(app.control.inspect(timeout=1.0, limit=1).ping())
 
 
 @pytest.mark.parametrize("also_new", [False, True], ids=["the-open-ones", "new-ones-too"])
