@@ -15,6 +15,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from helpers.process import stopped
 from helpers.scoped import Scoped
@@ -177,7 +179,8 @@ class Worker(Scoped):
         process.terminate()
         database = urlsplit(self.redis_url).path.strip("/") or "0"
         try:
-            with redis.Redis.from_url(self.redis_url, socket_timeout=0.5) as client:
+            once = Retry(NoBackoff(), 0)
+            with redis.Redis.from_url(self.redis_url, socket_timeout=0.5, retry=once) as client:
                 for _ in range(WAKE_UPS):
                     client.publish(f"/{database}.celery.pidbox", FOR_NOBODY)
                     try:

@@ -79,6 +79,7 @@ def test_a_background_loop_that_has_ended_fails_the_health_check(
 
         until(lambda: f"its background loop {name} has ended" in problem(), what="it is told")
         assert worker.alive
+        worker.kill()  # what its loop leaves undone would hold it up as long as its grace lasts
 
 
 def test_the_endpoint_tells_of_a_loop_that_has_ended(

@@ -16,6 +16,8 @@ import redis as redis_py
 from helpers.repository import fake_model
 from helpers.wait import until
 from helpers.worker import Worker
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from inferq.workers.process.children import end_child
 from inferq.workers.process.embedded import free_port
@@ -115,7 +117,11 @@ def test_the_server_of_inferq_redis_ends_with_it(
         assert f"redis://127.0.0.1:{port}/0" in command.output.read_text()
         assert len(command.children()) == 1
         command.end(number)
-        with redis_py.Redis(port=port) as client, pytest.raises(redis_py.ConnectionError):
+        once = Retry(NoBackoff(), 0)
+        with (
+            redis_py.Redis(port=port, retry=once) as client,
+            pytest.raises(redis_py.ConnectionError),
+        ):
             client.ping()
         if number is not signal.SIGKILL:
             assert list(command.scratch.iterdir()) == [], "nor is anything kept"

@@ -24,6 +24,8 @@ import redis as redis_py
 from helpers.acl import Users, roles
 from helpers.deploy import ROOT, Container, Dockerfile, example_env, load_compose
 from helpers.wait import until
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from inferq.shared.names import Names
 from inferq.workers.demo.models import MODELS
@@ -180,8 +182,9 @@ class Stack:
 
     def redis(self, password: str | None = PASSWORD, user: str | None = None) -> redis_py.Redis:
         return redis_py.Redis(
-            port=self.redis_port, username=user, password=password, socket_timeout=10.0
-        )
+            port=self.redis_port, username=user, password=password, socket_timeout=10.0,
+            retry=Retry(NoBackoff(), 0),  # a wrong password is refused at once
+        )  # fmt: skip
 
     def _here(self, text: str) -> str:
         for place, own in self._places.items():

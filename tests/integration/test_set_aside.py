@@ -47,6 +47,7 @@ def serving(redis_url: str, models: Path, tmp_path: Path) -> Iterator[Worker]:
         assert worker.alive
         until(lambda: is_healthy(beat), what="it is healthy")
         assert "Traceback" not in worker.log
+        worker.kill()  # what is still amiss would hold it up as long as its grace lasts
 
 
 def is_healthy(path: Path) -> bool:
