@@ -448,7 +448,7 @@ def test_tasks_that_wait_for_celery_at_the_end_go_back_to_their_queue(
 ) -> None:
     """At once, or where the worker was killed, once kombu's visibility timeout has passed."""
     count = 200
-    many = [foreign(f"task {n}", "mine.slow", args=[0.05, n]) for n in range(count)]
+    many = [foreign(f"task {n}", "mine.slow", args=[0.02, n]) for n in range(count)]
     with MyWorker(redis_url, tmp_path) as worker:
         redis.lpush(QUEUE, *many)
         until(lambda: redis.exists(NAMES.meta("task 3")), what="some are run")
