@@ -20,7 +20,7 @@ demo: $(READY)
 	$(BIN)/inferq demo $(ARGS)
 
 # Most tests wait for processes more than they compute, so there are more of them than 2 cores.
-JOBS ?= 3
+JOBS ?= 4
 
 test: $(READY)
 	$(NO_CARETS) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
