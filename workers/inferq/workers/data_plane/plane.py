@@ -327,9 +327,8 @@ class DataPlane:
     def _sleep_s(self) -> float:
         until = [IDLE_S]
         now = time.monotonic()
-        until += [
-            m.due_mono_ms / 1000 - now for m in self._models.values() if m.due_mono_ms is not None
-        ]
+        dues = [model.due_mono_ms for model in self._models.values()]
+        until += [due / 1000 - now for due in dues if due is not None]
         if self._drain_by is not None:
             until.append(self._drain_by - now)
         if (due_at := self._settling.due_at()) is not None:
@@ -377,11 +376,8 @@ class DataPlane:
 
     def _claimable(self) -> Collection[ServedModel]:
         """The models of which more may be claimed: few of their requests wait for links."""
-        away = self._settling.away_in_canvas
-        models = self._models.values()
-        if not away:
-            return models
-        return [model for model in models if away[model.name] < MAX_AWAY_IN_CANVAS]
+        away, models = self._settling.away_in_canvas, self._models.values()
+        return [m for m in models if away[m.name] < MAX_AWAY_IN_CANVAS] if away else models
 
     def _exchange(
         self, ledger: Ledger, admission: Admission, wants: list[Want], listen: list[QueueId]
