@@ -237,6 +237,36 @@ def test_groups_in_a_chord_are_unrolled_as_celery_does(side: Side) -> None:
     assert requests == plains
 
 
+@pytest.mark.parametrize("side", ["json"], indirect=True)
+def test_groups_at_the_end_of_a_chords_parts_are_lists_of_results(side: Side) -> None:
+    """Whoever ends last, a request or a plain task. Not with msgpack, as above."""
+
+    def ask() -> object:
+        both = []
+        for request, last in (("slow", infer("echo", 6)), ("echo", infer("slow", 6))):
+            inner = [infer(request, 1).set(immutable=True), plain("plus", 2, 3).set(immutable=True)]
+            longest = last if request == "slow" else last | plain("total")
+            header = [plain("plus", 0, 9), infer("other", 4) | group(inner), longest]
+            both.append(chord(header)(plain("totals")).get(timeout=WAIT_S))
+        return both
+
+    assert side(ask) == [[9, [4.0, 5], 24.0]] * 2
+
+
+@pytest.mark.parametrize("side", ["json"], indirect=True)
+def test_a_part_that_fails_in_a_group_at_the_end_of_another_fails_the_body(side: Side) -> None:
+    def ask(fault: int) -> object:
+        inner = group(each.set(immutable=True) for each in (infer("echo", fault), infer("slow", 1)))
+        body = plain("totals").on_error(plain("note_error", "deep chord"))
+        result = chord([infer("other", 2) | inner, infer("echo", 1)])(body)
+        noted("deep chord")
+        return ending(result)
+
+    state, name, message = side(ask, FAULT_RAISE)
+    assert (state, name) == ("FAILURE", "ChordError")
+    assert "asked to raise" in message
+
+
 def test_chords_nest(side: Side) -> None:
     def ask() -> object:
         inner = chord([infer("echo", 1), infer("other", 2)], plain("totals"))

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
@@ -18,9 +19,10 @@ from celery import Celery, Task, states
 from celery.app.amqp import AMQP
 from celery.app.task import Context
 from celery.canvas import Signature, _chain, _chord, group, maybe_signature
-from celery.exceptions import TaskRevokedError
+from celery.exceptions import ChordError, TaskRevokedError
 from kombu import Producer
 from kombu.serialization import dumps
+from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import dumps as to_json
 
 #: Headers that are Celery's and kombu's own.
@@ -65,23 +67,109 @@ def context_of(
 
 
 def await_no_results(app: Celery) -> None:
-    """Have `app` not subscribe to the result of each task that this thread sends with it.
+    """Have `app` not subscribe to the result of any task that this thread sends with it.
 
-    Celery would do so before it sends, and where Redis is away raise a RuntimeError after 20 s. Of
-    each thread, as its backend is.
+    Celery would do so before it sends one, and where Redis is away raise a RuntimeError after 20 s;
+    and for each of a group, before it sends them. Of each thread, as its backend is.
     """
     app.backend.on_task_call = lambda _producer, _task_id: None
+    app.backend.add_pending_result = lambda result, **_: result
 
 
-@contextmanager
-def awaiting_none(app: Celery) -> Iterator[None]:
-    """The same of each task of a group that this thread sends within. A chord's are read back."""
+class ChordKeys(msgspec.Struct, frozen=True):
+    """Where Celery keeps what a chord's body waits for."""
+
+    #: The ids of its header, if there are groups in it.
+    header: str
+    #: What each part came to.
+    parts: str
+
+
+def chord_keys(app: Celery, group_id: str) -> ChordKeys:
+    key = app.backend.get_key_for_group
+    return ChordKeys(*(bytes_to_str(key(group_id, end)) for end in ("", ".j")))
+
+
+def result_key(app: Celery, task_id: str) -> str:
+    return str(bytes_to_str(app.backend.get_key_for_task(task_id)))
+
+
+def chord_part(app: Celery, raw: bytes, *, in_groups: bool) -> tuple[str, Any]:
+    """The id of a chord's part, and what it came to. It raises why the part failed.
+
+    `in_groups`: as Celery does where groups stand in the header: it raises the very error.
+    """
     backend = app.backend
-    backend.add_pending_result = lambda result, **_: result
-    try:
-        yield
-    finally:
-        del backend.add_pending_result
+    _, task_id, state, result = backend.decode(raw)
+    if in_groups:
+        return task_id, _come_to(backend.meta_from_decoded({"status": state, "result": result}))
+    return task_id, backend._unpack_chord_result((1, task_id, state, result), tuple)
+
+
+def stored_part(app: Celery, task_id: str, raw: bytes | None) -> Any:
+    """What is stored of a chord's part. ChordError: that is nothing."""
+    meta = app.backend.decode_result(raw) if raw is not None else None
+    if meta is None or meta["status"] not in states.READY_STATES:
+        raise ChordError(f"Join error: there is no result of {task_id}")
+    return _come_to(meta)
+
+
+def _come_to(meta: Mapping[str, Any]) -> Any:
+    result = meta["result"]
+    if meta["status"] in states.PROPAGATE_STATES:
+        raise result if isinstance(result, Exception) else ChordError(f"Join error: {result!r}")
+    return result
+
+
+class Header(msgspec.Struct, frozen=True):
+    """A chord's header as Celery saves it: of groups, all that is in them; ids else."""
+
+    tasks: list[Any]
+
+    def ids(self) -> Iterator[str]:
+        """Those of all tasks whose results are asked for."""
+        waiting = list(self.tasks)
+        while waiting:
+            (task_id, _), inside = waiting.pop()
+            if inside is None:
+                yield task_id
+            else:
+                waiting += inside
+
+    def filled(self, results: Mapping[str, Any]) -> list[Any]:
+        """The results, by id, in the place of each task."""
+        return [
+            results[task_id] if inside is None else Header(inside).filled(results)
+            for (task_id, _), inside in self.tasks
+        ]
+
+
+def saved_header(app: Celery, raw: bytes) -> Header:
+    (_, tasks) = app.backend.decode(raw)["result"]
+    return Header(tasks)
+
+
+class _HeaderResult:
+    """Stands for the result of a chord's header, which Celery joins. See `join_by`."""
+
+    supports_native_join = True
+
+    def __init__(self, results: Callable[[], list[Any]]) -> None:
+        self._results = results
+
+    def on_ready(self) -> None:
+        """Celery waits for nothing after this."""
+
+    def join_native(self, **_: object) -> list[Any]:
+        return self._results()
+
+
+def join_by(app: Celery, results: Callable[[str], list[Any]]) -> None:
+    """Have `app` ask `results`, by a chord's group id, what its parts came to; of this thread.
+
+    Celery itself reads all of them in one piece, and waits for those of groups.
+    """
+    app.backend.restore_group = lambda group_id: _HeaderResult(partial(results, group_id))
 
 
 def store_by(app: Celery, store: Callable[[str, bytes], None]) -> None:
@@ -135,8 +223,7 @@ def divert(
     """
 
     def push_at_once(publish: Callable[..., object], *args: object) -> None:
-        with awaiting_none(app):
-            push(lambda: publish(*args))
+        push(lambda: publish(*args))
 
     app.finalize()
     app.tasks.clear()
@@ -185,11 +272,6 @@ def be_current(app: Celery) -> None:
 
 def publish_success(app: Celery, request: Context, result: object) -> None:
     """Publish links and the rest of a chain, as celery.app.trace does after a task's success."""
-    with awaiting_none(app):
-        _publish_success(app, request, result)
-
-
-def _publish_success(app: Celery, request: Context, result: object) -> None:
     origin = {"parent_id": request.id, "root_id": request.root_id or request.id}
     signatures = [maybe_signature(each, app=app) for each in request.callbacks or ()]
     groups = [each for each in signatures if isinstance(each, group)]
@@ -213,8 +295,7 @@ def publish_failure(app: Celery, request: Context, error: Exception) -> None:
     """Fail the rest of the chain and call errbacks, as Backend.mark_as_failure does."""
     app.backend._fail_chain(request.chain, error, None, store_result=True, state=states.FAILURE)
     if request.errbacks:
-        with awaiting_none(app):
-            app.backend._call_task_errbacks(request, error, None)
+        app.backend._call_task_errbacks(request, error, None)
 
 
 def revoked_error(reason: str) -> TaskRevokedError:

@@ -77,10 +77,11 @@ class Patience:
     def __call__(self, attempt: Callable[[], T]) -> T:
         """What `attempt` returns, called until it succeeds or no other try would change a thing.
 
-        EngineError: it goes on failing though Redis answers. Stopped: the worker stops first.
+        EngineError: it goes on failing though Redis answers. Stopped: the worker stops first; what
+        Celery has begun is tried once all the same, as it takes that for a failure of its own.
         """
         failing_since: float | None = None
-        while not self._loop.stopping:
+        while True:
             try:
                 return attempt()
             except Exception as problem:
@@ -100,7 +101,8 @@ class Patience:
                         f"answers: {problem}"
                     ) from problem
             self._loop.pause(RETRY_S)
-        raise Stopped
+            if self._loop.stopping:
+                raise Stopped
 
     def _answers(self) -> bool:
         try:

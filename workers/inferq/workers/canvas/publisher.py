@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Final
 
@@ -26,6 +27,7 @@ from inferq.shared.celery_app import make_app
 from inferq.shared.errors import EngineError, InferqError, from_wire
 from inferq.shared.settings import Settings
 from inferq.workers.canvas import celery_canvas as canvas_private
+from inferq.workers.canvas.chord_results import ChordResults
 from inferq.workers.canvas.following import following
 from inferq.workers.canvas.link_queues import LinkQueues
 from inferq.workers.canvas.patience import Patience, Stopped
@@ -87,6 +89,7 @@ class Canvas:
         self._sender = LinkSender(
             client, self._names, self._queues, self._expires_s, self._patience
         )
+        self._chords = ChordResults(client, self._patience, self._sender.give_way)
         self._apps = _apps(settings)
         for app in self._apps.values():
             canvas_private.divert(app, self._sender.take, self._sender.push_at_once)
@@ -194,6 +197,7 @@ class Canvas:
         app = self._apps[content_type]
         canvas_private.be_current(app)
         canvas_private.await_no_results(app)
+        canvas_private.join_by(app, partial(self._chords.of, app))
         canvas_private.store_by(app, self._sender.store)
         return app
 

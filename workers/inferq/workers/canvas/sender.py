@@ -63,7 +63,7 @@ class LinkSender:
         InvalidInput, PayloadTooLarge: it may not go there, or too much went before it.
         """
         self._queues.check(published.queue)
-        self._give_way()
+        self.give_way()
         self._messages += 1
         if self._messages > MAX_FOLLOWING:
             raise InvalidInput(f"more than {MAX_FOLLOWING} messages follow on it")
@@ -76,7 +76,7 @@ class LinkSender:
         else:
             self._collected.append(published)
 
-    def _give_way(self) -> None:
+    def give_way(self) -> None:
         """Let the other threads run for as long as this one has been.
 
         Each message is some 0.3 ms of Python. Whoever waits for the interpreter is given it after

@@ -1,0 +1,181 @@
+"""A producer that may only push gains nothing by chords: no worker waits for what never comes.
+
+One worker, which must live through all of it.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+import redis as redis_py
+from helpers.acl import Users
+from helpers.envelopes import JSON, envelope, request
+from helpers.repository import fake_model, numbered
+from helpers.results import meta_of, nothing_is_held, outputs_of
+from helpers.wait import until
+from helpers.worker import Worker
+
+from inferq.shared.names import Names
+from inferq.workers.process.embedded import EmbeddedRedis
+
+NAMES = Names()
+QUEUE = NAMES.queue("m")
+Signature = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def served(redis_kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    """One worker that serves the whole file."""
+    models = tmp_path_factory.mktemp("models")
+    for name in ("m", "other"):
+        fake_model(models, name, knobs="warm_up = false")
+    with EmbeddedRedis(redis_kind) as server, Worker(server.url, models) as worker:
+        yield worker
+
+
+@pytest.fixture
+def store(served: Worker) -> Iterator[redis_py.Redis]:
+    """Its Redis, empty of what the test before left; afterwards nothing is held."""
+    with redis_py.Redis.from_url(served.redis_url, socket_timeout=30) as client:
+        yield client
+        assert served.alive
+        until(lambda: nothing_is_held(client), what="nothing is held any more")
+        for pattern in ("celery-task*", "links*"):
+            for key in client.scan_iter(pattern):
+                client.unlink(key)
+
+
+@pytest.fixture
+def producer(served: Worker) -> Iterator[redis_py.Redis]:
+    """May push to queues of models, and nothing else."""
+    with Users(served.redis_url) as users:
+        yield users.push_only()
+
+
+def link(queue: str = "links", **options: Any) -> Signature:
+    return {
+        "task": "app.note", "args": [], "kwargs": {}, "subtask_type": None, "immutable": False,
+        "options": {"queue": queue, **options},
+    }  # fmt: skip
+
+
+def infer(n: float, **options: Any) -> Signature:
+    """A request for m that takes nothing over from the step before it."""
+    kwargs = {"inputs": {"x": numbered(n).tolist()}}
+    signature = {**link(QUEUE, **options), "task": "inferq.infer", "kwargs": kwargs}
+    return {**signature, "immutable": True}
+
+
+def canvas(kind: str, **kwargs: Any) -> Signature:
+    return {
+        **link(), "task": f"celery.{kind}", "subtask_type": kind, "kwargs": kwargs, "options": {},
+    }  # fmt: skip
+
+
+def group(*tasks: Signature) -> Signature:
+    return canvas("group", tasks=list(tasks))
+
+
+def chain(*tasks: Signature) -> Signature:
+    return canvas("chain", tasks=list(tasks))
+
+
+def chord(*header: Signature, after: Signature, **options: Any) -> Signature:
+    made = canvas("chord", header=group(*header), body=after, kwargs={})
+    return {**made, "options": options}
+
+
+def asked(producer: redis_py.Redis, embed: object, **given: Any) -> str:
+    """Push a request for m with `embed`, as JSON; its id."""
+    request_id = str(uuid.uuid4())
+    packed = json.dumps([[], {"inputs": {"x": numbered(1).tolist()}}, embed]).encode()
+    producer.lpush(QUEUE, envelope(packed, kind=JSON, request_id=request_id, **given))
+    return request_id
+
+
+def linked(store: redis_py.Redis, producer: redis_py.Redis) -> None:
+    """A request for another model, with an honest link, is answered and has it published."""
+    request_id = str(uuid.uuid4())
+    raw = request(7, request_id=request_id, embed={"callbacks": [link("links.other")]})
+    before = store.llen("links.other")
+    producer.lpush(NAMES.queue("other"), raw)
+    np.testing.assert_array_equal(outputs_of(store, request_id)["x"], numbered(7))
+    assert store.llen("links.other") == before + 1
+
+
+def given(store: redis_py.Redis, queue: str = "links") -> Any:
+    """What the only task in `queue` is given, waited for."""
+    until(lambda: store.llen(queue), what=f"a task is in {queue}")
+    (message,) = store.lrange(queue, 0, -1)
+    read = json.loads(message)
+    packed = base64.b64decode(read["body"])
+    known = json.loads if read["content-type"] == JSON else msgpack.unpackb
+    return known(packed)[0]
+
+
+def numbers(results: Any) -> Any:
+    """The first number of each echo, in the lists in which they stand."""
+    if isinstance(results, list):
+        return [numbers(each) for each in results]
+    return results["x"]["data"][0][0]
+
+
+# --- parts that nobody waits for ----------------------------------------------------------------
+
+
+def test_a_chord_of_groups_whose_parts_store_no_result_is_over_and_holds_up_nobody(
+    store: redis_py.Redis, producer: redis_py.Redis
+) -> None:
+    """Celery waits for the result of each, without an end."""
+    inner = group(infer(2, ignore_result=True), infer(3, ignore_result=True))
+    asked(producer, {"callbacks": [chord(chain(infer(1), inner), after=link())]})
+    (results,) = given(store)
+    assert numbers(results) == [[2.0, 3.0]]
+    linked(store, producer)
+
+
+def armed(producer: redis_py.Redis, store: redis_py.Redis, *header: Signature) -> Signature:
+    """Have a worker begin a chord with `header`; what its parts are to say that they belong to it.
+
+    Its body is the task "body", and has an errback.
+    """
+    group_id = str(uuid.uuid4())
+    after = link("links.body", link_error=[link("links.errback")])
+    made = chord(*header, after=after, task_id=group_id)
+    meta_of(store, asked(producer, {"callbacks": [made]}))
+    return {"headers": {"group": group_id}, "embed": {"chord": after}}
+
+
+def test_a_chord_whose_parts_have_no_result_fails_at_once_and_holds_up_nobody(
+    store: redis_py.Redis, producer: redis_py.Redis
+) -> None:
+    """Its parts never ran: others said that they were these. Celery waits 3 s for each chord."""
+    inner = chain(link("links.x"), group(link("links.x"), link("links.x")))
+    chords = [armed(producer, store, inner, link("links.x")) for _ in range(20)]
+    for place in range(3):
+        for each in chords:
+            headers = {**each["headers"], "group_index": place}
+            asked(producer, each["embed"], headers=headers)
+    until(lambda: store.llen("links.errback") == 20, 10.0, "all fail")
+    assert not store.llen("links.body")
+    linked(store, producer)
+
+
+def test_a_chord_that_fails_tells_its_body_that_a_result_is_missing(
+    store: redis_py.Redis, producer: redis_py.Redis
+) -> None:
+    inner = chain(link("links.x"), group(link("links.x", task_id="one"), link("links.x")))
+    each = armed(producer, store, inner, link("links.x"))
+    each["embed"]["chord"]["options"]["task_id"] = "body"
+    for place in range(3):
+        asked(producer, each["embed"], headers={**each["headers"], "group_index": place})
+    result = meta_of(store, "body")["result"]
+    assert result["exc_type"] == "ChordError"
+    assert "there is no result of " in result["exc_message"][0]
