@@ -13,7 +13,7 @@ import helpers.ailing
 import msgspec
 import pytest
 from helpers.repository import fake_model, message, numbered
-from helpers.results import NAMES
+from helpers.results import NAMES, dead_letters, meta_of, nothing_is_held
 from helpers.wait import until
 from helpers.worker import SupervisedWorker, Worker
 from redis import Redis
@@ -51,10 +51,10 @@ def push(redis: Redis) -> str:
     return request_id
 
 
-def push_linked(redis_url: str) -> str:
+def push_linked(redis_url: str, queue: str = "elsewhere") -> str:
     """A request with a link."""
     app = make_app(Settings.load(redis_url=redis_url))
-    link = app.signature("other.task", queue="elsewhere")
+    link = app.signature("other.task", queue=queue)
     inputs = {"x": [[1.0, 2.0, 3.0, 4.0]]}
     sent = app.send_task("inferq.infer", kwargs={"inputs": inputs}, queue="inferq.m", link=link)
     app.close()
@@ -122,6 +122,27 @@ def test_a_child_whose_links_are_never_published_is_replaced_and_they_are(
         until(lambda: redis.exists(NAMES.meta(request_id)), 30.0, "the next one publishes them")
         assert redis.llen("elsewhere") == 1
         assert "is killed: links of a request have waited to be published for" in worker.log
+
+
+def test_links_that_have_their_worker_killed_again_and_again_end_as_a_dead_letter(
+    redis_url: str, redis: Redis, models: Path, tmp_path: Path
+) -> None:
+    """What waits behind them is not to blame, and is published."""
+    env = dict(ailing("hanging links", tmp_path))
+    with SupervisedWorker(redis_url, models, env=env) as worker:
+        culprit = push_linked(redis_url, "hangs")
+        until(lambda: redis.exists(f"inferq:1:running:{worker.incarnation}"), what="it is noted")
+        innocent = push_linked(redis_url)
+        result = meta_of(redis, culprit, 60.0)["result"]
+        assert result["exc_type"] == "DeadLettered"
+        reason = "its worker died publishing what follows on it 3 times"
+        assert reason in result["exc_message"][0]
+        assert meta_of(redis, innocent, 30.0)["status"] == "SUCCESS"
+        assert redis.llen("elsewhere") == 1
+        assert [letter["reason"] for letter in dead_letters(redis, "m")] == [reason]
+        assert not redis.exists("hangs", NAMES.attempts("m"))
+        assert worker.log.count("is killed: links of a request") == 3
+        until(lambda: nothing_is_held(redis), what="nothing is held any more")
 
 
 def test_links_and_loops_are_named_as_problems() -> None:

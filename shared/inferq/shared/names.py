@@ -12,9 +12,11 @@ upgraded one by one, and the clients after them.
                                  its last MULTI that did
     claims:<i>            HASH   claim key -> 1 once its messages were decoded without dying, else 0
     claim:<i>:<n>:<m>:<p> LIST   messages of one claim, oldest at the right end
-    running:<i>           SET    "<m>/<id>" of requests now computing
+    running:<i>           SET    "<m>/<id>" of requests now computing; "<m>/@<id>" of the one whose
+                                 links are being published
     attempts:<m>          HASH   id -> how often a worker died computing it, expires;
-                                 "#<sha1>" -> how often one died decoding these bytes
+                                 "#<sha1>" -> how often one died decoding these bytes,
+                                 "@<id>" -> how often one died publishing what follows on it
     dead:<m>              LIST   dead letters, newest at the left end; expires
     quarantined:<m>       STRING about how many of these are quarantined; expires
     later                 ZSET   "<m>:<p>:<random>" -> Redis ms at which that request is due

@@ -2,6 +2,7 @@
 
 INFERQ_TEST_AILS_AT is a file that does not exist yet, INFERQ_TEST_AILS the name of a background
 loop that ends, ``<name>:hangs`` of one that hangs, or ``links``, which are then never published.
+With ``hanging links`` links into the queue "hangs" hang in all of them.
 Everybody loses patience after INFERQ_TEST_STUCK_S seconds.
 """
 
@@ -57,3 +58,16 @@ if _ails == "links":
         return _collecting(sender, *given)  # type: ignore[arg-type]
 
     LinkSender.collecting = _never  # type: ignore[method-assign,assignment]
+
+if _ails == "hanging links":
+    from inferq.workers.canvas.celery_canvas import Published
+    from inferq.workers.canvas.sender import LinkSender
+
+    _take = LinkSender.take
+
+    def _hangs(sender: LinkSender, published: Published) -> None:
+        if published.queue == "hangs":
+            time.sleep(3600)
+        _take(sender, published)
+
+    LinkSender.take = _hangs  # type: ignore[method-assign,assignment]

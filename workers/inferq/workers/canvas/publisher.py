@@ -29,6 +29,7 @@ from inferq.shared.settings import Settings
 from inferq.workers.canvas import celery_canvas as canvas_private
 from inferq.workers.canvas.chord_results import ChordResults
 from inferq.workers.canvas.following import following
+from inferq.workers.canvas.in_hand import InHand
 from inferq.workers.canvas.link_queues import LinkQueues
 from inferq.workers.canvas.patience import Patience, Stopped
 from inferq.workers.canvas.place import place_of
@@ -86,6 +87,7 @@ class Canvas:
             failing="links are not published", logger=logger,
         )  # fmt: skip
         self._patience = Patience(client, self.loop)
+        self._in_hand = InHand(client, self._names)
         self._sender = LinkSender(
             client, self._names, self._queues, self._expires_s, self._patience
         )
@@ -121,10 +123,12 @@ class Canvas:
             incarnation, settlement, message = found
             try:
                 with self._patience.of(settlement), _others_first():
-                    done = self._published(settlement, message)
+                    done = self._published(incarnation, settlement, message)
             except Stopped:
-                return
+                break
+            self._in_hand.published()
             self._ready(incarnation, done)
+        self._in_hand.rest()
 
     def _next(self) -> tuple[str, Settlement, bytes] | None:
         """The next one, of each model in turn."""
@@ -144,9 +148,11 @@ class Canvas:
             waiting[model] = queue  # behind the others
         return found
 
-    def _published(self, settlement: Settlement, message: bytes) -> Settlement:
+    def _published(self, incarnation: str, settlement: Settlement, message: bytes) -> Settlement:
         """The settlement that may go out now."""
+        model, request_id = settlement.model, settlement.request_id or ""
         try:
+            self._patience(lambda: self._in_hand.begins(incarnation, model, request_id))
             stored = self._publish(settlement, message)
         except Stopped:
             raise

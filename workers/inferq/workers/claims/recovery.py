@@ -49,6 +49,11 @@ def suspect(message: bytes) -> str:
     return f"#{hashlib.sha1(message, usedforsecurity=False).hexdigest()}"
 
 
+def linking(request_id: str) -> str:
+    """The field of attempts:<m> that counts deaths while what follows on it was published."""
+    return f"@{request_id}"
+
+
 @dataclass(frozen=True)
 class GivenBack:
     """So many requests were moved; `left`: claims that could not be, as their queue is amiss."""

@@ -65,7 +65,7 @@ class Settlement(msgspec.Struct, frozen=True, eq=False):
     reply: str | None = None
     running: bool = False
     attempts: int = 0
-    #: Its field of attempts:<m>, if workers died decoding it.
+    #: Its field of attempts:<m>, if workers died decoding it or publishing its links.
     suspect: str | None = None
     payload_keys: tuple[str, ...] = ()
     dead_letter: bytes | None = None

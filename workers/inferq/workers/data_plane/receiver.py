@@ -20,7 +20,7 @@ from inferq.workers.claims.claim import Claimed, Slot
 from inferq.workers.claims.clock import RedisClock
 from inferq.workers.claims.ledger import Ledger
 from inferq.workers.claims.payloads import PayloadReader
-from inferq.workers.claims.recovery import suspect
+from inferq.workers.claims.recovery import linking, suspect
 from inferq.workers.claims.scheduled import Later
 from inferq.workers.claims.settlement import Settlement
 from inferq.workers.claims.verdicts import (
@@ -41,11 +41,12 @@ logger = logging.getLogger(__name__)
 
 
 class Dead(msgspec.Struct, frozen=True):
-    """Computing it ended too many workers."""
+    """Computing it, or publishing its links (`linking`), ended too many workers."""
 
     slot: Slot
     ticket: Ticket
     message: bytes
+    linking: bool = False
 
 
 class Answered(msgspec.Struct, frozen=True):
@@ -154,20 +155,27 @@ class Receiver:
         places: Sequence[tuple[Slot, bytes]],
         adopted: bool,
     ) -> list[Found]:
-        """As `_open`; Dead are those that ended too many workers while they were computed.
+        """As `_open`; Dead are those that ended too many workers.
 
         Of one that ended any, a copy is Answered: with the first, the attempts are forgotten. So is
         what has a result in an `adopted` claim.
         """
         opened = [self._open(model, slot, message) for slot, message in places]
-        ids = [found.ticket.id for found in opened if isinstance(found, Opened | Failed | Revoked)]
-        counts = ledger.attempts(model.name, ids) if ids else {}
+        tickets = [found.ticket for found in opened if isinstance(found, Opened | Failed | Revoked)]
+        ids = [ticket.id for ticket in tickets]
+        links = [linking(ticket.id) for ticket in tickets if ticket.canvas is not None]
+        counts = ledger.attempts(model.name, ids + links) if ids else {}
         if not counts and not adopted:
             return opened
-        stored = ledger.stored(ids if adopted else list(counts))
+        stored = ledger.stored(ids if adopted else [each for each in ids if each in counts])
         counted: list[Found] = []
         for found, (slot, message) in zip(opened, places, strict=True):
             if isinstance(found, Opened | Failed | Revoked):
+                ended = counts.get(linking(found.ticket.id), 0)
+                if found.ticket.canvas is not None and ended >= model.spec.config.max_attempts:
+                    ticket = retried(found, ended).ticket
+                    counted.append(Dead(slot, ticket, message, linking=True))
+                    continue
                 if found.ticket.id in stored:
                     counted.append(self._answered(ledger, slot, found.ticket))
                     continue
@@ -255,10 +263,13 @@ class Receiver:
                 return results.revoked(slot, ticket, reason), ticket.canvas
             case Dead(slot=slot, ticket=ticket, message=message):
                 logger.error(
-                    "dead letter: %s of %s ended %d workers",
+                    "dead letter: %s of %s ended %d workers%s",
                     ticket.id, model.name, ticket.attempts,
+                    " that published what follows on it" if found.linking else "",
                     extra=about(ticket.id, model=model.name),
                 )  # fmt: skip
+                if found.linking:
+                    return results.unlinkable(slot, ticket, message, self._clock.now()), None
                 return results.dead(slot, ticket, message, self._clock.now()), ticket.canvas
             case Answered(slot=slot, ticket=ticket, result=result):
                 # What follows on it may be forgotten, or was never published: then it is twice.

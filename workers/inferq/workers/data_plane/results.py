@@ -24,6 +24,7 @@ from inferq.shared.errors import (
 from inferq.shared.schema import Ticket
 from inferq.workers.batching.padding import Padding
 from inferq.workers.claims.claim import Slot
+from inferq.workers.claims.recovery import linking
 from inferq.workers.claims.runs import Outcome, Run
 from inferq.workers.claims.settlement import DEAD_LETTER, FAILURE, REVOKED, SUCCESS, Settlement
 from inferq.workers.claims.verdicts import Failed, Quarantined, Revoked
@@ -153,6 +154,12 @@ class Results:
         """A dead letter: computing it ended its worker too often. Its payload is kept."""
         reason = f"its worker died computing it {ticket.attempts} times"
         return self._dead(slot, ticket, message, reason, redis_ms)
+
+    def unlinkable(self, slot: Slot, ticket: Ticket, message: bytes, redis_ms: float) -> Settlement:
+        """A dead letter: publishing what follows on it ended its worker too often."""
+        reason = f"its worker died publishing what follows on it {ticket.attempts} times"
+        done = self._dead(slot, ticket, message, reason, redis_ms)
+        return replace(done, suspect=linking(ticket.id))
 
     def undecodable(
         self, slot: Slot, message: bytes, suspect: str, deaths: int, redis_ms: float
