@@ -129,3 +129,22 @@ def many(rng: random.Random, tree: Tree) -> Tree:
 def deep(rng: random.Random, tree: Tree) -> Tree:
     """Signatures within signatures."""
     return _placed(rng, tree, _link(rng), rng.choice((5, 10, 29, 31, 60)))
+
+
+def joins(rng: random.Random, tree: Tree) -> Tree:
+    """Chords with groups in their headers, and strangers that say to be their parts.
+
+    Celery waits for the results of the parts that are meant, which nobody runs.
+    """
+    group_id = f"joined{rng.randrange(8)}"
+    body = _link(rng, link_error=[_link(rng)])
+    if rng.random() < 0.3:
+        inner = _of(rng, "group", tasks=[_link(rng) for _ in range(rng.choice((1, 2)))])
+        header = [_of(rng, "chain", tasks=[_link(rng), inner]), _link(rng)]
+        chord = _of(rng, "chord", header=header, body=body, kwargs={})
+        chord["options"] = {"task_id": group_id}
+        tree["body"][2] = {"callbacks": [chord]}
+    else:
+        tree["headers"] |= {"group": group_id, "group_index": rng.randrange(3)}
+        tree["body"][2] = {"chord": body}
+    return tree

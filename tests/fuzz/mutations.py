@@ -65,6 +65,7 @@ HOSTILE: Final[dict[str, tuple[int, Hostile]]] = {
     "link builtins": (1, canvases.builtins),
     "many links": (1, canvases.many),
     "deep links": (1, canvases.deep),
+    "chord joins": (1, canvases.joins),
 }
 
 

@@ -9,6 +9,7 @@ import base64
 import json
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -16,17 +17,21 @@ import numpy as np
 import pytest
 import redis as redis_py
 from helpers.acl import Users
-from helpers.envelopes import JSON, envelope, request
+from helpers.envelopes import JSON, body, envelope, request, tensor
 from helpers.repository import fake_model, numbered
 from helpers.results import meta_of, nothing_is_held, outputs_of
+from helpers.stock import PlainWorker
 from helpers.wait import until
 from helpers.worker import Worker
 
 from inferq.shared.names import Names
+from inferq.workers.canvas.chord_results import MAX_CHORD_BYTES
 from inferq.workers.process.embedded import EmbeddedRedis
 
 NAMES = Names()
 QUEUE = NAMES.queue("m")
+#: Columns of a result of 4 MB.
+WIDE = 1 << 20
 Signature = dict[str, Any]
 
 
@@ -36,6 +41,7 @@ def served(redis_kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     models = tmp_path_factory.mktemp("models")
     for name in ("m", "other"):
         fake_model(models, name, knobs="warm_up = false")
+    fake_model(models, "wide", knobs="warm_up = false", width=WIDE)
     with EmbeddedRedis(redis_kind) as server, Worker(server.url, models) as worker:
         yield worker
 
@@ -179,3 +185,71 @@ def test_a_chord_that_fails_tells_its_body_that_a_result_is_missing(
     result = meta_of(store, "body")["result"]
     assert result["exc_type"] == "ChordError"
     assert "there is no result of " in result["exc_message"][0]
+
+
+# --- how much a chord's body is given ---------------------------------------------------------
+
+
+def with_parts(producer: redis_py.Redis, store: redis_py.Redis, count: int) -> list[str]:
+    """A chord of so many parts with results of 4 MB; their ids."""
+    each = armed(producer, store, *(link("links.x") for _ in range(count)))
+    each["embed"]["chord"]["options"]["task_id"] = "body"
+    wide = np.full((1, WIDE), 2, np.float32)
+    packed = body({"inputs": {"x": tensor(wide)}}, embed=each["embed"])
+    ids = [str(uuid.uuid4()) for _ in range(count)]
+    for place, request_id in enumerate(ids):
+        headers = {**each["headers"], "group_index": place}
+        raw = envelope(packed, headers=headers, request_id=request_id)
+        producer.lpush(NAMES.queue("wide"), raw)
+        until(lambda: store.llen(NAMES.queue("wide")) < 4, 60.0, "they are served")
+    return ids
+
+
+def peak_mb(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) // 1024
+
+
+def test_a_chord_whose_results_are_too_many_bytes_for_one_message_fails(
+    served: Worker, store: redis_py.Redis, producer: redis_py.Redis
+) -> None:
+    ids = with_parts(producer, store, 5 * MAX_CHORD_BYTES // (4 * WIDE))
+    result = meta_of(store, "body", 60.0)["result"]
+    assert result["exc_type"] == "ChordError"
+    assert "PayloadTooLarge" in result["exc_message"][0]
+    assert str(MAX_CHORD_BYTES) in result["exc_message"][0]
+    assert store.llen("links.errback") == 1
+    assert not store.llen("links.body")
+    assert {meta_of(store, each)["status"] for each in ids} == {"SUCCESS"}
+    assert peak_mb(served.pid) < 600
+    linked(store, producer)
+
+
+def test_a_chord_of_many_results_that_one_message_may_hold_calls_its_body(
+    store: redis_py.Redis, producer: redis_py.Redis
+) -> None:
+    with_parts(producer, store, 7)
+    (results,) = given(store, "links.body")
+    assert [len(each["x"]["data"]) for each in results] == [4 * WIDE] * 7
+
+
+# --- groups in what msgpack writes ----------------------------------------------------------------
+
+
+def test_a_group_inside_of_what_is_published_is_run_also_where_that_is_msgpack(
+    served: Worker, store: redis_py.Redis, producer: redis_py.Redis
+) -> None:
+    """Celery's groups say that they are as long as they have tasks, and not keys."""
+
+    def plus(n: int, **options: Any) -> Signature:
+        signature = link("plain.msgpack", **options)
+        return {**signature, "task": "stock.plus", "args": [n]}
+
+    deep = group(plus(3, task_id="a"), plus(4, task_id="b"), plus(5, task_id="c"))
+    first = {**plus(1), "args": [1, 2], "immutable": True}
+    after = {**plus(0, task_id="body"), "task": "stock.totals", "args": []}
+    held = chord(chain(first, group(plus(3), plus(4))), after=after)
+    with PlainWorker(served.redis_url, "msgpack"):
+        producer.lpush(QUEUE, request(1, embed={"callbacks": [chain(first, deep), held]}))
+        found = [meta_of(store, task_id, 30.0)["result"] for task_id in ("a", "b", "c", "body")]
+    assert found == [6, 7, 8, [[6, 7]]]

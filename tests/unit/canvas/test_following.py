@@ -11,6 +11,7 @@ from celery import Celery, chain, chord, group
 from hypothesis import given
 from hypothesis import strategies as st
 
+from inferq.shared.codec import MAX_MESSAGE_BYTES
 from inferq.shared.errors import InvalidInput, PayloadTooLarge
 from inferq.shared.names import Names
 from inferq.workers.canvas.following import (
@@ -21,6 +22,7 @@ from inferq.workers.canvas.following import (
     MAX_NESTING,
     MAX_PUBLISHED_BYTES,
     Following,
+    check_bytes,
     check_few,
     following,
 )
@@ -416,6 +418,12 @@ def test_one_message_may_be_as_large_as_the_request_that_it_follows_on() -> None
     size = 2 * MAX_PUBLISHED_BYTES
     link = {**plain(), "args": ["x" * size]}
     assert rebuilt({"callbacks": [link] * (MAX_COPIES - 1)}, size).callbacks
+
+
+def test_no_message_that_follows_is_larger_than_any_may_be() -> None:
+    check_bytes(MAX_MESSAGE_BYTES, MAX_MESSAGE_BYTES)
+    with pytest.raises(PayloadTooLarge, match=f"expected at most {MAX_MESSAGE_BYTES}"):
+        check_bytes(MAX_MESSAGE_BYTES + 1, MAX_MESSAGE_BYTES + 1)
 
 
 @pytest.mark.parametrize("kind", ["group", "chain", "link"])

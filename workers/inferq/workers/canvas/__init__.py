@@ -2,5 +2,6 @@
 
 following, options, place, link_queues   what a message may ask for; all else is refused or dropped
 publisher, sender, patience              a thread that publishes it, and how long it tries
+chord_results, in_hand                   what a chord's parts came to; whose links are under way
 celery_canvas                            all that is private of Celery here
 """

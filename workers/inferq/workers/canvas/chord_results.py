@@ -20,8 +20,8 @@ from inferq.workers.canvas import celery_canvas as canvas_private
 T = TypeVar("T")
 
 #: Most bytes of the results of a chord's parts, unless it has but one: its body is given all of
-#: them in one message.
-MAX_CHORD_BYTES: Final = 64 << 20
+#: them in one message. A worker needs some eight times as many bytes to write that.
+MAX_CHORD_BYTES: Final = 32 << 20
 #: Bytes after which a reply of Redis carries no more of them.
 _PIECE_BYTES: Final = 1 << 20
 #: Most keys of one command.

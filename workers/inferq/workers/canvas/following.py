@@ -13,6 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from inferq.shared.codec.content import pack
+from inferq.shared.codec.messages import MAX_MESSAGE_BYTES
 from inferq.shared.errors import InvalidInput, PayloadTooLarge
 from inferq.workers.canvas.link_queues import LinkQueues
 from inferq.workers.canvas.options import check_count, rebuilt_options, shown
@@ -330,7 +331,14 @@ def _published(starts: list[tuple[_Node, int]]) -> int:
 
 
 def check_bytes(published: int, largest: int) -> None:
-    """PayloadTooLarge, if so many bytes are more than may follow on a message of `largest`."""
+    """PayloadTooLarge, if so many bytes are more than may follow on a message of `largest`.
+
+    Or if `largest`, of these, is larger than any message may be.
+    """
+    if largest > MAX_MESSAGE_BYTES:
+        raise PayloadTooLarge(
+            f"a message of {largest} bytes follows on it; expected at most {MAX_MESSAGE_BYTES}"
+        )
     if published > max(MAX_PUBLISHED_BYTES, MAX_COPIES * largest):
         raise PayloadTooLarge(
             f"what follows on it is {published} bytes of messages; expected at most "
