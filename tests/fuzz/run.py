@@ -316,14 +316,14 @@ class Campaign:
 
     def _kept(self) -> list[bytes]:
         found: list[bytes] = []
-        places: Any = self._redis.zrange(NAMES.later, 0, -1)
+        places: Any = self._redis.zrange(NAMES.scheduled, 0, -1)
         for place in places:
             key = NAMES.scheduled_message(place.decode())
             messages: Any = self._redis.lrange(key, 0, -1)
             found += messages
             with self._redis.pipeline(transaction=True) as pipe:
                 pipe.delete(key)
-                pipe.zrem(NAMES.later, place)
+                pipe.zrem(NAMES.scheduled, place)
                 pipe.execute()
         return found
 

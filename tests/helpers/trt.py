@@ -8,7 +8,7 @@ import pytest
 
 from inferq.workers.models.repository import load_model
 from inferq.workers.trt.api import RTX
-from inferq.workers.trt.builder import Order
+from inferq.workers.trt.builder import BuildRequest
 from inferq.workers.trt.flavours import Flavour, find_flavour
 
 REASON = "TensorRT-RTX is not installed: pip install tensorrt-rtx-cu13"
@@ -20,6 +20,6 @@ def rtx() -> Flavour:
     return find_flavour(RTX)
 
 
-def order(root: Path, model: str, **given: object) -> Order:
+def order(root: Path, model: str, **given: object) -> BuildRequest:
     """An order for `model` of the repository `root`, built for no GPU in particular."""
-    return Order(load_model(root, model), rtx(), **given)  # type: ignore[arg-type]
+    return BuildRequest(load_model(root, model), rtx(), **given)  # type: ignore[arg-type]

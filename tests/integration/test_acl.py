@@ -29,7 +29,7 @@ ALWAYS_FORBIDDEN = (
 #: What beside that a producer that may only push is refused, and a producer, and so on.
 NO_PRODUCER = (
     ("LRANGE", QUEUE, "0", "-1"), ("LINDEX", QUEUE, "0"), ("RPOP", QUEUE), ("DEL", QUEUE),
-    ("LTRIM", QUEUE, "1", "0"), ("RPUSH", QUEUE, "x"), ("LPUSH", NAMES.later, "x"),
+    ("LTRIM", QUEUE, "1", "0"), ("RPUSH", QUEUE, "x"), ("LPUSH", NAMES.scheduled, "x"),
     ("LPUSH", "unacked", "x"), ("LPUSH", "celery", "x"), ("LPUSH", NAMES.attempts("m"), "x"),
     ("SET", NAMES.fence("i"), "0"), ("GET", PAYLOAD), ("LRANGE", NAMES.dead("m"), "0", "-1"),
     ("SCAN", "0"), ("EVAL", "return 1", "0"), ("SCRIPT", "LOAD", "return 1"),
@@ -42,7 +42,7 @@ NO_READING = (
 )  # fmt: skip
 NO_WATCHER = (
     ("LPUSH", QUEUE, "x"), ("LRANGE", QUEUE, "0", "-1"), ("RPOP", QUEUE), ("DEL", QUEUE),
-    ("DEL", NAMES.later), ("SET", PAYLOAD, "x"), ("SET", NAMES.model("m"), "x"), ("GET", META),
+    ("DEL", NAMES.scheduled), ("SET", PAYLOAD, "x"), ("SET", NAMES.model("m"), "x"), ("GET", META),
     ("GET", PAYLOAD), ("LINDEX", NAMES.dead("m"), "0"), ("SET", NAMES.fence("i"), "0"),
     ("SET", META, "x"), ("PUBLISH", META, "x"), ("PUBLISH", "/0.celeryev/task.succeeded", "x"),
     ("HGET", "unacked", "x"), ("SUBSCRIBE", META), ("EVAL", "return 1", "0"),

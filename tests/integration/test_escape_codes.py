@@ -163,7 +163,7 @@ def test_queues_and_dead_letters_of_whoever_may_write_redis(run: Run, redis: Red
     hostile = ESCAPES.encode()
     redis.lpush(NAMES.queue("m"), hostile)
     redis.lpush(NAMES.dead("m"), hostile)
-    redis.set(NAMES.later, hostile)
+    redis.set(NAMES.scheduled, hostile)
     redis.zadd(NAMES.serving("m"), {hostile: 1})
     for args in (
         ("queues",), ("dead", "list"), ("dead", "show", ESCAPES), ("doctor",), ("health",),

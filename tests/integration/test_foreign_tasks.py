@@ -410,14 +410,14 @@ def test_tasks_with_an_eta_wait_in_redis_and_not_in_the_worker(
     many = [foreign(f"far {n}", "mine.add", headers={"eta": far}) for n in range(2_000)]
     due = [foreign(f"soon {n}", "mine.add", args=[n, 1], headers={"eta": soon}) for n in range(20)]
     my_producer.lpush(QUEUE, *many, *due)
-    until(lambda: my_store.zcard(NAMES.later) >= 2_000, what="they wait in Redis")
+    until(lambda: my_store.zcard(NAMES.scheduled) >= 2_000, what="they wait in Redis")
     assert meta_of(my_store, "soon 19")["result"] == 20
     until(lambda: not my_store.exists("unacked"), what="Celery holds none")
-    assert int(my_store.zcard(NAMES.later)) == 2_000
+    assert int(my_store.zcard(NAMES.scheduled)) == 2_000
     with stock_app(mine.redis_url) as app:
         (scheduled,) = (app.control.inspect(timeout=5, limit=1).scheduled() or {}).values()
     assert scheduled == []
-    my_store.delete(NAMES.later, *my_store.keys(f"{NAMES.later}:*"))
+    my_store.delete(NAMES.scheduled, *my_store.keys(f"{NAMES.scheduled}:*"))
 
 
 def test_a_crowd_of_tasks_is_held_by_a_few_and_all_are_run(

@@ -180,10 +180,10 @@ def test_odd_members_beside_what_a_worker_holds_change_nothing(
         redis.hset(NAMES.attempts("m"), mapping=dict.fromkeys(odd, "many"))
         redis.zadd(NAMES.serving("m"), dict.fromkeys([b"\xff", b"x"], 4e12))
         redis.zadd(NAMES.leases, {b"inf": float("inf"), b"-inf": float("-inf")})
-        redis.zadd(NAMES.later, {b"m:0:inf": float("-inf"), b"x": float("inf")})
-        redis.zadd(NAMES.later, {b"m:0:gone": 0, b"m:77:step": 0})
+        redis.zadd(NAMES.scheduled, {b"m:0:inf": float("-inf"), b"x": float("inf")})
+        redis.zadd(NAMES.scheduled, {b"m:0:gone": 0, b"m:77:step": 0})
         redis.set(NAMES.scheduled_message("m:0:odd"), "a string")
-        redis.zadd(NAMES.later, {b"m:0:odd": 0})
+        redis.zadd(NAMES.scheduled, {b"m:0:odd": 0})
         for _ in range(3):
             serves(redis)
         redis.client_kill_filter(_type="normal", skipme=True)

@@ -163,7 +163,7 @@ def test_queues_that_a_sender_makes_up_leave_nothing_else_behind(
     "queue",
     [
         NAMES.attempts("m"),
-        NAMES.later,
+        NAMES.scheduled,
         NAMES.scheduled_message("m:0:ab"),
         NAMES.meta("victim"),
         "celery-taskset-meta-victim.s",

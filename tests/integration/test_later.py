@@ -12,7 +12,7 @@ from helpers.wait import until
 from inferq.shared.names import Names
 from inferq.workers.claims.claim import Claim, Slot
 from inferq.workers.claims.clock import RedisClock
-from inferq.workers.claims.scheduled import Later
+from inferq.workers.claims.scheduled import Scheduled
 
 NAMES = Names()
 
@@ -23,15 +23,15 @@ def clock(redis: redis_py.Redis) -> RedisClock:
 
 
 @pytest.fixture
-def later(redis_url: str, clock: RedisClock) -> Iterator[Later]:
+def later(redis_url: str, clock: RedisClock) -> Iterator[Scheduled]:
     with redis_py.Redis.from_url(redis_url) as client:
-        later = Later(client, NAMES, clock)
+        later = Scheduled(client, NAMES, clock)
         yield later
         later.stop()
 
 
 def keep(
-    later: Later,
+    later: Scheduled,
     redis: redis_py.Redis,
     message: bytes,
     due_ms: float,
@@ -60,18 +60,18 @@ def queued(redis: redis_py.Redis, step: int = 0) -> list[bytes]:
 
 
 def test_a_request_returns_when_it_is_due_and_not_before(
-    redis: redis_py.Redis, later: Later, clock: RedisClock
+    redis: redis_py.Redis, later: Scheduled, clock: RedisClock
 ) -> None:
     later.start()
     due = clock.now() + 1500
     keep(later, redis, b"one", due)
     assert until(partial(queued, redis)) == [b"one"]
     assert due <= clock.now() < due + 1000
-    until(lambda: not redis.keys(f"{NAMES.later}*"), what="nothing of it is kept")
+    until(lambda: not redis.keys(f"{NAMES.scheduled}*"), what="nothing of it is kept")
 
 
 def test_requests_return_to_their_priority_in_the_order_of_their_etas(
-    redis: redis_py.Redis, later: Later, clock: RedisClock
+    redis: redis_py.Redis, later: Scheduled, clock: RedisClock
 ) -> None:
     """Ahead of what is queued already: they have waited long enough."""
     redis.lpush(NAMES.queue("m"), b"queued")
@@ -86,7 +86,7 @@ def test_requests_return_to_their_priority_in_the_order_of_their_etas(
 
 @pytest.mark.usefixtures("kills_connections")
 def test_many_that_are_due_at_once_all_return_though_connections_die(
-    redis: redis_py.Redis, later: Later, clock: RedisClock
+    redis: redis_py.Redis, later: Scheduled, clock: RedisClock
 ) -> None:
     for n in range(1000):
         keep(later, redis, b"%d" % n, clock.now() + 300)
@@ -95,18 +95,18 @@ def test_many_that_are_due_at_once_all_return_though_connections_die(
         redis.client_kill_filter(_type="normal", skipme=True)
     until(lambda: len(queued(redis)) >= 1000)
     assert sorted(map(int, queued(redis))) == list(range(1000))
-    assert not redis.keys(f"{NAMES.later}*")
+    assert not redis.keys(f"{NAMES.scheduled}*")
 
 
 def test_two_workers_put_a_request_back_once(
-    redis: redis_py.Redis, redis_url: str, later: Later, clock: RedisClock
+    redis: redis_py.Redis, redis_url: str, later: Scheduled, clock: RedisClock
 ) -> None:
     with redis_py.Redis.from_url(redis_url) as client:
-        other = Later(client, NAMES, clock)
+        other = Scheduled(client, NAMES, clock)
         later.start()
         other.start()
         for n in range(300):
             keep(later, redis, b"%d" % n, clock.now() + n, times=1)
-        until(lambda: not redis.exists(NAMES.later))
+        until(lambda: not redis.exists(NAMES.scheduled))
         other.stop()
     assert sorted(map(int, queued(redis))) == list(range(300))

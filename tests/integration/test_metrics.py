@@ -191,7 +191,7 @@ def test_what_ends_without_being_computed_counts_and_what_goes_on_does_not(
         app.send_task(TASK, kwargs={"inputs": x}, queue=queue_of("m"), countdown=3600)
         done = app.send_task(TASK, kwargs={"inputs": x}, queue=queue_of("m"))
         done.get(timeout=30)
-    until(lambda: redis.zcard(NAMES.later) == 1, what="the one with an ETA is kept")
+    until(lambda: redis.zcard(NAMES.scheduled) == 1, what="the one with an ETA is kept")
     seen = once_counted(worker, 8)
     assert outcomes(seen) == {"success": 2, "failure": 3, "revoked": 1, "dead_letter": 2}
     assert seen("inferq_request_failures_total", code="deadline_exceeded") == 1

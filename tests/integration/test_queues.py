@@ -83,7 +83,7 @@ def test_one_message_that_lies_of_its_time_hides_no_queue(redis: Redis, queues: 
         lambda redis: redis.set(NAMES.claims("w"), 1),
         lambda redis: redis.hset(NAMES.claims("w"), "no claim", 1),
         lambda redis: redis.zadd(NAMES.leases, {b"\xff\xfe": 9e15}),
-        lambda redis: redis.set(NAMES.later, 1),
+        lambda redis: redis.set(NAMES.scheduled, 1),
         lambda redis: (redis.delete(NAMES.leases), redis.set(NAMES.leases, 1)),
     ],
 )
@@ -220,7 +220,7 @@ def test_only_the_first_of_very_many_etas_are_looked_at(
     redis: Redis, queues: Queues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(depths_module, "LATER_PLACES", 3)
-    redis.zadd(NAMES.later, {f"m:0:{n}": n for n in range(5)})
+    redis.zadd(NAMES.scheduled, {f"m:0:{n}": n for n in range(5)})
     found = DepthReader(redis, NAMES).read()
     assert [(each.model, each.later) for each in found.models] == [("m", 3)]
     assert found.later_unread == 2

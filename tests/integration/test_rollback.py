@@ -155,14 +155,14 @@ def test_a_restart_that_forgets_nothing_repeats_nothing(
         due = datetime.fromtimestamp(time.time() + 1, UTC).isoformat()
         early, raw = message("m", numbered(1))
         redis.lpush(NAMES.queue("m"), raw.replace(b'"eta": null', f'"eta": "{due}"'.encode()))
-        until(lambda: redis.zcard(NAMES.later) == 1, what="it is kept until it is due")
+        until(lambda: redis.zcard(NAMES.scheduled) == 1, what="it is kept until it is due")
         meta_of(redis, early)
         server.kill()
         server.start()
         request_id, raw = message("m", numbered(2))
         redis.lpush(NAMES.queue("m"), raw)
         meta_of(redis, request_id)
-        assert redis.keys(NAMES.later + "*") == []
+        assert redis.keys(NAMES.scheduled + "*") == []
         until(partial(nothing_is_held, redis), what="nothing is held any more")
         assert worker.alive
 

@@ -106,7 +106,7 @@ def test_what_an_old_worker_held_when_it_died_is_recovered_by_a_new_one(
         for _ in range(2):
             redis.lmove(OLD.queue("m"), key, "RIGHT", "LEFT")
         redis.hset(OLD.claims(old.incarnation), key, 1)
-        redis.zadd(OLD.later, {"m:0:someplace": 0})
+        redis.zadd(OLD.scheduled, {"m:0:someplace": 0})
         later = message("m", numbered(9))
         redis.rpush(OLD.scheduled_message("m:0:someplace"), later[1])
         old.kill()

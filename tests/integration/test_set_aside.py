@@ -108,10 +108,10 @@ def test_odd_members_among_the_scheduled_keep_none_of_the_others(
     odd = [b"garbage", b"a:x:1", b"a:0", b"a:0:1:2", b"\xff\xfe:0:1", b"../a:0:1", b"", b"::"]
     many = [b"%d of them" % n for n in range(300)]
     with serving(redis_url, models, tmp_path) as worker:
-        redis.zadd(NAMES.later, dict.fromkeys([*odd, *many], 0))
+        redis.zadd(NAMES.scheduled, dict.fromkeys([*odd, *many], 0))
         request_id = later(redis, "a")
         until(lambda: is_answered(redis, request_id), what="the one with an ETA is answered")
-        until(lambda: not redis.exists(NAMES.later), what="nothing odd is left")
+        until(lambda: not redis.exists(NAMES.scheduled), what="nothing odd is left")
         assert lines(worker, r"b'garbage' in inferq:1:later is no request of ours")
 
 
@@ -201,7 +201,7 @@ def test_a_queue_of_another_type_at_the_start_stops_no_other_model(
 
 def shared_keys() -> dict[str, str]:
     return {
-        "attempts": NAMES.attempts("a"), "dead": NAMES.dead("a"), "later": NAMES.later,
+        "attempts": NAMES.attempts("a"), "dead": NAMES.dead("a"), "later": NAMES.scheduled,
         "leases": NAMES.leases, "serving": NAMES.serving("a"), "model": NAMES.model("a"),
     }  # fmt: skip
 
@@ -329,17 +329,17 @@ def test_a_request_with_an_eta_outlives_a_list_of_the_scheduled_that_is_amiss(
     """It is kept while nothing can stand in the list, and is found once that is right again."""
     with serving(redis_url, models, tmp_path) as worker:
         before = later(redis, "a", 3.0)
-        until(lambda: redis.zcard(NAMES.later) == 1, what="it is scheduled")
-        redis.delete(NAMES.later)
-        redis.set(NAMES.later, "x")
+        until(lambda: redis.zcard(NAMES.scheduled) == 1, what="it is scheduled")
+        redis.delete(NAMES.scheduled)
+        redis.set(NAMES.scheduled, "x")
         during = later(redis, "b", 3.0)
-        until(lambda: len(redis.keys(f"{NAMES.later}:*")) == 2, what="both are kept")
+        until(lambda: len(redis.keys(f"{NAMES.scheduled}:*")) == 2, what="both are kept")
         until(lambda: lines(worker, "is a string; expected a zset"), what="it is said")
         assert_serves(redis, "a", "b")
-        redis.delete(NAMES.later)
+        redis.delete(NAMES.scheduled)
         for one in (before, during):
             until(partial(is_answered, redis, one), what="it is answered")
-        assert not redis.keys(f"{NAMES.later}*")
+        assert not redis.keys(f"{NAMES.scheduled}*")
 
 
 def test_scheduled_requests_of_a_queue_that_is_amiss_keep_none_of_the_others(
@@ -347,7 +347,7 @@ def test_scheduled_requests_of_a_queue_that_is_amiss_keep_none_of_the_others(
 ) -> None:
     with serving(redis_url, models, tmp_path):
         stay = [later(redis, "a", 2.0) for _ in range(150)]
-        until(lambda: int(redis.zcard(NAMES.later)) == len(stay), what="they are scheduled")
+        until(lambda: int(redis.zcard(NAMES.scheduled)) == len(stay), what="they are scheduled")
         redis.set(NAMES.queue("a"), "x")
         comes = later(redis, "b", 3.0)
         until(lambda: is_answered(redis, comes), what="that of b is answered")

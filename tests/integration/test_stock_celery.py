@@ -227,7 +227,7 @@ def test_requests_are_served_when_they_are_due(side: Side, store: redis_py.Redis
     early, right, took = side(ask)
     assert (early, right) == (0, True)
     assert 5 <= took < 10
-    assert not store.keys(f"{Names().later}*")
+    assert not store.keys(f"{Names().scheduled}*")
 
 
 def test_a_request_may_be_revoked_or_expire_before_its_eta(side: Side) -> None:

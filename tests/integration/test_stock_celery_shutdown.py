@@ -157,7 +157,7 @@ def test_a_request_with_an_eta_outlives_the_worker_that_took_it(
     """It is served by whoever is there when it is due."""
     with Worker(redis_url, models(0.0)) as worker:
         sent = [send(7, countdown=4), send(8, countdown=2)]
-        until(lambda: redis.zcard(NAMES.later) == 2, what="both wait in Redis")
+        until(lambda: redis.zcard(NAMES.scheduled) == 2, what="both wait in Redis")
         worker.kill()
     with Worker(redis_url, models(0.0), name="second"):
         assert echoed(sent) == [7, 8]

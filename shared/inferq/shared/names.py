@@ -91,7 +91,7 @@ class Names:
     def root(self) -> str:
         return f"{self.prefix}inferq:{self.protocol}:"
 
-    def spoken(self) -> tuple[Names, ...]:
+    def all_protocols(self) -> tuple[Names, ...]:
         """These names, and those of the protocol version before, which workers still speak."""
         before = replace(self, protocol=self.protocol - 1)
         return (self, before) if before.protocol >= 1 else (self,)
@@ -162,12 +162,12 @@ class Names:
         return f"{self.root}quarantined:{model}"
 
     @property
-    def later(self) -> str:
+    def scheduled(self) -> str:
         return f"{self.root}later"
 
     def scheduled_message(self, place: str) -> str:
         """The list that one message waits in; `place` is a member of `later`."""
-        return f"{self.later}:{place}"
+        return f"{self.scheduled}:{place}"
 
     def model(self, model: str) -> str:
         return f"{self.root}model:{model}"

@@ -331,7 +331,7 @@ OTHERS = Names(prefix="g:", result_prefix="r_", sep="|")
 @pytest.mark.parametrize(
     "queue",
     [
-        NAMES.attempts("m"), NAMES.later, NAMES.leases, NAMES.fence("i"), NAMES.dead("m"),
+        NAMES.attempts("m"), NAMES.scheduled, NAMES.leases, NAMES.fence("i"), NAMES.dead("m"),
         NAMES.scheduled_message("m:0:ab"), NAMES.payload("id", "x"), "inferq:2:later",
         "other:inferq:1:later",
         NAMES.meta("victim"), "other_celery-task-meta-victim", "celery-taskset-meta-g.s",

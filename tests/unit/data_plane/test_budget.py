@@ -48,7 +48,7 @@ class Model:
     def room(self) -> dict[int, int]:
         return dict.fromkeys(STEPS, ROOM)
 
-    def relaxed(self) -> bool:
+    def has_enough_ahead(self) -> bool:
         return False
 
 

@@ -239,14 +239,14 @@ def test_whichever_lane_is_free_takes_the_next_batch() -> None:
 def test_a_batch_that_ends_while_ample_others_wait_is_in_no_hurry() -> None:
     gate = Gate()
     lanes, done = started(Echo(gate))
-    lanes.ample = 2
+    lanes.enough_ahead = 2
     for value in range(4):
         lanes.put(job(value))
-    hurry = []
+    lanes_run_short = []
     for _ in range(4):
         gate.open()
-        hurry.append(done.get(timeout=10).hurry)
-    assert hurry == [False, False, True, True]  # 3, 2, 1 and none waited
+        lanes_run_short.append(done.get(timeout=10).lanes_run_short)
+    assert lanes_run_short == [False, False, True, True]  # 3, 2, 1 and none waited
     assert lanes.stop(10)
 
 

@@ -160,12 +160,12 @@ def test_amply_supplied_it_asks_for_more_urgent_requests_only(model: ServedModel
     depths: dict[tuple[str, int], int | None] = {("m", step): 1 for step in STEPS}
     add(model, (LANES + LANES) * TARGET, priority=6)
     form(model)
-    assert model.relaxed()
+    assert model.has_enough_ahead()
     wanted, listen = wants(model, depths)
     assert wanted == [Want("m", 0, 1), Want("m", 3, 1)]
     assert listen == [("m", 0), ("m", 3)]
     model.ended(model.jobs[0])
-    assert not model.relaxed()
+    assert not model.has_enough_ahead()
     assert Want("m", 6, 1) in wants(model, depths)[0]
 
 
@@ -173,7 +173,7 @@ def test_with_one_batch_ahead_of_each_lane_it_is_never_amply_supplied(model: Ser
     settle_down(model, 1.0)
     add(model, 1000)
     form(model)
-    assert not model.relaxed()
+    assert not model.has_enough_ahead()
 
 
 def test_a_more_urgent_request_overtakes_batches_that_no_lane_has_begun(

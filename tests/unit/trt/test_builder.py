@@ -15,7 +15,7 @@ from helpers.trt import order
 from onnx import TensorProto, helper
 
 from inferq.shared.errors import ConfigError
-from inferq.workers.trt.builder import Order, ensure_plan, plan_key
+from inferq.workers.trt.builder import BuildRequest, ensure_plan, plan_key
 from inferq.workers.trt.flavours import Flavour
 from inferq.workers.trt.plans import PlanFolder
 
@@ -252,7 +252,7 @@ def test_a_model_without_an_onnx_file_is_refused(models: Path, folder: PlanFolde
 
 
 def test_the_order_says_its_shapes(models: Path) -> None:
-    assert isinstance(order(models, "double"), Order)
+    assert isinstance(order(models, "double"), BuildRequest)
     assert order(models, "double", batch=(1, 8, 64)).profiles[0][0].max == (64, 3)
 
 

@@ -13,14 +13,14 @@ from helpers import onnx_models
 from helpers.trt import order
 
 from inferq.shared.errors import ConfigError
-from inferq.workers.trt.builder import Order, ensure_plan
+from inferq.workers.trt.builder import BuildRequest, ensure_plan
 from inferq.workers.trt.plan_record import PlanKey, new_record
 from inferq.workers.trt.plans import Plan, PlanFolder, runtime_cache_name
 from inferq.workers.trt.pruning import prune
 
 
 @pytest.fixture
-def wanted(tmp_path: Path) -> Order:
+def wanted(tmp_path: Path) -> BuildRequest:
     onnx_models.double(tmp_path / "models" / "double" / "1" / "model.onnx")
     return order(tmp_path / "models", "double")
 
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> PlanFolder:
 
 
 @pytest.fixture
-def keep(folder: PlanFolder, wanted: Order) -> Plan:
+def keep(folder: PlanFolder, wanted: BuildRequest) -> Plan:
     return ensure_plan(wanted, folder)
 
 
@@ -53,7 +53,7 @@ def _other(folder: PlanFolder, key: PlanKey, name: str = "double", **change: Any
     ids=lambda change: next(iter(change)),
 )
 def test_what_is_not_asked_for_any_more_is_deleted(
-    folder: PlanFolder, wanted: Order, keep: Plan, change: dict[str, Any]
+    folder: PlanFolder, wanted: BuildRequest, keep: Plan, change: dict[str, Any]
 ) -> None:
     old = _other(folder, keep.record.key, **change)
     for profile in range(2):
@@ -65,7 +65,9 @@ def test_what_is_not_asked_for_any_more_is_deleted(
     assert prune(folder, wanted, keep) == []
 
 
-def test_what_others_may_ask_for_is_left(folder: PlanFolder, wanted: Order, keep: Plan) -> None:
+def test_what_others_may_ask_for_is_left(
+    folder: PlanFolder, wanted: BuildRequest, keep: Plan
+) -> None:
     key = keep.record.key
     left = [
         _other(folder, key, model="cd" * 32, flavour="tensorrt"),
@@ -78,7 +80,7 @@ def test_what_others_may_ask_for_is_left(folder: PlanFolder, wanted: Order, keep
 
 
 def test_a_plan_in_use_is_left_until_it_is_not(
-    folder: PlanFolder, wanted: Order, keep: Plan
+    folder: PlanFolder, wanted: BuildRequest, keep: Plan
 ) -> None:
     old = _other(folder, keep.record.key, model="cd" * 32)
     user = PlanFolder(folder.path)
@@ -93,7 +95,9 @@ def test_a_plan_in_use_is_left_until_it_is_not(
     assert not old.path.exists()
 
 
-def test_a_plan_that_is_being_built_is_left(folder: PlanFolder, wanted: Order, keep: Plan) -> None:
+def test_a_plan_that_is_being_built_is_left(
+    folder: PlanFolder, wanted: BuildRequest, keep: Plan
+) -> None:
     old = _other(folder, keep.record.key, model="cd" * 32)
     with folder.lock("double", 1, old.record.key):
         (found,) = prune(folder, wanted, keep)
@@ -102,7 +106,7 @@ def test_a_plan_that_is_being_built_is_left(folder: PlanFolder, wanted: Order, k
 
 
 def test_a_link_is_deleted_and_not_what_it_leads_to(
-    folder: PlanFolder, wanted: Order, keep: Plan, tmp_path: Path
+    folder: PlanFolder, wanted: BuildRequest, keep: Plan, tmp_path: Path
 ) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.write_bytes(b"mine")
@@ -115,7 +119,7 @@ def test_a_link_is_deleted_and_not_what_it_leads_to(
 
 
 def test_halves_are_deleted_and_what_cannot_be_read_is_left(
-    folder: PlanFolder, wanted: Order, keep: Plan, caplog: pytest.LogCaptureFixture
+    folder: PlanFolder, wanted: BuildRequest, keep: Plan, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = keep.record.key
     no_record, no_plan, altered = (
@@ -132,7 +136,7 @@ def test_halves_are_deleted_and_what_cannot_be_read_is_left(
 
 
 def test_in_a_folder_that_is_read_only_nothing_can_be_deleted(
-    folder: PlanFolder, wanted: Order, keep: Plan, monkeypatch: pytest.MonkeyPatch
+    folder: PlanFolder, wanted: BuildRequest, keep: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _other(folder, keep.record.key, model="cd" * 32)
     real = os.open

@@ -113,15 +113,15 @@ NO_RECOVERY: Final = "What dead workers held is not put back"
 
 
 def _shared(names: Names) -> Iterator[tuple[str, str, str]]:
-    for each in names.spoken():
-        yield each.later, ZSET, NO_RETURN
+    for each in names.all_protocols():
+        yield each.scheduled, ZSET, NO_RETURN
         yield each.leases, ZSET, NO_RECOVERY
 
 
 def _of_model(names: Names, model: str) -> Iterable[tuple[str, str, str]]:
     for step in names.priority_steps:
         yield names.queue(model, step), LIST, NOTHING_CLAIMED
-    for each in names.spoken():
+    for each in names.all_protocols():
         yield each.attempts(model), HASH, NO_ATTEMPTS
         yield each.dead(model), LIST, NO_DEAD_LETTERS
         yield each.serving(model), ZSET, NO_ANNOUNCEMENT

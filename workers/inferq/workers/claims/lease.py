@@ -73,10 +73,10 @@ class Lease:
 
     def start(self) -> None:
         """Birth, and the thread that renews from then on. Raises redis errors."""
-        self.be_born()
+        self.register()
         self.loop.start()
 
-    def be_born(self) -> None:
+    def register(self) -> None:
         """A fresh incarnation, with a fence and a lease. Raises redis errors.
 
         What it serves is announced first: whom a client finds serving a model, it can ask about it.
@@ -97,7 +97,7 @@ class Lease:
         names = self._names
         return [
             names.fence(incarnation), names.leases,
-            *(each.serving(model) for each in names.spoken() for model in self._adverts),
+            *(each.serving(model) for each in names.all_protocols() for model in self._adverts),
         ]  # fmt: skip
 
     def _args(self, incarnation: str) -> list[str | int]:
@@ -106,7 +106,7 @@ class Lease:
     def _announce(self) -> None:
         adverts: list[Command] = [
             ("SET", names.model(model), advert, "EX", ADVERT_TTL_S)
-            for names in self._names.spoken()
+            for names in self._names.all_protocols()
             for model, advert in self._adverts.items()
         ]
         pipelined(self._client, self._names, adverts)
@@ -157,7 +157,7 @@ class Lease:
         with self._client.pipeline(transaction=True) as pipe:
             pipe.delete(names.fence(i), names.running(i))
             pipe.exists(names.claims(i))
-            for each in names.spoken():
+            for each in names.all_protocols():
                 for model in self._adverts:
                     pipe.zrem(each.serving(model), i)
             _, holds, *_ = replies.of_each(pipe)

@@ -372,7 +372,7 @@ class Ledger:
         replies = self._link.call([("EXISTS", self._names.meta(one)) for one in ids])
         return {one for one, reply in zip(ids, replies, strict=True) if reply == 1}
 
-    def forgive(self, model: str, field: str) -> None:
+    def absolve(self, model: str, field: str) -> None:
         """Strike `field` from running and from attempts:<m>: it did no harm this time."""
         self._link.note(("SREM", self._names.running(self._incarnation), f"{model}/{field}"))
         self._link.note(("HDEL", self._names.attempts(model), field))

@@ -183,7 +183,7 @@ class Recoverer:
             run_id = self._client.info("server").get("run_id", "?")
             if run_id != self._run_id:
                 self._run_id, self._up_since = run_id, time.monotonic()
-            for names in self._names.spoken():
+            for names in self._names.all_protocols():
                 self._look(names)
         except RedisError:
             self._run_id, self._up_since = "", None

@@ -75,7 +75,7 @@ class Finished(msgspec.Struct):
     ended: float = 0.0
     #: The number of the lane, from 0.
     lane: int = 0
-    #: False while the lanes have `ample` further batches: the results may wait for the next ones.
-    hurry: bool = True
+    #: False while the lanes have `enough_ahead` batches before them: results may wait for the next.
+    lanes_run_short: bool = True
     #: It had ended before, and was audited now: only `fatal` is new.
     audited: bool = False

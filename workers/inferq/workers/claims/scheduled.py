@@ -66,7 +66,7 @@ def _parse(member: bytes) -> _Place | None:
         return None
 
 
-class Later:
+class Scheduled:
     """Keeps requests until they are due. `start` spawns the thread that puts them back."""
 
     def __init__(self, client: redis.Redis, names: Names, clock: RedisClock) -> None:
@@ -97,7 +97,7 @@ class Later:
         return Settlement(
             slot, claim.model, None, b"",
             before=(
-                ("ZADD", names.later, due_ms, place),
+                ("ZADD", names.scheduled, due_ms, place),
                 ("DEL", key),  # This MULTI may be sent again, its first answer lost.
                 ("RPUSH", key, message),
             ),
@@ -121,7 +121,7 @@ class Later:
     def _turn(self) -> float:
         now = self._clock.now()
         self._next_ms = now + LOOK_EVERY_S * 1000
-        for names in self._names.spoken():
+        for names in self._names.all_protocols():
             self._next_ms = min(self._next_ms, self._put_back(names, now))
         return (self._next_ms - self._clock.now()) / 1000
 
@@ -129,14 +129,16 @@ class Later:
         """Put back what is due; return the Redis ms at which there may be more to do."""
         try:
             found: list[tuple[bytes, float]] = self._client.zrange(
-                names.later, 0, _MOVES_PER_TRIP, withscores=True
+                names.scheduled, 0, _MOVES_PER_TRIP, withscores=True
             )  # type: ignore[assignment]
         except RedisError as problem:
             if not is_wrong_type(problem):
                 raise
-            self._told.amiss(names.later, type_of(self._client, names.later), ZSET, NO_RETURN)
+            self._told.amiss(
+                names.scheduled, type_of(self._client, names.scheduled), ZSET, NO_RETURN
+            )
             return float("inf")
-        if self._told and self._told.right(names.later):
+        if self._told and self._told.right(names.scheduled):
             self._list_again(names)
             return now_ms
         due = [member for member, due_ms in found if due_ms <= now_ms]
@@ -164,7 +166,7 @@ class Later:
             self._tell(names, member, places[member])
         if stays:  # or the first of them would keep others from being looked at
             again = dict.fromkeys(stays, now_ms + AMISS_AGAIN_MS)
-            self._client.zadd(names.later, again, xx=True)
+            self._client.zadd(names.scheduled, again, xx=True)
         if self._told:
             for queue in {names.queue(*places[member]) for member in places.keys() - stays}:
                 self._told.right(queue)
@@ -173,10 +175,10 @@ class Later:
                 logger.error(
                     "%r in %s is no request of ours and is removed; expected "
                     "<model>:<priority>:<random>. What is at %r stays there",
-                    member, names.later, names.later.encode() + b":" + member,
+                    member, names.scheduled, names.scheduled.encode() + b":" + member,
                 )  # fmt: skip
         if gone := [member for member in due if member not in stays]:
-            self._client.zrem(names.later, *gone)
+            self._client.zrem(names.scheduled, *gone)
 
     def _tell(self, names: Names, member: bytes, place: _Place) -> None:
         for key, until in (
@@ -196,7 +198,7 @@ class Later:
             message = self._client.lindex(key, 0)
             if _parse(member) is not None and isinstance(message, bytes):
                 due_ms = _due_ms(message, self._clock.now())
-                self._client.zadd(names.later, {member: due_ms}, nx=True)
+                self._client.zadd(names.scheduled, {member: due_ms}, nx=True)
 
 
 def _due_ms(message: bytes, now_ms: float) -> float:

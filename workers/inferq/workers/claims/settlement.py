@@ -131,7 +131,7 @@ class Settle:
         replies: defaultdict[str, list[str]] = defaultdict(list)
         touched: defaultdict[Claim, list[int]] = defaultdict(list)
         stopped: list[str] = []
-        forgiven: defaultdict[str, list[str]] = defaultdict(list)
+        absolved: defaultdict[str, list[str]] = defaultdict(list)
         garbage: list[str] = []
         stored: list[str] = []
         #: Model with new dead letters → how many of these are quarantined.
@@ -154,9 +154,9 @@ class Settle:
             if done.running and done.request_id is not None:
                 stopped.append(f"{done.model}/{done.request_id}")
             if done.attempts and done.request_id is not None:
-                forgiven[done.model].append(done.request_id)
+                absolved[done.model].append(done.request_id)
             if done.suspect is not None:
-                forgiven[done.model].append(done.suspect)
+                absolved[done.model].append(done.suspect)
             done.slot.claim.settled.add(done.slot.index)
             touched[done.slot.claim].append(done.slot.index)
         storing += [_keep_letters(names, model, added) for model, added in letters.items()]
@@ -164,7 +164,7 @@ class Settle:
         releasing += _ending(names, incarnation, touched)
         if stopped:
             releasing.append(("SREM", names.running(incarnation), *stopped))
-        for model, fields in forgiven.items():
+        for model, fields in absolved.items():
             releasing.append(("HDEL", names.attempts(model), *fields))
         for at in range(0, len(garbage), KEYS_AT_ONCE):
             releasing.append(("UNLINK", *garbage[at : at + KEYS_AT_ONCE]))

@@ -18,7 +18,7 @@ from inferq.workers.logs.printing import say, say_json
 if TYPE_CHECKING:
     from inferq.shared.schema import Array
     from inferq.workers.models.spec import ModelSpec
-    from inferq.workers.trt.builder import Order
+    from inferq.workers.trt.builder import BuildRequest
     from inferq.workers.trt.plans import Plan, PlanFolder
     from inferq.workers.trt.pruning import Other
 
@@ -81,7 +81,7 @@ def build(
     from inferq.workers.cuda.libcuda import compute_capability  # noqa: PLC0415
     from inferq.workers.models.repository import load_model  # noqa: PLC0415 (heavy)
     from inferq.workers.trt import logs, network, running  # noqa: PLC0415
-    from inferq.workers.trt.builder import Order, ensure_plan  # noqa: PLC0415
+    from inferq.workers.trt.builder import BuildRequest, ensure_plan  # noqa: PLC0415
     from inferq.workers.trt.flavours import find_flavour  # noqa: PLC0415
     from inferq.workers.trt.phases import BuildStopped, phase  # noqa: PLC0415
     from inferq.workers.trt.plans import PlanFolder  # noqa: PLC0415
@@ -98,7 +98,7 @@ def build(
                 with phase(progress, f"Reading model {model}"):
                     spec = load_model(repository, model)
                 table = spec.engine_table if spec.config.engine == "tensorrt" else {}
-                order = Order(
+                order = BuildRequest(
                     spec=spec,
                     flavour=find_flavour(flavour_name or table.get("flavour", "auto")),
                     precision=precision or table.get("precision", "fp32"),
@@ -153,7 +153,7 @@ def _given(path: Path | None, spec: ModelSpec) -> list[dict[str, Array]]:
 
 
 def _verified(
-    order: Order,
+    order: BuildRequest,
     folder: PlanFolder,
     plan: Plan,
     samples: list[dict[str, Array]],
@@ -185,7 +185,7 @@ def _print_pruned(others: Sequence[Other]) -> None:
             say(f"deleted {other.path}: {size}")
 
 
-def _told(order: Order, plan: Plan, others: Sequence[Other]) -> dict[str, Any]:
+def _told(order: BuildRequest, plan: Plan, others: Sequence[Other]) -> dict[str, Any]:
     record = plan.record
     return {
         "model": order.spec.name,
@@ -209,7 +209,7 @@ def _told(order: Order, plan: Plan, others: Sequence[Other]) -> dict[str, Any]:
     }
 
 
-def _print(order: Order, plan: Plan) -> None:
+def _print(order: BuildRequest, plan: Plan) -> None:
     record = plan.record
     known = UNVERIFIED if not record.verified else f"verified: differs by {record.max_error:.2g}"
     origin = "from the cache, built" if plan.from_cache else "built"
@@ -241,7 +241,7 @@ def _shapes(*shapes: tuple[int, ...]) -> str:
     return " … ".join("x".join(map(str, shape)) or "scalar" for shape in different)
 
 
-def _to_be_told(order: Order) -> list[str]:
+def _to_be_told(order: BuildRequest) -> list[str]:
     """What model.toml lacks that was an option here: workers know no options."""
     from inferq.workers.models.ranges import profile_sizes  # noqa: PLC0415
     from inferq.workers.trt.profiles import as_toml  # noqa: PLC0415
@@ -264,7 +264,7 @@ def _to_be_told(order: Order) -> list[str]:
     return lines
 
 
-def _is_flavour(name: str, order: Order) -> bool:
+def _is_flavour(name: str, order: BuildRequest) -> bool:
     """Whether `name` in model.toml is, here, the flavour that was built with."""
     from inferq.workers.trt.flavours import find_flavour  # noqa: PLC0415
 
@@ -274,7 +274,7 @@ def _is_flavour(name: str, order: Order) -> bool:
         return False
 
 
-def _differs(order: Order) -> bool:
+def _differs(order: BuildRequest) -> bool:
     """Whether workers, who know no --batch, would look for another plan."""
     from inferq.workers.models.ranges import profile_sizes  # noqa: PLC0415
 

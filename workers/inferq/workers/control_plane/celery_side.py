@@ -9,7 +9,7 @@ from celery.worker import WorkController
 from inferq.shared.names import TASK, Names
 from inferq.workers.canvas.publisher import Canvas
 from inferq.workers.claims.claim import Slot
-from inferq.workers.claims.scheduled import Later
+from inferq.workers.claims.scheduled import Scheduled
 from inferq.workers.claims.settlement import Settlement
 from inferq.workers.control_plane import celery_private
 from inferq.workers.control_plane.celery_inbox import CeleryInbox, Handed
@@ -21,7 +21,9 @@ from inferq.workers.supervision.health import EX_FATAL_ENGINE
 class CelerySide(Control):
     """Does what the data plane asks of Celery's half of a worker."""
 
-    def __init__(self, worker: WorkController, canvas: Canvas, later: Later, names: Names) -> None:
+    def __init__(
+        self, worker: WorkController, canvas: Canvas, later: Scheduled, names: Names
+    ) -> None:
         self._worker = worker
         self._canvas = canvas
         self._later = later

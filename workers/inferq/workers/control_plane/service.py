@@ -31,7 +31,7 @@ from inferq.workers.claims.clock import RedisClock
 from inferq.workers.claims.lease import Lease
 from inferq.workers.claims.recovery import Recoverer
 from inferq.workers.claims.runs import Finished
-from inferq.workers.claims.scheduled import Later
+from inferq.workers.claims.scheduled import Scheduled
 from inferq.workers.claims.settlement import Settlement
 from inferq.workers.control_plane import celery_private
 from inferq.workers.control_plane.celery_inbox import CeleryInbox
@@ -90,7 +90,7 @@ class Service:
         self._names = settings.names()
         self._clock = RedisClock()
         self._client = redis_client(settings.redis_url, sentinel_master=settings.sentinel_master)
-        self._later = Later(self._client, self._names, self._clock)
+        self._later = Scheduled(self._client, self._names, self._clock)
         self._recoverer = Recoverer(self._client, self._names, settings.lease_s)
         self._lease: Lease | None = None
         self._canvas = Canvas(settings, self._client, self._on_ready)

@@ -135,7 +135,7 @@ class Incarnation:
         self._held.drop()
         try:
             self._client.delete(self._names.running(lost))
-            self._lease.be_born()
+            self._lease.register()
             self.is_lost = False
         except RedisError as problem:
             logger.warning("no new lease yet: %s", problem)

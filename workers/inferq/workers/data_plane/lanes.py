@@ -167,7 +167,7 @@ class Lanes:
         self._on_begun = on_begun
         self._inbox: SimpleQueue[Job | None] = SimpleQueue()
         #: So many batches that wait for the lanes are ample: nothing is in a hurry then.
-        self.ample = math.inf
+        self.enough_ahead = math.inf
         #: What each lane computes, and since when (monotonic ms).
         self._computing: list[tuple[Job, float] | None] = [None] * len(lanes)
         self._threads = [
@@ -230,7 +230,7 @@ class Lanes:
                 finished = Finished(job, (), fatal=FatalEngineError(reason))
             finished.began, finished.ended = began, time.monotonic()
             finished.lane = number
-            finished.hurry = self._inbox.qsize() < self.ample
+            finished.lanes_run_short = self._inbox.qsize() < self.enough_ahead
             self._computing[number] = None
             # kill point: lane-ended
             self._on_finished(finished)

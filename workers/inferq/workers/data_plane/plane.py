@@ -33,7 +33,7 @@ from inferq.workers.claims.link import Link, Waker
 from inferq.workers.claims.payloads import PayloadReader
 from inferq.workers.claims.recovery import Recoverer
 from inferq.workers.claims.runs import Finished, Job
-from inferq.workers.claims.scheduled import Later
+from inferq.workers.claims.scheduled import Scheduled
 from inferq.workers.claims.settlement import Settlement
 from inferq.workers.data_plane import scheduling as supply
 from inferq.workers.data_plane.admission import Admission
@@ -78,7 +78,7 @@ class DataPlane:
         *,
         lease: Lease,
         recoverer: Recoverer,
-        later: Later,
+        later: Scheduled,
         control: Control,
         observers: Observers,
         result_expires_s: int,
@@ -120,7 +120,7 @@ class DataPlane:
     def on_finished(self, finished: Finished) -> None:
         """A lane is done: called from its thread."""
         self._settling.on_finished(finished)
-        if finished.hurry:
+        if finished.lanes_run_short:
             self._waker.set()
 
     def on_ready(self, incarnation: str, settlement: Settlement) -> None:
@@ -333,7 +333,7 @@ class DataPlane:
             until.append(self._drain_by - now)
         if (due_at := self._settling.due_at()) is not None:
             until.append(due_at - now)
-        elif any(model.brisk() for model in self._models.values()):
+        elif any(model.runs_ahead() for model in self._models.values()):
             until.append(SETTLE_WITHIN_S)
         return max(0.0, min(until))
 

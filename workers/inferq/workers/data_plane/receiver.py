@@ -21,7 +21,7 @@ from inferq.workers.claims.clock import RedisClock
 from inferq.workers.claims.ledger import Ledger
 from inferq.workers.claims.payloads import PayloadReader
 from inferq.workers.claims.recovery import linking, suspect
-from inferq.workers.claims.scheduled import Later
+from inferq.workers.claims.scheduled import Scheduled
 from inferq.workers.claims.settlement import Settlement
 from inferq.workers.claims.verdicts import (
     Early,
@@ -87,7 +87,7 @@ class Receiver:
         models: Mapping[str, ServedModel],
         clock: RedisClock,
         control: Control,
-        later: Later,
+        later: Scheduled,
         payloads: PayloadReader,
     ) -> None:
         self._models = models
@@ -137,7 +137,7 @@ class Receiver:
                 found = self._open_counted(ledger, model, [(slot, message)], adopted)
                 self._admit(model, found, received, math.inf)
                 # kill point: suspect-decoded
-                ledger.forgive(model.name, field)
+                ledger.absolve(model.name, field)
         return received
 
     def _open(self, model: ServedModel, slot: Slot, message: bytes) -> Found:

@@ -53,9 +53,9 @@ def wants(
         asked = 0
         own, each = budget.own_left(model.name), budget.each(model.name)
         most = min((own + common) // each, budget.at_once(model.name))
-        relaxed = model.relaxed()
+        has_enough_ahead = model.has_enough_ahead()
         for step, total in model.room().items():
-            if relaxed and step >= model.least_urgent():
+            if has_enough_ahead and step >= model.least_urgent():
                 break
             room = min(total, most) - asked
             if room <= 0 < total and not asked and budget.idle(model.name, step):

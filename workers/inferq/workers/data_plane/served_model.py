@@ -153,13 +153,13 @@ class ServedModel:
             return 1
         return max(1, min(MAX_AHEAD, math.ceil(AHEAD_S / self._batch_s)))
 
-    def relaxed(self) -> bool:
+    def has_enough_ahead(self) -> bool:
         """Whether so much is formed ahead of the lanes that claiming and settling may wait."""
-        return len(self.jobs) - len(self._lanes) >= self._lanes.ample
+        return len(self.jobs) - len(self._lanes) >= self._lanes.enough_ahead
 
-    def brisk(self) -> bool:
+    def runs_ahead(self) -> bool:
         """Whether batches are short and some are formed ahead: ends of batches may go untold."""
-        return self._lanes.ample < math.inf and len(self.jobs) > len(self._lanes)
+        return self._lanes.enough_ahead < math.inf and len(self.jobs) > len(self._lanes)
 
     def least_urgent(self) -> int:
         """The least urgent priority in the batches that were formed."""
@@ -194,7 +194,7 @@ class ServedModel:
             smoothed = self._batch_s + _BATCH_WEIGHT * (took_s - self._batch_s)
             self._batch_s = max(took_s, smoothed)
             lanes, depth = len(self._lanes), self._depth
-            self._lanes.ample = max(lanes, lanes * depth // 4) if depth > 1 else math.inf
+            self._lanes.enough_ahead = max(lanes, lanes * depth // 4) if depth > 1 else math.inf
         if self.audit.unbatched and self.target.knobs.batchable:
             self.target.unbatch()
 

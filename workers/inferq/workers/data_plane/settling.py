@@ -123,7 +123,7 @@ class Settling:
             return True
         if time.monotonic() >= self._ended[0].ended + SETTLE_WITHIN_S:
             return True
-        return not all(self._model(finished).relaxed() for finished in self._ended)
+        return not all(self._model(finished).has_enough_ahead() for finished in self._ended)
 
     def due_at(self) -> float | None:
         """When (monotonic s) what waits for more will wait no longer; None if nothing waits."""

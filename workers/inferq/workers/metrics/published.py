@@ -95,11 +95,11 @@ def read_stats(
     before are looked for, too.
     """
     with client.pipeline(transaction=False) as pipe:
-        for each in names.spoken():
+        for each in names.all_protocols():
             pipe.zrange(each.leases, 0, -1)
         leases = replies.of_each(pipe)
     with client.pipeline(transaction=False) as pipe:
-        for each, incarnations in zip(names.spoken(), leases, strict=True):
+        for each, incarnations in zip(names.all_protocols(), leases, strict=True):
             for incarnation in incarnations or ():
                 key = each.stats(incarnation.decode(errors="replace"))
                 pipe.pttl(key)

@@ -101,12 +101,12 @@ class DepthReader:
         That takes about a second where there are a million keys.
         """
         known: set[str] = set()
-        for names in self._names.spoken():
+        for names in self._names.all_protocols():
             heads = (names.dead(""), names.model(""), names.serving(""))
             for key in self._scan(names.root, "[dms]*"):
                 known |= {key.removeprefix(head) for head in heads if key.startswith(head)}
             with self._client.pipeline(transaction=False) as pipe:
-                pipe.zrange(names.later, 0, LATER_PLACES - 1)
+                pipe.zrange(names.scheduled, 0, LATER_PLACES - 1)
                 [places] = replies.of_each(pipe)
             known |= {_model_of_place(place) for place in places or ()}
         strays: set[str] = set()
@@ -124,7 +124,7 @@ class DepthReader:
 
     def read(self, models: Sequence[str] | None = None) -> Depths:
         """The depths of `models` in their order, or of all that are known."""
-        names, spoken = self._names, self._names.spoken()
+        names, spoken = self._names, self._names.all_protocols()
         unlisted = 0
         if models is None:
             found = self.find()
@@ -134,8 +134,8 @@ class DepthReader:
         with self._client.pipeline(transaction=False) as pipe:
             pipe.time()
             for each in spoken:
-                pipe.zcard(each.later)
-                pipe.zrange(each.later, 0, LATER_PLACES - 1)
+                pipe.zcard(each.scheduled)
+                pipe.zrange(each.scheduled, 0, LATER_PLACES - 1)
                 pipe.zrange(each.leases, 0, -1)
             for model in wanted:
                 queues = [names.queue(model, step) for step in steps]

@@ -26,7 +26,7 @@ FILE: Final = "model.onnx"
 
 
 @dataclass(frozen=True)
-class Order:
+class BuildRequest:
     """What is to be built. `capability` is that of the GPU at hand, as "9.0"; None: there is none.
 
     `batch`: the smallest, usual and largest batch in place of model.toml's. `workspace_bytes`: the
@@ -51,7 +51,7 @@ class Order:
 
 
 def ensure_plan(
-    order: Order,
+    order: BuildRequest,
     folder: PlanFolder,
     *,
     progress: Progress | None = None,
@@ -81,7 +81,7 @@ def ensure_plan(
         return _build(order, key, folder, progress)
 
 
-def plan_key(order: Order) -> PlanKey:
+def plan_key(order: BuildRequest) -> PlanKey:
     """What the plan of `order` depends on. ConfigError: it cannot be built here at all."""
     check_precision(order.precision)
     flavour, path = order.flavour, order.spec.path
@@ -105,7 +105,7 @@ def plan_key(order: Order) -> PlanKey:
     )
 
 
-def _found(order: Order, key: PlanKey, folder: PlanFolder) -> Plan | None:
+def _found(order: BuildRequest, key: PlanKey, folder: PlanFolder) -> Plan | None:
     for each in _acceptable(order, key):
         plan = folder.find(order.spec.name, order.spec.version, each)
         if plan is not None:
@@ -113,7 +113,7 @@ def _found(order: Order, key: PlanKey, folder: PlanFolder) -> Plan | None:
     return None
 
 
-def _acceptable(order: Order, key: PlanKey) -> list[PlanKey]:
+def _acceptable(order: BuildRequest, key: PlanKey) -> list[PlanKey]:
     """The keys of the plans that serve as well, the best first."""
     if not order.flavour.builds_anywhere or key.capability == ANY_GPU:
         return [key]
@@ -123,7 +123,9 @@ def _acceptable(order: Order, key: PlanKey) -> list[PlanKey]:
     ]
 
 
-def _build(order: Order, key: PlanKey, folder: PlanFolder, progress: Progress | None) -> Plan:
+def _build(
+    order: BuildRequest, key: PlanKey, folder: PlanFolder, progress: Progress | None
+) -> Plan:
     began = time.monotonic()
     spec, flavour = order.spec, order.flavour
     assert spec.path is not None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from inferq.shared.errors import ConfigError
-from inferq.workers.trt.builder import Order
+from inferq.workers.trt.builder import BuildRequest
 from inferq.workers.trt.plan_lock import StillLocked, locked
 from inferq.workers.trt.plan_record import read_record
 from inferq.workers.trt.plans import Plan, PlanFolder, runtime_caches
@@ -30,7 +30,7 @@ class Other:
     in_use: bool
 
 
-def prune(folder: PlanFolder, order: Order, keep: Plan) -> list[Other]:
+def prune(folder: PlanFolder, order: BuildRequest, keep: Plan) -> list[Other]:
     """Delete all plans of the model of `order` but `keep`, which is the one asked for.
 
     Those of other flavours and of other GPUs are left: this machine does not know what is asked of

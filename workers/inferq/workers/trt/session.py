@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from inferq.workers.cuda import device
 from inferq.workers.cuda.lane import CudaLane
 from inferq.workers.models.spec import ModelSpec
-from inferq.workers.trt.builder import Order, ensure_plan
+from inferq.workers.trt.builder import BuildRequest, ensure_plan
 from inferq.workers.trt.flavours import Flavour
 from inferq.workers.trt.lanes import opened, runs_on
 from inferq.workers.trt.plans import Plan, PlanFolder, runtime_cache_name
@@ -38,7 +38,7 @@ def opened_session(
         gpu = stack.enter_context(device.acquired())
         folder = PlanFolder()
         stack.callback(folder.close)
-        order = Order(spec, flavour, precision, capability=gpu.capability)
+        order = BuildRequest(spec, flavour, precision, capability=gpu.capability)
         with gpu:  # a build measures kernels on it
             plan = ensure_plan(order, folder)
         # With both, TensorRT would capture what is being captured.

@@ -27,7 +27,7 @@ from inferq.workers.models.array_files import read_npz
 from inferq.workers.models.engine import Batch
 from inferq.workers.models.ranges import InputRange
 from inferq.workers.models.spec import ModelSpec
-from inferq.workers.trt.builder import Order
+from inferq.workers.trt.builder import BuildRequest
 from inferq.workers.trt.phases import Progress, phase, stepped
 from inferq.workers.trt.plans import Plan, PlanFolder
 
@@ -84,7 +84,7 @@ def verify(
 
 
 def verify_plan(
-    order: Order,
+    order: BuildRequest,
     folder: PlanFolder,
     plan: Plan,
     run: Run,
