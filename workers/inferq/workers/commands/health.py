@@ -17,7 +17,7 @@ from inferq.workers.logs.printing import plain, say, say_json
 from inferq.workers.models.not_served import listed
 from inferq.workers.supervision import runtime_folder
 from inferq.workers.supervision.health import LOADS, Beat, problem_of, read_beat, silence_s
-from inferq.workers.supervision.whose import place_of, run_id_of
+from inferq.workers.supervision.redis_identity import place_of, run_id_of
 
 
 @click.command()

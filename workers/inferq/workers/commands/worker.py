@@ -108,8 +108,8 @@ def worker(
     from inferq.workers.supervision import runtime_folder  # noqa: PLC0415
     from inferq.workers.supervision.devices import chosen_devices  # noqa: PLC0415
     from inferq.workers.supervision.health import forget_the_dead  # noqa: PLC0415
+    from inferq.workers.supervision.redis_identity import place_of  # noqa: PLC0415
     from inferq.workers.supervision.supervisor import Child, Supervisor  # noqa: PLC0415
-    from inferq.workers.supervision.whose import place_of  # noqa: PLC0415
 
     try:
         devices = chosen_devices(gpu, cpu)

@@ -68,7 +68,7 @@ from inferq.workers.supervision.health import (
     loops_problem,
 )
 from inferq.workers.supervision.heartbeat import UNANSWERED_S, Heartbeat, links_s
-from inferq.workers.supervision.whose import place_of
+from inferq.workers.supervision.redis_identity import place_of
 
 if TYPE_CHECKING:
     from inferq.workers.metrics.endpoint import Endpoint

@@ -12,7 +12,7 @@ import msgspec
 
 from inferq.workers.models.not_served import NotServed
 from inferq.workers.process.own_files import read_own
-from inferq.workers.supervision.whose import RedisPlace
+from inferq.workers.supervision.redis_identity import RedisPlace
 
 #: Exit status of a worker whose engine is beyond use; its supervisor starts a fresh one.
 EX_FATAL_ENGINE: Final = 70

@@ -22,7 +22,7 @@ from inferq.workers.models.not_served import NotServed
 from inferq.workers.process.periodic import Loop, Periodic, troubles
 from inferq.workers.supervision import runtime_folder
 from inferq.workers.supervision.health import LOADING, SERVING, STOPPING, Beat
-from inferq.workers.supervision.whose import RedisPlace
+from inferq.workers.supervision.redis_identity import RedisPlace
 
 logger = logging.getLogger(__name__)
 

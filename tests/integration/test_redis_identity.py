@@ -19,7 +19,7 @@ from helpers.wait import until
 from inferq.shared.settings import Settings
 from inferq.workers.process.embedded import EmbeddedRedis
 from inferq.workers.supervision.health import SERVING, Beat, read_beat
-from inferq.workers.supervision.whose import RedisPlace, place_of, run_id_of
+from inferq.workers.supervision.redis_identity import RedisPlace, place_of, run_id_of
 
 NewRedis = Callable[..., EmbeddedRedis]
 
