@@ -389,10 +389,10 @@ def test_signatures_are_counted_wherever_they_stand(place: str) -> None:
     around = len(all_of(rebuilt(inside(plain())[place]))) - 1
     most = MAX_FOLLOWING - around - 1
     within = canvas("group", tasks=[plain() for _ in range(most)])
-    assert len(all_of(rebuilt(inside(within)[place], 1 << 30))) == MAX_FOLLOWING
+    assert len(all_of(rebuilt(inside(within)[place], MAX_MESSAGE_BYTES))) == MAX_FOLLOWING
     within = canvas("group", tasks=[plain() for _ in range(most + 1)])
     with pytest.raises(InvalidInput, match=f"more than {MAX_FOLLOWING} signatures"):
-        rebuilt(inside(within)[place], 1 << 30)
+        rebuilt(inside(within)[place], MAX_MESSAGE_BYTES)
 
 
 def test_a_chords_body_counts_for_each_part_of_its_header() -> None:
