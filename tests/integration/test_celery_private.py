@@ -32,7 +32,7 @@ from kombu.exceptions import ContentDisallowed
 from inferq.shared.celery_app import make_app
 from inferq.shared.names import Names
 from inferq.shared.settings import Settings
-from inferq.workers.canvas import celery_canvas as canvas_private
+from inferq.workers.canvas import celery_canvas
 from inferq.workers.canvas.following import following
 from inferq.workers.canvas.link_queues import LinkQueues
 from inferq.workers.canvas.place import place_of
@@ -263,12 +263,12 @@ def ours(app: Celery, redis_url: str, redis: redis_py.Redis) -> Iterator[Celery]
     """An app of whose canvases the messages go out by our own connections."""
     ours = make_app(Settings.load(redis_url=redis_url))
     sender = LinkSender(redis, Names(), LinkQueues(Names()), 600, lambda attempt: attempt())
-    canvas_private.divert(ours, sender.take, sender.push_at_once)
-    canvas_private.be_current(ours)
-    canvas_private.store_by(ours, sender.store)
-    canvas_private.await_no_results(ours)
+    celery_canvas.divert(ours, sender.take, sender.push_at_once)
+    celery_canvas.be_current(ours)
+    celery_canvas.store_by(ours, sender.store)
+    celery_canvas.await_no_results(ours)
     yield ours
-    canvas_private.be_current(app)
+    celery_canvas.be_current(app)
     let_go(ours)
 
 
@@ -282,7 +282,7 @@ def asked(app: Celery, redis: redis_py.Redis, build: Callable[[Any], Any]) -> Co
     *_, embed = channel.Message(raw, channel=channel).decode()
     redis.flushall()
     follows = following(embed, len(message), LinkQueues(Names()))
-    return canvas_private.context_of(place_of(message), **msgspec.structs.asdict(follows))
+    return celery_canvas.context_of(place_of(message), **msgspec.structs.asdict(follows))
 
 
 def written(redis: redis_py.Redis, own: str) -> dict[str, Any]:
@@ -352,11 +352,11 @@ def test_what_follows_on_a_request_is_what_celery_publishes(
     theirs = written(redis, request.id)
     redis.flushall()
     if error is None:
-        canvas_private.publish_success(ours, request, OUTPUTS)
-        canvas_private.finish_chord(ours, request, "SUCCESS", OUTPUTS)
+        celery_canvas.publish_success(ours, request, OUTPUTS)
+        celery_canvas.finish_chord(ours, request, "SUCCESS", OUTPUTS)
     else:
-        canvas_private.finish_chord(ours, request, "FAILURE", error)
-        canvas_private.publish_failure(ours, request, error)
+        celery_canvas.finish_chord(ours, request, "FAILURE", error)
+        celery_canvas.publish_failure(ours, request, error)
     assert written(redis, request.id) == theirs
     assert not redis.keys("_kombu*"), "keys that stay for good"
 
@@ -438,5 +438,5 @@ def test_an_app_can_be_kept_from_awaiting_what_it_sends(app: Celery, redis: redi
         return "cmdstat_subscribe" in redis.info("commandstats")
 
     assert subscribed(lambda: app.send_task("x", queue="q")), "stock Celery does"
-    canvas_private.await_no_results(app)
+    celery_canvas.await_no_results(app)
     assert not subscribed(lambda: app.send_task("x", queue="q"))

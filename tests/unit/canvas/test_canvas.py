@@ -21,7 +21,7 @@ from inferq.shared.celery_app import make_app
 from inferq.shared.errors import EngineError
 from inferq.shared.names import Names
 from inferq.shared.settings import Settings
-from inferq.workers.canvas import patience as link_patience
+from inferq.workers.canvas import patience
 from inferq.workers.canvas.celery_canvas import await_no_results
 from inferq.workers.canvas.patience import RETRY_S
 from inferq.workers.canvas.publisher import Canvas
@@ -279,7 +279,7 @@ def test_links_that_redis_never_takes_are_given_up_though_it_answers(
 
     message = linked(app, store, "plain", task_id=marker.decode())
     monkeypatch.setattr(Connection, "send_packed_command", cut)
-    monkeypatch.setattr(link_patience, "GIVE_UP_S", 2 * RETRY_S)
+    monkeypatch.setattr(patience, "GIVE_UP_S", 2 * RETRY_S)
     canvas.put("i", succeeded(message), message)
     after = linked(app, store, "plain")
     canvas.put("i", succeeded(after), after)

@@ -15,7 +15,7 @@ from inferq.workers.claims.claim import Claim, Slot
 from inferq.workers.claims.ledger import QueueId
 from inferq.workers.claims.payloads import _blocks
 from inferq.workers.claims.verdicts import Opened
-from inferq.workers.data_plane import scheduling as supply
+from inferq.workers.data_plane import scheduling
 from inferq.workers.data_plane.budget import (
     MAX_BUDGET_BYTES,
     READING_S,
@@ -39,7 +39,7 @@ def sizes(columns: int | None, most: int = 64 * MB) -> Sizes:
 
 @dataclass
 class Model:
-    """As far as `supply.wants` looks at one: there is room for 64 rows, of any priority."""
+    """As far as `scheduling.wants` looks at one: there is room for 64 rows, of any priority."""
 
     name: str = "m"
     sizes: Sizes = field(default_factory=lambda: sizes(4 * MB))
@@ -62,7 +62,7 @@ def seen(model: Model, inputs: float, outputs: int) -> Model:
 def wanted(
     models: list[Model], depths: Mapping[QueueId, int | None], budget: Budget
 ) -> dict[QueueId, int]:
-    wants, _ = supply.wants(models, depths, 0, budget)  # type: ignore[arg-type]
+    wants, _ = scheduling.wants(models, depths, 0, budget)  # type: ignore[arg-type]
     return {(want.model, want.step): want.count for want in wants}
 
 

@@ -18,8 +18,7 @@ from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims.claim import Want
 from inferq.workers.claims.ledger import HINT, QueueId
 from inferq.workers.claims.runs import Job
-from inferq.workers.data_plane import reporting
-from inferq.workers.data_plane import scheduling as supply
+from inferq.workers.data_plane import reporting, scheduling
 from inferq.workers.data_plane.budget import Budget
 from inferq.workers.data_plane.served_model import AHEAD_S, MAX_AHEAD, ServedModel
 
@@ -54,7 +53,7 @@ def add(model: ServedModel, count: int, *, priority: int = 0, suspect: bool = Fa
 
 def form(*models: ServedModel) -> list[tuple[str, list[int]]]:
     """What leaves: each batch's model and its requests' priorities."""
-    leaving = supply.next_batches(models, 1000.0)
+    leaving = scheduling.next_batches(models, 1000.0)
     return [(model.name, [item.ticket.priority for item in job.items]) for model, job in leaving]
 
 
@@ -62,7 +61,7 @@ def wants(
     model: ServedModel, depths: Mapping[QueueId, int | None], ending: int = 0
 ) -> tuple[list[Want], list[QueueId]]:
     """What is claimed where memory is no matter."""
-    return supply.wants([model], depths, ending, Budget([model], 1 << 50))
+    return scheduling.wants([model], depths, ending, Budget([model], 1 << 50))
 
 
 def settle_down(model: ServedModel, batch_s: float) -> None:
@@ -180,11 +179,11 @@ def test_a_more_urgent_request_overtakes_batches_that_no_lane_has_begun(
     model: ServedModel,
 ) -> None:
     add(model, LANES * TARGET, priority=9)
-    for _, job in supply.next_batches([model], 1000.0):
+    for _, job in scheduling.next_batches([model], 1000.0):
         model.put(job)
     until(lambda: len(model.computing()) == LANES)
     add(model, LANES * TARGET, priority=9)
-    for _, job in supply.next_batches([model], 1000.0):
+    for _, job in scheduling.next_batches([model], 1000.0):
         model.put(job)
     assert not model.overtaken()
     assert len(model.reserved()) == LANES * TARGET

@@ -24,6 +24,7 @@ from inferq.workers.process.visible_passwords import visible_password
         (["x", "redis://:geheim@h"], "a URL holds a password, which every user of this host sees"),
         (["x", "--redis-url", "redis://:ge/[heim@h"], "--redis-url holds a password, which every"),
         (["flower", "--basic-auth", "ops:geheim"], "--basic-auth holds a password, which every us"),
+        (["flower", "--basic-auth", "ops:geheim=="], "--basic-auth holds a password, which every"),
         (["flower", "--basic_auth=ops:geheim"], "--basic_auth holds a password, which every user"),
         (["flower", "--cookie_secret=geheim"], "--cookie_secret holds a password, which every us"),
         (["flower", "--oauth2-secret", "geheim"], "--oauth2-secret holds a password, which every"),

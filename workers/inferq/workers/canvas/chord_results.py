@@ -15,7 +15,7 @@ from celery import Celery
 
 from inferq.shared.errors import PayloadTooLarge
 from inferq.shared.lua import source
-from inferq.workers.canvas import celery_canvas as canvas_private
+from inferq.workers.canvas import celery_canvas
 
 T = TypeVar("T")
 
@@ -51,18 +51,18 @@ class ChordResults:
         It raises what a part failed with, as Celery does. PayloadTooLarge: they are too many bytes.
         ChordError: one is missing.
         """
-        keys = canvas_private.chord_keys(app, group_id)
+        keys = celery_canvas.chord_keys(app, group_id)
         (saved,) = self._patience(lambda: self._values([keys.header]))
         found: list[tuple[str, Any]] = []
         total = 0
         for raw in self._parts(keys.parts):
             total += len(raw)
             _check(total, len(found) + 1)
-            found.append(canvas_private.chord_part(app, raw, in_groups=saved is not None))
+            found.append(celery_canvas.chord_part(app, raw, in_groups=saved is not None))
             self._give_way()
         if saved is None:  # no groups
             return [result for _, result in found]
-        header = canvas_private.saved_header(app, saved)
+        header = celery_canvas.saved_header(app, saved)
         results = dict(found)
         others = [each for each in header.ids() if each not in results]
         results |= self._stored(app, others, total)
@@ -84,12 +84,12 @@ class ChordResults:
         results: dict[str, Any] = {}
         for at in range(0, len(ids), _KEYS):
             some = ids[at : at + _KEYS]
-            keys = [canvas_private.result_key(app, each) for each in some]
+            keys = [celery_canvas.result_key(app, each) for each in some]
             total += sum(self._patience(lambda: self._sizes(keys)))  # noqa: B023 - called at once
             _check(total, 2)
             found = self._patience(lambda: self._values(keys))  # noqa: B023 - called at once
             for each, raw in zip(some, found, strict=True):
-                results[each] = canvas_private.stored_part(app, each, raw)
+                results[each] = celery_canvas.stored_part(app, each, raw)
                 self._give_way()
         return results
 

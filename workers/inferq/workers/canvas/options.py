@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from inferq.shared.codec.messages import MAX_ID_CHARS
 from inferq.shared.errors import InvalidInput
-from inferq.workers.canvas import celery_canvas as canvas_private
+from inferq.workers.canvas import celery_canvas
 from inferq.workers.canvas.link_queues import CONTROL, LinkQueues
 
 #: Furthest in s that a time may lie ahead, or a limit reach.
@@ -111,7 +111,7 @@ def _headers(value: object) -> dict[str, Any] | None:
     foreign = {
         name: given
         for name, given in value.items()
-        if isinstance(name, str) and name not in canvas_private.HEADERS
+        if isinstance(name, str) and name not in celery_canvas.HEADERS
     }
     if len(foreign) > MAX_STAMPS:
         raise InvalidInput(f"are {len(foreign)}; expected {MAX_STAMPS} at most")
@@ -182,6 +182,6 @@ def _stamps(given: Mapping[Any, Any]) -> dict[str, Any]:
     stamps = {
         name: given[name]
         for name in listed
-        if isinstance(name, str) and name in given and name not in canvas_private.KEYWORDS
+        if isinstance(name, str) and name in given and name not in celery_canvas.KEYWORDS
     }
     return {**stamps, "stamped_headers": list(stamps)} if stamps else {}

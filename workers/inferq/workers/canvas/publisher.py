@@ -26,7 +26,7 @@ from inferq.shared import codec
 from inferq.shared.celery_app import make_app
 from inferq.shared.errors import EngineError, InferqError, from_wire
 from inferq.shared.settings import Settings
-from inferq.workers.canvas import celery_canvas as canvas_private
+from inferq.workers.canvas import celery_canvas
 from inferq.workers.canvas.chord_results import ChordResults
 from inferq.workers.canvas.following import following
 from inferq.workers.canvas.in_hand import InHand
@@ -94,7 +94,7 @@ class Canvas:
         self._chords = ChordResults(client, self._patience, self._sender.give_way)
         self._apps = _apps(settings)
         for app in self._apps.values():
-            canvas_private.divert(app, self._sender.take, self._sender.push_at_once)
+            celery_canvas.divert(app, self._sender.take, self._sender.push_at_once)
         self._inbox: SimpleQueue[tuple[str, Settlement, bytes]] = SimpleQueue()
         #: Those that wait, by model: one whose requests have many links keeps no other's waiting.
         self._waiting: dict[str, deque[tuple[str, Settlement, bytes]]] = {}
@@ -171,7 +171,7 @@ class Canvas:
         envelope = codec.decode_envelope(message)
         follows = following(codec.decode_body(envelope).embed, len(message), self._queues)
         app = self._app(envelope.content_type)
-        request = canvas_private.context_of(
+        request = celery_canvas.context_of(
             place_of(message), callbacks=follows.callbacks, errbacks=follows.errbacks,
             chain=follows.chain, chord=follows.chord,
         )  # fmt: skip
@@ -188,23 +188,23 @@ class Canvas:
         status, result = meta["status"], meta["result"]
         self._sender.begin()
         if status == "SUCCESS":
-            self._push(lambda: canvas_private.publish_success(app, request, result))
+            self._push(lambda: celery_canvas.publish_success(app, request, result))
             self._finish(app, request, status, result)
         elif status == "REVOKED":
-            revoked = canvas_private.revoked_error(str(from_wire(status, result)))
+            revoked = celery_canvas.revoked_error(str(from_wire(status, result)))
             self._finish(app, request, status, revoked)
         else:
             error = from_wire(status, result)
             self._finish(app, request, status, error)
-            self._push(lambda: canvas_private.publish_failure(app, request, error))
+            self._push(lambda: celery_canvas.publish_failure(app, request, error))
         return stored
 
     def _app(self, content_type: str) -> Celery:
         app = self._apps[content_type]
-        canvas_private.be_current(app)
-        canvas_private.await_no_results(app)
-        canvas_private.join_by(app, partial(self._chords.of, app))
-        canvas_private.store_by(app, self._sender.store)
+        celery_canvas.be_current(app)
+        celery_canvas.await_no_results(app)
+        celery_canvas.join_by(app, partial(self._chords.of, app))
+        celery_canvas.store_by(app, self._sender.store)
         return app
 
     def _push(self, publish: Callable[[], None]) -> None:
@@ -212,7 +212,7 @@ class Canvas:
         self._sender.push(self._patience(lambda: self._sender.collecting(publish)))
 
     def _finish(self, app: Celery, request: Context, status: str, result: object) -> None:
-        self._patience(lambda: canvas_private.finish_chord(app, request, status, result))
+        self._patience(lambda: celery_canvas.finish_chord(app, request, status, result))
 
     def _first(self, request_id: str, outcome: bytes) -> bytes:
         """Store `outcome`, unless the request has a result, which then is what counts."""

@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from inferq.shared import codec
 from inferq.shared.errors import InvalidInput, NotRegistered, PayloadTooLarge
-from inferq.workers.canvas import celery_canvas as canvas_private
+from inferq.workers.canvas import celery_canvas
 
 #: Most bytes of such a message. What is unpacked may take fifty times that.
 MAX_BYTES: Final = 256 * 1024
@@ -24,7 +24,7 @@ MAX_NESTING: Final = 100
 #: Celery's own tasks: groups, chunks, what waits for the parts of a chord.
 BUILTIN: Final = "celery."
 #: What is kept of the headers.
-_HEADERS: Final = canvas_private.HEADERS - {"compression"}
+_HEADERS: Final = celery_canvas.HEADERS - {"compression"}
 _FOLLOWING: Final = frozenset({"callbacks", "errbacks", "chain", "chord"})
 #: Longest name of a task that is told to anybody.
 MAX_NAME: Final = 200

@@ -35,7 +35,7 @@ from inferq.workers.claims.recovery import Recoverer
 from inferq.workers.claims.runs import Finished, Job
 from inferq.workers.claims.scheduled import Scheduled
 from inferq.workers.claims.settlement import Settlement
-from inferq.workers.data_plane import scheduling as supply
+from inferq.workers.data_plane import scheduling
 from inferq.workers.data_plane.admission import Admission
 from inferq.workers.data_plane.budget import Budget, budget_bytes
 from inferq.workers.data_plane.calls import Calls
@@ -346,7 +346,7 @@ class DataPlane:
             for model in self._models.values():
                 if model.overtaken():
                     self._recall(ledger, model)
-            leaving = supply.next_batches(self._models.values(), time.monotonic() * 1000)
+            leaving = scheduling.next_batches(self._models.values(), time.monotonic() * 1000)
         else:
             for model in self._models.values():
                 self._recall(ledger, model)
@@ -372,7 +372,7 @@ class DataPlane:
         if not self._claiming:
             return [], []
         models, ending = self._claimable(), self._settling.ending()
-        return supply.wants(models, ledger.depths, ending, self._held.budget)
+        return scheduling.wants(models, ledger.depths, ending, self._held.budget)
 
     def _claimable(self) -> Collection[ServedModel]:
         """The models of which more may be claimed: few of their requests wait for links."""

@@ -34,8 +34,9 @@ def visible_password(arguments: Sequence[str]) -> str | None:
     before = ""
     for argument in arguments:
         name, _, value = argument.partition("=")
-        if (value or before) and (found := _SECRETS.get(_spelt(name if value else before))):
-            return _told(name if value else before, found)
+        option = name if value and name.startswith("--") else before
+        if (found := _SECRETS.get(_spelt(option))) is not None:
+            return _told(option, found)
         if any(map(_holds_password, _URL.findall(argument))):
             option = argument.partition("=")[0] if argument.startswith("--") else before
             if argument.startswith("-b"):
