@@ -58,9 +58,13 @@ def _models_table(models: Figures) -> Table:
     for model, entry in models.items():
         for in_flight, served in entry["served"].items():
             table.add_row(
-                model, in_flight, f"{served['rps']:,.0f}", f"{served['efficiency']:.3f}",
-                f"{served['p50_ms']:.0f}", f"{served['p99_ms']:.0f}",
-            )  # fmt: skip
+                model,
+                in_flight,
+                f"{served['rps']:,.0f}",
+                f"{served['efficiency']:.3f}",
+                f"{served['p50_ms']:.0f}",
+                f"{served['p99_ms']:.0f}",
+            )
         for way, rps in entry["ceilings"].items():
             table.add_row(f"  in process: {way}", "", f"{rps:,.0f}", "", "", "")
     return table

@@ -186,8 +186,10 @@ def test_the_page_inference_is_live(
     page.emulate_media(color_scheme="dark")
     keep(page, "inference-dark")
     assert not visitor.complaints
-    assert {url.partition("/static/")[0].partition("/inference")[0].partition("/workers")[0]
-            for url in visitor.asked} == {flower.url}  # fmt: skip
+    assert {
+        url.partition("/static/")[0].partition("/inference")[0].partition("/workers")[0]
+        for url in visitor.asked
+    } == {flower.url}
 
 
 def test_on_a_phone_nothing_scrolls_sideways(
@@ -216,11 +218,21 @@ def test_what_redis_says_is_text_and_never_markup(
 ) -> None:
     attack = "<img src=x onerror='window.attacked=1'><script>window.attacked=1</script>"
     stats = WorkerStats(
-        incarnation="evil", node=attack, host=attack, pid=1, started_at=0.0, at=1.0, state=attack,
-        redis_up=True, device=attack, versions={attack: attack}, models=[],
-        not_served=[NotServed(attack, attack)], passed_over=[attack],
+        incarnation="evil",
+        node=attack,
+        host=attack,
+        pid=1,
+        started_at=0.0,
+        at=1.0,
+        state=attack,
+        redis_up=True,
+        device=attack,
+        versions={attack: attack},
+        models=[],
+        not_served=[NotServed(attack, attack)],
+        passed_over=[attack],
         gpu={"memory_used_bytes": 3.5 * 2**30, "memory_total_bytes": 24 * 2**30, "index": 0},
-    )  # fmt: skip
+    )
     raw = msgspec.to_builtins(stats)
     histogram = {"counts": [1], "sum": 1.0}
     raw["models"] = [{

@@ -111,9 +111,14 @@ class Producer:
         for (pending, asked), digest in zip(done, digests, strict=True):
             outcome = outcome_of(pending.outcome, asked)
             self._write(
-                k="r", id=pending.request_id, at=resolved_at, o=outcome, d=digest, read=read_at,
+                k="r",
+                id=pending.request_id,
+                at=resolved_at,
+                o=outcome,
+                d=digest,
+                read=read_at,
                 w=settled_by(pending.outcome),
-            )  # fmt: skip
+            )
             del self._pending[pending.request_id]
         return len(done)
 

@@ -36,9 +36,13 @@ class Display:
         self._quotas = quotas
         self._line_at = 0.0
         self._progress = Progress(
-            TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("{task.description}"), console=console,
-        )  # fmt: skip
+            TextColumn("requests"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+        )
         self._task = self._progress.add_task("", total=requests)
         self._live = Live(console=console, refresh_per_second=4)
 

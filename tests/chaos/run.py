@@ -108,11 +108,16 @@ def open_scene(faults: list[Fault], seed: int, folder: Path) -> Iterator[Scene]:
         in_crew = [f for f in faults if f.kind not in (*ON_REDIS, *ON_NETWORK)]
         crew = [
             Worker(
-                place, store.as_user("worker", proxy.url(place)), folder, store,
-                [f for f in in_crew if f.targets == (place,)], clock, record,
+                place,
+                store.as_user("worker", proxy.url(place)),
+                folder,
+                store,
+                [f for f in in_crew if f.targets == (place,)],
+                clock,
+                record,
             )
             for place in places
-        ]  # fmt: skip
+        ]
         for worker in crew:
             opened.callback(worker.end)
             worker.start()
@@ -186,15 +191,22 @@ def run(requests: int, seed: int, quotas: Quotas, folder: Path, display: Display
     runs = executions(folder)
     (folder / "record.json").write_text(record.dump(began, store.restarts))
     return Outcome(
-        requests=requests, seed=seed, quotas=quotas, faults_s=faults_s, record=record,
-        ledger=ledger, restarts=store.restarts, verdict=verdict,
+        requests=requests,
+        seed=seed,
+        quotas=quotas,
+        faults_s=faults_s,
+        record=record,
+        ledger=ledger,
+        restarts=store.restarts,
+        verdict=verdict,
         recoveries=recoveries(ledger, record, store.restarts),
         recovered=sum(worker.recovered() for worker in scene.crew),
         runs=[runs[a.producer, a.number] for a in ledger.accepted.values()],
-        beside=len(beside.asked), forgotten=beside.forgotten,
+        beside=len(beside.asked),
+        forgotten=beside.forgotten,
         cut_while_catching_up=scene.proxy.cut_while_catching_up,
         left=left if settled else ["(not settled in time)", *left],
-    )  # fmt: skip
+    )
 
 
 class _Producer:

@@ -40,9 +40,13 @@ _TASKS: Final = (
 
 def _link(rng: random.Random, **options: Any) -> dict[str, Any]:
     return {
-        "task": "fuzz.link", "args": [], "kwargs": {}, "immutable": rng.random() < 0.2,
-        "options": {"queue": LINKS_QUEUE, **options}, "subtask_type": None,
-    }  # fmt: skip
+        "task": "fuzz.link",
+        "args": [],
+        "kwargs": {},
+        "immutable": rng.random() < 0.2,
+        "options": {"queue": LINKS_QUEUE, **options},
+        "subtask_type": None,
+    }
 
 
 def _of(rng: random.Random, kind: str, **kwargs: Any) -> dict[str, Any]:
@@ -119,10 +123,13 @@ def many(rng: random.Random, tree: Tree) -> Tree:
         "group": lambda: _of(rng, "group", tasks=tasks),
         "chain": lambda: _of(rng, "chain", tasks=tasks),
         "chord": lambda: _of(
-            rng, "chord", header=tasks[:-10] or tasks, kwargs={},
+            rng,
+            "chord",
+            header=tasks[:-10] or tasks,
+            kwargs={},
             body=_of(rng, "chain", tasks=tasks[-10:]),
         ),
-    }  # fmt: skip
+    }
     return _placed(rng, tree, kinds[rng.choice(list(kinds))](), rng.choice((0, 0, 1)))
 
 

@@ -163,10 +163,13 @@ class Messages:
 
     def _link(self) -> dict[str, Any]:
         return {
-            "task": "fuzz.link", "args": [], "kwargs": {}, "immutable": False,
+            "task": "fuzz.link",
+            "args": [],
+            "kwargs": {},
+            "immutable": False,
             "options": {"queue": LINKS_QUEUE, "task_id": f"link{self._rng.getrandbits(64):x}"},
             "subtask_type": None,
-        }  # fmt: skip
+        }
 
     # --- mutations ------------------------------------------------------------------------------
 

@@ -20,8 +20,11 @@ def nested_lists(rng: random.Random, tree: Tree) -> Tree:
     inputs = args[0] if args else kwargs["inputs"]
     lists = rng.choice((_strings, _wide, _deep, _ragged, _odd, _heavy))(rng)
     if rng.random() < 0.3:
-        lists = {"dtype": rng.choice(("<f4", "float32", "|b1", "O", lists)), "data": lists,
-                 "shape": rng.choice(([1, 4], [2**31, 2**31], [-1], lists, None))}  # fmt: skip
+        lists = {
+            "dtype": rng.choice(("<f4", "float32", "|b1", "O", lists)),
+            "data": lists,
+            "shape": rng.choice(([1, 4], [2**31, 2**31], [-1], lists, None)),
+        }
     inputs[rng.choice(["x", "x", "y"])] = lists
     return tree
 

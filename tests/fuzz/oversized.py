@@ -13,10 +13,15 @@ def large_head(rng: random.Random, tree: Tree) -> Tree:
     """A good request beside whose body much else stands; Celery and kombu would read it all."""
     much: Tree = rng.choice(
         (
-            "x" * 40_000, "ü" * 5_000, [[]] * 10_000, [{}] * 10_000, 10**30,
-            {str(n): [n] for n in range(2_000)}, json.loads("[" * 300 + "]" * 300),
+            "x" * 40_000,
+            "ü" * 5_000,
+            [[]] * 10_000,
+            [{}] * 10_000,
+            10**30,
+            {str(n): [n] for n in range(2_000)},
+            json.loads("[" * 300 + "]" * 300),
         )
-    )  # fmt: skip
+    )
     part = tree[rng.choice(("headers", "headers", "properties"))]
     names = (
         "stamps",
@@ -39,8 +44,13 @@ def guessed_id(rng: random.Random, tree: Tree) -> Tree:
     cut = rng.randint(1, len(whole) - 1)
     return rng.choice(
         (
-            whole[:cut], whole[cut:], b"garbage" + whole, whole + b"}", whole[:-1] + b"\xff}",
-            json.dumps([tree["headers"]]).encode(), json.dumps({"body": tree["headers"]}).encode(),
+            whole[:cut],
+            whole[cut:],
+            b"garbage" + whole,
+            whole + b"}",
+            whole[:-1] + b"\xff}",
+            json.dumps([tree["headers"]]).encode(),
+            json.dumps({"body": tree["headers"]}).encode(),
             whole.replace(b'"headers"', b'"headers": ' + b"[" * 2_000, 1),
         )
-    )  # fmt: skip
+    )

@@ -389,11 +389,13 @@ def campaign(
         cap = opened.enter_context(capped(LIMIT_MB))
         worker = opened.enter_context(
             CappedProcess(
-                cap if cap.folder else None, server.url, models,
+                cap if cap.folder else None,
+                server.url,
+                models,
                 env={"INFERQ_RESULT_EXPIRES_S": str(EXPIRES_S), "INFERQ_LINK_QUEUES": LINK_QUEUES},
                 args=("--loglevel", "CRITICAL"),
             )
-        )  # fmt: skip
+        )
         beside = opened.enter_context(Innocents(users.url("producer")))
         time.sleep(WARM_S)
         began_alone = time.monotonic()
@@ -429,8 +431,11 @@ def main() -> None:
     args = parser.parse_args()
     console = Console()
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("messages", total=args.messages)
         sums = campaign(

@@ -61,9 +61,10 @@ def open_session(spec: ModelSpec, setup: Setup) -> LoadedModel:
     if setup.flavour is not None:
         name = "tensorrt"
         table = {
-            "flavour": setup.flavour.name, "precision": setup.precision,
+            "flavour": setup.flavour.name,
+            "precision": setup.precision,
             "cuda_graphs": setup.graphs,
-        }  # fmt: skip
+        }
     config = spec.config.model_copy(update={"lanes": setup.lanes})
     return engine_class(name)(replace(spec, config=config, engine_table=table)).load()
 
@@ -105,9 +106,12 @@ def largest_error(spec: ModelSpec, session: LoadedModel, setup: Setup) -> float:
                         return lane.run(padded)
 
                     error = verify(
-                        run, spec, [inputs], precision=setup.precision,
+                        run,
+                        spec,
+                        [inputs],
+                        precision=setup.precision,
                         limit=LIMITS[setup.precision],
-                    )  # fmt: skip
+                    )
                     worst = max(worst, error)
     return worst
 
@@ -144,11 +148,16 @@ def speed(spec: ModelSpec, lanes: Sequence[CudaLane], bucket: int, seconds: floa
         assert times is not None
         found.append(
             Speed(
-                bucket, rate, alone, rate / alone,
+                bucket,
+                rate,
+                alone,
+                rate / alone,
                 max(0.0, 1 - shown / sum(copies)) if sum(copies) else 1.0,
-                times.h2d_ms, times.compute_ms, times.d2h_ms,
+                times.h2d_ms,
+                times.compute_ms,
+                times.d2h_ms,
             )
-        )  # fmt: skip
+        )
     middle = median(each.share for each in found)
     return next(each for each in found if each.share == middle)
 

@@ -60,10 +60,14 @@ def _export(path: Path, pt2: Path) -> None:
     )
     torch.export.save(program, pt2)
     torch.onnx.export(
-        model, (torch.zeros(2, 3, 224, 224),), path, dynamo=False,
-        input_names=["image"], output_names=["scores"],
+        model,
+        (torch.zeros(2, 3, 224, 224),),
+        path,
+        dynamo=False,
+        input_names=["image"],
+        output_names=["scores"],
         dynamic_axes={"image": {0: "batch"}, "scores": {0: "batch"}},
-    )  # fmt: skip
+    )
 
 
 def _resnet50() -> Any:
@@ -76,10 +80,15 @@ def _resnet50() -> Any:
             super().__init__()
             out = 4 * width
             self.path = nn.Sequential(
-                nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-                nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-                nn.Conv2d(width, out, 1, bias=False), nn.BatchNorm2d(out),
-            )  # fmt: skip
+                nn.Conv2d(channels, width, 1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+                nn.Conv2d(width, width, 3, stride, 1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+                nn.Conv2d(width, out, 1, bias=False),
+                nn.BatchNorm2d(out),
+            )
             self.short = nn.Identity()
             if stride != 1 or channels != out:
                 self.short = nn.Sequential(
@@ -90,8 +99,11 @@ def _resnet50() -> Any:
             return torch.relu(self.path(x) + self.short(x))
 
     layers: list[Any] = [
-        nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
-    ]  # fmt: skip
+        nn.Conv2d(3, 64, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+    ]
     channels = 64
     for stage, (width, blocks) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3))):
         for block in range(blocks):

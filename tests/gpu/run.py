@@ -87,12 +87,16 @@ class _Report:
 
             free, total = gpu.memory()
             self.found["machine"] = {
-                "gpu": gpu.name, "capability": gpu.capability, "gpu_mb": total / 1e6,
-                "free_mb": free / 1e6, "cuda_driver": driver.get_driver_version(),
-                "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(),
+                "gpu": gpu.name,
+                "capability": gpu.capability,
+                "gpu_mb": total / 1e6,
+                "free_mb": free / 1e6,
+                "cuda_driver": driver.get_driver_version(),
+                "cores": len(os.sched_getaffinity(0)),
+                "python": platform.python_version(),
                 "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
                 "packages": {package: _version(package) for package in PACKAGES},
-            }  # fmt: skip
+            }
         finally:
             device.release()
         self._console.print(self.found["machine"])
@@ -140,18 +144,22 @@ class _Report:
             for bucket in spec.config.buckets:
                 found = speed(spec, lanes, bucket, self._seconds)
                 row = {
-                    "model": right.name, "lanes": setup.lanes,
+                    "model": right.name,
+                    "lanes": setup.lanes,
                     "flavour": setup.flavour.name if setup.flavour else "torch",
-                    "precision": setup.precision, "graphs": setup.graphs, "error": error,
+                    "precision": setup.precision,
+                    "graphs": setup.graphs,
+                    "error": error,
                     **msgspec.structs.asdict(found),
-                }  # fmt: skip
+                }
                 self.found["lanes"].append(row)
                 graphs = "graphs" if setup.graphs else "eager"
                 self._console.print(
                     f"{what} {graphs}, batch {bucket}: {found.rows_per_s:.0f} rows/s, "
                     f"{found.share:.3f} of {found.alone_rows_per_s:.0f} alone, copies hidden "
-                    f"{found.hidden:.2f}, error {error:.2g}", highlight=False,
-                )  # fmt: skip
+                    f"{found.hidden:.2f}, error {error:.2g}",
+                    highlight=False,
+                )
             if setup.lanes == 2 and setup.graphs:
                 grown = growth(spec, lanes, self._batches)
                 self.found["growth"].append({"what": what, **msgspec.structs.asdict(grown)})
@@ -185,17 +193,36 @@ class _Report:
     def show(self) -> None:
         """One table."""
         table = Table(title=f"{self.found['machine']['gpu']}, {self.found['machine']['date']}")
-        for column in ("model", "flavour", "precision", "lanes", "graphs", "batch", "rows/s",
-                       "alone", "share", "idle", "hidden", "error"):  # fmt: skip
+        for column in (
+            "model",
+            "flavour",
+            "precision",
+            "lanes",
+            "graphs",
+            "batch",
+            "rows/s",
+            "alone",
+            "share",
+            "idle",
+            "hidden",
+            "error",
+        ):
             table.add_column(column)
         for row in self.found["lanes"]:
             table.add_row(
-                row["model"], row["flavour"], row["precision"], str(row["lanes"]),
-                "yes" if row["graphs"] else "no", str(row["bucket"]), f"{row['rows_per_s']:.0f}",
-                f"{row['alone_rows_per_s']:.0f}", f"{row['share']:.3f}",
-                f"{max(0.0, 1 - row['share']):.3f}", f"{row['hidden']:.2f}",
+                row["model"],
+                row["flavour"],
+                row["precision"],
+                str(row["lanes"]),
+                "yes" if row["graphs"] else "no",
+                str(row["bucket"]),
+                f"{row['rows_per_s']:.0f}",
+                f"{row['alone_rows_per_s']:.0f}",
+                f"{row['share']:.3f}",
+                f"{max(0.0, 1 - row['share']):.3f}",
+                f"{row['hidden']:.2f}",
                 f"{row['error']:.2g}",
-            )  # fmt: skip
+            )
         self._console.print(table)
         for problem in self.found["failed"]:
             self._console.print(f"failed: {problem}", highlight=False)

@@ -86,9 +86,15 @@ def lane(
     graphs: bool = True,
 ) -> CudaLane:
     return CudaLane(
-        gpu, executor, {"x": "float32", "k": "int8"}, {"y": "float32"},
-        [{"x": (rows, width), "k": (rows, 1)}], limit or RowLimit(), buckets=BUCKETS, graphs=graphs,
-    )  # fmt: skip
+        gpu,
+        executor,
+        {"x": "float32", "k": "int8"},
+        {"y": "float32"},
+        [{"x": (rows, width), "k": (rows, 1)}],
+        limit or RowLimit(),
+        buckets=BUCKETS,
+        graphs=graphs,
+    )
 
 
 def batch(*rows: int, bucket: int | None = None, width: int = WIDTH, seed: int = 0) -> Batch:
@@ -379,9 +385,15 @@ def any_of_the_largest_shapes_has_room() -> None:
     executor = Doubler()
     shapes = [{"x": (32, 2), "k": (32, 1)}, {"x": (2, 100), "k": (2, 1)}]
     one = CudaLane(
-        gpu, executor, {"x": "float32", "k": "int8"}, {"y": "float32"}, shapes, RowLimit(),
-        buckets=(), graphs=True,
-    )  # fmt: skip
+        gpu,
+        executor,
+        {"x": "float32", "k": "int8"},
+        {"y": "float32"},
+        shapes,
+        RowLimit(),
+        buckets=(),
+        graphs=True,
+    )
     assert CONTROL.count("device_bytes") >= 2 * 200 * 4 + 32
     for seed in range(3):
         check(one, batch(16, 16, width=2, seed=seed))

@@ -164,9 +164,11 @@ def fails_alone(path: Path) -> Path:
         node("Add", ["x", "nothing"], ["y"]),
     ]
     constants = [
-        *_odd_and_alone(), ints("outside", [], [99]), ints("first", [], [0]),
+        *_odd_and_alone(),
+        ints("outside", [], [99]),
+        ints("first", [], [0]),
         helper.make_tensor("zero", FLOAT, [1], [0.0]),
-    ]  # fmt: skip
+    ]
     return write(path, nodes, {"x": (FLOAT, x)}, {"y": (FLOAT, x)}, constants)
 
 

@@ -79,10 +79,11 @@ def _chain(inputs: str, outputs: str, body: str) -> str:
 def _lstm(out: str, direction: str, take: str, inputs: str = "", lengths: str = "") -> str:
     size = 2 if direction == "bidirectional" else 1
     return _chain(
-        f"float[batch, n, 3] x{inputs}", f"float[batch, {out}, 4] y",
+        f"float[batch, n, 3] x{inputs}",
+        f"float[batch, {out}, 4] y",
         "first = Transpose<perm=[1, 0, 2]>(x) all, last, cell = LSTM<hidden_size=4, "
         f'direction="{direction}">(first, w{size}, r{size}, b{size}{lengths}) y = {take}',
-    )  # fmt: skip
+    )
 
 
 #: Of an LSTM: all states, and the last ones.
@@ -94,46 +95,62 @@ RIGHT: Final = {
     "mask": Padded(ATTENTION.format(mask="int64"), _pad("seq", _MASKED, "[8, 16]")),
     "float_mask": Padded(ATTENTION.format(mask="float"), _pad("seq", _MASKED, "[8, 16]")),
     "stride": Padded(
-        _conv("frames", "k2", kernel_shape="[2]", strides="[2]"), _pad(),
+        _conv("frames", "k2", kernel_shape="[2]", strides="[2]"),
+        _pad(),
         range(2, 17),
     ),
     "misnamed_stride": Padded(
         _conv("n", "k2", kernel_shape="[2]", strides="[2]"), _pad(), range(2, 17)
     ),
     "audio_frames": Padded(
-        _chain("float[batch, 1, n] x", "float[batch, 2, frames] y",
-               "y = Conv<kernel_shape=[400], strides=[160]>(x, k400)"),
-        _pad(buckets="[1600, 3200]"), range(400, 3201),
+        _chain(
+            "float[batch, 1, n] x",
+            "float[batch, 2, frames] y",
+            "y = Conv<kernel_shape=[400], strides=[160]>(x, k400)",
+        ),
+        _pad(buckets="[1600, 3200]"),
+        range(400, 3201),
     ),
-    "valid": Padded(
-        _conv("m", "k3", kernel_shape="[3]"), _pad(buckets="[8, 16]"), range(3, 17)
-    ),
+    "valid": Padded(_conv("m", "k3", kernel_shape="[3]"), _pad(buckets="[8, 16]"), range(3, 17)),
     "same": Padded(_conv("n", "k3", kernel_shape="[3]", pads="[1, 1]"), _pad()),
     "twice": Padded(
         _chain(X3, "float[batch, 2, twice] y", "y = ConvTranspose<strides=[2]>(x, t2)"), _pad()
     ),
     "nearest": Padded(
-        _chain(X3, "float[batch, 3, twice] y",
-               'y = Resize<mode="nearest", coordinate_transformation_mode="asymmetric", '
-               'nearest_mode="floor">(x, , scales)'),
+        _chain(
+            X3,
+            "float[batch, 3, twice] y",
+            'y = Resize<mode="nearest", coordinate_transformation_mode="asymmetric", '
+            'nearest_mode="floor">(x, , scales)',
+        ),
         _pad(),
     ),
     "half_again": Padded(
-        _chain(X3, "float[batch, 3, more] y",
-               'y = Resize<mode="nearest", coordinate_transformation_mode="asymmetric", '
-               'nearest_mode="floor">(x, , again)'),
+        _chain(
+            X3,
+            "float[batch, 3, more] y",
+            'y = Resize<mode="nearest", coordinate_transformation_mode="asymmetric", '
+            'nearest_mode="floor">(x, , again)',
+        ),
         _pad(),
     ),
     "ceiled_pool": Padded(
-        _chain(X3, "float[batch, 3, half] y",
-               "y = MaxPool<kernel_shape=[2], strides=[2], ceil_mode=1>(x)"),
-        _pad(value="-inf"), range(2, 17),
+        _chain(
+            X3,
+            "float[batch, 3, half] y",
+            "y = MaxPool<kernel_shape=[2], strides=[2], ceil_mode=1>(x)",
+        ),
+        _pad(value="-inf"),
+        range(2, 17),
     ),
     "pyramid": Padded(
-        _chain(X3, "float[batch, 2, m] y",
-               "h = MaxPool<kernel_shape=[4], strides=[4]>(x) "
-               "y = ConvTranspose<strides=[4]>(h, s4)"),
-        _pad(value="-inf", buckets="[16, 200]"), range(1, 201),
+        _chain(
+            X3,
+            "float[batch, 2, m] y",
+            "h = MaxPool<kernel_shape=[4], strides=[4]>(x) y = ConvTranspose<strides=[4]>(h, s4)",
+        ),
+        _pad(value="-inf", buckets="[16, 200]"),
+        range(1, 201),
     ),
     "maximum": Padded(
         _chain(X3, "float[batch, 3, 1] y", "y = GlobalMaxPool(x)"), _pad(value="-3e38")
@@ -141,12 +158,8 @@ RIGHT: Final = {
     "infinite_maximum": Padded(
         _chain(X3, "float[batch, 3, 1] y", "y = GlobalMaxPool(x)"), _pad(value="-inf")
     ),
-    "sum": Padded(
-        _chain(X3, "float[batch, 3] y", "y = ReduceSum<keepdims=0>(x, axes2)"), _pad()
-    ),
-    "forward_lstm": Padded(
-        _lstm("n, 1", "forward", _ALL), _pad()
-    ),
+    "sum": Padded(_chain(X3, "float[batch, 3] y", "y = ReduceSum<keepdims=0>(x, axes2)"), _pad()),
+    "forward_lstm": Padded(_lstm("n, 1", "forward", _ALL), _pad()),
     "argmax": Padded(
         _chain("float[batch, n] x", "int64[batch] y", "y = ArgMax<axis=1, keepdims=0>(x)"),
         _pad(value="-3e38"),
@@ -155,16 +168,22 @@ RIGHT: Final = {
         _chain("float[batch, n] x", "float[batch, n] y", "y = CumSum(x, axis1)"), _pad()
     ),
     "causal": Padded(
-        _chain("float[batch, n, 4] x", "float[batch, n, 4] y",
-               "turned = Transpose<perm=[0, 2, 1]>(x) scores = MatMul(x, turned) "
-               "shape = Shape(scores) ones = Expand(one, shape) later = Trilu<upper=1>(ones, k1) "
-               "slope = Mul(later, low) masked = Add(scores, slope) "
-               "weights = Softmax<axis=-1>(masked) y = MatMul(weights, x)"),
+        _chain(
+            "float[batch, n, 4] x",
+            "float[batch, n, 4] y",
+            "turned = Transpose<perm=[0, 2, 1]>(x) scores = MatMul(x, turned) "
+            "shape = Shape(scores) ones = Expand(one, shape) later = Trilu<upper=1>(ones, k1) "
+            "slope = Mul(later, low) masked = Add(scores, slope) "
+            "weights = Softmax<axis=-1>(masked) y = MatMul(weights, x)",
+        ),
         _pad(),
     ),
     "shared": Padded(
-        _chain("float[batch, n] a, float[batch, n] b", "float[batch, n] c, float[batch, n] d",
-               "c = Add(a, b) d = Sub(a, b)"),
+        _chain(
+            "float[batch, n] a, float[batch, n] b",
+            "float[batch, n] c, float[batch, n] d",
+            "c = Add(a, b) d = Sub(a, b)",
+        ),
         _pad(value="{ a = 3.5 }"),
     ),
     "two_names_of_one_size": Padded(
@@ -172,9 +191,13 @@ RIGHT: Final = {
         _pad("a") + _pad("b"),
     ),
     "picture": Padded(
-        _chain("float[batch, 3, h, w] x", "float[batch, 2, h2, w2] y",
-               "y = Conv<kernel_shape=[3, 3], strides=[2, 2]>(x, k33)"),
-        _pad("h", buckets="[8, 12]") + _pad("w"), range(3, 9),
+        _chain(
+            "float[batch, 3, h, w] x",
+            "float[batch, 2, h2, w2] y",
+            "y = Conv<kernel_shape=[3, 3], strides=[2, 2]>(x, k33)",
+        ),
+        _pad("h", buckets="[8, 12]") + _pad("w"),
+        range(3, 9),
     ),
     "words": Padded(
         _chain("int64[batch, n] x", "float[batch, n, 4] y", "y = Gather<axis=0>(table, x)"),
@@ -184,9 +207,11 @@ RIGHT: Final = {
         _chain("uint8[batch, n] x", "uint8[batch, n] y", "y = Identity(x)"), _pad(value="255")
     ),
     "past": Padded(
-        _chain("float[batch, past, 2] p, float[batch, n, 2] x",
-               "float[batch, total, 2] present, float[batch, n, 2] y",
-               "present = Concat<axis=1>(p, x) y = Add(x, x)"),
+        _chain(
+            "float[batch, past, 2] p, float[batch, n, 2] x",
+            "float[batch, total, 2] present, float[batch, n, 2] y",
+            "present = Concat<axis=1>(p, x) y = Add(x, x)",
+        ),
         _pad(),
     ),
     "squeezed": Padded(
@@ -197,13 +222,17 @@ RIGHT: Final = {
         _pad(),
     ),
     "multiples_of_4": Padded(
-        _chain(X3, "float[batch, 2, n] y",
-               "h = Conv<kernel_shape=[4], strides=[4]>(x, k4) "
-               "u = ConvTranspose<strides=[4]>(h, s4) s = Conv<kernel_shape=[1]>(x, k1x1) "
-               "y = Add(u, s)"),
-        _pad(), range(4, 17, 4),
+        _chain(
+            X3,
+            "float[batch, 2, n] y",
+            "h = Conv<kernel_shape=[4], strides=[4]>(x, k4) "
+            "u = ConvTranspose<strides=[4]>(h, s4) s = Conv<kernel_shape=[1]>(x, k1x1) "
+            "y = Add(u, s)",
+        ),
+        _pad(),
+        range(4, 17, 4),
     ),
-}  # fmt: skip
+}
 
 #: Padding changes what these answer: model, and a part of the reason.
 WRONG: Final = {
@@ -217,15 +246,19 @@ WRONG: Final = {
     ),
     "same_stride": (
         Padded(
-            _conv("m", "k3", kernel_shape="[3]", strides="[2]", auto_pad='"SAME_UPPER"'), _pad(),
+            _conv("m", "k3", kernel_shape="[3]", strides="[2]", auto_pad='"SAME_UPPER"'),
+            _pad(),
         ),
         "n 15 is padded to 16",
     ),
     "two_layers": (
         Padded(
-            _chain(X3, "float[batch, 2, n] y",
-                   "h = Conv<kernel_shape=[3], pads=[1, 1]>(x, s3, bias) "
-                   "y = Conv<kernel_shape=[3], pads=[1, 1]>(h, k3)"),
+            _chain(
+                X3,
+                "float[batch, 2, n] y",
+                "h = Conv<kernel_shape=[3], pads=[1, 1]>(x, s3, bias) "
+                "y = Conv<kernel_shape=[3], pads=[1, 1]>(h, k3)",
+            ),
             _pad(),
         ),
         "output 'y' differs by",
@@ -239,46 +272,49 @@ WRONG: Final = {
         "expected value = { x = -1e+09 } in [pad.n]",
     ),
     "softmax": (
-        Padded(
-            _chain("float[batch, n] x", "float[batch, n] y", "y = Softmax<axis=1>(x)"), _pad()
-        ),
+        Padded(_chain("float[batch, n] x", "float[batch, n] y", "y = Softmax<axis=1>(x)"), _pad()),
         "expected value = { x = -1e+09 } in [pad.n]",
     ),
     "mean_as_a_flag": (
         Padded(
-            _chain("float[batch, n] x", "bool[batch, 1] y",
-                   "m = ReduceMean<axes=[1]>(x) y = Greater(m, quarter)"),
+            _chain(
+                "float[batch, n] x",
+                "bool[batch, 1] y",
+                "m = ReduceMean<axes=[1]>(x) y = Greater(m, quarter)",
+            ),
             _pad(buckets="[64]"),
         ),
         "output 'y' differs in 1 of 1 values",
     ),
     "mean_behind_a_mask": (
         Padded(
-            _chain("float[batch, n, 2] x", "float[batch, 2] y",
-                   "m = ReduceMean<axes=[1], keepdims=0>(x) t = Tanh(m) y = Add(t, far)"),
+            _chain(
+                "float[batch, n, 2] x",
+                "float[batch, 2] y",
+                "m = ReduceMean<axes=[1], keepdims=0>(x) t = Tanh(m) y = Add(t, far)",
+            ),
             _pad(),
         ),
         "output 'y' differs by",
     ),
     "attention_without_mask": (
         Padded(
-            _chain("float[batch, n, 4] x", "float[batch, n, 4] y",
-                   "turned = Transpose<perm=[0, 2, 1]>(x) scores = MatMul(x, turned) "
-                   "weights = Softmax<axis=-1>(scores) y = MatMul(weights, x)"),
+            _chain(
+                "float[batch, n, 4] x",
+                "float[batch, n, 4] y",
+                "turned = Transpose<perm=[0, 2, 1]>(x) scores = MatMul(x, turned) "
+                "weights = Softmax<axis=-1>(scores) y = MatMul(weights, x)",
+            ),
             _pad(),
         ),
         "expected no [pad.n]",
     ),
     "bidirectional_lstm": (
-        Padded(
-            _lstm("n, 2", "bidirectional", _ALL), _pad()
-        ),
+        Padded(_lstm("n, 2", "bidirectional", _ALL), _pad()),
         "expected no [pad.n]",
     ),
     "last_state": (
-        Padded(
-            _lstm("1", "forward", _LAST), _pad()
-        ),
+        Padded(_lstm("1", "forward", _LAST), _pad()),
         "expected no [pad.n]",
     ),
     "argmax_padded_with_0": (
@@ -290,8 +326,11 @@ WRONG: Final = {
     ),
     "reversed": (
         Padded(
-            _chain("float[batch, n] x", "float[batch, n] y",
-                   "y = Slice(x, minus1, lowest, axes1, minus1)"),
+            _chain(
+                "float[batch, n] x",
+                "float[batch, n] y",
+                "y = Slice(x, minus1, lowest, axes1, minus1)",
+            ),
             _pad(),
         ),
         "expected no [pad.n]",
@@ -305,16 +344,17 @@ WRONG: Final = {
     ),
     "past_behind": (
         Padded(
-            _chain("float[batch, past, 2] p, float[batch, n, 2] x",
-                   "float[batch, total, 2] present", "present = Concat<axis=1>(x, p)"),
+            _chain(
+                "float[batch, past, 2] p, float[batch, n, 2] x",
+                "float[batch, total, 2] present",
+                "present = Concat<axis=1>(x, p)",
+            ),
             _pad(),
         ),
         "expected no [pad.n]",
     ),
     "places_that_are_not_0": (
-        Padded(
-            _chain("float[1, n] x", "int64[2, k] y", "y = NonZero(x)"), _pad()
-        ),
+        Padded(_chain("float[1, n] x", "int64[2, k] y", "y = NonZero(x)"), _pad()),
         "output 'y' differs in shape",
     ),
     "far_words": (
@@ -324,7 +364,7 @@ WRONG: Final = {
         ),
         "the model fails",
     ),
-}  # fmt: skip
+}
 
 
 def write(path: Path, padded: Padded) -> Path:

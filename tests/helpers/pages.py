@@ -57,9 +57,13 @@ def run(script: str, folder: Path, env: Mapping[str, str], timeout_s: float) -> 
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     with log.open("wb") as output:
         shell = subprocess.Popen(
-            ["bash", "-e", "-c", script], cwd=folder, env=environment, stdout=output,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            ["bash", "-e", "-c", script],
+            cwd=folder,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
             status = shell.wait(timeout_s)
         except subprocess.TimeoutExpired:

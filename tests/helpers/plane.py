@@ -57,23 +57,40 @@ class RunningPlane(Scoped):
         told = Observers([*observers, counts])
         self.models: dict[str, ServedModel] = {
             model.name: model.load(
-                "worker", names, clock, is_revoked=lambda _: False,
-                on_finished=self._on_finished, on_begun=told.started, result_expires_s=60,
+                "worker",
+                names,
+                clock,
+                is_revoked=lambda _: False,
+                on_finished=self._on_finished,
+                on_begun=told.started,
+                result_expires_s=60,
             )
             for model in loading
-        }  # fmt: skip
+        }
         self._lease = Lease(
-            client, names, clock, prefix="", lease_s=LEASE_S,
+            client,
+            names,
+            clock,
+            prefix="",
+            lease_s=LEASE_S,
             adverts={name: encode_advert(model.advert) for name, model in self.models.items()},
-            may_renew=lambda: True, on_lost=self._on_lost,
+            may_renew=lambda: True,
+            on_lost=self._on_lost,
             on_missing=lambda: None,
-        )  # fmt: skip
+        )
         self.plane = DataPlane(
-            client, names, clock, list(self.models.values()),
-            lease=self._lease, recoverer=Recoverer(client, names, LEASE_S),
-            later=Scheduled(client, names, clock), control=self.control, observers=told,
-            result_expires_s=60, reply_timeout_s=2.0,
-        )  # fmt: skip
+            client,
+            names,
+            clock,
+            list(self.models.values()),
+            lease=self._lease,
+            recoverer=Recoverer(client, names, LEASE_S),
+            later=Scheduled(client, names, clock),
+            control=self.control,
+            observers=told,
+            result_expires_s=60,
+            reply_timeout_s=2.0,
+        )
 
     def _begin(self) -> None:
         self._lease.start()

@@ -68,8 +68,11 @@ def settings_table(names: tuple[str, ...]) -> str:
     for name in names:
         field = Settings.model_fields[name]
         cells = (
-            f"`{ENV_PREFIX}{name.upper()}`", _values(field), _default(field), _code(told[name]),
-        )  # fmt: skip
+            f"`{ENV_PREFIX}{name.upper()}`",
+            _values(field),
+            _default(field),
+            _code(told[name]),
+        )
         rows.append("| " + " | ".join(map(_cell, cells)) + " |")
     return "\n".join(rows)
 
@@ -125,9 +128,13 @@ def _below(
     name: str, command: click.Command, parent: click.Context | None
 ) -> Iterator[tuple[str, click.Command, click.Context]]:
     context = click.Context(
-        command, info_name=name.rpartition(" ")[2], parent=parent, max_content_width=_WIDTH,
-        terminal_width=_WIDTH, **command.context_settings,
-    )  # fmt: skip
+        command,
+        info_name=name.rpartition(" ")[2],
+        parent=parent,
+        max_content_width=_WIDTH,
+        terminal_width=_WIDTH,
+        **command.context_settings,
+    )
     yield name, command, context
     if isinstance(command, click.Group):
         for each in command.list_commands(context):

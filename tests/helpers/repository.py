@@ -42,10 +42,16 @@ def spec_of(
 ) -> ModelSpec:
     """What an engine needs to know of the model in `path`, without a repository."""
     return ModelSpec(
-        name="model", version=1, versions=(1,), path=path,
-        config=ModelConfig(lanes=lanes, buckets=buckets), engine_table=table,
-        signature=Signature((), ()), max_batch_size=most, labels=(),
-    )  # fmt: skip
+        name="model",
+        version=1,
+        versions=(1,),
+        path=path,
+        config=ModelConfig(lanes=lanes, buckets=buckets),
+        engine_table=table,
+        signature=Signature((), ()),
+        max_batch_size=most,
+        labels=(),
+    )
 
 
 def numbered(n: float, width: int = 4) -> Array:

@@ -14,6 +14,10 @@ from inferq.workers.models.repository import load_model
 def served_model(root: Path, name: str) -> ServedModel:
     """The model `name` of the repository `root`, loaded. Close it. Nobody hears of its batches."""
     return LoadingModel(load_model(root, name)).load(
-        "worker", Names(), RedisClock(), is_revoked=lambda _: False,
-        on_finished=lambda _: None, result_expires_s=60,
-    )  # fmt: skip
+        "worker",
+        Names(),
+        RedisClock(),
+        is_revoked=lambda _: False,
+        on_finished=lambda _: None,
+        result_expires_s=60,
+    )

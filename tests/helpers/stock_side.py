@@ -79,10 +79,14 @@ def forge(
     encoding = {"content_type": content_type, "content_encoding": "utf-8"} if content_type else {}
     with app.producer_pool.acquire() as producer:
         producer.publish(
-            message.body if body is None else body, exchange="", routing_key=f"inferq.{model}",
-            headers={**message.headers, **headers}, serializer=app.conf.task_serializer,
-            **message.properties, **encoding,
-        )  # fmt: skip
+            message.body if body is None else body,
+            exchange="",
+            routing_key=f"inferq.{model}",
+            headers={**message.headers, **headers},
+            serializer=app.conf.task_serializer,
+            **message.properties,
+            **encoding,
+        )
     return app.AsyncResult(task_id)
 
 

@@ -37,10 +37,20 @@ class Authority:
         self.ca = folder / "ca.pem"
         self._key = folder / "ca.key"
         _openssl(
-            "req", "-x509", *_new_key(self._key), "-days", _DAYS, "-subj", "/CN=inferq test CA",
-            "-addext", "basicConstraints=critical,CA:TRUE", "-addext", "keyUsage=keyCertSign",
-            "-out", str(self.ca),
-        )  # fmt: skip
+            "req",
+            "-x509",
+            *_new_key(self._key),
+            "-days",
+            _DAYS,
+            "-subj",
+            "/CN=inferq test CA",
+            "-addext",
+            "basicConstraints=critical,CA:TRUE",
+            "-addext",
+            "keyUsage=keyCertSign",
+            "-out",
+            str(self.ca),
+        )
 
     def issue(self, *names: str, expired: bool = False) -> Certificate:
         """A certificate of `names`, such as DNS:localhost or IP:127.0.0.1."""
@@ -53,16 +63,35 @@ class Authority:
         )
         extensions.write_text(f"subjectAltName={','.join(names)}\n")
         _openssl(
-            "x509", "-req", "-in", str(request), "-CA", str(self.ca), "-CAkey", str(self._key),
-            "-CAcreateserial", "-extfile", str(extensions), "-out", str(made.certificate),
-            "-days", "-1" if expired else _DAYS,
-        )  # fmt: skip
+            "x509",
+            "-req",
+            "-in",
+            str(request),
+            "-CA",
+            str(self.ca),
+            "-CAkey",
+            str(self._key),
+            "-CAcreateserial",
+            "-extfile",
+            str(extensions),
+            "-out",
+            str(made.certificate),
+            "-days",
+            "-1" if expired else _DAYS,
+        )
         return made
 
 
 def _new_key(path: Path) -> list[str]:
-    return ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-            "-keyout", str(path)]  # fmt: skip
+    return [
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-keyout",
+        str(path),
+    ]
 
 
 def _openssl(*args: str) -> None:

@@ -33,14 +33,18 @@ WAKE_UPS, WAKE_UP_S = 20, 0.05
 FOR_NOBODY = json.dumps(
     {
         "body": base64.b64encode(b'{"method": "ping", "destination": ["nobody"]}').decode(),
-        "content-type": "application/json", "content-encoding": "utf-8",
+        "content-type": "application/json",
+        "content-encoding": "utf-8",
         "headers": {"clock": 1, "expires": 0},
         "properties": {
-            "delivery_mode": 2, "priority": 0, "body_encoding": "base64", "delivery_tag": "none",
+            "delivery_mode": 2,
+            "priority": 0,
+            "body_encoding": "base64",
+            "delivery_tag": "none",
             "delivery_info": {"exchange": "celery.pidbox", "routing_key": ""},
         },
     }
-)  # fmt: skip
+)
 
 
 class Worker(Scoped):

@@ -66,9 +66,10 @@ def test_a_producer_that_may_only_push_pushes_to_queues(
 
 
 @pytest.mark.parametrize(
-    ("role", "command"), [(role, each) for role, all_ in FORBIDDEN.items() for each in all_],
+    ("role", "command"),
+    [(role, each) for role, all_ in FORBIDDEN.items() for each in all_],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
-)  # fmt: skip
+)
 def test_a_role_is_refused_what_it_does_not_need(
     redis: redis_py.Redis, users: Users, role: str, command: tuple[str, ...]
 ) -> None:

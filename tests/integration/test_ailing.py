@@ -67,9 +67,10 @@ def test_a_background_loop_that_has_ended_fails_the_health_check(
 ) -> None:
     beat = tmp_path / "beat.json"
     env = {
-        **ailing(name, tmp_path), "INFERQ_HEARTBEAT_FILE": str(beat),
+        **ailing(name, tmp_path),
+        "INFERQ_HEARTBEAT_FILE": str(beat),
         "INFERQ_METRICS": "127.0.0.1:0",
-    }  # fmt: skip
+    }
     with Worker(redis_url, models, env=env, args=["-E"]) as worker:
         push_linked(redis_url)  # or some have nothing to do for long
 
@@ -147,9 +148,16 @@ def test_links_that_have_their_worker_killed_again_and_again_end_as_a_dead_lette
 
 def test_links_and_loops_are_named_as_problems() -> None:
     good = health.Beat(
-        pid=os.getpid(), node="n", state=health.SERVING, written=1e12, answered=1e12,
-        computing=0, waiting=0, overdue=False, stuck_s=0.0,
-    )  # fmt: skip
+        pid=os.getpid(),
+        node="n",
+        state=health.SERVING,
+        written=1e12,
+        answered=1e12,
+        computing=0,
+        waiting=0,
+        overdue=False,
+        stuck_s=0.0,
+    )
     assert health.stuck(good) is None
     given = {"loops": {"later": "has ended", "lease": "has not got on for 61 s"}}
     assert health.stuck(msgspec.structs.replace(good, **given)) == (

@@ -127,9 +127,10 @@ def test_inferq_models_lists_the_good_and_the_bad_and_fails(models: Path) -> Non
             f"{name} version 2" in line and bad.reason in line for line in shown.stderr.splitlines()
         )
     assert f"passed over: .hidden, README.md, {', '.join(OTHERS)}" in shown.stdout
-    told = {each["name"]: each for each in json.loads(
-        CliRunner().invoke(inferq, ["models", str(models), "--json"]).stdout
-    )}  # fmt: skip
+    told = {
+        each["name"]: each
+        for each in json.loads(CliRunner().invoke(inferq, ["models", str(models), "--json"]).stdout)
+    }
     assert set(told) == {*SERVED, *BAD}
     assert {name for name, each in told.items() if each["problem"]} == set(BAD) - FOUND_LATE
     for name, version in SERVED.items():
@@ -219,8 +220,9 @@ def test_prometheus_is_told_of_each(worker: SupervisedWorker) -> None:
     family = scrape(metrics_url(worker)).families["inferq_model_not_served"]
     told = {(each.labels["model"], each.labels["version"]): each.value for each in family.samples}
     assert told == {
-        **{(name, ""): 1 for name in BAD}, **{(name, "2"): 1 for name in NEWEST},
-    }  # fmt: skip
+        **{(name, ""): 1 for name in BAD},
+        **{(name, "2"): 1 for name in NEWEST},
+    }
 
 
 def test_what_is_sent_to_a_model_that_is_not_served_waits(
@@ -279,9 +281,12 @@ def run_worker(redis_url: str, root: Path, *options: str, env: dict[str, str] | 
     command = [sys.executable, "-m", "inferq.workers.cli", "worker", "--models", str(root)]
     return subprocess.run(
         [*command, "--redis-url", redis_url, *options],
-        capture_output=True, text=True, timeout=150, check=False,
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **(env or {})},
-    )  # fmt: skip
+    )
 
 
 STRICT = {name: BAD[name] for name in ("broken", "empty-version", "my model", "zeros", "pointer")}

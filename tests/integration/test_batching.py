@@ -119,8 +119,11 @@ def test_a_receipt_says_where_the_time_went(client: Client, redis: Redis) -> Non
         # Each side knows Redis' clock to within a round trip, which a busy machine makes long.
         assert parts <= result.latency_ms + 50
         assert (receipt.model, receipt.engine, receipt.version, receipt.attempt) == (
-            "plain", "fake", 1, 1,
-        )  # fmt: skip
+            "plain",
+            "fake",
+            1,
+            1,
+        )
 
 
 def test_no_batch_exceeds_max_batch_size_and_no_request_is_split(

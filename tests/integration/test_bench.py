@@ -69,13 +69,15 @@ def running(redis_url: str, *args: object) -> Iterator[Bench]:
         with out.open("wb") as to_out, err.open("wb") as to_err:
             process = subprocess.Popen(
                 [sys.executable, "-m", "inferq.workers.cli", "bench", *map(str, args)],
-                stdout=to_out, stderr=to_err, stdin=subprocess.DEVNULL,
+                stdout=to_out,
+                stderr=to_err,
+                stdin=subprocess.DEVNULL,
                 env={
                     **os.environ,
                     "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
                     "INFERQ_REDIS_URL": redis_url,
                 },
-            )  # fmt: skip
+            )
         try:
             yield Bench(process, out, err)
         finally:
@@ -165,9 +167,16 @@ def test_an_open_loop_sends_what_it_was_told_to(
 ) -> None:
     serve()
     report = measured(
-        redis_url, "m", "--rate", "50:100:50", "--distribution", "constant", "--processes", 2,
+        redis_url,
+        "m",
+        "--rate",
+        "50:100:50",
+        "--distribution",
+        "constant",
+        "--processes",
+        2,
         *QUICK,
-    )  # fmt: skip
+    )
     for step in report.steps:
         assert step.counts.due == pytest.approx(step.load * step.seconds, abs=1)
         assert step.counts.not_sent == 0
@@ -272,9 +281,16 @@ def test_errors_are_counted_by_code_beside_the_successes(
     serve(fake="faults = true", knobs="max_batch_size = 1")
     np.save(tmp_path / "x.npy", np.array([[1] * 4, [-1] * 4], np.float32))
     (step,) = measured(
-        redis_url, "m", "--input", f"x={tmp_path / 'x.npy'}", "--batch", 1, "--concurrency", 2,
+        redis_url,
+        "m",
+        "--input",
+        f"x={tmp_path / 'x.npy'}",
+        "--batch",
+        1,
+        "--concurrency",
+        2,
         *QUICK,
-    ).steps  # fmt: skip
+    ).steps
     assert step.errors == {"engine_error": step.counts.failed}
     assert step.counts.failed == pytest.approx(step.counts.succeeded, abs=4)
     assert adds_up(step.whole)
@@ -360,9 +376,10 @@ def test_requests_that_nobody_waits_for_are_taken_back(
         bench.process.send_signal(signal.SIGINT)
         assert bench.wait() == 130
     revoked = [
-        key for key in redis.scan_iter("celery-task-meta-*")
+        key
+        for key in redis.scan_iter("celery-task-meta-*")
         if b"REVOKED" in (redis.get(key) or b"")
-    ]  # fmt: skip
+    ]
     assert 1 <= len(revoked) <= 4
 
 

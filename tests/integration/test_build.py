@@ -67,8 +67,10 @@ def test_json_tells_the_same_and_nothing_else_is_on_stdout(models: Path, plans: 
         assert told["from_cache"] is from_cache
         assert Path(told["path"]).stat().st_size == told["bytes"]
         assert (told["model"], told["flavour"], told["precision"]) == (
-            MAGIKA, "tensorrt-rtx", "fp32",
-        )  # fmt: skip
+            MAGIKA,
+            "tensorrt-rtx",
+            "fp32",
+        )
         assert (told["verified"], told["max_error"]) == (False, None)
         assert "max_batch_size = 16" in told["model_toml"]
 
@@ -195,10 +197,14 @@ def test_a_network_trained_on_digits_is_built_from_torchs_export(
     x = torch.tensor(digits.images / 16, dtype=torch.float32)[:, None]
     y = torch.tensor(digits.target)
     net = torch.nn.Sequential(
-        torch.nn.Conv2d(1, 16, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
-        torch.nn.Conv2d(16, 32, 3, padding=1), torch.nn.ReLU(), torch.nn.Flatten(),
+        torch.nn.Conv2d(1, 16, 3, padding=1),
+        torch.nn.ReLU(),
+        torch.nn.MaxPool2d(2),
+        torch.nn.Conv2d(16, 32, 3, padding=1),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
         torch.nn.Linear(512, 10),
-    )  # fmt: skip
+    )
     optimiser = torch.optim.Adam(net.parameters(), 3e-3)
     for _ in range(8):
         for rows in torch.randperm(1500).split(64):
@@ -210,9 +216,14 @@ def test_a_network_trained_on_digits_is_built_from_torchs_export(
     path.parent.mkdir(parents=True)
     with pytest.warns(DeprecationWarning, match="legacy"):
         torch.onnx.export(
-            net, (x[:2],), str(path), dynamo=False, input_names=["x"], output_names=["y"],
+            net,
+            (x[:2],),
+            str(path),
+            dynamo=False,
+            input_names=["x"],
+            output_names=["y"],
             dynamic_axes={"x": {0: "batch"}, "y": {0: "batch"}},
-        )  # fmt: skip
+        )
     for precision in ("fp32", "fp16"):
         built = _build(tmp_path / "models", plans, "digits", "--precision", precision)
         assert built.exit_code == 0, built.output
@@ -331,8 +342,11 @@ def test_an_output_that_depends_on_the_data_is_refused_in_one_line(
     assert refused.returncode == 1
     *phases, line = refused.stderr.splitlines()
     assert phases == [
-        "Reading model found", "Hashing the model", "Looking for the plan", "Reading the network"
-    ]  # fmt: skip
+        "Reading model found",
+        "Hashing the model",
+        "Looking for the plan",
+        "Reading the network",
+    ]
     assert "its output's shape depends on the data" in line
 
 
@@ -412,8 +426,11 @@ def test_progress_bars_follow_the_phases() -> None:
     shown.step("part", 2)
     shown.step("too deep", 50)
     assert [(task.description, task.completed) for task in bars.tasks] == [
-        ("whole", 0), ("  part", 2), ("    deep", 0), ("      deeper", 0),
-    ]  # fmt: skip
+        ("whole", 0),
+        ("  part", 2),
+        ("    deep", 0),
+        ("      deeper", 0),
+    ]
     shown.finish("too deep")
     shown.finish("deeper")
     shown.finish("deep")

@@ -33,8 +33,9 @@ STEP, CUTS = 5, 40
 def models(tmp_path: Path) -> Path:
     root = tmp_path / "models"
     fake_model(root, "m", knobs="lanes = 1\nmax_batch_size = 4\nwarm_up = false")
-    fake_model(root, "slow", knobs="lanes = 1\nmax_batch_size = 4\nwarm_up = false",
-               fake="delay_ms = 1000")  # fmt: skip
+    fake_model(
+        root, "slow", knobs="lanes = 1\nmax_batch_size = 4\nwarm_up = false", fake="delay_ms = 1000"
+    )
     return root
 
 

@@ -49,9 +49,13 @@ class Started:
         }
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, *args], env=env, cwd=scratch,
-                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+                [sys.executable, *args],
+                env=env,
+                cwd=scratch,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
 
     def children(self) -> set[int]:
         """Its processes that are alive, but for itself."""
@@ -131,8 +135,11 @@ def test_a_port_that_is_taken_is_told(redis_url: str, redis_kind: str) -> None:
     port = redis_url.rpartition(":")[2].partition("/")[0]
     done = subprocess.run(
         [sys.executable, *cli("redis", "--port", port, "--redis", redis_kind)],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 1
     assert f"port {port}" in done.stderr
     assert "already in use" in done.stderr

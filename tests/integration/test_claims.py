@@ -45,9 +45,14 @@ class Served:
     ) -> None:
         encoder = codec.RequestEncoder(queue_of(model), "test@loopback", None)
         raw = encoder.encode(
-            request_id, model, inputs,
-            shown="x", priority=priority, sent_ms=0.0, deadline_ms=deadline_ms,
-        )  # fmt: skip
+            request_id,
+            model,
+            inputs,
+            shown="x",
+            priority=priority,
+            sent_ms=0.0,
+            deadline_ms=deadline_ms,
+        )
         self.redis.lpush(NAMES.queue(model, priority), raw)
 
     def error_of(self, request_id: str) -> tuple[str, str]:
@@ -170,9 +175,11 @@ def test_a_request_whose_deadline_passes_while_it_waits_for_a_lane_is_never_run(
     deadline_ms = served.now_ms() + 100
     served.push("slow", "overtaken", DEADLY, deadline_ms=deadline_ms)
     served.push(
-        "slow", "overtaken too", {"x": codec.encode_reference(numbered(0), key)},
+        "slow",
+        "overtaken too",
+        {"x": codec.encode_reference(numbered(0), key)},
         deadline_ms=deadline_ms,
-    )  # fmt: skip
+    )
     until(lambda: held_by(served.redis, served.worker.incarnation) == 3, what="all are claimed")
     assert served.now_ms() < deadline_ms, "they are claimed in time"
     assert served.error_of("overtaken")[0] == "DeadlineExceeded"

@@ -345,9 +345,12 @@ def test_a_wait_in_an_exit_handler_ends_when_the_client_has_ended(
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
-        capture_output=True, text=True, timeout=30, check=False,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert "ClientClosed" in done.stdout
     assert "goes on" in done.stdout

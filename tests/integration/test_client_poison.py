@@ -105,9 +105,15 @@ def test_a_result_that_means_harm_harms_no_other_request_of_its_client(
     redis_url: str, redis: Redis, worker: Worker, ask: Asker
 ) -> None:
     for name in (
-        "a deep result", "deep children", "a failure that is deep", "a message that is deep",
-        "a million lists", "strings for numbers", "16 MB that are none", "nothing",
-    ):  # fmt: skip
+        "a deep result",
+        "deep children",
+        "a failure that is deep",
+        "a message that is deep",
+        "a million lists",
+        "strings for numbers",
+        "16 MB that are none",
+        "nothing",
+    ):
         worker.pause()
         outcomes: Outcomes = []
         asking = threading.Thread(target=ask, args=(redis_url, outcomes), daemon=True)

@@ -62,9 +62,14 @@ def test_each_command_that_prints_data_prints_json_too(path: tuple[str, ...]) ->
 def _dead_letter(redis: Redis, request_id: str) -> None:
     _, raw = message("m", numbered(1), request_id)
     letter = {
-        "id": request_id, "reason": "it was given up", "attempts": 3, "at_ms": 1.0,
-        "worker": "w", "size": len(raw), "message": raw,
-    }  # fmt: skip
+        "id": request_id,
+        "reason": "it was given up",
+        "attempts": 3,
+        "at_ms": 1.0,
+        "worker": "w",
+        "size": len(raw),
+        "message": raw,
+    }
     redis.lpush(NAMES.dead("m"), msgpack.packb(letter))
 
 
@@ -113,8 +118,12 @@ def test_what_each_prints_is_one_json_document(
         assert letter["id"] == "one"
         (replayed,) = told("one", path=("dead", "replay"))
         assert replayed == {
-            "model": "m", "id": "one", "queue": "inferq.m", "priority": 0, "dropped": [],
-        }  # fmt: skip
+            "model": "m",
+            "id": "one",
+            "queue": "inferq.m",
+            "priority": 0,
+            "dropped": [],
+        }
         dropped = told("--all", "--model", "m", "--yes", path=("dead", "drop"))
         assert sorted(each["id"] for each in dropped) == ["three", "two"]
     read = {path for path in _commands(inferq) if path[0] not in NO_DATA | READ_ELSEWHERE}
@@ -193,10 +202,14 @@ def celery(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
         path = os.pathsep.join([str(site), *filter(None, sys.path)])
         return subprocess.run(
-            [sys.executable, "-m", "celery", *args], cwd=tmp_path,
+            [sys.executable, "-m", "celery", *args],
+            cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": path, **env},
-            capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
 
     return run
 
@@ -265,8 +278,12 @@ def test_celery_starts_no_slower_for_it() -> None:
         "import inferq.workers.celery_command; print(*sorted(set(sys.modules) - before))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True,
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )  # fmt: skip
+    )
     brought = done.stdout.split()
     assert {name for name in brought if not name.startswith("inferq")} == set()

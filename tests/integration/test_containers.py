@@ -160,9 +160,11 @@ class Stack:
         assert container.process.poll() is None, f"it ended; its log:\n{container.log[-6000:]}"
         done = subprocess.run(
             [self._here(word) for word in container.container.healthcheck],
-            env=dict(container.environment), cwd=container.folder, capture_output=True,
+            env=dict(container.environment),
+            cwd=container.folder,
+            capture_output=True,
             timeout=TIMEOUT_S,
-        )  # fmt: skip
+        )
         return done.returncode == 0
 
     def up(self, service: str) -> Running:
@@ -182,9 +184,12 @@ class Stack:
 
     def redis(self, password: str | None = PASSWORD, user: str | None = None) -> redis_py.Redis:
         return redis_py.Redis(
-            port=self.redis_port, username=user, password=password, socket_timeout=10.0,
+            port=self.redis_port,
+            username=user,
+            password=password,
+            socket_timeout=10.0,
             retry=Retry(NoBackoff(), 0),  # a wrong password is refused at once
-        )  # fmt: skip
+        )
 
     def _here(self, text: str) -> str:
         for place, own in self._places.items():
@@ -217,9 +222,14 @@ def test_redis_runs_as_its_file_says_and_asks_for_its_password(stack: Stack) -> 
     with stack.redis() as client:
         told = client.config_get("*")
     wanted = {
-        "appendonly": "yes", "appendfsync": "everysec", "save": "", "maxmemory": str(2 * 2**30),
-        "maxmemory-policy": "noeviction", "tcp-keepalive": "60", "timeout": "0",
-    }  # fmt: skip
+        "appendonly": "yes",
+        "appendfsync": "everysec",
+        "save": "",
+        "maxmemory": str(2 * 2**30),
+        "maxmemory-policy": "noeviction",
+        "tcp-keepalive": "60",
+        "timeout": "0",
+    }
     assert {name: told[name] for name in wanted} == wanted
     assert f"pubsub {64 * 2**20} {16 * 2**20} 60" in told["client-output-buffer-limit"]
     (server,) = [each for each in stack.running if each.container.service == "redis"]
@@ -255,8 +265,11 @@ def test_redis_does_not_start_without_a_password_or_with_one_that_breaks_urls(
             done = subprocess.run(
                 ["sh", ROOT / "deploy" / "redis" / "start.sh"],
                 env={name: value for name, value in env.items() if value is not None},
-                cwd=tmp_path, capture_output=True, text=True, timeout=30,
-            )  # fmt: skip
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                timeout=30,
+            )
             assert done.returncode == 1
             assert done.stderr == f"{name}: expected a password of Redis, letters and digits only\n"
 
@@ -310,9 +323,13 @@ def test_nothing_is_refused_to_any_service(stack: Stack, worker: Running, flower
     until(lambda: "magika" in _get(f"{here}/inference/data", auth)[1], what="Flower shows models")
     for command in (["inferq", "queues"], ["inferq", "doctor"]):
         done = subprocess.run(
-            command, env=dict(flower.environment), cwd=flower.folder, capture_output=True,
-            text=True, timeout=TIMEOUT_S,
-        )  # fmt: skip
+            command,
+            env=dict(flower.environment),
+            cwd=flower.folder,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
         assert "magika" in done.stdout, done
     with stack.redis() as operator:
         refused = {

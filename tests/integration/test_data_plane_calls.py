@@ -22,9 +22,7 @@ from inferq.workers.process.embedded import EmbeddedRedis
 
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
-    fake_model(
-        tmp_path, "m", knobs="max_batch_size = 8\nwarm_up = false", fake="delay_ms = 2.0"
-    )  # fmt: skip
+    fake_model(tmp_path, "m", knobs="max_batch_size = 8\nwarm_up = false", fake="delay_ms = 2.0")
     return tmp_path
 
 

@@ -139,8 +139,9 @@ def test_bytes_that_are_no_request_are_quarantined_again_and_what_came_too_late_
         before = dead_letters(redis, "m")[0]
         name = suspect(b"\x1b[2Jjunk")[:13]
         assert [row["id"] for row in json.loads(dead("list", "m", "--json").stdout)] == [
-            name, late_id,
-        ]  # fmt: skip
+            name,
+            late_id,
+        ]
         (shown,) = json.loads(dead("show", name, "--json").stdout)
         assert shown["first_bytes"] == "\x1b[2Jjunk"
         assert shown["unreadable"] == shown["reason"]
@@ -281,8 +282,12 @@ def _in_terminal(
     return subprocess.run(
         [sys.executable, "-m", "inferq.workers.cli", "dead", *args],
         env={**os.environ, "INFERQ_REDIS_URL": redis_url, "PYTHONPATH": path, "COLUMNS": "160"},
-        stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60,
-    )  # fmt: skip
+        stdin=stdin,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
 
 
 def test_a_terminal_is_shown_a_table(redis_url: str, redis: Redis) -> None:

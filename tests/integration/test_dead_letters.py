@@ -42,14 +42,19 @@ MAX_ATTEMPTS = 3
 def models(tmp_path: Path) -> Path:
     root = tmp_path / "models"
     fake_model(
-        root, "m", knobs="lanes = 1\nmax_batch_size = 16\nwarm_up = false",
+        root,
+        "m",
+        knobs="lanes = 1\nmax_batch_size = 16\nwarm_up = false",
         fake="faults = true\ndelay_ms = 30",
-    )  # fmt: skip
+    )
     for lanes in (1, 3):
         fake_model(
-            root, f"wide{lanes}", knobs=f"lanes = {lanes}\nmax_batch_size = 16\nwarm_up = false",
-            fake="faults = true\ndelay_ms = 30", width=WIDE,
-        )  # fmt: skip
+            root,
+            f"wide{lanes}",
+            knobs=f"lanes = {lanes}\nmax_batch_size = 16\nwarm_up = false",
+            fake="faults = true\ndelay_ms = 30",
+            width=WIDE,
+        )
     return root
 
 

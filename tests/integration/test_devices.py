@@ -38,9 +38,15 @@ class _OnAllGpus(Worker):
 
     def _command(self) -> list[str]:
         return [
-            sys.executable, "-m", "inferq.workers.cli", "worker", "--models", str(self.models),
-            "--gpu", "all",
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "inferq.workers.cli",
+            "worker",
+            "--models",
+            str(self.models),
+            "--gpu",
+            "all",
+        ]
 
 
 @pytest.fixture(autouse=True)

@@ -137,8 +137,14 @@ def test_a_redis_that_asks_others_for_no_password_is_a_warning(
     found = _checks(doctor, "--redis-url", url)["password"]
     assert found.level == "warning"
     assert "default" in found.found
-    redis.acl_setuser("default", enabled=True, passwords=["+secret"], reset_passwords=True,
-                      commands=["+@all"], keys=["*"])  # fmt: skip
+    redis.acl_setuser(
+        "default",
+        enabled=True,
+        passwords=["+secret"],
+        reset_passwords=True,
+        commands=["+@all"],
+        keys=["*"],
+    )
     assert "password" not in _checks(doctor, "--redis-url", url)
     redis.acl_setuser("default", enabled=True, nopass=True, commands=["+@all"], keys=["*"])
     assert "password" not in _checks(doctor, "--redis-url", redis_url)
@@ -221,8 +227,14 @@ def test_a_slow_link_and_a_clock_that_is_off_are_warnings(
 def test_a_redis_that_may_not_be_asked_for_its_settings_is_judged_by_the_rest(
     redis: Redis, redis_url: str, doctor: Doctor
 ) -> None:
-    redis.acl_setuser("app", enabled=True, passwords=["+pw"], keys=["*"], channels=["*"],
-        commands=["+@all", "-config"])  # fmt: skip
+    redis.acl_setuser(
+        "app",
+        enabled=True,
+        passwords=["+pw"],
+        keys=["*"],
+        channels=["*"],
+        commands=["+@all", "-config"],
+    )
     found = _checks(doctor, "--redis-url", _with_user(redis_url, "app:pw@"))
     assert (found["persistence"].level, found["redis"].level) == ("ok", "ok")
 
@@ -413,9 +425,17 @@ def test_a_way_to_redis_that_others_can_read_or_take_is_warned_of(
 
 
 @pytest.mark.parametrize(
-    "url", ["redis://127.0.0.1:1/0", "redis://localhost", "redis://[::1]:1", "unix:///r.sock",
-            "redis+socket:///r.sock", "sentinel://localhost:1;sentinel://127.0.0.2", "redis://"],
-)  # fmt: skip
+    "url",
+    [
+        "redis://127.0.0.1:1/0",
+        "redis://localhost",
+        "redis://[::1]:1",
+        "unix:///r.sock",
+        "redis+socket:///r.sock",
+        "sentinel://localhost:1;sentinel://127.0.0.2",
+        "redis://",
+    ],
+)
 def test_a_way_that_stays_on_this_host_is_not(url: str) -> None:
     assert list(network(url)) == []
 

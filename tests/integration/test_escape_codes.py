@@ -48,10 +48,17 @@ def run(redis_url: str, tmp_path: Path) -> Run:
     def run(*args: str | Path, **env: str) -> str:
         done = subprocess.run(
             [sys.executable, "-m", "inferq.workers.cli", *map(str, args)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-                 "INFERQ_REDIS_URL": redis_url, "TMPDIR": str(tmp_path), **env},
-            capture_output=True, timeout=120, check=False,
-        )  # fmt: skip
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                "INFERQ_REDIS_URL": redis_url,
+                "TMPDIR": str(tmp_path),
+                **env,
+            },
+            capture_output=True,
+            timeout=120,
+            check=False,
+        )
         said = (done.stdout + done.stderr).decode()
         assert said
         assert "Traceback" not in said
@@ -66,9 +73,11 @@ def models(tmp_path: Path) -> Path:
     root = tmp_path / "models"
     shape = (DIM, 2)
     onnx_models.write(
-        root / "good" / "1" / "model.onnx", [node("Add", [X, X], [Y])],
-        {X: (FLOAT, shape)}, {Y: (FLOAT, shape)},
-    )  # fmt: skip
+        root / "good" / "1" / "model.onnx",
+        [node("Add", [X, X], [Y])],
+        {X: (FLOAT, shape)},
+        {Y: (FLOAT, shape)},
+    )
     (root / "good" / "model.toml").write_text('labels = ["\\u001b[2Jcat", "dog"]\n')
     (root / "good" / "2" / f"part{ESCAPES}").mkdir(parents=True)
     for name, toml in {
@@ -85,10 +94,11 @@ def models(tmp_path: Path) -> Path:
 
 def test_models_doctor_and_build(run: Run, models: Path) -> None:
     for said in (
-        run("models", models), run("doctor", "--models", models),
+        run("models", models),
+        run("doctor", "--models", models),
         run("build", "good", "--models", models, "--plans", models.parent / "plans"),
         run("build", f"good{ESCAPES}", "--models", models, "--plans", models.parent / "plans"),
-    ):  # fmt: skip
+    ):
         assert strange(said) == set()
     assert "\\x1b" in run("models", models), "they are shown all the same"
 
@@ -97,10 +107,11 @@ def test_a_table_on_a_terminal(models: Path, redis_url: str) -> None:
     reading, writing = os.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "inferq.workers.cli", "models", models],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-             "COLUMNS": "200"},
-        stdout=writing, stderr=writing, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "COLUMNS": "200"},
+        stdout=writing,
+        stderr=writing,
+        stdin=subprocess.DEVNULL,
+    )
     os.close(writing)
     said = b"".join(iter(lambda: _read(reading), b"")).decode()
     os.close(reading)
@@ -125,9 +136,18 @@ def test_health(run: Run, tmp_path: Path) -> None:
     now = time.monotonic()
     for name, loops in (("one", {}), ("two", {ESCAPES: "has ended"})):
         beat = Beat(
-            os.getpid(), f"node{ESCAPES}", SERVING, now + 60, now + 60, 0, 0, False, 0.0,
-            not_served=(NotServed(f"m{ESCAPES}", f"why{ESCAPES}"),), loops=loops,
-        )  # fmt: skip
+            os.getpid(),
+            f"node{ESCAPES}",
+            SERVING,
+            now + 60,
+            now + 60,
+            0,
+            0,
+            False,
+            0.0,
+            not_served=(NotServed(f"m{ESCAPES}", f"why{ESCAPES}"),),
+            loops=loops,
+        )
         (folder / f"{name}{ESCAPES}.json").write_bytes(msgspec.json.encode(beat))
     (folder / f"bad{ESCAPES}.json").write_text("{")
     for args in ((), ("--json",)):
@@ -153,9 +173,11 @@ def test_what_clients_of_a_model_see_and_what_its_worker_logs(
         run("infer", "good", tmp_path / "good.npz", "--json"),
         run("infer", f"no{ESCAPES}", tmp_path / "good.npz"),
         run("bench", "good", "--concurrency", "1", "--window", "0.2", "--max-windows", "3"),
-        run("queues"), run("queues", f"no{ESCAPES}"), run("doctor", "--models", "."),
+        run("queues"),
+        run("queues", f"no{ESCAPES}"),
+        run("doctor", "--models", "."),
         served.log,
-    ):  # fmt: skip
+    ):
         assert strange(said) == set()
 
 
@@ -166,9 +188,15 @@ def test_queues_and_dead_letters_of_whoever_may_write_redis(run: Run, redis: Red
     redis.set(NAMES.scheduled, hostile)
     redis.zadd(NAMES.serving("m"), {hostile: 1})
     for args in (
-        ("queues",), ("dead", "list"), ("dead", "show", ESCAPES), ("doctor",), ("health",),
-        ("dead", "show", ESCAPES, "--json"), ("dead", "replay", ESCAPES), ("dead", "drop", ESCAPES),
-    ):  # fmt: skip
+        ("queues",),
+        ("dead", "list"),
+        ("dead", "show", ESCAPES),
+        ("doctor",),
+        ("health",),
+        ("dead", "show", ESCAPES, "--json"),
+        ("dead", "replay", ESCAPES),
+        ("dead", "drop", ESCAPES),
+    ):
         assert strange(run(*args)) == set(), args
 
 
@@ -177,8 +205,9 @@ def test_commands_print_by_what_keeps_text_plain_alone() -> None:
     (root,) = map(Path, inferq.workers.__path__)
     found = [
         f"{path.relative_to(root)}:{call.lineno}"
-        for path in root.rglob("*.py") if path.name != "printing.py"
+        for path in root.rglob("*.py")
+        if path.name != "printing.py"
         for call in ast.walk(ast.parse(path.read_text()))
         if isinstance(call, ast.Call) and ast.unparse(call.func) in {"click.echo", "print"}
-    ]  # fmt: skip
+    ]
     assert found == []

@@ -19,9 +19,11 @@ def ask(redis_url: str, folder: Path, *args: str) -> subprocess.CompletedProcess
     command = [sys.executable, "-m", "inferq.producer.examples.file_types"]
     return subprocess.run(
         [*command, "--labels", labels, *args, folder],
-        env={**os.environ, "INFERQ_REDIS_URL": redis_url}, capture_output=True, text=True,
+        env={**os.environ, "INFERQ_REDIS_URL": redis_url},
+        capture_output=True,
+        text=True,
         timeout=90,
-    )  # fmt: skip
+    )
 
 
 def test_it_says_which_model_nobody_serves(redis_url: str, tmp_path: Path) -> None:

@@ -279,8 +279,12 @@ def test_a_bad_option_is_one_line_and_shows_no_password(args: list[str], said: s
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     run = subprocess.run(
         [sys.executable, "-m", "inferq.workers.cli", "flower", *args],
-        env=env, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert run.returncode != 0
     assert said in run.stderr
     assert "Traceback" not in run.stderr

@@ -390,8 +390,11 @@ def test_where_a_task_goes_back_to_is_not_its_senders_choice(
         until(lambda: redis.hlen("unacked") == 2, what="Celery has it")
         producer.lpush(QUEUE, foreign("behind", "mine.slow", args=[0, 2], properties=odd))
         until(lambda: redis.hlen("unacked") == 2, what="Celery has the other")
-        odd_headers = {"callbacks": [{"task": "x", "options": {"queue": "billing"}}],
-                       "delivery_info": elsewhere, "reply_to": "billing"}  # fmt: skip
+        odd_headers = {
+            "callbacks": [{"task": "x", "options": {"queue": "billing"}}],
+            "delivery_info": elsewhere,
+            "reply_to": "billing",
+        }
         raw = foreign("retried", "mine.again", properties=odd, headers=odd_headers)
         producer.lpush(QUEUE, raw)
         until(lambda: meta_of(redis, "retried")["result"] == "inferq.m", what="it is run again")

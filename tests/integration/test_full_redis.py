@@ -44,11 +44,16 @@ CLAIMED_AHEAD = 64
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
     root = tmp_path / "models"
-    fake_model(root, "m", knobs="lanes = 1\nmax_batch_size = 4\nwarm_up = false",
-               fake="faults = true\ndelay_ms = 20")  # fmt: skip
+    fake_model(
+        root,
+        "m",
+        knobs="lanes = 1\nmax_batch_size = 4\nwarm_up = false",
+        fake="faults = true\ndelay_ms = 20",
+    )
     fake_model(root, "wide", knobs="lanes = 1\nmax_batch_size = 4\nwarm_up = false", width=WIDE)
-    fake_model(root, "linked", knobs="lanes = 1\nmax_batch_size = 8\nwarm_up = false",
-               fake="delay_ms = 10")  # fmt: skip
+    fake_model(
+        root, "linked", knobs="lanes = 1\nmax_batch_size = 8\nwarm_up = false", fake="delay_ms = 10"
+    )
     (root / "many").mkdir()
     tensors = [f'{{ name = "{name}", dtype = "float32", shape = ["batch", 4] }}' for name in INPUTS]
     (root / "many" / "model.toml").write_text(

@@ -59,8 +59,10 @@ def test_keys_without_a_ttl_that_came_or_grew_are_told_by_pattern(redis: redis_p
     redis.set("c:2", "x", ex=600)
     redis.append("b", "x" * 2 * SLACK_BYTES)
     assert [line.split()[3:6] for line in lasting(redis).growth_since(before)] == [
-        ["a:*", "by", "2"], ["b", "by", "0"], ["new:*", "by", "1"],
-    ]  # fmt: skip
+        ["a:*", "by", "2"],
+        ["b", "by", "0"],
+        ["new:*", "by", "1"],
+    ]
     redis.flushall()
     assert lasting(redis).growth_since(before) == []
     assert pattern_of("inferq:1:claim:" + "ab" * 20 + ":17:m:0") == "inferq:*:claim:*:*:m:*"

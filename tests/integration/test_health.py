@@ -59,8 +59,9 @@ def beat(**given: object) -> Beat:
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
     root = tmp_path / "models"
-    fake_model(root, "m", knobs="lanes = 1\nwarm_up = false\nmax_run_seconds = 1.0",
-               fake="faults = true")  # fmt: skip
+    fake_model(
+        root, "m", knobs="lanes = 1\nwarm_up = false\nmax_run_seconds = 1.0", fake="faults = true"
+    )
     return root
 
 
@@ -307,10 +308,11 @@ TAKEN = [
     pytest.param(_linked, id="a link"),
     pytest.param(_opened, id="open to all"),
     pytest.param(
-        _given_away, id="somebody else's",
+        _given_away,
+        id="somebody else's",
         marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others"),
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("take", TAKEN)
@@ -333,9 +335,12 @@ def test_a_worker_does_not_start_where_somebody_else_has_made_its_folder(
 
 @pytest.mark.parametrize("take", TAKEN)
 def test_a_worker_is_not_killed_by_heartbeats_that_somebody_else_has_put_there(
-    redis_url: str, redis: Redis, models: Path, heartbeats: Path,
+    redis_url: str,
+    redis: Redis,
+    models: Path,
+    heartbeats: Path,
     take: Callable[[Path, Path], None],
-) -> None:  # fmt: skip
+) -> None:
     log = heartbeats.parent / "log"
     with _supervised(redis_url, models, log):
 

@@ -81,8 +81,12 @@ def infer(n: float, **options: Any) -> Signature:
 
 def canvas(kind: str, **kwargs: Any) -> Signature:
     return {
-        **link(), "task": f"celery.{kind}", "subtask_type": kind, "kwargs": kwargs, "options": {},
-    }  # fmt: skip
+        **link(),
+        "task": f"celery.{kind}",
+        "subtask_type": kind,
+        "kwargs": kwargs,
+        "options": {},
+    }
 
 
 def group(*tasks: Signature) -> Signature:

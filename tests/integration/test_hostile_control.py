@@ -56,14 +56,19 @@ def wrapped(content: object, text: bytes | None = None, /, **changed: Any) -> di
     """A broadcast as kombu wraps it; `text`: the body's bytes."""
     raw = json.dumps(content).encode() if text is None else text
     return {
-        "body": base64.b64encode(raw).decode(), "content-type": "application/json",
-        "content-encoding": "utf-8", "headers": {"clock": 1, "expires": 0},
+        "body": base64.b64encode(raw).decode(),
+        "content-type": "application/json",
+        "content-encoding": "utf-8",
+        "headers": {"clock": 1, "expires": 0},
         "properties": {
-            "delivery_mode": 2, "priority": 0, "body_encoding": "base64", "delivery_tag": "tag",
+            "delivery_mode": 2,
+            "priority": 0,
+            "body_encoding": "base64",
+            "delivery_tag": "tag",
             "delivery_info": {"exchange": "celery.pidbox", "routing_key": ""},
         },
         **changed,
-    }  # fmt: skip
+    }
 
 
 def command(method: object, arguments: object = None, **changed: Any) -> bytes:
@@ -111,7 +116,8 @@ ENVELOPES: dict[str, bytes] = {
     ).encode(),
     "a bomb": json.dumps(
         wrapped(
-            {}, bz2.compress(bytes(400 << 20), 1),
+            {},
+            bz2.compress(bytes(400 << 20), 1),
             headers={"compression": "application/x-bz2", "clock": 1},
         )
     ).encode(),
@@ -124,7 +130,7 @@ ENVELOPES: dict[str, bytes] = {
     "a body that is a list": json.dumps(wrapped([])).encode(),
     "a body that is text": json.dumps(wrapped("ping")).encode(),
     "a body that is null": json.dumps(wrapped(None)).encode(),
-}  # fmt: skip
+}
 
 COMMANDS: dict[str, bytes] = {
     "no method": json.dumps(wrapped({})).encode(),
@@ -227,10 +233,14 @@ def test_no_arguments_of_a_command_cost_more_than_that_command(
     raws += [command(method, dict.fromkeys(NAMED[:n], v)) for n in (2, 3) for v in VALUES]
     raws += [
         command(method, dict(zip(names, (value, value, value), strict=False)))
-        for names in (("task_name", "rate_limit"), ("task_name", "hard", "soft"),
-                      ("queue", "exchange", "exchange_type"), ("signal", "task_id"))
+        for names in (
+            ("task_name", "rate_limit"),
+            ("task_name", "hard", "soft"),
+            ("queue", "exchange", "exchange_type"),
+            ("signal", "task_id"),
+        )
         for value in VALUES
-    ]  # fmt: skip
+    ]
     rows = [
         command(method, {"queue": "other", "exchange_type": "nonsense"}),
         command(method, {"queue": "inferq:1:later"}),

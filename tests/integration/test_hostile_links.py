@@ -180,9 +180,11 @@ def test_a_link_into_what_is_no_applications_queue_fails_its_request_and_writes_
 ) -> None:
     bad = link(queue)
     chord = {
-        **link(), "task": "celery.chord", "subtask_type": "chord",
+        **link(),
+        "task": "celery.chord",
+        "subtask_type": "chord",
         "kwargs": {"header": [bad], "body": link(), "kwargs": {}},
-    }  # fmt: skip
+    }
     embed = {
         "link": {"callbacks": [link(link=[bad])]},
         "errback": {"errbacks": [bad]},
@@ -259,9 +261,12 @@ def test_a_chain_that_fails_writes_over_no_result(
 
 def group(count: int) -> dict[str, Any]:
     return {
-        **link(), "task": "celery.group", "subtask_type": "group",
-        "kwargs": {"tasks": [link() for _ in range(count)]}, "options": {},
-    }  # fmt: skip
+        **link(),
+        "task": "celery.group",
+        "subtask_type": "group",
+        "kwargs": {"tasks": [link() for _ in range(count)]},
+        "options": {},
+    }
 
 
 @pytest.mark.parametrize(
@@ -269,13 +274,17 @@ def group(count: int) -> dict[str, Any]:
     [
         group(20_000),
         link(link=[group(20_000)]),
-        {**link(), "subtask_type": "chunks", "task": "celery.chunks",
-         "kwargs": {"task": link(), "it": [[n] for n in range(1000)], "n": 1}},
+        {
+            **link(),
+            "subtask_type": "chunks",
+            "task": "celery.chunks",
+            "kwargs": {"task": link(), "it": [[n] for n in range(1000)], "n": 1},
+        },
         {**link(), "task": "celery.starmap", "kwargs": {"task": link(), "it": [[1]]}},
         {**link(), "task": "celery.chord_unlock"},
     ],
     ids=["group", "group in a link", "chunks", "starmap", "chord_unlock"],
-)  # fmt: skip
+)
 def test_what_multiplies_is_refused_before_it_is_published(
     store: redis_py.Redis, producer: redis_py.Redis, signature: dict[str, Any]
 ) -> None:

@@ -75,9 +75,10 @@ def test_arrays_come_from_npy_npz_and_standard_input_and_go_to_npz(
         assert (run.exit_code, run.stderr) == (0, "")
         told = json.loads(run.stdout)
         assert told["outputs"]["x"] == {
-            "dtype": "float32", "shape": [2, 4],
+            "dtype": "float32",
+            "shape": [2, 4],
             "data": [[1.5, -2.0, "NaN", "Infinity"], [5.0, 6.0, 7.0, 8.0]],
-        }  # fmt: skip
+        }
         assert (told["model"], told["receipt"]["engine"], told["output"]) == ("m", "fake", None)
 
 
@@ -202,11 +203,16 @@ def test_a_file_that_is_no_array_is_refused(tmp_path: Path, data: bytes, error: 
 @pytest.mark.parametrize(
     "array",
     [
-        np.float32(3), np.ones((0, 4), np.int8), np.ones((2, 0)), np.arange(6).reshape(2, 3).T,
-        np.array([1 + 2j]), np.array([True, False]), np.arange(3, dtype=">i4"),
+        np.float32(3),
+        np.ones((0, 4), np.int8),
+        np.ones((2, 0)),
+        np.arange(6).reshape(2, 3).T,
+        np.array([1 + 2j]),
+        np.array([True, False]),
+        np.arange(3, dtype=">i4"),
         np.ones((1, 2, 3), np.float16),
     ],
-)  # fmt: skip
+)
 def test_arrays_survive_both_files(tmp_path: Path, array: Any) -> None:
     np.save(tmp_path / "x.npy", array)
     read = array_files.read_npy(tmp_path / "x.npy")

@@ -61,8 +61,10 @@ def connection(app: Celery) -> Iterator[Connection]:
 
 
 def test_all_that_is_replaced_takes_what_stock_takes(install: Callable[[], None]) -> None:
-    stock = {(owner, name): list(inspect.signature(getattr(owner, name)).parameters)
-             for owner, name in REPLACED}  # fmt: skip
+    stock = {
+        (owner, name): list(inspect.signature(getattr(owner, name)).parameters)
+        for owner, name in REPLACED
+    }
     install()
     for (owner, name), parameters in stock.items():
         ours = getattr(owner, name)
@@ -79,8 +81,9 @@ def test_what_is_put_back_is_what_kombu_puts_back(
     found: list[list[Any]] = []
     for replaced in (False, True):
         redis.flushall()
-        app.send_task("x", args=[{"__type__": "y", "__value__": 1}], queue=QUEUE, priority=6,
-                      task_id="id")  # fmt: skip
+        app.send_task(
+            "x", args=[{"__type__": "y", "__value__": 1}], queue=QUEUE, priority=6, task_id="id"
+        )
         key = prefix + Names().queue("m", 6)
         raw = json.loads(redis.rpop(key) or b"")  # type: ignore[arg-type]
         raw["properties"].update(delivery_tag="tag", reply_to="r")
@@ -119,9 +122,14 @@ def test_a_broadcast_is_delivered_as_kombu_delivers_it(
             install()
         with (
             connection.channel() as channel,
-            Consumer(channel, [Queue("q", exchange, exclusive=True)], callbacks=[note],
-                     accept=["json"], no_ack=True),
-        ):  # fmt: skip
+            Consumer(
+                channel,
+                [Queue("q", exchange, exclusive=True)],
+                callbacks=[note],
+                accept=["json"],
+                no_ack=True,
+            ),
+        ):
             deadline = time.monotonic() + 10
             before = len(heard)
             while len(heard) == before and time.monotonic() < deadline:

@@ -107,10 +107,11 @@ def test_older_claims_go_before_newer_ones_and_both_before_what_was_not_claimed(
 ) -> None:
     redis.lpush(NAMES.queue("m"), b"f", b"g")
     hold(
-        redis, "dead",
+        redis,
+        "dead",
         {(2, 0): [b"", b"b"], (10, 0): [b"c", b"", b"e"], (9, 3): [b"x"], (3, 3): [b"", b""]},
         ends_ms=1.0,
-    )  # fmt: skip
+    )
     assert recover("dead") == 4
     assert items(redis) == [b"g", b"f", b"e", b"c", b"b"]
     assert items(redis, 3) == [b"x"]

@@ -25,13 +25,16 @@ from inferq.workers.logs.flood import BURST
 QUEUE = Names().queue("m")
 #: Another task: nobody here knows it.
 FOREIGN = {
-    "body": "W10=", "content-type": "application/json", "content-encoding": "utf-8",
+    "body": "W10=",
+    "content-type": "application/json",
+    "content-encoding": "utf-8",
     "headers": {"id": "foreign", "task": "unheard.of"},
     "properties": {
-        "delivery_tag": "tag", "body_encoding": "base64",
+        "delivery_tag": "tag",
+        "body_encoding": "base64",
         "delivery_info": {"exchange": "", "routing_key": "inferq.m"},
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture

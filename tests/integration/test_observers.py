@@ -26,9 +26,7 @@ from inferq.workers.engines.fake import FAULT_RAISE
 
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
-    fake_model(
-        tmp_path, "m", knobs="max_batch_size = 8\nwarm_up = false", fake="faults = true"
-    )  # fmt: skip
+    fake_model(tmp_path, "m", knobs="max_batch_size = 8\nwarm_up = false", fake="faults = true")
     return tmp_path
 
 

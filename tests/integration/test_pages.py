@@ -92,9 +92,10 @@ def test_what_is_shown_of_calling_a_model_runs(redis_url: str, tmp_path: Path) -
     ]
     assert len(plain) == 4
     plain.append(
-        Block("python", _retry(shown) + "print(infer_patiently(Client(), 'colours', INPUTS))\n")
-        .as_shell
-    )  # fmt: skip
+        Block(
+            "python", _retry(shown) + "print(infer_patiently(Client(), 'colours', INPUTS))\n"
+        ).as_shell
+    )
     make = next(block for block in tutorial if "onnx.save" in block.text)
     folder = pages.clone(tmp_path / "inferq")
     status, output = pages.run(make.as_shell, folder, {}, TIMEOUT_S)

@@ -70,10 +70,15 @@ def test_databases_prefixes_and_masters_are_told_apart() -> None:
     url = "redis://h:1/0"
     sentinels = "sentinel://a/0"
     places = {
-        place(url), place("redis://h:1/1"), place("redis://h:2/0"), place("redis://i:1/0"),
-        place(url, global_keyprefix="p:"), place("unix:///h"), place(sentinels),
+        place(url),
+        place("redis://h:1/1"),
+        place("redis://h:2/0"),
+        place("redis://i:1/0"),
+        place(url, global_keyprefix="p:"),
+        place("unix:///h"),
+        place(sentinels),
         place(sentinels, sentinel_master="second"),
-    }  # fmt: skip
+    }
     assert len(places) == len({each.digest for each in places}) == 8
 
 

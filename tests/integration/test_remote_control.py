@@ -38,9 +38,11 @@ def worker(redis_kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     models = tmp_path_factory.mktemp("models")
     fake_model(models, "echo")
     fake_model(
-        models, "slow", knobs="max_batch_size = 1\nwarm_up = false",
+        models,
+        "slow",
+        knobs="max_batch_size = 1\nwarm_up = false",
         fake=f"delay_ms = {SLOW_S * 1000}",
-    )  # fmt: skip
+    )
     with (
         EmbeddedRedis(redis_kind) as server,
         redis_py.Redis.from_url(server.url) as store,

@@ -47,9 +47,10 @@ WIDE = INLINE_LIMIT // 2
 QUEUE = "celery"
 #: What its producers and workers need for that beside their roles (docs/deploy.md).
 PUSHES = (
-    "%W~celery", "%W~celery??[369]",
+    "%W~celery",
+    "%W~celery??[369]",
     "(+sadd %W~_kombu.binding.celery %W~_kombu.binding_permanent.celery)",
-)  # fmt: skip
+)
 TAKES = ("~celery", "~celery??[369]")
 
 

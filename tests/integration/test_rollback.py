@@ -35,14 +35,17 @@ MANY = KEEP_REQUESTS + 600
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
     root = tmp_path / "models"
-    fake_model(root, "m", knobs="lanes = 1\nmax_batch_size = 4\nwarm_up = false",
-               fake="delay_ms = 10")  # fmt: skip
-    fake_model(root, "slow", knobs="lanes = 1\nmax_batch_size = 4\nwarm_up = false",
-               fake="delay_ms = 1000")  # fmt: skip
+    fake_model(
+        root, "m", knobs="lanes = 1\nmax_batch_size = 4\nwarm_up = false", fake="delay_ms = 10"
+    )
+    fake_model(
+        root, "slow", knobs="lanes = 1\nmax_batch_size = 4\nwarm_up = false", fake="delay_ms = 1000"
+    )
     fake_model(root, "wide", knobs="warm_up = false", width=WIDE)
     fake_model(root, "quick", knobs="lanes = 1\nmax_batch_size = 64\nwarm_up = false")
-    fake_model(root, "long", knobs="lanes = 1\nmax_batch_size = 4\nwarm_up = false",
-               fake="delay_ms = 4000")  # fmt: skip
+    fake_model(
+        root, "long", knobs="lanes = 1\nmax_batch_size = 4\nwarm_up = false", fake="delay_ms = 4000"
+    )
     return root
 
 

@@ -201,16 +201,27 @@ def test_a_queue_of_another_type_at_the_start_stops_no_other_model(
 
 def shared_keys() -> dict[str, str]:
     return {
-        "attempts": NAMES.attempts("a"), "dead": NAMES.dead("a"), "later": NAMES.scheduled,
-        "leases": NAMES.leases, "serving": NAMES.serving("a"), "model": NAMES.model("a"),
-    }  # fmt: skip
+        "attempts": NAMES.attempts("a"),
+        "dead": NAMES.dead("a"),
+        "later": NAMES.scheduled,
+        "leases": NAMES.leases,
+        "serving": NAMES.serving("a"),
+        "model": NAMES.model("a"),
+    }
 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("attempts", "string"), ("dead", "string"), ("later", "string"), ("leases", "string"),
-     ("leases", "list"), ("serving", "string"), ("model", "list")],
-)  # fmt: skip
+    [
+        ("attempts", "string"),
+        ("dead", "string"),
+        ("later", "string"),
+        ("leases", "string"),
+        ("leases", "list"),
+        ("serving", "string"),
+        ("model", "list"),
+    ],
+)
 def test_a_shared_key_of_another_type_stops_no_model(
     redis_url: str, redis: Redis, models: Path, tmp_path: Path, name: str, kind: str
 ) -> None:
@@ -250,8 +261,12 @@ def test_a_worker_starts_where_shared_keys_are_of_another_type(
 def test_a_workers_own_key_of_another_type_ends_its_incarnation_and_loses_nothing(
     redis_url: str, redis: Redis, models: Path, tmp_path: Path, name: str
 ) -> None:
-    fake_model(models, "slow", knobs="lanes = 1\nmax_batch_size = 2\nwarm_up = false",
-               fake="delay_ms = 1000")  # fmt: skip
+    fake_model(
+        models,
+        "slow",
+        knobs="lanes = 1\nmax_batch_size = 2\nwarm_up = false",
+        fake="delay_ms = 1000",
+    )
     with serving(redis_url, models, tmp_path) as worker:
         sent = [push(redis, "slow") for _ in range(8)]
         until(lambda: any(is_answered(redis, one) for one in sent), what="it computes")
@@ -303,8 +318,12 @@ def test_what_a_dead_worker_held_of_others_comes_back_where_one_queue_is_amiss(
 def test_a_worker_that_stops_where_a_queue_is_amiss_leaves_its_requests_to_others(
     redis_url: str, redis: Redis, models: Path, tmp_path: Path
 ) -> None:
-    fake_model(models, "slow", knobs="lanes = 1\nmax_batch_size = 1\nwarm_up = false",
-               fake="delay_ms = 1000")  # fmt: skip
+    fake_model(
+        models,
+        "slow",
+        knobs="lanes = 1\nmax_batch_size = 1\nwarm_up = false",
+        fake="delay_ms = 1000",
+    )
     env = {"INFERQ_LEASE_S": str(LEASE_S), "INFERQ_GRACE_S": "0"}
     with Worker(redis_url, models, env=env) as worker:
         sent = [push(redis, "slow") for _ in range(5)]

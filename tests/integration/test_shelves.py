@@ -134,12 +134,27 @@ def test_a_worker_does_not_read_a_statedb_that_others_may_have_written(
     fake_model(planted.parent / "models", "m", knobs="warm_up = false")
     spoil(planted)
     ended = subprocess.run(
-        [sys.executable, "-m", "inferq.workers.cli", "worker", "--cpu", "--models",
-         str(planted.parent / "models"), "--statedb", str(planted)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-             "INFERQ_REDIS_URL": server.url},
-        capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "inferq.workers.cli",
+            "worker",
+            "--cpu",
+            "--models",
+            str(planted.parent / "models"),
+            "--statedb",
+            str(planted),
+        ],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "INFERQ_REDIS_URL": server.url,
+        },
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
     assert ended.returncode == 1
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("inferq: ")]
     assert line.startswith(f"inferq: {planted.parent}")

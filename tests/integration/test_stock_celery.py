@@ -124,16 +124,24 @@ def test_arguments_may_be_positional_and_the_model_left_to_the_queue(side: Side)
         ("echo", {"inputs": {"x": [1, 2, 3, 4]}}, "InvalidInput", "shape [4]"),
         ("echo", {"inputs": {"x": [[0] * 4] * 33}}, "InvalidInput", "33 rows"),
         ("echo", {"inputs": {"x": "not base64!"}}, "InvalidInput", "str"),
-        ("echo", {"inputs": {"x": {"dtype": "<f8", "shape": [1, 4], "data": [[0] * 4]}}},
-         "InvalidInput", "float64"),
-        ("echo", {"inputs": {"x": {"dtype": "O", "shape": [1], "data": [0]}}},
-         "InvalidInput", "dtype 'O'"),
+        (
+            "echo",
+            {"inputs": {"x": {"dtype": "<f8", "shape": [1, 4], "data": [[0] * 4]}}},
+            "InvalidInput",
+            "float64",
+        ),
+        (
+            "echo",
+            {"inputs": {"x": {"dtype": "O", "shape": [1], "data": [0]}}},
+            "InvalidInput",
+            "dtype 'O'",
+        ),
         ("echo", {"inputs": [[1, 2, 3, 4]]}, "InvalidInput", "list"),
         ("echo", {"inputs": {}, "shape": 1}, "InvalidInput", "'shape'"),
         ("echo", {}, "InvalidInput", "NoneType"),
         ("small", {"inputs": {"x": [[1, 2, 3, 4]]}}, "PayloadTooLarge", "max_request_bytes"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_request_fails_with_the_named_error(
     side: Side, queue: str, kwargs: dict[str, object], error: str, said: str
 ) -> None:

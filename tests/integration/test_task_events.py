@@ -49,9 +49,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         models, "m", width=WIDTH, knobs=knobs, fake=f"faults = true\ndelay_ms = {BATCH_S * 1000}"
     )
     fake_model(
-        models, "slow", knobs="max_batch_size = 1\nwarm_up = false",
+        models,
+        "slow",
+        knobs="max_batch_size = 1\nwarm_up = false",
         fake=f"delay_ms = {SLOW_S * 1000}",
-    )  # fmt: skip
+    )
     fake_model(models, "fast", knobs="max_batch_size = 32\nwarm_up = false", fake="faults = true")
     return models
 

@@ -86,8 +86,10 @@ def test_requests_are_batched_through_lanes_and_bit_equal(
             assert result.receipt is not None
             assert result.receipt.engine == "tensorrt"
             for ms in (
-                result.receipt.gpu_h2d_ms, result.receipt.gpu_compute_ms, result.receipt.gpu_d2h_ms
-            ):  # fmt: skip
+                result.receipt.gpu_h2d_ms,
+                result.receipt.gpu_compute_ms,
+                result.receipt.gpu_d2h_ms,
+            ):
                 assert ms is not None
                 assert ms >= 0
         assert max(result.receipt.requests for result in results if result.receipt) > 1
@@ -294,9 +296,12 @@ def test_a_plan_is_verified_where_it_is_built_and_one_that_differs_fails(
     assert "from the cache" in verified.stdout
     assert "verified: differs by 0" in verified.stdout
     assert verified.stderr.splitlines() == [
-        "Reading model double", "Hashing the model", "Looking for the plan",
-        "Verifying: ONNX Runtime", "Verifying: the plan",
-    ]  # fmt: skip
+        "Reading model double",
+        "Hashing the model",
+        "Looking for the plan",
+        "Verifying: ONNX Runtime",
+        "Verifying: the plan",
+    ]
 
 
 def test_without_a_gpu_one_line_says_what_is_missing(redis_url: str, models: Path) -> None:

@@ -79,9 +79,11 @@ def test_every_half_works_over_tls_that_is_verified_both_ways(
 ) -> None:
     ours = authority.issue("DNS:client")
     files = [
-        f"ssl_ca_certs={authority.ca}", f"ssl_certfile={ours.certificate}",
-        f"ssl_keyfile={ours.key}", *([spelling] if spelling else []),
-    ]  # fmt: skip
+        f"ssl_ca_certs={authority.ca}",
+        f"ssl_certfile={ours.certificate}",
+        f"ssl_keyfile={ours.key}",
+        *([spelling] if spelling else []),
+    ]
     with TlsProxy(port, good, clients=authority.ca) as proxy:
         url = proxy.url(*files)
         env = {"INFERQ_REDIS_URL": url}
@@ -120,9 +122,10 @@ def _ask_all(url: str) -> None:
     app = make_app(Settings.load(redis_url=url))
     try:
         request = app.signature(
-            "inferq.infer", kwargs={"model": "m", "inputs": {"x": numbered(3).tolist()}},
+            "inferq.infer",
+            kwargs={"model": "m", "inputs": {"x": numbered(3).tolist()}},
             queue="inferq.m",
-        )  # fmt: skip
+        )
         linked = app.signature("inferq.infer", kwargs={"model": "m"}, queue="inferq.m")
         told = (request | linked).apply_async()
         assert told.get(timeout=60)["x"]["data"] == numbered(3).tolist()
@@ -170,17 +173,19 @@ def mistakes(
             "expired": (old.url(ca), "is refused: certificate has expired; expected"),
             "no certificate of ours": (asking.url(ca), "expected ssl_certfile and ssl_keyfile"),
             "TLS to a plain port": (
-                f"rediss://127.0.0.1:{port}/0", f"127.0.0.1:{port} speaks no TLS; expected the po"
+                f"rediss://127.0.0.1:{port}/0",
+                f"127.0.0.1:{port} speaks no TLS; expected the po",
             ),
             "no TLS to its port": (
                 f"redis://127.0.0.1:{fine.port}/0",
                 f"127.0.0.1:{fine.port} speaks TLS; expected rediss:// in the URL (INFERQ_",
             ),
             "no TLS to its port, with a password": (
-                f"redis://:geheim@127.0.0.1:{fine.port}/0", f"127.0.0.1:{fine.port} speaks TLS; exp"
+                f"redis://:geheim@127.0.0.1:{fine.port}/0",
+                f"127.0.0.1:{fine.port} speaks TLS; exp",
             ),
             "unknown value": (fine.url("ssl_cert_reqs=no"), "ssl_cert_reqs in the Redis URL is"),
-        }  # fmt: skip
+        }
 
 
 MISTAKES = [
@@ -191,8 +196,13 @@ MISTAKES = [
 
 
 #: For what takes seconds to start.
-SOME = ["another name", "no certificate of ours", "TLS to a plain port",
-        "no TLS to its port, with a password", "unknown value"]  # fmt: skip
+SOME = [
+    "another name",
+    "no certificate of ours",
+    "TLS to a plain port",
+    "no TLS to its port, with a password",
+    "unknown value",
+]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -296,8 +306,10 @@ def test_a_password_that_is_refused_is_not_blamed_on_tls(
     with redis_py.Redis.from_url(server.url) as redis:
         redis.config_set("requirepass", "geheim")
     with TlsProxy(server.port, good) as proxy:
-        for url in (proxy.url(f"ssl_ca_certs={authority.ca}", user=":falsch@"),
-                    f"redis://:falsch@127.0.0.1:{server.port}/0"):  # fmt: skip
+        for url in (
+            proxy.url(f"ssl_ca_certs={authority.ca}", user=":falsch@"),
+            f"redis://:falsch@127.0.0.1:{server.port}/0",
+        ):
             with redis_client(url) as client, pytest.raises(redis_py.AuthenticationError):
                 client.ping()
 
@@ -305,6 +317,9 @@ def test_a_password_that_is_refused_is_not_blamed_on_tls(
 def _python(args: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(filter(None, sys.path))
     return subprocess.run(
-        [sys.executable, *args], env={**os.environ, "PYTHONPATH": path, **env},
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        [sys.executable, *args],
+        env={**os.environ, "PYTHONPATH": path, **env},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )

@@ -69,9 +69,13 @@ def running(folder: Path, environment: Mapping[str, str], *args: str) -> Iterato
     with tempfile.NamedTemporaryFile() as log:
         # Not by `start_child`, which is what is tried here.
         process = subprocess.Popen(
-            command(*args), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            cwd=folder, env=environment,
-        )  # fmt: skip
+            command(*args),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=folder,
+            env=environment,
+        )
         try:
             yield Path(log.name)
         except BaseException:
@@ -86,9 +90,13 @@ def test_inferq_worker_and_those_who_use_it_run_nothing_that_stands_in_the_worki
 ) -> None:
     def run(*args: str) -> None:
         done = subprocess.run(
-            command(*args), cwd=folder, env=environment, capture_output=True, timeout=TIMEOUT_S,
+            command(*args),
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            timeout=TIMEOUT_S,
             check=False,
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stderr.decode()
 
     with running(folder, environment, "worker", "--cpu"):

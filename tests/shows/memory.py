@@ -65,8 +65,13 @@ def capped_memory() -> dict[str, Any]:
     said = next((line for line in log.splitlines() if SERVED in line), "")
     print(said)
     print(f"serves after {ready_s:.1f} s, {kills} kills, {wrong} wrong answers")
-    return {"kills": kills, "ready_s": round(ready_s, 2), "wrong": wrong, "said": said,
-            "limit": cap.kind}  # fmt: skip
+    return {
+        "kills": kills,
+        "ready_s": round(ready_s, 2),
+        "wrong": wrong,
+        "said": said,
+        "limit": cap.kind,
+    }
 
 
 if __name__ == "__main__":

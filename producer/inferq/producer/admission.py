@@ -160,9 +160,12 @@ class Admission:
         about = "unknown" if wait is None else f"about {wait:.1f} s"
         return QueueFull(
             f"model {view.advert.name!r} has {found}; expected {expected}; estimated wait {about}",
-            depth=depth, limit=view.advert.max_queue_depth, estimated_wait_s=wait,
-            estimated_bytes=int(depth * view.mean_bytes), limit_bytes=view.advert.max_queue_bytes,
-        )  # fmt: skip
+            depth=depth,
+            limit=view.advert.max_queue_depth,
+            estimated_wait_s=wait,
+            estimated_bytes=int(depth * view.mean_bytes),
+            limit_bytes=view.advert.max_queue_bytes,
+        )
 
     def _estimate(self, view: ModelView, depth: int, now: float) -> float | None:
         per_row = view.advert.seconds_per_row

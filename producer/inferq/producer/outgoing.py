@@ -124,9 +124,14 @@ class Encoder:
                 # A copy: the caller may write to the array again, and this may be pushed again.
                 payloads.append((key, array.tobytes()))
         message = self._encode(
-            request_id, self._model, tensors, shown=self._describe(arrays), priority=priority,
-            sent_ms=sent_ms, deadline_ms=deadline_ms,
-        )  # fmt: skip
+            request_id,
+            self._model,
+            tensors,
+            shown=self._describe(arrays),
+            priority=priority,
+            sent_ms=sent_ms,
+            deadline_ms=deadline_ms,
+        )
         ttl = PAYLOAD_TTL_S
         if deadline_ms is not None:
             ttl = PAYLOAD_MARGIN_S + max(0, int((deadline_ms - sent_ms) / 1000))

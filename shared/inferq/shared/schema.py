@@ -264,8 +264,10 @@ def check_inputs(advert: ModelAdvert, inputs: Tensors) -> int:
         raise PayloadTooLarge(
             f"inputs of model {advert.name!r} are {size} bytes; "
             f"expected at most {advert.max_request_bytes} (max_request_bytes)",
-            model=advert.name, size=size, limit=advert.max_request_bytes,
-        )  # fmt: skip
+            model=advert.name,
+            size=size,
+            limit=advert.max_request_bytes,
+        )
     if not advert.batchable:
         return 1
     rows = next(iter(inputs.values())).shape[0]

@@ -24,8 +24,11 @@ class Control:
         self._library = ctypes.CDLL("libcuda.so.1")
         self._library.fakecuda_count.restype = ctypes.c_longlong
         self._library.fakecuda_launch_us.argtypes = [
-            ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double,
-        ]  # fmt: skip
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_double,
+        ]
         self._library.fakecuda_set.argtypes = [ctypes.c_char_p, ctypes.c_double]
         #: Kept for good, since streams and graphs may still have to run them.
         self._kernels: dict[Kernel, Any] = {}

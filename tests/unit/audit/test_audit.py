@@ -111,11 +111,17 @@ def above_two(x: Array) -> Array:
 def job(*values: float, alone: bool = False) -> Job:
     items = [
         Waiting(
-            ticket=Ticket(f"{value:g}", "m", ""), inputs={"x": np.full((1, 2), value)}, slot=None,
-            compatible=None, arrived_mono_ms=0.0, claimed_redis_ms=0.0, rows=1, alone=alone,
+            ticket=Ticket(f"{value:g}", "m", ""),
+            inputs={"x": np.full((1, 2), value)},
+            slot=None,
+            compatible=None,
+            arrived_mono_ms=0.0,
+            claimed_redis_ms=0.0,
+            rows=1,
+            alone=alone,
         )
         for value in values
-    ]  # fmt: skip
+    ]
     return Job(items, {0: len(items)})
 
 
@@ -126,9 +132,13 @@ class Driven:
         self.woken: SimpleQueue[None] = SimpleQueue()
         self.done: SimpleQueue[Finished] = SimpleQueue()
         self.audit = Audit(
-            "m", 1, knobs, unbatch=unbatch, answered=lambda: 7,
+            "m",
+            1,
+            knobs,
+            unbatch=unbatch,
+            answered=lambda: 7,
             wake=lambda: self.woken.put(None),
-        )  # fmt: skip
+        )
         never_late = lambda _slot, _ticket: None  # noqa: E731
         self.lanes = Lanes("m", lanes, knobs, never_late, self.done.put, audit=self.audit)
         self.lanes.start()

@@ -39,12 +39,17 @@ def requests(*rows: int, low: float = 1.0) -> list[Waiting]:
     rng = np.random.default_rng(0)
     return [
         Waiting(
-            ticket=Ticket(f"{n}", "m", ""), inputs={"x": rng.uniform(low, 10, (count, 3))},
-            slot=None, compatible=None, arrived_mono_ms=0.0, claimed_redis_ms=0.0, rows=count,
+            ticket=Ticket(f"{n}", "m", ""),
+            inputs={"x": rng.uniform(low, 10, (count, 3))},
+            slot=None,
+            compatible=None,
+            arrived_mono_ms=0.0,
+            claimed_redis_ms=0.0,
+            rows=count,
             alone=False,
         )
         for n, count in enumerate(rows)
-    ]  # fmt: skip
+    ]
 
 
 def look(

@@ -58,9 +58,13 @@ def test_a_size_that_follows_is_told_at_every_size_from_few_of_them(name: str, f
 
 
 @given(
-    times=st.integers(1, 4), by=st.integers(1, 40), plus=st.integers(-40, 40),
-    more=st.integers(-3, 3), first=st.integers(1, 50), step=st.sampled_from([1, 2, 4, 32]),
-)  # fmt: skip
+    times=st.integers(1, 4),
+    by=st.integers(1, 40),
+    plus=st.integers(-40, 40),
+    more=st.integers(-3, 3),
+    first=st.integers(1, 50),
+    step=st.sampled_from([1, 2, 4, 32]),
+)
 def test_floors_of_fractions_are_found_on_every_grid(
     times: int, by: int, plus: int, more: int, first: int, step: int
 ) -> None:

@@ -12,9 +12,15 @@ from inferq.workers.batching.waiting import Waiting, WaitingRequests
 
 def item(name: str, priority: int = 0, rows: int = 1) -> Waiting:
     return Waiting(
-        ticket=Ticket(name, "m", "", priority=priority), inputs={}, slot=None, compatible=None,
-        arrived_mono_ms=0.0, claimed_redis_ms=0.0, rows=rows, alone=False,
-    )  # fmt: skip
+        ticket=Ticket(name, "m", "", priority=priority),
+        inputs={},
+        slot=None,
+        compatible=None,
+        arrived_mono_ms=0.0,
+        claimed_redis_ms=0.0,
+        rows=rows,
+        alone=False,
+    )
 
 
 def waiting(*items: Waiting) -> WaitingRequests:

@@ -225,10 +225,13 @@ def test_a_trace_that_lasts_no_time_has_a_mean_that_json_can_tell(tmp_path: Path
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("--window", "nan"), ("--warmup", "nan"), ("--timeout", "nan"), ("--timeout-ms", "nan"),
+        ("--window", "nan"),
+        ("--warmup", "nan"),
+        ("--timeout", "nan"),
+        ("--timeout-ms", "nan"),
         ("--seed", str(2**63)),
     ],
-)  # fmt: skip
+)
 def test_a_number_that_is_none_or_too_large_is_a_usage_error(option: str, value: str) -> None:
     result = CliRunner().invoke(bench, ["m", option, value, "--redis-url", "redis://127.0.0.1:1"])
     assert (result.exit_code, value in result.output) == (2, True), result.output
@@ -351,8 +354,10 @@ def test_inputs_are_made_by_the_signature_and_dims_of_the_same_name_agree() -> N
     items = arrays.made(advert, {"x": (2, 5, 4, 3)}, None, "random", 0)
     assert arrays.check(advert, items) == 2
     assert {name: array.shape for name, array in items[0].items()} == {
-        "x": (2, 5, 4, 3), "mask": (2, 5, 4), "t": (2,),
-    }  # fmt: skip
+        "x": (2, 5, 4, 3),
+        "mask": (2, 5, 4),
+        "t": (2,),
+    }
     assert len(items) == arrays.DISTINCT
     assert not np.array_equal(items[0]["x"], items[1]["x"])
 
@@ -436,30 +441,60 @@ def _step(load: float, factor: float = 1.0, *, stable: bool = True) -> StepFigur
     latency = figures.Percentiles(*(factor * ms for ms in (11.0, 10.0, 14.0, 15.0, 20.0, 40.0)))
     counts = figures.Counts(100, 100, 100, 0, 0, 0, 0)
     return StepFigures(
-        load=load, stable=stable, seconds=6.0, requests_per_s=50 * load, rows_per_s=50 * load,
-        latency_ms=latency, late_ms=latency, counts=counts, errors={}, whole=counts,
-        time_ms=figures.Times(0.1, 3.0 * factor, 1.0, 5.0, 0.5, 1.4), gpu_ms=None,
-        batch=figures.BatchFigures(2.0, 0.0), attempted_again=0, generator_cpu_us=120.0,
-        workers=["w"], engines=["fake, version 1"], windows=[WindowFigures(50.0, 15.0)], notes=[],
-    )  # fmt: skip
+        load=load,
+        stable=stable,
+        seconds=6.0,
+        requests_per_s=50 * load,
+        rows_per_s=50 * load,
+        latency_ms=latency,
+        late_ms=latency,
+        counts=counts,
+        errors={},
+        whole=counts,
+        time_ms=figures.Times(0.1, 3.0 * factor, 1.0, 5.0, 0.5, 1.4),
+        gpu_ms=None,
+        batch=figures.BatchFigures(2.0, 0.0),
+        attempted_again=0,
+        generator_cpu_us=120.0,
+        workers=["w"],
+        engines=["fake, version 1"],
+        windows=[WindowFigures(50.0, 15.0)],
+        notes=[],
+    )
 
 
 def _report(*steps: StepFigures, kind: loads.Kind = "concurrency", model: str = "m") -> Report:
     return Report(
-        model=model, version=1, engine="fake", max_batch_size=8,
+        model=model,
+        version=1,
+        engine="fake",
+        max_batch_size=8,
         began_at="2026-01-01T00:00:00+00:00",
         versions={"inferq": "0.1.0", "python": "3.11", "numpy": "2", "server": "valkey 9"},
-        host="h", cores=2,
+        host="h",
+        cores=2,
         how=figures.How(
-            kind=kind, distribution=None, processes=1, window_s=2.0, max_windows=10, warmup_s=1.0,
-            max_in_flight=4096, timeout_s=60.0, seed=0,
+            kind=kind,
+            distribution=None,
+            processes=1,
+            window_s=2.0,
+            max_windows=10,
+            warmup_s=1.0,
+            max_in_flight=4096,
+            timeout_s=60.0,
+            seed=0,
         ),
         request=figures.Request(
-            rows=1, bytes=16, inputs=[figures.InputFigures("x", "float32", [1, 4])],
-            data="random", priority=None, timeout_ms=None,
+            rows=1,
+            bytes=16,
+            inputs=[figures.InputFigures("x", "float32", [1, 4])],
+            data="random",
+            priority=None,
+            timeout_ms=None,
         ),
-        interrupted=False, steps=list(steps),
-    )  # fmt: skip
+        interrupted=False,
+        steps=list(steps),
+    )
 
 
 def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -490,8 +525,9 @@ def test_a_comparison_is_of_the_loads_that_both_have() -> None:
     assert (ratio.load, ratio.p50, ratio.p99, ratio.queue) == (4, 2.0, 2.0, 2.0)
     assert (ratio.requests_per_s, ratio.compute) == (1.0, 1.0)
     assert compare.differences(newer, older) == [
-        "model: n before, m now", "not measured before: 1, 8"
-    ]  # fmt: skip
+        "model: n before, m now",
+        "not measured before: 1, 8",
+    ]
 
 
 def test_a_closed_loop_is_not_compared_with_an_open_one() -> None:
@@ -551,9 +587,12 @@ main()
 
 def test_without_matplotlib_a_picture_names_the_extra_before_anything_is_measured() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_MATPLOTLIB], capture_output=True, text=True, timeout=60,
+        [sys.executable, "-c", WITHOUT_MATPLOTLIB],
+        capture_output=True,
+        text=True,
+        timeout=60,
         env={"PYTHONPATH": ":".join(filter(None, sys.path)), "PATH": "/usr/bin:/bin"},
-    )  # fmt: skip
+    )
     assert done.returncode == 1
     assert done.stderr == (
         "inferq: matplotlib is not installed; expected: pip install 'inferq[bench]'\n"

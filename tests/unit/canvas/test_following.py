@@ -139,14 +139,19 @@ def test_nothing_but_known_fields_and_options_is_left_wherever_a_signature_stand
 
 def test_stamps_and_headers_are_kept_unless_they_are_celerys_own() -> None:
     given = plain(
-        "app.task", stamped_headers=["trace", "retry_policy", "gone", "producer"],
-        trace=["a"], retry_policy={"global_keyprefix": "x"}, producer=1,
+        "app.task",
+        stamped_headers=["trace", "retry_policy", "gone", "producer"],
+        trace=["a"],
+        retry_policy={"global_keyprefix": "x"},
+        producer=1,
         headers={"tenant": "t", "task": "other", "id": "other", "compression": "bzip2"},
-    )  # fmt: skip
+    )
     (found,) = rebuilt({"callbacks": [given]}).callbacks
     assert found["options"] == {
-        "headers": {"tenant": "t"}, "stamped_headers": ["trace"], "trace": ["a"],
-    }  # fmt: skip
+        "headers": {"tenant": "t"},
+        "stamped_headers": ["trace"],
+        "trace": ["a"],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -162,10 +167,13 @@ def test_what_celery_itself_writes_is_kept_as_it_is(app: Celery) -> None:
     steps = chain(s("c"), header, s("body").on_error(s("e")), s("d"), app=app)
     steps.freeze()
     whole = [
-        steps, header, chord(header, s("body"), app=app), s("x", link=[s("y")], priority=7),
+        steps,
+        header,
+        chord(header, s("body"), app=app),
+        s("x", link=[s("y")], priority=7),
         s("z", expires=30, countdown=0.5, ignore_result=True, time_limit=3, task_id="mine"),
         s("accumulate").set(immutable=True),
-    ]  # fmt: skip
+    ]
     written = json.loads(json.dumps(whole))
     assert rebuilt({"callbacks": written}).callbacks == written
 
@@ -203,9 +211,11 @@ def test_whatever_is_written_is_rebuilt_or_refused_and_what_is_rebuilt_stays_as_
     for each in all_of(follows):
         assert each.keys() <= FIELDS
     again = {
-        "callbacks": follows.callbacks, "errbacks": follows.errbacks,
-        "chain": follows.chain, "chord": follows.chord,
-    }  # fmt: skip
+        "callbacks": follows.callbacks,
+        "errbacks": follows.errbacks,
+        "chain": follows.chain,
+        "chord": follows.chord,
+    }
     assert rebuilt(again) == follows
 
 
@@ -279,17 +289,28 @@ def test_the_id_of_a_group_is_none_of_a_chords_keys(kind: str) -> None:
 @pytest.mark.parametrize(
     "bad",
     [
-        5, None, [], "text", {}, {"task": 5}, {"task": ""}, {"task": "x", "args": 5},
-        {"task": "x", "options": 5}, {"task": "x", "kwargs": ["x"]},
+        5,
+        None,
+        [],
+        "text",
+        {},
+        {"task": 5},
+        {"task": ""},
+        {"task": "x", "args": 5},
+        {"task": "x", "options": 5},
+        {"task": "x", "kwargs": ["x"]},
         {"task": "x", "kwargs": {1: 2}},
-        {"subtask_type": "group"}, {"subtask_type": "chord"}, {"subtask_type": 5, "task": "x"},
-        canvas("group", tasks={}), canvas("chord", header=5, body=plain()),
+        {"subtask_type": "group"},
+        {"subtask_type": "chord"},
+        {"subtask_type": 5, "task": "x"},
+        canvas("group", tasks={}),
+        canvas("chord", header=5, body=plain()),
         canvas("chord", header=[plain()], body=None),
         canvas("chord", header=[plain()], body=plain(), kwargs=5),
         {**plain(), "chord_size": "x"},
     ],
     ids=lambda value: f"{value!r:.40}",
-)  # fmt: skip
+)
 @pytest.mark.parametrize("place", PLACES)
 def test_what_is_no_signature_is_refused_wherever_it_stands(place: str, bad: object) -> None:
     if not bad and place in {"chord", "link alone", "chord option"}:
@@ -303,10 +324,17 @@ def test_what_is_no_signature_is_refused_wherever_it_stands(place: str, bad: obj
 @pytest.mark.parametrize(
     "task",
     [
-        "celery.map", "celery.starmap", "celery.chunks", "celery.chord_unlock",
-        "celery.backend_cleanup", "celery.group", "celery.chain", "celery.chord", "celery.ping",
+        "celery.map",
+        "celery.starmap",
+        "celery.chunks",
+        "celery.chord_unlock",
+        "celery.backend_cleanup",
+        "celery.group",
+        "celery.chain",
+        "celery.chord",
+        "celery.ping",
     ],
-)  # fmt: skip
+)
 def test_celerys_own_tasks_are_refused_wherever_they_stand(place: str, task: str) -> None:
     with pytest.raises(InvalidInput, match="is Celery's own"):
         rebuilt(inside(plain(task))[place])
@@ -331,17 +359,42 @@ OTHERS = Names(prefix="g:", result_prefix="r_", sep="|")
 @pytest.mark.parametrize(
     "queue",
     [
-        NAMES.attempts("m"), NAMES.scheduled, NAMES.leases, NAMES.fence("i"), NAMES.dead("m"),
-        NAMES.scheduled_message("m:0:ab"), NAMES.payload("id", "x"), "inferq:2:later",
+        NAMES.attempts("m"),
+        NAMES.scheduled,
+        NAMES.leases,
+        NAMES.fence("i"),
+        NAMES.dead("m"),
+        NAMES.scheduled_message("m:0:ab"),
+        NAMES.payload("id", "x"),
+        "inferq:2:later",
         "other:inferq:1:later",
-        NAMES.meta("victim"), "other_celery-task-meta-victim", "celery-taskset-meta-g.s",
-        "chord-unlock-g", "w@h.celery.pidbox", "reply.celery.pidbox", "id.reply.celery.pidbox",
-        "celeryev", "celeryev.abc", "_kombu.binding.celery", "_kombu.x", "unacked",
-        "unacked_index", "unacked_mutex", "inferq.m\x06\x163", "a\nb", "a\x7f", "\x85",
-        "x" * (MAX_QUEUE_BYTES + 1), "é" * MAX_QUEUE_BYTES, "\ud800", 5, ["a"], {"name": "a"},
+        NAMES.meta("victim"),
+        "other_celery-task-meta-victim",
+        "celery-taskset-meta-g.s",
+        "chord-unlock-g",
+        "w@h.celery.pidbox",
+        "reply.celery.pidbox",
+        "id.reply.celery.pidbox",
+        "celeryev",
+        "celeryev.abc",
+        "_kombu.binding.celery",
+        "_kombu.x",
+        "unacked",
+        "unacked_index",
+        "unacked_mutex",
+        "inferq.m\x06\x163",
+        "a\nb",
+        "a\x7f",
+        "\x85",
+        "x" * (MAX_QUEUE_BYTES + 1),
+        "é" * MAX_QUEUE_BYTES,
+        "\ud800",
+        5,
+        ["a"],
+        {"name": "a"},
     ],
     ids=lambda value: f"{value!a:.40}",
-)  # fmt: skip
+)
 @pytest.mark.parametrize("place", PLACES)
 def test_a_queue_that_is_none_of_an_applications_is_refused_by_name(
     place: str, queue: object

@@ -53,8 +53,12 @@ def test_values_come_whole_in_whatever_pieces(size: int) -> None:
 def test_what_is_larger_than_its_limit_is_passed_over_and_its_neighbours_are_not(size: int) -> None:
     found = read(reply(VALUES), size, [8_999, 1, 0, 10_000, 5])
     assert [None if each is None else bytes(each) for each in found] == [
-        None, None, b"", VALUES[3], None,
-    ]  # fmt: skip
+        None,
+        None,
+        b"",
+        VALUES[3],
+        None,
+    ]
 
 
 @pytest.mark.parametrize(

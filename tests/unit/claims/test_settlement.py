@@ -164,12 +164,16 @@ def test_a_multi_whose_answer_was_lost_may_be_sent_again(
     redis.sadd(NAMES.running(I), "m/id0", "m/id1", "m/id2")
     settlements = [
         settled(
-            claim, n, running=True, attempts=1, payload_keys=(f"payload{n}",),
+            claim,
+            n,
+            running=True,
+            attempts=1,
+            payload_keys=(f"payload{n}",),
             dead_letter=f"letter{n}".encode() if n else None,
             before=(("HSET", "unacked", f"tag{n}", "message"),),
         )
         for n in places
-    ]  # fmt: skip
+    ]
     apply(redis, settlements)
     once = state(redis)
     apply(redis, settlements, times=2)
@@ -198,8 +202,10 @@ def test_only_a_result_that_redis_refused_was_there_before(redis: Redis) -> None
             settled(claim, 3, stored=True),
             settled(claim, 4),
         ],
-        NAMES, I, 60,
-    )  # fmt: skip
+        NAMES,
+        I,
+        60,
+    )
     replies = replies_of(redis, made)
     assert made.overtaken(replies) == {2, 4}
     assert made.overtaken([0 if each is None else each for each in replies]) == set()
@@ -229,8 +235,10 @@ def test_what_is_stored_and_told_is_apart_from_what_acknowledges(
             settled(claim, 1, dead_letter=b"letter", payload_keys=("payload",)),
             settled(claim, 2, before=(("RPUSH", "unacked", "message"),)),
         ],
-        NAMES, I, 60,
-    )  # fmt: skip
+        NAMES,
+        I,
+        60,
+    )
     for command in made.storing:
         redis.execute_command(*command)  # type: ignore[no-untyped-call]
     after = state(redis)
@@ -252,9 +260,16 @@ def test_what_is_stored_and_told_is_apart_from_what_acknowledges(
 
 def outcome(claim: Claim, ticket: Ticket, **given: Any) -> Outcome:
     item = Waiting(
-        ticket=ticket, inputs={}, slot=Slot(claim, 0), compatible=None, arrived_mono_ms=100.0,
-        claimed_redis_ms=5_000.0, rows=2, alone=False, padded={"n": 3},
-    )  # fmt: skip
+        ticket=ticket,
+        inputs={},
+        slot=Slot(claim, 0),
+        compatible=None,
+        arrived_mono_ms=100.0,
+        claimed_redis_ms=5_000.0,
+        rows=2,
+        alone=False,
+        padded={"n": 3},
+    )
     outputs = {"y": np.arange(8, dtype=np.float32).reshape(2, 4)}
     return Outcome(item, **{"outputs": outputs, "run": Run(130.0, 150.0, 6, 2, 3), **given})
 
@@ -297,8 +312,9 @@ def test_outputs_that_cannot_be_encoded_fail_their_request_only(claim: Claim, ou
 
 
 def test_a_failed_run_is_settled_as_what_the_engine_raised(claim: Claim) -> None:
-    given = outcome(claim, Ticket("id", "m", codec.JSON), outputs=None, run=None,
-                    error=EngineError("broken"))  # fmt: skip
+    given = outcome(
+        claim, Ticket("id", "m", codec.JSON), outputs=None, run=None, error=EngineError("broken")
+    )
     done = RESULTS.computed(given)
     meta = codec.decode_meta(done.outcome)
     assert (meta["status"], meta["result"]["exc_message"]) == ("FAILURE", ["broken"])
@@ -311,8 +327,11 @@ def test_bytes_that_name_nobody_are_kept_and_not_answered(claim: Claim) -> None:
     assert done.dead_letter is not None
     letter = msgpack.unpackb(done.dead_letter)
     assert (letter["id"], letter["message"], letter["reason"], letter["at_ms"]) == (
-        None, b"\xff", "why", 7.0,
-    )  # fmt: skip
+        None,
+        b"\xff",
+        "why",
+        7.0,
+    )
 
 
 def test_a_dead_letter_holds_no_more_than_redis_takes(

@@ -237,9 +237,14 @@ def test_without_a_driver_it_is_one_line(options: list[str], tmp_path: Path) -> 
     """Nothing is a fake here."""
     command = [sys.executable, "-m", "inferq.workers.cli", "worker", "--gpu", "0", *options]
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)},
-    )  # fmt: skip
+    )
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.startswith("Error: no GPU can be used: ")

@@ -22,9 +22,12 @@ def test_a_queue_that_is_cancelled_while_its_model_loads_is_not_consumed_afterwa
     for name in "ab":
         fake_model(tmp_path, name, knobs="warm_up = false")
     worker = SimpleNamespace(
-        app=Celery(set_as_current=False), hostname="node", hub=None, task_events=False,
+        app=Celery(set_as_current=False),
+        hostname="node",
+        hub=None,
+        task_events=False,
         consumer=None,
-    )  # fmt: skip
+    )
     settings = Settings.load(redis_url="redis://127.0.0.1:1")
     service = Service(worker, settings, find_models(tmp_path, "ab", on_cpu=True))
     opened = FakeEngine.load
@@ -37,8 +40,9 @@ def test_a_queue_that_is_cancelled_while_its_model_loads_is_not_consumed_afterwa
     monkeypatch.setattr(FakeEngine, "load", load)
     service._load_models()
     assert [(model.name, model.lanes, model.consuming) for model in service.models] == [
-        ("a", 1, False), ("b", 1, True),
-    ]  # fmt: skip
+        ("a", 1, False),
+        ("b", 1, True),
+    ]
     assert not service.consume("inferq.c", False)
     for model in service.models:
         model.close(10)

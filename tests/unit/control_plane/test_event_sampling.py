@@ -18,11 +18,17 @@ def requests(count: int, *, alone: bool = False, seed: int = 0) -> list[Waiting]
     ids = [str(uuid.UUID(bytes=numbers.bytes(16))) for _ in range(count)]
     return [
         Waiting(
-            ticket=Ticket(request_id, "m", "", attempts=int(alone)), inputs={}, slot=None,
-            compatible=None, arrived_mono_ms=0.0, claimed_redis_ms=0.0, rows=1, alone=alone,
+            ticket=Ticket(request_id, "m", "", attempts=int(alone)),
+            inputs={},
+            slot=None,
+            compatible=None,
+            arrived_mono_ms=0.0,
+            claimed_redis_ms=0.0,
+            rows=1,
+            alone=alone,
         )
         for request_id in ids
-    ]  # fmt: skip
+    ]
 
 
 def load(sampler: Sampler, per_s: int, seconds: int, batch: int) -> Iterator[list[str]]:

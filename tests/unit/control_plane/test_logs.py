@@ -86,9 +86,15 @@ def test_arguments_that_do_not_fit_are_told_and_raise_nothing() -> None:
 def test_no_line_is_longer_than_the_limit_whatever_it_holds(character: str) -> None:
     long = character * 100_000
     made = record(
-        long, model=long, node=long, error=long, incarnation=long,
-        request_ids=[long] * 1000, failed_ids=[long] * 1000, late_ids=[long] * 1000,
-    )  # fmt: skip
+        long,
+        model=long,
+        node=long,
+        error=long,
+        incarnation=long,
+        request_ids=[long] * 1000,
+        failed_ids=[long] * 1000,
+        late_ids=[long] * 1000,
+    )
     made.name = long
     made.exc_info = raised(ValueError(long))
     assert MAX_LINE // 2 < len(FORMATTER.format(made)) <= MAX_LINE
@@ -155,8 +161,9 @@ def test_an_exception_that_nobody_catches_is_one_line(
     thread.join(10)
     stderr._on_uncaught(*raised(TypeError("main")))
     assert [each.getMessage() for each in caplog.records] == [
-        "uncaught ValueError in loser", "uncaught TypeError",
-    ]  # fmt: skip
+        "uncaught ValueError in loser",
+        "uncaught TypeError",
+    ]
     assert "lost" in told(caplog.records[0])["exception"]
 
 
@@ -187,9 +194,11 @@ def test_a_burst_passes_and_the_rest_is_counted_in_the_next_line_that_does() -> 
 def test_each_kind_of_line_has_its_own_burst() -> None:
     flood = Flood(Clock())
     for made in (
-        {"text": "a"}, {"text": "b"}, {"text": "a", "level": logging.INFO},
+        {"text": "a"},
+        {"text": "b"},
+        {"text": "a", "level": logging.INFO},
         {"text": "a", "model": "m"},
-    ):  # fmt: skip
+    ):
         assert sum(flood.filter(record(**made)) for _ in range(2 * BURST)) == BURST
 
 

@@ -20,9 +20,12 @@ CASES = re.findall(
 def test_lanes_on_the_fake_driver(fake_driver: Path, case: str) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "helpers.cuda_cases", case],
-        env=environment(fake_driver), cwd=HELPERS.parent,
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        env=environment(fake_driver),
+        cwd=HELPERS.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert run.returncode == 0, run.stderr
 
 

@@ -132,8 +132,12 @@ def test_its_threads_run_on_the_cores_near_it(tmp_path: Path, near: str) -> None
     env = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
     done = subprocess.run(
         [sys.executable, "-c", _BOUND, str(tmp_path)],
-        env={**env, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
+        env={**env, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
     threads, child = (eval(line) for line in done.stdout.splitlines())
     assert len(threads) >= 2
     assert [*threads, child] == [expected] * (len(threads) + 1)

@@ -56,10 +56,18 @@ def intake(
 ) -> Intake:
     signature = Signature(inputs or PLAIN, inputs or PLAIN)
     advert = ModelAdvert(
-        name="m", version=1, engine="fake", signature=signature, max_batch_size=8, batchable=True,
-        max_queue_depth=0, max_request_bytes=limit, default_priority=0, default_timeout_ms=0,
+        name="m",
+        version=1,
+        engine="fake",
+        signature=signature,
+        max_batch_size=8,
+        batchable=True,
+        max_queue_depth=0,
+        max_request_bytes=limit,
+        default_priority=0,
+        default_timeout_ms=0,
         seconds_per_row=0.0,
-    )  # fmt: skip
+    )
     padding = Padding(signature, pad)
     links = LinkQueues(NAMES)
     return Intake(advert, NAMES, padding, revoked.__contains__, lambda: NOW, links)
@@ -151,7 +159,7 @@ def test_json_lists_are_answered_with_lists_and_bytes_with_bytes() -> None:
         (message(expires="tomorrow"), InvalidInput, "ISO 8601"),
         (message(kind="application/x-yaml"), InvalidInput, "yaml"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_message_fails_with_what_was_expected(
     raw: bytes, error: type[Exception], words: str
 ) -> None:
@@ -448,10 +456,14 @@ def test_no_body_makes_it_raise(args: Any, kwargs: Any, embed: Any) -> None:
 
 
 HEADER = (
-    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats() | st.text()
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63)
+    | st.floats()
+    | st.text()
     | st.datetimes().map(datetime.isoformat)
     | st.sampled_from(["inferq.infer", NAMES.reply("a"), "9999-12-31T23:59:59-23:59"])
-)  # fmt: skip
+)
 
 
 @given(
@@ -557,8 +569,11 @@ def test_an_envelope_with_a_header_of_the_wrong_type_names_who_asked() -> None:
     ticket = codec.guess_ticket(raw, "m")
     assert ticket is not None
     assert (ticket.id, ticket.content_type, ticket.reply, ticket.payload_keys) == (
-        "one", codec.MSGPACK, None, (),
-    )  # fmt: skip
+        "one",
+        codec.MSGPACK,
+        None,
+        (),
+    )
 
 
 @pytest.mark.parametrize(

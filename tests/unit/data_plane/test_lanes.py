@@ -38,12 +38,17 @@ class Echo(Lane):
 def items(*values: float, rows: int = 1) -> list[Waiting]:
     return [
         Waiting(
-            ticket=Ticket(f"{value:g}", "m", ""), inputs={"x": np.full((rows, 2), value)},
-            slot=None, compatible=None, arrived_mono_ms=0.0, claimed_redis_ms=0.0, rows=rows,
+            ticket=Ticket(f"{value:g}", "m", ""),
+            inputs={"x": np.full((rows, 2), value)},
+            slot=None,
+            compatible=None,
+            arrived_mono_ms=0.0,
+            claimed_redis_ms=0.0,
+            rows=rows,
             alone=False,
         )
         for value in values
-    ]  # fmt: skip
+    ]
 
 
 def run(lane: Echo, waiting: Sequence[Waiting], knobs: Knobs = KNOBS) -> dict[str, Outcome]:
@@ -80,8 +85,12 @@ def test_a_batch_runs_at_its_bucket_and_parts_of_it_at_theirs() -> None:
     lane = Echo(refuse(1))
     outcomes = run(lane, items(*range(5)), Knobs(max_batch_size=8, buckets=(1, 4, 8)))
     assert [(batch.rows, batch.bucket) for batch in lane.batches] == [
-        (5, 8), (2, 4), (1, 1), (1, 1), (3, 4),
-    ]  # fmt: skip
+        (5, 8),
+        (2, 4),
+        (1, 1),
+        (1, 1),
+        (3, 4),
+    ]
     last = outcomes["4"].run
     assert last is not None
     assert (last.rows, last.padding, last.requests) == (3, 1, 3)

@@ -45,10 +45,15 @@ def add(model: ServedModel, count: int, *, priority: int = 0, suspect: bool = Fa
         model.add(
             Waiting(
                 ticket=Ticket(f"{priority}", model.name, "", priority=priority),
-                inputs={"x": np.zeros((1, 4), np.float32)}, slot=None, compatible=None,
-                arrived_mono_ms=0.0, claimed_redis_ms=0.0, rows=1, alone=suspect,
+                inputs={"x": np.zeros((1, 4), np.float32)},
+                slot=None,
+                compatible=None,
+                arrived_mono_ms=0.0,
+                claimed_redis_ms=0.0,
+                rows=1,
+                alone=suspect,
             )
-        )  # fmt: skip
+        )
 
 
 def form(*models: ServedModel) -> list[tuple[str, list[int]]]:

@@ -105,9 +105,15 @@ def test_an_engine_that_an_audit_found_beyond_use_is_told_and_its_batch_counts_o
     fake_model(tmp_path, "m", knobs="max_batch_size = 4\nwarm_up = false")
     model = served_model(tmp_path, "m")
     item = Waiting(
-        ticket=Ticket("id", "m", ""), inputs={}, slot=Slot(CLAIM, 0), compatible=None,
-        arrived_mono_ms=0.0, claimed_redis_ms=0.0, rows=1, alone=False,
-    )  # fmt: skip
+        ticket=Ticket("id", "m", ""),
+        inputs={},
+        slot=Slot(CLAIM, 0),
+        compatible=None,
+        arrived_mono_ms=0.0,
+        claimed_redis_ms=0.0,
+        rows=1,
+        alone=False,
+    )
     job = Job([item], {0: 1})
     model.jobs.append(job)
     observers = Observers([Counts({"m": model.counts})])

@@ -26,9 +26,19 @@ from inferq.workers.demo.stats import Tally
 
 def _result(output: str, row: list[float], latency: float = 10.0, requests: int = 1) -> Result:
     receipt = Receipt(
-        queue_ms=2.0, form_ms=0.5, compute_ms=5.0, settle_ms=0.25, batch_size=requests, padding=0,
-        requests=requests, worker="w", engine="fake", model="m", version=1, attempt=1,
-    )  # fmt: skip
+        queue_ms=2.0,
+        form_ms=0.5,
+        compute_ms=5.0,
+        settle_ms=0.25,
+        batch_size=requests,
+        padding=0,
+        requests=requests,
+        worker="w",
+        engine="fake",
+        model="m",
+        version=1,
+        attempt=1,
+    )
     return Result({output: np.array([row], np.float32)}, receipt, "id", latency)
 
 

@@ -75,10 +75,17 @@ def _loaded(path: Path, lanes: int = 1, **table: Any) -> LoadedModel:
         (onnx_models.lookup, "(ids: int64[batch]) -> (y: float32[batch, 2])"),
     ],
     ids=[
-        "named", "two inputs", "dynamic inner dim", "output named otherwise", "unnamed",
-        "invented names", "two inputs with invented names", "output without rank", "indices",
+        "named",
+        "two inputs",
+        "dynamic inner dim",
+        "output named otherwise",
+        "unnamed",
+        "invented names",
+        "two inputs with invented names",
+        "output without rank",
+        "indices",
     ],
-)  # fmt: skip
+)
 def test_a_model_whose_outputs_follow_the_rows_is_batchable(
     file: Path, make: Callable[[Path], Path], signature: str
 ) -> None:
@@ -115,10 +122,15 @@ def test_a_model_whose_outputs_follow_the_rows_is_batchable(
         ),
     ],
     ids=[
-        "fixed at 1", "no common dim", "a scalar input", "square", "one row for all",
-        "fewer rows than promised", "rows that depend on each other",
+        "fixed at 1",
+        "no common dim",
+        "a scalar input",
+        "square",
+        "one row for all",
+        "fewer rows than promised",
+        "rows that depend on each other",
     ],
-)  # fmt: skip
+)
 def test_any_other_model_runs_request_by_request_and_says_why(
     file: Path, make: Callable[[Path], Path], reason: str
 ) -> None:

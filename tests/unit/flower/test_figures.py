@@ -68,9 +68,17 @@ def worker(at: float, *models: ModelStats, name: str = "w", **given: Any) -> Wor
 
 def depth(name: str, waiting: int = 0) -> Depth:
     return Depth(
-        model=name, depth=waiting, by_priority={0: waiting, 9: 0}, oldest_age_s=None, later=0,
-        claimed=0, dead=0, consumers=1, max_queue_depth=10, near_limit=False,
-    )  # fmt: skip
+        model=name,
+        depth=waiting,
+        by_priority={0: waiting, 9: 0},
+        oldest_age_s=None,
+        later=0,
+        claimed=0,
+        dead=0,
+        consumers=1,
+        max_queue_depth=10,
+        near_limit=False,
+    )
 
 
 def reading(at: float, *stats: WorkerStats, depths: tuple[Depth, ...] = ()) -> Reading:
@@ -96,10 +104,14 @@ def test_one_reading_says_what_is_and_not_how_fast() -> None:
 def test_rates_are_differences_between_what_a_worker_said() -> None:
     before = model(done=1000, batches=100, rows=2000, padding_rows=0, busy_s=10.0)
     after = model(
-        done=1200, batches=150, rows=2300, padding_rows=100, busy_s=12.0,
+        done=1200,
+        batches=150,
+        rows=2300,
+        padding_rows=100,
+        busy_s=12.0,
         outcomes={"success": 1200, "failure": 10, "dead_letter": 2, "overtaken": 50},
         batch_size=histogram(ROWS, b0=20, b3=30),
-    )  # fmt: skip
+    )
     after.batch_size.sum = 200.0
     for field, spent in zip(HISTOGRAMS, (4.0, 0.0, 1.0, 0.0, 0.5), strict=True):
         setattr(after, field, Histogram(histogram(SECONDS, b4=100).counts, spent))
@@ -118,8 +130,12 @@ def test_rates_are_differences_between_what_a_worker_said() -> None:
     assert rates.p50_s is not None
     assert 0.002 < rates.p50_s < 0.005
     assert rates.split_s == {
-        "queue": 0.04, "input": 0.0, "infer": 0.01, "output": 0.0, "settle": 0.005,
-    }  # fmt: skip
+        "queue": 0.04,
+        "input": 0.0,
+        "infer": 0.01,
+        "output": 0.0,
+        "settle": 0.005,
+    }
 
 
 def test_workers_of_one_model_are_summed_and_a_restarted_one_does_not_count_backwards() -> None:

@@ -63,10 +63,7 @@ def test_a_flower_without_what_we_need_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     whole = list(flower.urls.handlers)
-    stock = [
-        route for route in whole
-        if flower_private._handler(route) is not BrokerView
-    ]  # fmt: skip
+    stock = [route for route in whole if flower_private._handler(route) is not BrokerView]
     settings = dict(flower.urls.settings)
     readings: Any = None
     monkeypatch.setattr(flower.urls, "settings", settings)

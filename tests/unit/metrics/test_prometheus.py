@@ -36,10 +36,19 @@ def exposed(collector: Any) -> Scraped:
 
 def told(gpu: dict[str, float] | None) -> WorkerStats:
     return WorkerStats(
-        incarnation="i", node="n", host="h", pid=1, started_at=1.0, at=2.0, state="serving",
-        redis_up=True, device="gpu0", versions={"python": "3"}, gpu=gpu,
+        incarnation="i",
+        node="n",
+        host="h",
+        pid=1,
+        started_at=1.0,
+        at=2.0,
+        state="serving",
+        redis_up=True,
+        device="gpu0",
+        versions={"python": "3"},
+        gpu=gpu,
         models=[ModelCounts().stats("m", 1, "fake")],
-    )  # fmt: skip
+    )
 
 
 def test_all_that_a_card_tells_is_told_in_base_units(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,8 +80,11 @@ def test_what_a_card_does_not_tell_is_absent(monkeypatch: pytest.MonkeyPatch) ->
     telemetry.close()
     assert "inferq_gpu_power_watts" not in seen.families
     assert seen("inferq_gpu_memory_total_bytes") == 80 << 30
-    assert not [name for name in exposed(WorkerCollector(lambda: told(None))).families
-                if name.startswith("inferq_gpu")]  # fmt: skip
+    assert not [
+        name
+        for name in exposed(WorkerCollector(lambda: told(None))).families
+        if name.startswith("inferq_gpu")
+    ]
 
 
 @pytest.fixture
@@ -86,10 +98,18 @@ def queued(redis: Redis) -> Redis:
     redis.lpush(NAMES.dead("m"), b"a letter")
     spec = TensorSpec("x", "float32", ("batch", 4))
     advert = ModelAdvert(
-        name="m", version=1, engine="fake", signature=Signature((spec,), (spec,)),
-        max_batch_size=8, batchable=True, max_queue_depth=100, max_request_bytes=1 << 20,
-        default_priority=0, default_timeout_ms=0, seconds_per_row=0.0,
-    )  # fmt: skip
+        name="m",
+        version=1,
+        engine="fake",
+        signature=Signature((spec,), (spec,)),
+        max_batch_size=8,
+        batchable=True,
+        max_queue_depth=100,
+        max_request_bytes=1 << 20,
+        default_priority=0,
+        default_timeout_ms=0,
+        seconds_per_row=0.0,
+    )
     redis.set(NAMES.model("m"), encode_advert(advert))
     return redis
 

@@ -82,9 +82,11 @@ def test_a_model_is_served_by_the_engine_that_takes_its_file(
     add: Add, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     add(
-        "inferq-other", {"other": "other_engine:Engine"}, {"other": "model.other"},
+        "inferq-other",
+        {"other": "other_engine:Engine"},
+        {"other": "model.other"},
         {"other_engine": ENGINE},
-    )  # fmt: skip
+    )
     models = tmp_path / "models"
     (models / "m" / "1").mkdir(parents=True)
     (models / "m" / "1" / "model.other").write_text("weights")
@@ -95,8 +97,9 @@ def test_a_model_is_served_by_the_engine_that_takes_its_file(
     assert "misplaced" in look_through(models).models
     specs, bad = load_models(models, ["m", "ours", "misplaced"])
     assert [(spec.name, spec.config.engine) for spec in specs] == [
-        ("m", "other"), ("ours", "onnxruntime"),
-    ]  # fmt: skip
+        ("m", "other"),
+        ("ours", "onnxruntime"),
+    ]
     assert specs[0].path == models / "m" / "1" / "model.other"
     assert ["in no version's folder" in each.reason for each in bad] == [True]
     assert warnings(caplog) == []
@@ -207,8 +210,12 @@ def test_nothing_is_looked_for_in_the_working_directory(tmp_path: Path, entry: s
     )
     done = subprocess.run(
         [sys.executable, "-P", "-c", code],
-        cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
     assert done.stdout.split() == list(ENGINES)
     assert done.stderr == ""
 

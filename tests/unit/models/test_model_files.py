@@ -126,9 +126,12 @@ def _everywhere(path: Path) -> Path:
         return tensor
 
     inner = helper.make_graph(
-        [helper.make_node("Constant", [], ["c"], value=constant("node"))], "inner", [], [],
+        [helper.make_node("Constant", [], ["c"], value=constant("node"))],
+        "inner",
+        [],
+        [],
         [constant("subgraph")],
-    )  # fmt: skip
+    )
     condition = helper.make_node("If", ["x"], ["y"], then_branch=inner, else_branch=inner)
     many = helper.make_node("Custom", [], ["z"], several=[constant("list")], graphs=[inner])
     sparse = onnx.SparseTensorProto(values=constant("values"), indices=constant("indices"))
@@ -136,10 +139,13 @@ def _everywhere(path: Path) -> Path:
         [condition, many], "g", [], [], [constant("initializer")], sparse_initializer=[sparse]
     )
     function = helper.make_function(
-        "d", "f", [], ["c"],
+        "d",
+        "f",
+        [],
+        ["c"],
         [helper.make_node("Constant", [], ["c"], value=constant("function"))],
         [helper.make_opsetid("", 17)],
-    )  # fmt: skip
+    )
     return put(path, helper.make_model(graph, functions=[function]).SerializeToString())
 
 
@@ -197,9 +203,12 @@ def test_weights_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     table = numpy_helper.from_array(np.ones((1 << 20, 4), np.float32), "table")
     shape = ("batch", 4)
     path = onnx_models.write(
-        tmp_path / "model.onnx", [onnx_models.node("Gather", ["table", "x"], ["y"], axis=0)],
-        {"x": (onnx_models.INT64, ("batch",))}, {"y": (onnx_models.FLOAT, shape)}, [table],
-    )  # fmt: skip
+        tmp_path / "model.onnx",
+        [onnx_models.node("Gather", ["table", "x"], ["y"], axis=0)],
+        {"x": (onnx_models.INT64, ("batch",))},
+        {"y": (onnx_models.FLOAT, shape)},
+        [table],
+    )
     assert path.stat().st_size > 16 << 20
     got = []
 

@@ -298,10 +298,17 @@ def _padded(root: Path, dtype: str, value: str) -> None:
 @pytest.mark.parametrize(
     ("dtype", "value", "expected"),
     [
-        ("uint8", "300", "pad.n.value is 300; expected a whole number from 0 to 255, since input "
-         "'x' is uint8, or a table of them by input: value = { x = … }"),
-        ("uint8", "{ x = 300 }",
-         "pad.n.value.x is 300; expected a whole number from 0 to 255, since input 'x' is uint8"),
+        (
+            "uint8",
+            "300",
+            "pad.n.value is 300; expected a whole number from 0 to 255, since input "
+            "'x' is uint8, or a table of them by input: value = { x = … }",
+        ),
+        (
+            "uint8",
+            "{ x = 300 }",
+            "pad.n.value.x is 300; expected a whole number from 0 to 255, since input 'x' is uint8",
+        ),
         ("uint8", "-1", "expected a whole number from 0 to 255"),
         ("int32", "0.5", "pad.n.value is 0.5; expected a whole number from -2147483648 to"),
         ("int64", "inf", "pad.n.value is inf; expected a whole number"),
@@ -309,12 +316,18 @@ def _padded(root: Path, dtype: str, value: str) -> None:
         ("bool", "2", "pad.n.value is 2; expected 0 or 1, since input 'x' is bool"),
         ("bool", "0.5", "expected 0 or 1"),
         ("float16", "1e5", "expected a number from -65504 to 65504, inf or -inf"),
-        ("float32", "{ y = 1 }",
-         "pad.n.value names 'y'; expected inputs that have the dim n (mask, x)"),
-        ("float32", "{ other = 1 }",
-         "pad.n.value names 'other'; expected inputs that have the dim n (mask, x)"),
+        (
+            "float32",
+            "{ y = 1 }",
+            "pad.n.value names 'y'; expected inputs that have the dim n (mask, x)",
+        ),
+        (
+            "float32",
+            "{ other = 1 }",
+            "pad.n.value names 'other'; expected inputs that have the dim n (mask, x)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_value_that_an_input_cannot_hold_is_refused_by_name(
     tmp_path: Path, dtype: str, value: str, expected: str
 ) -> None:
@@ -325,11 +338,18 @@ def test_a_value_that_an_input_cannot_hold_is_refused_by_name(
 @pytest.mark.parametrize(
     ("dtype", "value"),
     [
-        ("uint8", "255"), ("uint8", "7.0"), ("bool", "1"), ("float32", "-inf"),
-        ("float16", "-6e4"), ("int64", "-9223372036854775808"), ("int64", "{ mask = 0.5 }"),
-        ("uint64", "{ x = 9223372036854775807 }"), ("float32", "{}"), ("complex64", "1.5"),
+        ("uint8", "255"),
+        ("uint8", "7.0"),
+        ("bool", "1"),
+        ("float32", "-inf"),
+        ("float16", "-6e4"),
+        ("int64", "-9223372036854775808"),
+        ("int64", "{ mask = 0.5 }"),
+        ("uint64", "{ x = 9223372036854775807 }"),
+        ("float32", "{}"),
+        ("complex64", "1.5"),
     ],
-)  # fmt: skip
+)
 def test_a_value_that_each_input_can_hold_is_taken(tmp_path: Path, dtype: str, value: str) -> None:
     _padded(tmp_path, dtype, value)
     rule = load_model(tmp_path, "m").config.pad["n"]

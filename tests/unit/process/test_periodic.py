@@ -67,10 +67,17 @@ class Turns:
 
 @pytest.mark.parametrize(
     "problem",
-    [ValueError("odd"), KeyError("k"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"),
-     redis.ResponseError("WRONGTYPE"), OSError("gone"), MemoryError(), RecursionError()],
+    [
+        ValueError("odd"),
+        KeyError("k"),
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"),
+        redis.ResponseError("WRONGTYPE"),
+        OSError("gone"),
+        MemoryError(),
+        RecursionError(),
+    ],
     ids=lambda problem: type(problem).__name__,
-)  # fmt: skip
+)
 def test_a_loop_goes_on_after_whatever_a_turn_raises(
     make: Make, problem: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -65,8 +65,11 @@ def test_where_there_is_none_nothing_is_told(arguments: list[str]) -> None:
 )
 def test_commands_warn_in_one_line(command: list[str]) -> None:
     url = "redis://:geheim@127.0.0.1:1/0"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-           "INFERQ_REDIS_URL": "redis://127.0.0.1:1/0"}  # fmt: skip
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "INFERQ_REDIS_URL": "redis://127.0.0.1:1/0",
+    }
     done = subprocess.run(
         [sys.executable, "-m", *command, url], env=env, capture_output=True, text=True, timeout=60
     )

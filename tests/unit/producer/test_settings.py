@@ -110,8 +110,10 @@ def test_celerys_sentinel_url_asks_all_sentinels_for_the_named_master() -> None:
     assert pool.connection_kwargs["password"] == "p@ss"
     ends = [one.connection_pool.connection_kwargs for one in pool.sentinel_manager.sentinels]
     assert [(end["host"], end["port"]) for end in ends] == [
-        ("one", 1001), ("two", 26379), ("three", 1003),
-    ]  # fmt: skip
+        ("one", 1001),
+        ("two", 26379),
+        ("three", 1003),
+    ]
 
 
 def test_kombus_socket_url_is_a_unix_socket() -> None:

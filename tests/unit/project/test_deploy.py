@@ -47,8 +47,11 @@ LASTING = sorted(name for name, service in SERVICES.items() if service["restart"
 WORKERS = ["worker-cpu", "worker-gpu"]
 #: Who each service is to Redis. The operator is in none of them but Redis itself.
 ROLE_OF = {
-    "demo": "producer", "flower": "watcher", "worker-cpu": "worker", "worker-gpu": "worker",
-}  # fmt: skip
+    "demo": "producer",
+    "flower": "watcher",
+    "worker-cpu": "worker",
+    "worker-gpu": "worker",
+}
 #: The user canceller is for whoever joins the network; its password is no less set.
 SECRETS = [
     "INFERQ_FLOWER_PASSWORD", "INFERQ_REDIS_PASSWORD", "INFERQ_PRODUCER_PASSWORD",
@@ -131,8 +134,9 @@ def test_every_lasting_service_has_a_healthcheck_and_comes_back(service: str) ->
 def test_only_flower_and_prometheus_publish_ports_and_on_loopback() -> None:
     published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
     assert published == {
-        "flower": ["127.0.0.1:5555:5555"], "prometheus": ["127.0.0.1:9090:9090"],
-    }  # fmt: skip
+        "flower": ["127.0.0.1:5555:5555"],
+        "prometheus": ["127.0.0.1:9090:9090"],
+    }
     assert COMPOSE["networks"]["queues"] == {"internal": True}
     assert {name for name, each in SERVICES.items() if "front" in each.get("networks", [])} == set(
         published

@@ -20,8 +20,11 @@ ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
 #: All that is written for readers. CHANGELOG.md is a list of what was.
 PAGES = [
-    ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(DOCS.glob("*.md")),
-]  # fmt: skip
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
+    *sorted(DOCS.glob("*.md")),
+]
 MAX_CHARS = 120
 MAX_README_LINES = 120
 _FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)

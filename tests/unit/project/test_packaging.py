@@ -82,8 +82,10 @@ def test_a_backend_service_needs_no_engine_and_no_worker() -> None:
     done = subprocess.run(
         [sys.executable, "-c", BACKEND_SERVICE],
         env={"PYTHONPATH": f"{ROOT / 'producer'}:{ROOT / 'shared'}", "PATH": "/usr/bin:/bin"},
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     assert {"inferq.shared.codec", "inferq.producer"} <= set(done.stdout.split())
 

@@ -55,9 +55,10 @@ def test_every_variable_that_the_code_names_is_among_the_settings() -> None:
 
 def test_every_error_has_a_row_that_says_whether_to_try_again() -> None:
     rows = re.findall(
-        r"^\| `(\w+)` \| `(\w+)` \| ([^|]+) \| (never|yes|later|no)\b", _page("errors.md"),
+        r"^\| `(\w+)` \| `(\w+)` \| ([^|]+) \| (never|yes|later|no)\b",
+        _page("errors.md"),
         re.MULTILINE,
-    )  # fmt: skip
+    )
     told = {(name, code) for name, code, _, _ in rows}
     assert told == {(cls.__name__, code) for code, cls in errors.BY_CODE.items() if code != "error"}
 

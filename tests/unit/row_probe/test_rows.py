@@ -299,8 +299,12 @@ def test_two_dims_of_one_name_are_of_one_size(tmp_path: Path, name: str) -> None
 
 
 def test_inputs_whose_first_dims_have_invented_names_are_batched(tmp_path: Path) -> None:
-    for names in (("a_dynamic_axes_1", "b_dynamic_axes_1"), ("unk__1", "unk__2"),
-                  ("DynamicDimension.0", "DynamicDimension.3"), ("?", "?")):  # fmt: skip
+    for names in (
+        ("a_dynamic_axes_1", "b_dynamic_axes_1"),
+        ("unk__1", "unk__2"),
+        ("DynamicDimension.0", "DynamicDimension.3"),
+        ("?", "?"),
+    ):
         onnx_models.two_inputs(tmp_path / "m" / "1" / "model.onnx", (names[0], 2), (names[1], 2))
         assert str(load_model(tmp_path, "m").signature.inputs[1]) == "b: float32[batch, 2]"
 

@@ -195,14 +195,21 @@ def test_a_request_comes_back_with_all_that_it_says() -> None:
     x = np.arange(4, dtype=np.float32)
     encoder = codec.RequestEncoder("inferq.m", "me@host", "channel")
     raw = encoder.encode(
-        "some-id", "m", {"x": codec.encode_tensor(x)},
-        shown="x=<4 float32> \"quoted\" \n ü", priority=6, sent_ms=1.25, deadline_ms=99.5,
-    )  # fmt: skip
+        "some-id",
+        "m",
+        {"x": codec.encode_tensor(x)},
+        shown='x=<4 float32> "quoted" \n ü',
+        priority=6,
+        sent_ms=1.25,
+        deadline_ms=99.5,
+    )
     envelope = codec.decode_envelope(raw)
     headers = envelope.headers
     assert (headers.id, headers.task, headers.inferq_reply) == (
-        "some-id", "inferq.infer", "channel",
-    )  # fmt: skip
+        "some-id",
+        "inferq.infer",
+        "channel",
+    )
     assert (headers.inferq_sent_ms, headers.inferq_deadline_ms) == (1.25, 99.5)
     assert headers.kwargsrepr == 'x=<4 float32> "quoted" \n ü'
     assert envelope.properties.priority == 6
@@ -215,17 +222,32 @@ MS = st.floats(0, 1e15).map(lambda ms: round(ms, 3))
 
 
 @given(
-    st.uuids().map(str), st.text(max_size=20), st.integers(-9, 99), MS, st.none() | MS,
-    st.dictionaries(st.text(max_size=5), ANY_ARRAY, max_size=3), st.none() | st.text(max_size=50),
-)  # fmt: skip
+    st.uuids().map(str),
+    st.text(max_size=20),
+    st.integers(-9, 99),
+    MS,
+    st.none() | MS,
+    st.dictionaries(st.text(max_size=5), ANY_ARRAY, max_size=3),
+    st.none() | st.text(max_size=50),
+)
 def test_any_request_comes_back_exactly(
-    request_id: str, shown: str, priority: int, sent_ms: float, deadline_ms: float | None,
-    inputs: dict[str, Array], reply: str | None,
-) -> None:  # fmt: skip
+    request_id: str,
+    shown: str,
+    priority: int,
+    sent_ms: float,
+    deadline_ms: float | None,
+    inputs: dict[str, Array],
+    reply: str | None,
+) -> None:
     raw = codec.RequestEncoder("inferq.m", "me", reply).encode(
-        request_id, "m", {name: codec.encode_tensor(array) for name, array in inputs.items()},
-        shown=shown, priority=priority, sent_ms=sent_ms, deadline_ms=deadline_ms,
-    )  # fmt: skip
+        request_id,
+        "m",
+        {name: codec.encode_tensor(array) for name, array in inputs.items()},
+        shown=shown,
+        priority=priority,
+        sent_ms=sent_ms,
+        deadline_ms=deadline_ms,
+    )
     envelope = codec.decode_envelope(raw)
     headers = envelope.headers
     assert (headers.id, headers.root_id, headers.kwargsrepr) == (request_id, request_id, shown)
@@ -282,10 +304,19 @@ def test_a_revoked_request_reaches_the_caller_as_cancelled(content_type: str) ->
 def test_an_announcement_comes_back_as_it_was() -> None:
     spec = TensorSpec("x", "float32", ("batch", 3, None))
     advert = ModelAdvert(
-        name="m", version=2, engine="fake", signature=Signature((spec,), (spec,)),
-        max_batch_size=8, batchable=True, max_queue_depth=5, max_request_bytes=10,
-        default_priority=3, default_timeout_ms=7, seconds_per_row=0.5, padded=("n",),
-    )  # fmt: skip
+        name="m",
+        version=2,
+        engine="fake",
+        signature=Signature((spec,), (spec,)),
+        max_batch_size=8,
+        batchable=True,
+        max_queue_depth=5,
+        max_request_bytes=10,
+        default_priority=3,
+        default_timeout_ms=7,
+        seconds_per_row=0.5,
+        padded=("n",),
+    )
     assert codec.decode_advert(codec.encode_advert(advert)) == advert
 
 

@@ -103,9 +103,14 @@ def test_a_chain_and_links_are_seen_in_what_celery_pushes(app: Celery, redis: Re
 def test_celerys_backend_reads_our_success(app: Celery, serializer: str, redis: Redis) -> None:
     x = numbered(2.5)
     data = codec.encode_success(
-        "one", {"y": x}, {"batch_size": 4}, DATE, SERIALIZERS[serializer], lists=True,
+        "one",
+        {"y": x},
+        {"batch_size": 4},
+        DATE,
+        SERIALIZERS[serializer],
+        lists=True,
         extra={"group_id": "g", "parent_id": "p"},
-    )  # fmt: skip
+    )
     meta = app.backend.decode_result(data)
     assert (meta["status"], meta["task_id"], meta["date_done"]) == ("SUCCESS", "one", DATE)
     assert (meta["receipt"], meta["group_id"], meta["parent_id"]) == ({"batch_size": 4}, "g", "p")

@@ -35,9 +35,16 @@ def raw(
 ) -> bytes:
     """An envelope whose body is the JSON text `body`."""
     return (
-        b'{"body":' + body + b"," + HEAD + b'"properties":' + properties
-        + b',"content-type":"' + kind.encode() + b'"}'
-    )  # fmt: skip
+        b'{"body":'
+        + body
+        + b","
+        + HEAD
+        + b'"properties":'
+        + properties
+        + b',"content-type":"'
+        + kind.encode()
+        + b'"}'
+    )
 
 
 def wrapped(body: bytes, kind: str = MSGPACK) -> bytes:
@@ -200,12 +207,18 @@ JSON_VALUE = st.recursive(
     max_leaves=8,
 )
 WIRE_VALUE = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.binary()
-    | st.text() | st.sampled_from(["<f4", "|b1", "float16"]),
-    lambda inner: st.lists(inner)
-    | st.dictionaries(st.sampled_from(["dtype", "shape", "data", "key"]), inner),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.binary()
+    | st.text()
+    | st.sampled_from(["<f4", "|b1", "float16"]),
+    lambda inner: (
+        st.lists(inner) | st.dictionaries(st.sampled_from(["dtype", "shape", "data", "key"]), inner)
+    ),
     max_leaves=8,
-)  # fmt: skip
+)
 
 
 @given(st.binary())
@@ -219,9 +232,11 @@ def test_any_bytes_are_read_or_refused(data: bytes) -> None:
         codec.decode_advert(data)
 
 
-@given(st.fixed_dictionaries({}, optional=dict.fromkeys(
-    ["body", "headers", "properties", "content-type"], JSON_VALUE
-)))  # fmt: skip
+@given(
+    st.fixed_dictionaries(
+        {}, optional=dict.fromkeys(["body", "headers", "properties", "content-type"], JSON_VALUE)
+    )
+)
 def test_any_json_is_read_or_malformed(value: Any) -> None:
     with suppress(MalformedMessage):
         codec.decode_envelope(json.dumps(value).encode())
@@ -237,9 +252,14 @@ def test_anything_in_a_tensors_place_is_read_or_invalid_input(value: Any) -> Non
 def test_a_message_cut_anywhere_is_refused(cut: int) -> None:
     encoder = codec.RequestEncoder("inferq.m", "me", None)
     whole = encoder.encode(
-        "id", "m", {"x": codec.encode_tensor(np.zeros(8, np.float32))},
-        shown="x", priority=0, sent_ms=0.0, deadline_ms=None,
-    )  # fmt: skip
+        "id",
+        "m",
+        {"x": codec.encode_tensor(np.zeros(8, np.float32))},
+        shown="x",
+        priority=0,
+        sent_ms=0.0,
+        deadline_ms=None,
+    )
     with pytest.raises((MalformedMessage, InvalidInput)):
         codec.decode_body(codec.decode_envelope(whole[: -(cut % len(whole)) or -1]))
 
@@ -307,12 +327,18 @@ SPEC = st.builds(
 SPECS = st.lists(SPEC, max_size=2).map(tuple)
 ADVERT = st.builds(
     ModelAdvert,
-    name=st.text(max_size=3), version=st.integers(-1, 2), engine=st.text(max_size=3),
-    signature=st.builds(Signature, SPECS, SPECS), max_batch_size=st.integers(-(2**63), 2**63 - 1),
-    batchable=st.booleans(), max_queue_depth=st.integers(-1, 9),
-    max_request_bytes=st.integers(-1, 99), default_priority=st.integers(-1, 99),
-    default_timeout_ms=st.integers(-1, 99), seconds_per_row=st.floats(),
-)  # fmt: skip
+    name=st.text(max_size=3),
+    version=st.integers(-1, 2),
+    engine=st.text(max_size=3),
+    signature=st.builds(Signature, SPECS, SPECS),
+    max_batch_size=st.integers(-(2**63), 2**63 - 1),
+    batchable=st.booleans(),
+    max_queue_depth=st.integers(-1, 9),
+    max_request_bytes=st.integers(-1, 99),
+    default_priority=st.integers(-1, 99),
+    default_timeout_ms=st.integers(-1, 99),
+    seconds_per_row=st.floats(),
+)
 SMALL_ARRAY = st.builds(
     np.zeros, st.lists(st.integers(0, 4), max_size=3), st.sampled_from(["float32", "int64", ">f4"])
 )
@@ -346,10 +372,18 @@ def test_an_announcement_that_contradicts_itself_says_how(
 ) -> None:
     good = (TensorSpec("x", "float32", ("n", 2)),)
     advert = ModelAdvert(
-        name="m", version=1, engine="fake", max_batch_size=1, batchable=True, max_queue_depth=0,
-        signature=Signature(**{"inputs": good, "outputs": good, **changed}), max_request_bytes=1,
-        default_priority=0, default_timeout_ms=0, seconds_per_row=0.0,
-    )  # fmt: skip
+        name="m",
+        version=1,
+        engine="fake",
+        max_batch_size=1,
+        batchable=True,
+        max_queue_depth=0,
+        signature=Signature(**{"inputs": good, "outputs": good, **changed}),
+        max_request_bytes=1,
+        default_priority=0,
+        default_timeout_ms=0,
+        seconds_per_row=0.0,
+    )
     with pytest.raises(ConfigError, match=words):
         codec.decode_advert(codec.encode_advert(advert))
 

@@ -284,11 +284,16 @@ def test_honest_lists_of_many_rows_are_read(kind: str) -> None:
 # --- what msgpack would weigh -------------------------------------------------------------------
 
 PACKED = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.binary()
-    | st.text() | st.binary(max_size=20).map(lambda data: msgpack.ExtType(5, data)),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.binary()
+    | st.text()
+    | st.binary(max_size=20).map(lambda data: msgpack.ExtType(5, data)),
     lambda inner: st.lists(inner, max_size=20) | st.dictionaries(st.text(), inner, max_size=20),
     max_leaves=40,
-)  # fmt: skip
+)
 
 
 def containers(value: object) -> int:

@@ -72,11 +72,15 @@ def test_detail_travels_and_a_message_is_cut_to_its_limit() -> None:
         ("FAILURE", {"code": "no such code"}, EngineError, "failure"),
         ("FAILURE", {"code": ["list"]}, EngineError, "failure"),
         ("FAILURE", {"code": "engine_error", "detail": [1]}, EngineError, ""),
-        ("REVOKED", {"exc_type": "TaskRevokedError", "exc_message": ["terminated"]}, Cancelled,
-         "TaskRevokedError: terminated"),
+        (
+            "REVOKED",
+            {"exc_type": "TaskRevokedError", "exc_message": ["terminated"]},
+            Cancelled,
+            "TaskRevokedError: terminated",
+        ),
         ("REVOKED", None, Cancelled, "revoked"),
     ],
-)  # fmt: skip
+)
 def test_what_others_stored_becomes_an_error_too(
     status: str, wire: object, cls: type[InferqError], message: str
 ) -> None:

@@ -72,9 +72,16 @@ def test_a_claims_key_says_all_of_it(model: str, number: int, step: int, names: 
 
 @pytest.mark.parametrize(
     "key",
-    ["", "claim:i:1:m:0", "inferq:1:claim:i:1:m", "inferq:1:claim:i:x:m:0", "inferq:1:claim:i:1::0",
-     "other:inferq:1:claim:i:1:m:0", "inferq:2:claim:i:1:m:0"],
-)  # fmt: skip
+    [
+        "",
+        "claim:i:1:m:0",
+        "inferq:1:claim:i:1:m",
+        "inferq:1:claim:i:x:m:0",
+        "inferq:1:claim:i:1::0",
+        "other:inferq:1:claim:i:1:m:0",
+        "inferq:2:claim:i:1:m:0",
+    ],
+)
 def test_another_key_is_no_claims(key: str) -> None:
     with pytest.raises(ValueError, match=r"claim|invalid literal"):
         Names().parse_claim(key)

@@ -82,7 +82,7 @@ def test_inputs_that_fit_have_so_many_rows(
         (FREE, {"x": f4(7, 0)}, ["dim 1", "at least 1"]),
         (FIXED, {"x": f4(2, 3)}, ["2 at dim 0", "expected 1"]),
     ],
-)  # fmt: skip
+)
 def test_inputs_that_do_not_fit_are_named_with_value_and_expectation(
     model: ModelAdvert, inputs: dict[str, Array], words: list[str]
 ) -> None:
@@ -118,7 +118,7 @@ def verdict(check: Any, *given: Any) -> tuple[type, str] | int:
 @given(
     st.sampled_from([PLAIN, PAIR, SAME_N, FREE, FIXED, SMALL]),
     st.dictionaries(st.sampled_from(["x", "a", "b"]), ARRAY, max_size=3),
-)  # fmt: skip
+)
 def test_the_quick_check_gives_the_thorough_checks_verdict(
     model: ModelAdvert, inputs: dict[str, Array]
 ) -> None:
@@ -130,8 +130,10 @@ SPECS = st.lists(
     st.builds(
         spec, st.sampled_from(["x", "a", "b"]), st.sampled_from(["float32", "int64"]), DIM, DIM
     ),
-    min_size=1, max_size=3, unique_by=lambda each: each.name,
-)  # fmt: skip
+    min_size=1,
+    max_size=3,
+    unique_by=lambda each: each.name,
+)
 
 
 @given(SPECS, st.dictionaries(st.sampled_from(["x", "a", "b"]), ARRAY, max_size=3))

@@ -42,8 +42,10 @@ def of_halves(url: str) -> list[dict[str, Any]]:
     """That of both clients, and of Celery's broker (to read, to write) and result backend."""
     app = of_celery(url)
     pools = [redis_client(url), async_redis_client(url), app.backend.client]
-    made = [pool.connection_class(**pool.connection_kwargs)
-            for pool in (client.connection_pool for client in pools)]  # fmt: skip
+    made = [
+        pool.connection_class(**pool.connection_kwargs)
+        for pool in (client.connection_pool for client in pools)
+    ]
     for connection in (app.connection_for_write(), app.connection_for_read()):
         made.append(connection.transport.Channel.connection_class_ssl(**connection.ssl))
     return [told(each) for each in made]
@@ -55,9 +57,12 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 
 DEFAULT = {
-    "ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": True, "ssl_ca_certs": None,
-    "ssl_certfile": None, "ssl_keyfile": None,
-}  # fmt: skip
+    "ssl_cert_reqs": ssl.CERT_REQUIRED,
+    "ssl_check_hostname": True,
+    "ssl_ca_certs": None,
+    "ssl_certfile": None,
+    "ssl_keyfile": None,
+}
 
 
 @pytest.mark.parametrize(
@@ -88,8 +93,11 @@ def test_every_half_is_given_the_files(authority: Authority, tmp_path: Path) -> 
         f"{BARE}?ssl_ca_certs={quote(str(odd))}"
         f"&ssl_certfile={shown.certificate}&ssl_keyfile={shown.key}"
     )
-    files = {"ssl_ca_certs": str(odd), "ssl_certfile": str(shown.certificate),
-             "ssl_keyfile": str(shown.key)}  # fmt: skip
+    files = {
+        "ssl_ca_certs": str(odd),
+        "ssl_certfile": str(shown.certificate),
+        "ssl_keyfile": str(shown.key),
+    }
     assert of_halves(url) == [{**DEFAULT, **files}] * 5
 
 

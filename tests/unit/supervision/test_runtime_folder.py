@@ -119,12 +119,10 @@ def _made(mode: int, owner: int | None = None) -> Alter:
         (_made(0o777), "has mode 777"),
         (_made(0o750), "has mode 750"),
         (_made(0o1777), "has mode 1777"),
-        pytest.param(
-            _made(0o700, SOMEBODY), f"belongs to user {SOMEBODY}", marks=needs_root
-        ),
+        pytest.param(_made(0o700, SOMEBODY), f"belongs to user {SOMEBODY}", marks=needs_root),
     ],
     ids=["a link", "a file", "open", "a group's", "sticky", "somebody else's"],
-)  # fmt: skip
+)
 def test_what_others_may_have_made_is_refused_with_one_line_that_says_what_to_do(
     shared: Path, alter: Alter, what: str
 ) -> None:

@@ -56,8 +56,7 @@ def test_the_table_names_all_that_the_module_uses() -> None:
     module = _module()
     classes = {name for name in dir(module) if inspect.isclass(getattr(module, name))}
     theirs = classes | {name for cls in classes for name in dir(getattr(module, cls))}
-    listed = {name for flavour in MODULES for names in used(flavour).values()
-              for name in names}  # fmt: skip
+    listed = {name for flavour in MODULES for names in used(flavour).values() for name in names}
     listed |= {cls for flavour in MODULES for cls in used(flavour)}
     plain = set(dir(str)) | set(dir(tuple)) | set(dir(dict)) | set(dir(list)) | {"clear"}
     # Of Python's logging, of our errors, and of our ranges.

@@ -52,8 +52,10 @@ def _held(path: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process has the lock."""
     with subprocess.Popen(
         [sys.executable, "-c", _HOLDER, str(path)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    ) as child:  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as child:
         try:
             assert child.stdout is not None
             assert child.stdout.readline() == "True\n"

@@ -129,9 +129,10 @@ def test_an_edited_record_is_refused(
 
 
 @pytest.mark.parametrize(
-    "raw", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b" " * (plan_record.MAX_RECORD_BYTES + 1)],
+    "raw",
+    [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b" " * (plan_record.MAX_RECORD_BYTES + 1)],
     ids=["empty", "cut", "list", "no text", "deep", "large"],
-)  # fmt: skip
+)
 def test_a_record_that_is_none_is_refused(folder: PlanFolder, plan: Plan, raw: bytes) -> None:
     path = plan.path.with_suffix(".json")
     path.write_bytes(raw)
@@ -234,10 +235,12 @@ def test_what_killed_processes_left_is_swept_up(folder: PlanFolder, plan: Plan) 
     mine, old, new, other = (
         folder.path / f".{name}"
         for name in (
-            f"{plan.path.name}.0123abcd", "a.1.fp32.ab.plan.0123abcd",
-            "timing.x.cache.0123abcd", "else.of.somebody",
+            f"{plan.path.name}.0123abcd",
+            "a.1.fp32.ab.plan.0123abcd",
+            "timing.x.cache.0123abcd",
+            "else.of.somebody",
         )
-    )  # fmt: skip
+    )
     for path in (mine, old, new, other):
         path.write_bytes(CONTENT)
     day_ago = time.time() - 86_400

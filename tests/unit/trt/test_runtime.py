@@ -119,10 +119,15 @@ class _Double:
             CudaGraphStrategy=types.SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole"),
             EngineValidity=types.SimpleNamespace(INVALID="invalid", SUBOPTIMAL="so so"),
             EngineInvalidityDiagnostics=types.SimpleNamespace(
-                VERSION_MISMATCH=1, UNSUPPORTED_CC=2, OLD_CUDA_DRIVER=4, OLD_CUDA_RUNTIME=8,
-                INSUFFICIENT_GPU_MEMORY=16, MALFORMED_ENGINE=32, CUDA_ERROR=64,
+                VERSION_MISMATCH=1,
+                UNSUPPORTED_CC=2,
+                OLD_CUDA_DRIVER=4,
+                OLD_CUDA_RUNTIME=8,
+                INSUFFICIENT_GPU_MEMORY=16,
+                MALFORMED_ENGINE=32,
+                CUDA_ERROR=64,
             ),
-        )  # fmt: skip
+        )
 
     def loaded(self, name: str = RTX) -> Loaded:
         return deserialize(Flavour(name, self.module), b"plan")

@@ -39,10 +39,15 @@ class Small(Lane):
 
 def _item(rows: int, width: int = 2) -> Waiting:
     return Waiting(
-        ticket=Ticket(str(rows), "m", ""), inputs={"x": np.random.rand(rows, width)},
-        slot=None, compatible=None, arrived_mono_ms=0.0, claimed_redis_ms=0.0, rows=rows,
+        ticket=Ticket(str(rows), "m", ""),
+        inputs={"x": np.random.rand(rows, width)},
+        slot=None,
+        compatible=None,
+        arrived_mono_ms=0.0,
+        claimed_redis_ms=0.0,
+        rows=rows,
         alone=False,
-    )  # fmt: skip
+    )
 
 
 def _check(outcomes: list[Outcome]) -> None:

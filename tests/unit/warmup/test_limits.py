@@ -69,9 +69,13 @@ def test_what_the_kernel_would_give_up_first_is_not_used(kernel: Kernel) -> None
     kernel.mount("cgroup2", "/", "cg", "rw")
     kernel.write("proc/self/cgroup", "0::/\n")
     kernel.version_2(
-        "cg", str(300 * MB), 250 * MB,
-        inactive_file=100 * MB, active_file=50 * MB, file_mapped=30 * MB,
-    )  # fmt: skip
+        "cg",
+        str(300 * MB),
+        250 * MB,
+        inactive_file=100 * MB,
+        active_file=50 * MB,
+        file_mapped=30 * MB,
+    )
     assert kernel.cgroups()[0].used == 130 * MB
 
 

@@ -194,9 +194,17 @@ def test_the_largest_of_several_is_noted(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b'{"format": 2}', b'{"seconds": {"0": 1.0}}', b'{"seconds": {"1": -1.0}}',
-     b'{"killed": [{}]}', b"\x80\x04.", b"0" * 70_000],
-)  # fmt: skip
+    [
+        b"",
+        b"{",
+        b'{"format": 2}',
+        b'{"seconds": {"0": 1.0}}',
+        b'{"seconds": {"1": -1.0}}',
+        b'{"killed": [{}]}',
+        b"\x80\x04.",
+        b"0" * 70_000,
+    ],
+)
 def test_a_damaged_file_is_ignored_and_said(
     folder: Path, content: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -34,18 +34,28 @@ _POLL_S: Final = 0.2
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option(
-    "--labels", "model_toml", required=True, metavar="FILE",
+    "--labels",
+    "model_toml",
+    required=True,
+    metavar="FILE",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="The model's model.toml, which names the types.",
-)  # fmt: skip
+)
 @click.option(
-    "--limit", default=2000, show_default=True, type=click.IntRange(min=1),
+    "--limit",
+    default=2000,
+    show_default=True,
+    type=click.IntRange(min=1),
     help="Most files to ask about.",
-)  # fmt: skip
+)
 @click.option(
-    "--wait", "wait_s", default=120.0, show_default=True, type=click.FloatRange(min=0),
+    "--wait",
+    "wait_s",
+    default=120.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
     help="Seconds to wait for a worker to serve the model, and for each result.",
-)  # fmt: skip
+)
 def main(folder: Path, model_toml: Path, limit: int, wait_s: float) -> None:
     """Ask of what types the files below FOLDER are. Exit status 1 if a request failed."""
     labels: list[str] = tomllib.loads(model_toml.read_text())["labels"]

@@ -209,9 +209,11 @@ class RequestEncoder:
             "inferq_reply": reply,
         }  # fmt: skip
         properties = {
-            "reply_to": "", "delivery_mode": 2, "body_encoding": "base64",
+            "reply_to": "",
+            "delivery_mode": 2,
+            "body_encoding": "base64",
             "delivery_info": {"exchange": "", "routing_key": queue},
-        }  # fmt: skip
+        }
         self._head = head[:-1].encode() + b',"headers":' + json.dumps(fixed)[:-1].encode()
         self._middle = b'},"properties":' + json.dumps(properties)[:-1].encode()
 
@@ -242,10 +244,14 @@ class RequestEncoder:
         )
         return b"".join(
             (
-                self._head, headers.encode(), self._middle, tail.encode(),
-                pybase64.b64encode(body), b'"}',
+                self._head,
+                headers.encode(),
+                self._middle,
+                tail.encode(),
+                pybase64.b64encode(body),
+                b'"}',
             )
-        )  # fmt: skip
+        )
 
 
 def shown(model: str, inputs: Tensors) -> str:

@@ -212,15 +212,19 @@ class Audit:
             self.budget.end()
             logger.warning(
                 "model %s answers the same run in two ways (%s): its answers are audited no more",
-                self._model, found.what, extra=told,
-            )  # fmt: skip
+                self._model,
+                found.what,
+                extra=told,
+            )
         elif self._failures == FAILURES:
             self.budget.end()
             logger.warning(
                 "model %s is audited no more, since its engine fails on requests alone that it "
                 "answers in batches: %s",
-                self._model, found.what, extra=told,
-            )  # fmt: skip
+                self._model,
+                found.what,
+                extra=told,
+            )
 
     def odd_rows(self, odd: OddRows, failed: bool) -> None:
         """A job has ended some of whose runs had odd rows. `failed`: one of its requests, too.
@@ -252,5 +256,11 @@ class Audit:
         logger.error(
             "model %s: answers depend on who shares their batch: of a batch of %d rows, %s. %s "
             "write batchable = false into its model.toml; %s. %d requests were answered before",
-            self._model, rows, what, goes_on, other, answered, extra=about(model=self._model),
-        )  # fmt: skip
+            self._model,
+            rows,
+            what,
+            goes_on,
+            other,
+            answered,
+            extra=about(model=self._model),
+        )

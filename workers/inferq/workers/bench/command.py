@@ -29,85 +29,135 @@ INTERRUPTED: Final = 130
 @click.command()
 @click.argument("model")
 @click.option(
-    "--concurrency", metavar="N|START:END:STEP",
+    "--concurrency",
+    metavar="N|START:END:STEP",
     help="Closed loop: requests in flight, as 8, 1,4,16 or 1:64:2x (2x multiplies). "
     f"Default: {DEFAULT_CONCURRENCY}.",
-)  # fmt: skip
+)
 @click.option(
-    "--rate", metavar="R|START:END:STEP",
+    "--rate",
+    metavar="R|START:END:STEP",
     help="Open loop: requests/s, whether or not they are answered.",
-)  # fmt: skip
+)
 @click.option(
-    "--distribution", type=click.Choice(["poisson", "constant"]), default="poisson",
-    show_default=True, help="With --rate: how requests follow each other.",
-)  # fmt: skip
+    "--distribution",
+    type=click.Choice(["poisson", "constant"]),
+    default="poisson",
+    show_default=True,
+    help="With --rate: how requests follow each other.",
+)
 @click.option(
-    "--trace", type=click.Path(path_type=Path, dir_okay=False),
+    "--trace",
+    type=click.Path(path_type=Path, dir_okay=False),
     help="Open loop: a file of send times in seconds, one per line, ascending.",
-)  # fmt: skip
+)
 @click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Rows of each request.")
 @click.option(
-    "--data", type=click.Choice(["random", "zeros"]), default="random", show_default=True,
+    "--data",
+    type=click.Choice(["random", "zeros"]),
+    default="random",
+    show_default=True,
     help="What inputs are made of, by the model's signature.",
-)  # fmt: skip
+)
 @click.option(
-    "--shape", "shapes", multiple=True, metavar="NAME=SIZE,…",
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="NAME=SIZE,…",
     help="An input's whole shape, as x=1,224,224,3; needed for dims that the model leaves open.",
-)  # fmt: skip
+)
 @click.option(
-    "--input", "-i", "files", multiple=True, metavar="FILE.npz|NAME=FILE.npy",
+    "--input",
+    "-i",
+    "files",
+    multiple=True,
+    metavar="FILE.npz|NAME=FILE.npy",
     help="Inputs from files; with --batch, cut into requests of so many rows.",
-)  # fmt: skip
+)
 @click.option(
     "--priority", type=click.IntRange(0, 9), help="0 (first) to 9.  [default: the model's]"
 )
 @click.option(
-    "--timeout-ms", type=NumberRange(min=0, min_open=True, max=86_400_000), metavar="MS",
+    "--timeout-ms",
+    type=NumberRange(min=0, min_open=True, max=86_400_000),
+    metavar="MS",
     help="Each request's deadline.  [default: the model's]",
-)  # fmt: skip
+)
 @click.option(
-    "--timeout", type=NumberRange(min=0, min_open=True, max=3600), default=60.0,
-    show_default=True, metavar="S", help="Seconds that answers are waited for at a step's end.",
-)  # fmt: skip
+    "--timeout",
+    type=NumberRange(min=0, min_open=True, max=3600),
+    default=60.0,
+    show_default=True,
+    metavar="S",
+    help="Seconds that answers are waited for at a step's end.",
+)
 @click.option(
-    "--window", type=NumberRange(min=0.1, max=600), default=2.0, show_default=True,
-    metavar="S", help="Seconds of one measurement.",
-)  # fmt: skip
+    "--window",
+    type=NumberRange(min=0.1, max=600),
+    default=2.0,
+    show_default=True,
+    metavar="S",
+    help="Seconds of one measurement.",
+)
 @click.option(
-    "--max-windows", type=click.IntRange(3, 1000), default=10, show_default=True, metavar="N",
+    "--max-windows",
+    type=click.IntRange(3, 1000),
+    default=10,
+    show_default=True,
+    metavar="N",
     help="Measurements of a step until it counts as not stable.",
-)  # fmt: skip
+)
 @click.option(
-    "--warmup", type=NumberRange(min=0, max=600), default=1.0, show_default=True,
-    metavar="S", help="Seconds of load before a step is measured.",
-)  # fmt: skip
+    "--warmup",
+    type=NumberRange(min=0, max=600),
+    default=1.0,
+    show_default=True,
+    metavar="S",
+    help="Seconds of load before a step is measured.",
+)
 @click.option(
-    "--max-in-flight", type=click.IntRange(1, 1_000_000), default=4096, show_default=True,
-    metavar="N", help="With --rate or --trace: what is due beyond it is not sent, and counted.",
-)  # fmt: skip
+    "--max-in-flight",
+    type=click.IntRange(1, 1_000_000),
+    default=4096,
+    show_default=True,
+    metavar="N",
+    help="With --rate or --trace: what is due beyond it is not sent, and counted.",
+)
 @click.option(
-    "--processes", type=click.IntRange(1, MAX_PROCESSES), default=1, show_default=True,
-    metavar="N", help="Producer processes that share the load.",
-)  # fmt: skip
+    "--processes",
+    type=click.IntRange(1, MAX_PROCESSES),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Producer processes that share the load.",
+)
 @click.option(
     "--seed", type=click.IntRange(0, MAX_SEED), default=0, help="Of inputs and Poisson times."
 )
 @click.option(
-    "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
-    metavar="FILE|-", help="Write all figures there; -: to stdout, instead of the table.",
-)  # fmt: skip
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
+    metavar="FILE|-",
+    help="Write all figures there; -: to stdout, instead of the table.",
+)
 @click.option(
-    "--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="OUT.png",
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="OUT.png",
     help="Draw throughput, latency and the split of time (pip install 'inferq[bench]').",
-)  # fmt: skip
+)
 @click.option(
-    "--compare", type=click.Path(path_type=Path, dir_okay=False), metavar="OLD.json",
+    "--compare",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="OLD.json",
     help="Show ratios to an earlier --json, and draw it too.",
-)  # fmt: skip
+)
 @click.option(
-    "--redis-url", envvar=["INFERQ_REDIS_URL", "CELERY_BROKER_URL"],
+    "--redis-url",
+    envvar=["INFERQ_REDIS_URL", "CELERY_BROKER_URL"],
     help="Where the queues are. Also: INFERQ_REDIS_URL, CELERY_BROKER_URL.",
-)  # fmt: skip
+)
 def bench(
     model: str,
     concurrency: str | None,
@@ -148,12 +198,23 @@ def bench(
         if shapes and files:
             raise ConfigError(f"--shape {shapes[0]!r} with --input; expected one of the two")
         options = Options(
-            model=model, loads=_loads(concurrency, rate, distribution, trace),
-            processes=processes, batch=batch, data="zeros" if data == "zeros" else "random",
-            shapes=arrays.read_shapes(shapes), files=files, priority=priority,
-            timeout_ms=timeout_ms, timeout_s=timeout, window_s=window, max_windows=max_windows,
-            warmup_s=warmup, max_in_flight=max_in_flight, seed=seed, redis_url=redis_url,
-        )  # fmt: skip
+            model=model,
+            loads=_loads(concurrency, rate, distribution, trace),
+            processes=processes,
+            batch=batch,
+            data="zeros" if data == "zeros" else "random",
+            shapes=arrays.read_shapes(shapes),
+            files=files,
+            priority=priority,
+            timeout_ms=timeout_ms,
+            timeout_s=timeout,
+            window_s=window,
+            max_windows=max_windows,
+            warmup_s=warmup,
+            max_in_flight=max_in_flight,
+            seed=seed,
+            redis_url=redis_url,
+        )
         if options.loads[0].kind == "concurrency" and processes > options.loads[0].value:
             raise ConfigError(
                 f"--processes {processes}; expected at most {options.loads[0].value:g}, "

@@ -183,9 +183,14 @@ def percentiles(histogram: Histogram) -> Percentiles | None:
 def counts(tally: Tally) -> Counts:
     """As they are."""
     return Counts(
-        due=tally.due, sent=tally.sent, succeeded=tally.succeeded, failed=tally.failed,
-        unanswered=tally.unanswered, refused=tally.refused, not_sent=tally.not_sent,
-    )  # fmt: skip
+        due=tally.due,
+        sent=tally.sent,
+        succeeded=tally.succeeded,
+        failed=tally.failed,
+        unanswered=tally.unanswered,
+        refused=tally.refused,
+        not_sent=tally.not_sent,
+    )
 
 
 def times(split: Split) -> Times | None:
@@ -194,9 +199,13 @@ def times(split: Split) -> Times | None:
     if not n:
         return None
     return Times(
-        late=split.late / n, queue=split.queue / n, form=split.form / n,
-        compute=split.compute / n, settle=split.settle / n, other=split.other / n,
-    )  # fmt: skip
+        late=split.late / n,
+        queue=split.queue / n,
+        form=split.form / n,
+        compute=split.compute / n,
+        settle=split.settle / n,
+        other=split.other / n,
+    )
 
 
 def gpu_times(split: Split) -> GpuTimes | None:

@@ -80,15 +80,23 @@ def _curves(axes: Axes, report: Report, older: Report | None) -> None:
         axes.plot(
             [step.requests_per_s for step, _ in points],
             [getattr(latency, name) for _, latency in points],
-            marker=marker, color=colour, label=name, markersize=5,
-        )  # fmt: skip
+            marker=marker,
+            color=colour,
+            label=name,
+            markersize=5,
+        )
         if old:
             axes.plot(
                 [step.requests_per_s for step, _ in old],
                 [getattr(latency, name) for _, latency in old],
-                marker=marker, color=colour, label=f"{name} before", markersize=4,
-                linestyle="--", alpha=0.6, markerfacecolor="none",
-            )  # fmt: skip
+                marker=marker,
+                color=colour,
+                label=f"{name} before",
+                markersize=4,
+                linestyle="--",
+                alpha=0.6,
+                markerfacecolor="none",
+            )
     every = [latency for _, latency in points + old]
     if every and max(one.p99 for one in every) > _WIDE * min(one.p50 for one in every):
         axes.set_yscale("log")
@@ -118,8 +126,11 @@ def _name_points(axes: Axes, points: Sequence[tuple[StepFigures, Percentiles]]) 
         axes.annotate(
             f"{step.load:g}" + ("" if step.stable else "*"),
             (step.requests_per_s, latency.p99),
-            xytext=(-3, 6), textcoords="offset points", ha="right", fontsize=8,
-        )  # fmt: skip
+            xytext=(-3, 6),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+        )
 
 
 def _bars(axes: Axes, report: Report) -> None:
@@ -130,9 +141,15 @@ def _bars(axes: Axes, report: Report) -> None:
     for name, meaning, colour in _PARTS:
         heights = [max(0.0, getattr(split, name)) for _, split in steps]
         axes.bar(
-            places, heights, bottom=bottom, color=colour, label=meaning, width=0.7,
-            edgecolor="white", linewidth=0.4,
-        )  # fmt: skip
+            places,
+            heights,
+            bottom=bottom,
+            color=colour,
+            label=meaning,
+            width=0.7,
+            edgecolor="white",
+            linewidth=0.4,
+        )
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     axes.set_xticks(places, labels, rotation=0 if len(steps) <= 10 else 60)
     unstable = "" if all(step.stable for step in report.steps) else "; *: not stable"

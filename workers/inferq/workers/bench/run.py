@@ -148,9 +148,13 @@ def _look(options: Options, settings: Settings) -> _Target:
         InputFigures(name, array.dtype.name, list(array.shape)) for name, array in items[0].items()
     ]
     request = Request(
-        rows=rows, bytes=nbytes(items[0]), inputs=inputs, data=data,
-        priority=options.priority, timeout_ms=options.timeout_ms,
-    )  # fmt: skip
+        rows=rows,
+        bytes=nbytes(items[0]),
+        inputs=inputs,
+        data=data,
+        priority=options.priority,
+        timeout_ms=options.timeout_ms,
+    )
     return _Target(advert, items, rows, request, _server(settings))
 
 
@@ -168,20 +172,28 @@ def _server(settings: Settings) -> str:
 def _setups(options: Options, settings: Settings, target: _Target) -> list[Setup]:
     return [
         Setup(
-            redis_url=settings.redis_url, model=options.model, items=packed(target.items),
-            share=share, shares=options.processes, priority=options.priority,
+            redis_url=settings.redis_url,
+            model=options.model,
+            items=packed(target.items),
+            share=share,
+            shares=options.processes,
+            priority=options.priority,
             timeout_ms=options.timeout_ms,
         )
         for share in range(options.processes)
-    ]  # fmt: skip
+    ]
 
 
 def _rules(options: Options, target: _Target) -> Rules:
     return Rules(
-        window_s=options.window_s, max_windows=options.max_windows, warmup_s=options.warmup_s,
-        timeout_s=options.timeout_s, max_in_flight=options.max_in_flight, seed=options.seed,
+        window_s=options.window_s,
+        max_windows=options.max_windows,
+        warmup_s=options.warmup_s,
+        timeout_s=options.timeout_s,
+        max_in_flight=options.max_in_flight,
+        seed=options.seed,
         rows=target.rows,
-    )  # fmt: skip
+    )
 
 
 def _report(

@@ -93,9 +93,11 @@ class _Run:
         self._brake = brake
         self._report = report
         self._recorder = Recorder(
-            step.begins_at + step.warmup_s, step.window_s,
-            one_window=step.load.kind == "trace", freed=self._freed,
-        )  # fmt: skip
+            step.begins_at + step.warmup_s,
+            step.window_s,
+            one_window=step.load.kind == "trace",
+            freed=self._freed,
+        )
         self._source = self._new_source()
         self._window = WARM_UP
         self._cpu_s = time.process_time()
@@ -171,9 +173,12 @@ class _Run:
         for due in dues:
             try:
                 pending = core.build(
-                    view, next(self._sender.items), setup.priority, setup.timeout_ms,
+                    view,
+                    next(self._sender.items),
+                    setup.priority,
+                    setup.timeout_ms,
                     self._session.make,
-                )  # fmt: skip
+                )
             except QueueFull:
                 recorder.refused(due)
                 self._source.freed(time.monotonic(), True)

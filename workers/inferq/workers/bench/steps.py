@@ -106,13 +106,16 @@ class StepRun:
         self._begins_at = time.monotonic() + LEAD_S
         self._crew.tell(
             Step(
-                load=load, begins_at=self._begins_at,
+                load=load,
+                begins_at=self._begins_at,
                 warmup_s=0.0 if self._trace else rules.warmup_s,
-                window_s=rules.window_s, drain_s=rules.timeout_s,
+                window_s=rules.window_s,
+                drain_s=rules.timeout_s,
                 max_in_flight=max(1, rules.max_in_flight // shares),
-                seed=rules.seed, number=self._number,
+                seed=rules.seed,
+                number=self._number,
             )
-        )  # fmt: skip
+        )
 
     def _measure(self) -> None:
         """Until the windows are stable, or there were enough; a trace until it is at its end."""

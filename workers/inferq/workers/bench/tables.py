@@ -113,9 +113,11 @@ def _done(report: Report, step: StepFigures) -> dict[str, str]:
         cells[heading] = ms(getattr(latency, name)) if latency else "-"
     cells["CPU µs"] = "-" if step.generator_cpu_us is None else f"{step.generator_cpu_us:.0f}"
     for heading, field in (
-        ("failed", "failed"), ("unanswered", "unanswered"), ("refused", "refused"),
+        ("failed", "failed"),
+        ("unanswered", "unanswered"),
+        ("refused", "refused"),
         ("not sent", "not_sent"),
-    ):  # fmt: skip
+    ):
         if any(getattr(one.counts, field) for one in report.steps):
             cells[heading] = str(getattr(step.counts, field))
     return cells

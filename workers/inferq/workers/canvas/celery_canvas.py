@@ -64,9 +64,16 @@ def context_of(
     stands (id, group, group_index, root_id, parent_id).
     """
     return Context(
-        place, args=[], kwargs={}, delivery_info={}, called_directly=False,
-        callbacks=callbacks, errbacks=errbacks, chain=chain, chord=chord,
-    )  # fmt: skip
+        place,
+        args=[],
+        kwargs={},
+        delivery_info={},
+        called_directly=False,
+        callbacks=callbacks,
+        errbacks=errbacks,
+        chain=chain,
+        chord=chord,
+    )
 
 
 def await_no_results(app: Celery) -> None:

@@ -158,9 +158,11 @@ class _Walk:
                 starts.append((chord, 0))
             check_bytes(_published(starts), message_bytes)
         return Following(
-            [node.built for node in callbacks], [node.built for node in errbacks],
-            [node.built for node in chain], None if chord is None else chord.built,
-        )  # fmt: skip
+            [node.built for node in callbacks],
+            [node.built for node in errbacks],
+            [node.built for node in chain],
+            None if chord is None else chord.built,
+        )
 
     def let_go(self) -> None:
         """Leave no circle of references, which only a garbage collection would end."""
@@ -216,9 +218,13 @@ class _Walk:
         except InvalidInput as problem:
             raise InvalidInput(f"options.{problem.message}") from None
         node.built.update(
-            task=task, args=list(args), kwargs={}, options=plain, subtask_type=kind,
+            task=task,
+            args=list(args),
+            kwargs={},
+            options=plain,
+            subtask_type=kind,
             immutable=bool(given.get("immutable")),
-        )  # fmt: skip
+        )
         if (size := given.get("chord_size")) is not None:
             node.built["chord_size"] = check_count(size)
         queued = node.queued or "queue" in plain

@@ -56,11 +56,13 @@ class InHand:
         try:
             self._note(
                 keys=[
-                    names.fence(new.incarnation), names.running(new.incarnation),
-                    names.running(old.incarnation), names.attempts(old.model),
+                    names.fence(new.incarnation),
+                    names.running(new.incarnation),
+                    names.running(old.incarnation),
+                    names.attempts(old.model),
                 ],
                 args=[_member(new), _member(old), old.field if old.is_over else ""],
-            )  # fmt: skip
+            )
         except RedisError as problem:
             if not is_wrong_type(problem):
                 raise

@@ -83,9 +83,14 @@ class Canvas:
         self._queues = LinkQueues(self._names, settings.link_queues)
         # Its own failures are those of single requests; how long one takes is asked of `waits_s`.
         self.loop = Periodic(
-            "canvas", self._turn, every_s=math.inf, first_s=math.inf, stall_s=math.inf,
-            failing="links are not published", logger=logger,
-        )  # fmt: skip
+            "canvas",
+            self._turn,
+            every_s=math.inf,
+            first_s=math.inf,
+            stall_s=math.inf,
+            failing="links are not published",
+            logger=logger,
+        )
         self._patience = Patience(client, self.loop)
         self._in_hand = InHand(client, self._names)
         self._sender = LinkSender(
@@ -160,9 +165,12 @@ class Canvas:
             told = about(settlement.request_id, model=settlement.model)
             expected = isinstance(problem, InferqError)
             logger.error(
-                "links of %s cannot be published: %s", settlement.request_id, problem,
-                extra=told, exc_info=not expected,
-            )  # fmt: skip
+                "links of %s cannot be published: %s",
+                settlement.request_id,
+                problem,
+                extra=told,
+                exc_info=not expected,
+            )
             return self._failed(settlement, message, problem)
         return replace(settlement, stored=True) if stored else settlement
 
@@ -172,9 +180,12 @@ class Canvas:
         follows = following(codec.decode_body(envelope).embed, len(message), self._queues)
         app = self._app(envelope.content_type)
         request = celery_canvas.context_of(
-            place_of(message), callbacks=follows.callbacks, errbacks=follows.errbacks,
-            chain=follows.chain, chord=follows.chord,
-        )  # fmt: skip
+            place_of(message),
+            callbacks=follows.callbacks,
+            errbacks=follows.errbacks,
+            chain=follows.chain,
+            chord=follows.chord,
+        )
         # An ignored result is still what links and chords are given.
         meta = codec.decode_meta(settlement.outcome)
         # A chord of groups, and an errback, reads this result back.

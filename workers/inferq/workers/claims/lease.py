@@ -64,10 +64,15 @@ class Lease:
         self._renew = client.register_script(source("renew"))
         # However it fails: it is tried again in time, or others take this worker for dead.
         self.loop = Periodic(
-            "lease", self._turn, every_s=lease_s / 3, first_s=lease_s / 3,
-            retry_s=RETRY_S, max_retry_s=RETRY_S,
-            failing="the lease could not be renewed", logger=logger,
-        )  # fmt: skip
+            "lease",
+            self._turn,
+            every_s=lease_s / 3,
+            first_s=lease_s / 3,
+            retry_s=RETRY_S,
+            max_retry_s=RETRY_S,
+            failing="the lease could not be renewed",
+            logger=logger,
+        )
         self._announced = 0.0
         self.incarnation = ""
 
@@ -96,9 +101,10 @@ class Lease:
     def _keys(self, incarnation: str) -> list[str]:
         names = self._names
         return [
-            names.fence(incarnation), names.leases,
+            names.fence(incarnation),
+            names.leases,
             *(each.serving(model) for each in names.all_protocols() for model in self._adverts),
-        ]  # fmt: skip
+        ]
 
     def _args(self, incarnation: str) -> list[str | int]:
         return [incarnation, int(self._lease_s * 1000)]

@@ -471,8 +471,10 @@ class Ledger:
         logger.error(
             "a key of this worker's own (%r, %r or %r) is not as it wrote it; expected nobody else "
             "to write there: its requests are computed again",
-            self._fence, self._claims, self._names.running(self._incarnation),
-        )  # fmt: skip
+            self._fence,
+            self._claims,
+            self._names.running(self._incarnation),
+        )
         return LeaseLost()
 
     def _lacks_attempts(self, model: str, reply: Reply) -> bool:

@@ -80,8 +80,9 @@ def give_back(client: redis.Redis, names: Names, incarnation: str, told: Told) -
             if (kind := type_of(client, key)) not in (LIST, "none"):
                 logger.error(
                     "key %r is a %s; expected a list, a claim of a dead worker: it stays there",
-                    key, kind,
-                )  # fmt: skip
+                    key,
+                    kind,
+                )
             else:
                 left += 1
                 queue = names.queue(claim.model, claim.step)
@@ -163,9 +164,13 @@ class Recoverer:
         #: Protocols whose leases were lost: whoever has a fence or claims is to have one again.
         self._lost: set[Names] = set()
         self.loop = Periodic(
-            "recovery", self._turn, every_s=SCAN_EVERY_S, first_s=SCAN_EVERY_S,
-            failing="recovery", logger=logger,
-        )  # fmt: skip
+            "recovery",
+            self._turn,
+            every_s=SCAN_EVERY_S,
+            first_s=SCAN_EVERY_S,
+            failing="recovery",
+            logger=logger,
+        )
 
     def start(self) -> None:
         self.loop.start()

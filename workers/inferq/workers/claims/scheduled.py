@@ -79,9 +79,13 @@ class Scheduled:
         self._postponed_ms = 0.0
         self._told = Told()
         self.loop = Periodic(
-            "later", self._turn, every_s=LOOK_EVERY_S, retry_s=LOOK_EVERY_S,
-            failing="requests that are due now wait for Redis", logger=logger,
-        )  # fmt: skip
+            "later",
+            self._turn,
+            every_s=LOOK_EVERY_S,
+            retry_s=LOOK_EVERY_S,
+            failing="requests that are due now wait for Redis",
+            logger=logger,
+        )
 
     def start(self) -> None:
         self.loop.start()
@@ -95,14 +99,17 @@ class Scheduled:
         place = f"{claim.model}:{claim.step}:{secrets.token_hex(8)}"
         key = names.scheduled_message(place)
         return Settlement(
-            slot, claim.model, None, b"",
+            slot,
+            claim.model,
+            None,
+            b"",
             before=(
                 ("ZADD", names.scheduled, due_ms, place),
                 ("DEL", key),  # This MULTI may be sent again, its first answer lost.
                 ("RPUSH", key, message),
             ),
             after=partial(self._expect, due_ms),
-        )  # fmt: skip
+        )
 
     def postpone(self, slot: Slot, message: bytes) -> Settlement:
         """The settlement that has `message` come back in a while, one behind the other.
@@ -175,8 +182,10 @@ class Scheduled:
                 logger.error(
                     "%r in %s is no request of ours and is removed; expected "
                     "<model>:<priority>:<random>. What is at %r stays there",
-                    member, names.scheduled, names.scheduled.encode() + b":" + member,
-                )  # fmt: skip
+                    member,
+                    names.scheduled,
+                    names.scheduled.encode() + b":" + member,
+                )
         if gone := [member for member in due if member not in stays]:
             self._client.zrem(names.scheduled, *gone)
 

@@ -28,37 +28,52 @@ UNVERIFIED = "unverified: no GPU here; the first worker that loads it verifies i
 @click.command()
 @click.argument("model")
 @click.option(
-    "--models", "repository", envvar="INFERQ_MODELS", required=True,
+    "--models",
+    "repository",
+    envvar="INFERQ_MODELS",
+    required=True,
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="The model repository. Also: INFERQ_MODELS.",
-)  # fmt: skip
+)
 @click.option(
-    "--precision", default=None, type=click.Choice(["fp32", "fp16"]),
+    "--precision",
+    default=None,
+    type=click.Choice(["fp32", "fp16"]),
     help="fp32 takes the file's own types. Default: [tensorrt] in model.toml, or else fp32.",
-)  # fmt: skip
+)
 @click.option(
-    "--batch", default=None, metavar="MIN,OPT,MAX",
+    "--batch",
+    default=None,
+    metavar="MIN,OPT,MAX",
     help="Smallest, usual and largest batch, as 1,8,64. Default: [profile] in model.toml, or else "
     "1, the preferred size and max_batch_size.",
-)  # fmt: skip
+)
 @click.option(
-    "--flavour", "flavour_name", default=None,
+    "--flavour",
+    "flavour_name",
+    default=None,
     type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),
     help="Default: [tensorrt] in model.toml, or else the one that is installed.",
-)  # fmt: skip
+)
 @click.option(
-    "--plans", type=click.Path(file_okay=False, path_type=Path),
+    "--plans",
+    type=click.Path(file_okay=False, path_type=Path),
     help="Where plans are kept. Default: ~/.cache/inferq/plans. Also: INFERQ_PLANS.",
-)  # fmt: skip
+)
 @click.option(
-    "--verify", "samples", default=None, type=click.Path(dir_okay=False, path_type=Path),
+    "--verify",
+    "samples",
+    default=None,
+    type=click.Path(dir_okay=False, path_type=Path),
     help="An .npz file with one request's inputs, on which the plan is verified, too.",
-)  # fmt: skip
+)
 @click.option("--force", is_flag=True, help="Build even if there is such a plan already.")
 @click.option(
-    "--prune", "pruned", is_flag=True,
+    "--prune",
+    "pruned",
+    is_flag=True,
     help="Then delete MODEL's other plans for this GPU, but for those that a process has loaded.",
-)  # fmt: skip
+)
 @click.option("--json", "as_json", is_flag=True, help="JSON, for programs.")
 def build(
     model: str,

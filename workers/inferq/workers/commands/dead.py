@@ -37,9 +37,10 @@ def _check_model(_: click.Context, __: click.Parameter, value: str | None) -> st
 
 
 _redis_url = click.option(
-    "--redis-url", envvar=["INFERQ_REDIS_URL", "CELERY_BROKER_URL"],
+    "--redis-url",
+    envvar=["INFERQ_REDIS_URL", "CELERY_BROKER_URL"],
     help="Where the queues are. Also: INFERQ_REDIS_URL, CELERY_BROKER_URL.",
-)  # fmt: skip
+)
 _as_json = click.option("--json", "as_json", is_flag=True, help="JSON, for programs.")
 
 
@@ -242,11 +243,15 @@ def _letters(redis_url: str | None) -> Iterator[DeadLetters]:
 
 def _row(letter: Letter, now_ms: float) -> dict[str, Any]:
     return {
-        "model": letter.model, "id": letter.name, "reason": letter.reason,
-        "attempts": letter.attempts, "at_ms": letter.at_ms,
+        "model": letter.model,
+        "id": letter.name,
+        "reason": letter.reason,
+        "attempts": letter.attempts,
+        "at_ms": letter.at_ms,
         "age_s": max(0.0, round((now_ms - letter.at_ms) / 1000, 3)),
-        "worker": letter.worker, "message_bytes": letter.size,
-    }  # fmt: skip
+        "worker": letter.worker,
+        "message_bytes": letter.size,
+    }
 
 
 def _details(letters: DeadLetters, letter: Letter, now_ms: float) -> dict[str, Any]:
@@ -273,11 +278,16 @@ def _details(letters: DeadLetters, letter: Letter, now_ms: float) -> dict[str, A
 def _print_table(rows: Sequence[dict[str, Any]]) -> None:
     cells = [
         [
-            row["model"], row["id"], row["reason"], str(row["attempts"]), age(row["age_s"]),
-            row["worker"], _size(row["message_bytes"]),
+            row["model"],
+            row["id"],
+            row["reason"],
+            str(row["attempts"]),
+            age(row["age_s"]),
+            row["worker"],
+            _size(row["message_bytes"]),
         ]
         for row in rows
-    ]  # fmt: skip
+    ]
     print_table(_COLUMNS, cells)
 
 

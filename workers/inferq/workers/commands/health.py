@@ -22,15 +22,19 @@ from inferq.workers.supervision.redis_identity import place_of, run_id_of
 
 @click.command()
 @click.option(
-    "--file", "path", envvar="INFERQ_HEARTBEAT_FILE", type=click.Path(path_type=Path),
+    "--file",
+    "path",
+    envvar="INFERQ_HEARTBEAT_FILE",
+    type=click.Path(path_type=Path),
     help="A worker's heartbeat file. Also: INFERQ_HEARTBEAT_FILE. "
     "Default: those of all that `inferq worker` runs here.",
-)  # fmt: skip
+)
 @click.option(
-    "--redis-url", envvar=["INFERQ_REDIS_URL", "CELERY_BROKER_URL"],
+    "--redis-url",
+    envvar=["INFERQ_REDIS_URL", "CELERY_BROKER_URL"],
     help="Whose workers to look at; asked if one has not heard from it. "
     "Also: INFERQ_REDIS_URL, CELERY_BROKER_URL.",
-)  # fmt: skip
+)
 @click.option("--json", "as_json", is_flag=True, help="JSON, for programs.")
 def health(path: Path | None, redis_url: str | None, as_json: bool) -> None:
     """Exit status 0 if every worker of this Redis here consumes, else 1, with the reason.
@@ -62,9 +66,11 @@ def _found() -> list[Path]:
     folders = runtime_folder.all_known()
     problems = {folder: runtime_folder.problem_of(folder) for folder in folders}
     paths = [
-        path for folder in folders if problems[folder] is None
+        path
+        for folder in folders
+        if problems[folder] is None
         for path in sorted(folder.glob("*.json"))
-    ]  # fmt: skip
+    ]
     for problem in filter(None, problems.values()):
         if not paths:
             raise click.ClickException(problem)

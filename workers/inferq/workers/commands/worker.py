@@ -27,55 +27,74 @@ REDIS_TIMEOUT_S = 2.0
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.option(
-    "--models", "repository", envvar="INFERQ_MODELS",
+    "--models",
+    "repository",
+    envvar="INFERQ_MODELS",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="The model repository (required). Also: INFERQ_MODELS.",
-)  # fmt: skip
+)
 @click.option(
-    "-Q", "--queue", "queues", multiple=True,
+    "-Q",
+    "--queue",
+    "queues",
+    multiple=True,
     help="Serve this queue, inferq.<model>; repeatable. Default: every model in the repository.",
-)  # fmt: skip
+)
 @click.option(
-    "--strict", is_flag=True,
+    "--strict",
+    is_flag=True,
     help="End if a folder holds no model, or if a model or its newest version cannot be served. "
     "Default: serve the others, and say so. Also: INFERQ_STRICT=1.",
-)  # fmt: skip
+)
 @click.option(
-    "-n", "--name", default=None,
+    "-n",
+    "--name",
+    default=None,
     help="Celery node name; %h is the host, %i the GPU's number. "
     "Default: gpu%i@%h, or cpu<pid>@%h, so that replicas differ.",
-)  # fmt: skip
+)
 @click.option(
-    "--gpu", metavar="N[,N…]|all",
+    "--gpu",
+    metavar="N[,N…]|all",
     help="Serve on these GPUs, one worker process each. Also, for one: INFERQ_GPU.",
-)  # fmt: skip
+)
 @click.option(
-    "--cpu", is_flag=True,
+    "--cpu",
+    is_flag=True,
     help="Serve every model on the CPU, those of engine tensorrt on ONNX Runtime. "
     "Also: INFERQ_DEVICE=cpu.",
-)  # fmt: skip
+)
 @click.option(
-    "--redis-url", envvar=["INFERQ_REDIS_URL", "CELERY_BROKER_URL"],
+    "--redis-url",
+    envvar=["INFERQ_REDIS_URL", "CELERY_BROKER_URL"],
     help="Queues and results. Also: INFERQ_REDIS_URL, CELERY_BROKER_URL.",
-)  # fmt: skip
+)
 @click.option(
-    "--metrics", metavar="HOST:PORT",
+    "--metrics",
+    metavar="HOST:PORT",
     help="Tell Prometheus there what the worker does; of several GPUs the port counts up. "
     "Also: INFERQ_METRICS.",
-)  # fmt: skip
+)
 @click.option(
-    "--events/--no-events", default=True, show_default=True,
+    "--events/--no-events",
+    default=True,
+    show_default=True,
     help="Send task events, which Flower shows. INFERQ_EVENTS_PER_S caps them.",
-)  # fmt: skip
+)
 @click.option(
-    "--allow-remote-shutdown", is_flag=True,
+    "--allow-remote-shutdown",
+    is_flag=True,
     help="End when Celery's remote control (Flower's button) says so. Default: start anew then.",
-)  # fmt: skip
+)
 @click.option("-l", "--loglevel", default="INFO", show_default=True)
 @click.option(
-    "--log-format", envvar="INFERQ_LOG_FORMAT", type=click.Choice(["text", "json"]),
-    default="text", show_default=True, help="What log lines are. Also: INFERQ_LOG_FORMAT.",
-)  # fmt: skip
+    "--log-format",
+    envvar="INFERQ_LOG_FORMAT",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="What log lines are. Also: INFERQ_LOG_FORMAT.",
+)
 @click.argument("celery_options", nargs=-1, type=click.UNPROCESSED)
 def worker(
     repository: Path | None,
@@ -133,9 +152,10 @@ def worker(
             runtime_folder.make(folder)
             forget_the_dead(folder)
         client = redis_client(
-            settings.redis_url, sentinel_master=settings.sentinel_master,
+            settings.redis_url,
+            sentinel_master=settings.sentinel_master,
             socket_timeout=REDIS_TIMEOUT_S,
-        )  # fmt: skip
+        )
     except InferqError as problem:
         raise click.ClickException(problem.message) from problem
     children = []
@@ -242,8 +262,10 @@ def _all_queues(repository: Path, *, strict: bool) -> list[str]:
     misnamed = [name for name in folders.models if not is_model_name(name)]
     if strict and (misnamed or folders.others):
         named = [why_no_name(name) for name in misnamed]
-        empty = [f"no model in {repository / name}; expected model.toml or a version's folder there"
-                 for name in folders.others]  # fmt: skip
+        empty = [
+            f"no model in {repository / name}; expected model.toml or a version's folder there"
+            for name in folders.others
+        ]
         rest = f"--strict serves none then; all that is wrong: inferq models {repository}"
         raise ConfigError("\n".join([*named, *empty, rest]))
     served = [queue_of(name) for name in folders.models if name not in misnamed]

@@ -110,5 +110,6 @@ class CeleryInbox:
         except RedisError as problem:
             logger.error(
                 "%d tasks for Celery stay in kombu's unacked until its visibility timeout: %s",
-                len(left), problem,
-            )  # fmt: skip
+                len(left),
+                problem,
+            )

@@ -39,10 +39,13 @@ class CelerySide(Control):
         if not self.inbox.expect(given):
             return self._later.postpone(slot, message)
         return Settlement(
-            slot, model, None, b"",
+            slot,
+            model,
+            None,
+            b"",
             before=tuple(celery_private.unacked_commands(handed, self._names.prefix)),
             after=partial(self.inbox.put, given),
-        )  # fmt: skip
+        )
 
     def end_process(self) -> None:
         celery_private.stop_worker(EX_FATAL_ENGINE)

@@ -66,9 +66,15 @@ class EventPublisher:
         self._per_s = per_s
         self._queue: deque[Event] = deque()
         self.loop = Periodic(
-            "events", self._turn, every_s=SAY_EVERY_S, first_s=SAY_EVERY_S, retry_s=RETRY_S,
-            failing="task events are not published", logger=logger, ending=self._end,
-        )  # fmt: skip
+            "events",
+            self._turn,
+            every_s=SAY_EVERY_S,
+            first_s=SAY_EVERY_S,
+            retry_s=RETRY_S,
+            failing="task events are not published",
+            logger=logger,
+            ending=self._end,
+        )
         self._sent = False
         self._said_at = -SAY_EVERY_S
         self._said = (0, 0)
@@ -149,7 +155,8 @@ class EventPublisher:
             logger.info(
                 "no task events of %d requests: more than INFERQ_EVENTS_PER_S=%d came in a second "
                 "(what fails is always told of)",
-                left_out, self._per_s,
-            )  # fmt: skip
+                left_out,
+                self._per_s,
+            )
         if dropped := told[1] - said[1]:
             logger.warning("%d task events were dropped: Redis was slow or away", dropped)

@@ -54,9 +54,12 @@ class Found:
             for each in spec.passed_over:
                 logger.error(
                     "model %r version %d is passed over, and version %d is served: %s",
-                    each.model, each.version, spec.version, each.reason,
+                    each.model,
+                    each.version,
+                    spec.version,
+                    each.reason,
                     extra=about(model=each.model),
-                )  # fmt: skip
+                )
         if self.others:
             logger.info("passed over, as they hold no model: %s", ", ".join(self.others))
 

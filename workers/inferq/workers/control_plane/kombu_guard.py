@@ -204,9 +204,14 @@ def _restore_visible(self: Any, start: int = 0, num: int | None = 10, interval: 
         try:
             for _ in range(MAX_PAGES):
                 found = client.zrange(
-                    self.unacked_index_key, newest, 0, desc=True, byscore=True,
-                    offset=stay, num=PAGE,
-                )  # fmt: skip
+                    self.unacked_index_key,
+                    newest,
+                    0,
+                    desc=True,
+                    byscore=True,
+                    offset=stay,
+                    num=PAGE,
+                )
                 stay += sum(not _put_back(self, tag, client) for tag in found)
                 if len(found) < PAGE:
                     break

@@ -94,14 +94,19 @@ def active_queues(state: Any) -> list[dict[str, Any]]:
 
 
 @Panel.register(  # type: ignore[untyped-decorator]
-    type="control", name="add_consumer",
+    type="control",
+    name="add_consumer",
     args=[("queue", str), ("exchange", str), ("exchange_type", str), ("routing_key", str)],
     signature="<queue> [exchange [type [routing_key]]]",
-)  # fmt: skip
+)
 def add_consumer(
-    state: Any, queue: str, exchange: Any = None, exchange_type: Any = None,
-    routing_key: Any = None, **options: Any,
-) -> Any:  # fmt: skip
+    state: Any,
+    queue: str,
+    exchange: Any = None,
+    exchange_type: Any = None,
+    routing_key: Any = None,
+    **options: Any,
+) -> Any:
     """Tell worker(s) to consume from task queue by name."""
     if not isinstance(queue, str):
         return stock.nok(f"queue is a {type(queue).__name__}; expected its name")
@@ -165,9 +170,12 @@ def revoke(state: Any, task_id: Any, **options: Any) -> Any:
 
 
 @Panel.register(  # type: ignore[untyped-decorator]
-    type="control", name="terminate", variadic="task_id", args=[("signal", str)],
+    type="control",
+    name="terminate",
+    variadic="task_id",
+    args=[("signal", str)],
     signature="<signal> [id1 [id2 [... [idN]]]]",
-)  # fmt: skip
+)
 def terminate(state: Any, signal: Any, task_id: Any, **options: Any) -> Any:
     """Revoke task by task id (or list of ids); what runs already is finished."""
     return revoke(state, task_id)
@@ -187,9 +195,11 @@ def hello(state: Any, from_node: Any, revoked: Any = None, **options: Any) -> An
 
 
 @Panel.register(  # type: ignore[untyped-decorator]
-    type="control", name="rate_limit", args=[("task_name", str), ("rate_limit", str)],
+    type="control",
+    name="rate_limit",
+    args=[("task_name", str), ("rate_limit", str)],
     signature="<task_name> <rate_limit (e.g., 5/s | 5/m | 5/h)>",
-)  # fmt: skip
+)
 def rate_limit(state: Any, task_name: Any, rate_limit: Any, **options: Any) -> Any:
     """Tell worker(s) to modify the rate limit for a task by type."""
     if not isinstance(task_name, str) or not isinstance(rate_limit, str | int | None):
@@ -202,10 +212,11 @@ def rate_limit(state: Any, task_name: Any, rate_limit: Any, **options: Any) -> A
 
 
 @Panel.register(  # type: ignore[untyped-decorator]
-    type="control", name="time_limit",
+    type="control",
+    name="time_limit",
     args=[("task_name", str), ("soft", float), ("hard", float)],
     signature="<task_name> <soft_secs> [hard_secs]",
-)  # fmt: skip
+)
 def time_limit(state: Any, *args: Any, **options: Any) -> Any:
     """Tell worker(s) to modify the time limit for task by type."""
     return stock.nok("the solo pool has no time limits; a request has max_run_seconds")

@@ -70,7 +70,8 @@ class TaskEvents(Observer):
         self._sampler = Sampler(settings.events_per_s)
         self._publisher = EventPublisher(
             redis_client(
-                settings.redis_url, sentinel_master=settings.sentinel_master,
+                settings.redis_url,
+                sentinel_master=settings.sentinel_master,
                 socket_timeout=TIMEOUT_S,
             ),
             settings.global_keyprefix,
@@ -78,7 +79,7 @@ class TaskEvents(Observer):
             forward=worker.app.clock.forward,
             left_out=lambda: self._sampler.left_out,
             per_s=settings.events_per_s,
-        )  # fmt: skip
+        )
 
     @property
     def loop(self) -> Periodic:
@@ -162,10 +163,13 @@ class TaskEvents(Observer):
             elif known is not None and known.told and done.outcome:
                 events.append(
                     {
-                        "type": "task-succeeded", "uuid": done.request_id, "timestamp": now,
-                        "result": known.result, "runtime": known.runtime,
+                        "type": "task-succeeded",
+                        "uuid": done.request_id,
+                        "timestamp": now,
+                        "result": known.result,
+                        "runtime": known.runtime,
                     }
-                )  # fmt: skip
+                )
         if events:
             self._publisher.put(events)
 
@@ -220,9 +224,12 @@ def _beginning(ticket: Ticket, arguments: str, received: float) -> list[Event]:
         return [event]
     lost = f"WorkerLostError('its worker died computing it, {ticket.attempts} so far')"
     retried: Event = {
-        "type": "task-retried", "uuid": ticket.id, "timestamp": received, "exception": lost,
+        "type": "task-retried",
+        "uuid": ticket.id,
+        "timestamp": received,
+        "exception": lost,
         "traceback": lost,
-    }  # fmt: skip
+    }
     return [retried, event]
 
 
@@ -232,9 +239,12 @@ def _started(request_id: str, at: float) -> Event:
 
 def _failed(uuid: str | None, exception: str, traceback: str, at: float) -> Event:
     return {
-        "type": "task-failed", "uuid": uuid, "timestamp": at, "exception": _short(exception),
+        "type": "task-failed",
+        "uuid": uuid,
+        "timestamp": at,
+        "exception": _short(exception),
         "traceback": _short(traceback),
-    }  # fmt: skip
+    }
 
 
 def _arguments(item: Waiting) -> str:

@@ -201,8 +201,9 @@ class CudaLane:
                 raise
             self._limit.lower(batch.parts[0], most)
             fitting = int(self._limit.rows(batch.parts[0]))
-            logger.warning("out of GPU memory at %d rows: runs are of at most %d now",
-                           rows, fitting)  # fmt: skip
+            logger.warning(
+                "out of GPU memory at %d rows: runs are of at most %d now", rows, fitting
+            )
             return self._run_split(batch, self._rows(batch, fitting))
 
     def repeat(self, batch: Batch, times: int) -> float:

@@ -81,9 +81,15 @@ class GpuTelemetry:
         self._ended = 0
         # A driver that hangs is no fault of the loop: `read` goes on without it.
         self.loop = Periodic(
-            "gpu", self._turn, every_s=math.inf, first_s=math.inf, stall_s=math.inf,
-            failing="the GPU is not read", logger=logger, ending=self._shut_down,
-        )  # fmt: skip
+            "gpu",
+            self._turn,
+            every_s=math.inf,
+            first_s=math.inf,
+            stall_s=math.inf,
+            failing="the GPU is not read",
+            logger=logger,
+            ending=self._shut_down,
+        )
         self.loop.start()
 
     def read(self) -> Reading:

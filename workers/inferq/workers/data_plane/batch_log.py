@@ -47,11 +47,26 @@ def _tell(finished: Finished) -> None:
     logger.debug(
         "batch of %s on lane %d: %d requests, %d rows and %d of padding in %d runs, %.1f ms; "
         "%d failed, %d too late",
-        model, finished.lane, len(outcomes), rows, padding, len(runs), ms, len(failed), len(late),
+        model,
+        finished.lane,
+        len(outcomes),
+        rows,
+        padding,
+        len(runs),
+        ms,
+        len(failed),
+        len(late),
         extra=about(
-            *(item.ticket.id for item in finished.job.items), model=model, lane=finished.lane,
-            rows=rows, requests=len(outcomes), padding=padding,
+            *(item.ticket.id for item in finished.job.items),
+            model=model,
+            lane=finished.lane,
+            rows=rows,
+            requests=len(outcomes),
+            padding=padding,
             bucket=max((run.rows + run.padding for run in runs.values()), default=0),
-            runs=len(runs), ms=ms, failed_ids=few(failed), late_ids=few(late),
+            runs=len(runs),
+            ms=ms,
+            failed_ids=few(failed),
+            late_ids=few(late),
         ),
-    )  # fmt: skip
+    )

@@ -267,16 +267,28 @@ class ModelCounts:
         """A snapshot, for any thread."""
         outcomes = dict(self.outcomes)
         return ModelStats(
-            model=model, version=version, engine=engine, lanes=0, max_batch_size=0,
-            target_batch_size=0, outcomes=outcomes, errors=dict(self.errors),
-            attempts=self.attempts, batches=self.batches, rows=self.rows,
-            padding_rows=self.padding_rows, batch_size=self.batch_size.copied(),
+            model=model,
+            version=version,
+            engine=engine,
+            lanes=0,
+            max_batch_size=0,
+            target_batch_size=0,
+            outcomes=outcomes,
+            errors=dict(self.errors),
+            attempts=self.attempts,
+            batches=self.batches,
+            rows=self.rows,
+            padding_rows=self.padding_rows,
+            batch_size=self.batch_size.copied(),
             padding=self.padding.copied(),
-            queue_s=self.queue_s.copied(), compute_input_s=self.compute_input_s.copied(),
+            queue_s=self.queue_s.copied(),
+            compute_input_s=self.compute_input_s.copied(),
             compute_infer_s=self.compute_infer_s.copied(),
-            compute_output_s=self.compute_output_s.copied(), settle_s=self.settle_s.copied(),
-            total_s=self.total_s.copied(), busy_s=self.busy_s,
-        )  # fmt: skip
+            compute_output_s=self.compute_output_s.copied(),
+            settle_s=self.settle_s.copied(),
+            total_s=self.total_s.copied(),
+            busy_s=self.busy_s,
+        )
 
 
 class Counts(Observer):

@@ -223,10 +223,16 @@ class Intake:
         if lists:
             ticket = replace(ticket, lists=True)
         return Waiting(
-            ticket=ticket, inputs=arrays, slot=slot, compatible=self._compatible(arrays),
-            arrived_mono_ms=time.monotonic() * 1000, claimed_redis_ms=self._redis_ms(), rows=rows,
-            alone=ticket.attempts > 0, padded=padded,
-        )  # fmt: skip
+            ticket=ticket,
+            inputs=arrays,
+            slot=slot,
+            compatible=self._compatible(arrays),
+            arrived_mono_ms=time.monotonic() * 1000,
+            claimed_redis_ms=self._redis_ms(),
+            rows=rows,
+            alone=ticket.attempts > 0,
+            padded=padded,
+        )
 
     def too_late(self, slot: Slot, ticket: Ticket) -> Failed | Revoked | None:
         """Whether its deadline or expiry has passed, or it was revoked: asked before it runs."""
@@ -256,13 +262,19 @@ class Intake:
         if headers.parent_id:
             extra["parent_id"] = headers.parent_id
         return Ticket(
-            id=headers.id, model=self._advert.name,
+            id=headers.id,
+            model=self._advert.name,
             content_type=codec.MSGPACK if envelope.content_type == codec.MSGPACK else codec.JSON,
-            priority=slot.claim.step, reply=headers.inferq_reply, sent_ms=headers.inferq_sent_ms,
-            deadline_ms=headers.inferq_deadline_ms, ignore_result=bool(headers.ignore_result),
-            extra=extra, kwargsrepr=(headers.kwargsrepr or "")[:MAX_REPR_CHARS],
-            root_id=headers.root_id, eta=headers.eta,
-        )  # fmt: skip
+            priority=slot.claim.step,
+            reply=headers.inferq_reply,
+            sent_ms=headers.inferq_sent_ms,
+            deadline_ms=headers.inferq_deadline_ms,
+            ignore_result=bool(headers.ignore_result),
+            extra=extra,
+            kwargsrepr=(headers.kwargsrepr or "")[:MAX_REPR_CHARS],
+            root_id=headers.root_id,
+            eta=headers.eta,
+        )
 
     def _inputs(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         unknown = sorted(given.keys() - _ARGUMENTS)

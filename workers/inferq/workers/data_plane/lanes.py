@@ -90,9 +90,14 @@ def execute(  # noqa: C901, PLR0912 - each way in which a batch may fail, in the
             return execute(lane, items, replace(knobs, buckets=()), odd, fit)
         return _in_halves(lane, items, knobs, odd, fit)
     run = Run(
-        started, time.monotonic() * 1000, rows, bucket - rows, len(items), lane.gpu_times,
+        started,
+        time.monotonic() * 1000,
+        rows,
+        bucket - rows,
+        len(items),
+        lane.gpu_times,
         batch.gather_ms,
-    )  # fmt: skip
+    )
     if len(items) == 1:
         return [Outcome(items[0], outputs, run)]
     outcomes: list[Outcome] = []

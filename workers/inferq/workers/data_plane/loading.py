@@ -110,23 +110,41 @@ class LoadingModel:
                 wake=wake,
             )
             lanes = Lanes(
-                f"inferq-{spec.name}", prepared.lanes, target.knobs, intake.too_late, on_finished,
-                on_begun, audit, prepared.fit,
-            )  # fmt: skip
+                f"inferq-{spec.name}",
+                prepared.lanes,
+                target.knobs,
+                intake.too_late,
+                on_finished,
+                on_begun,
+                audit,
+                prepared.fit,
+            )
             served = ServedModel(
-                loaded, prepared, lanes, target,
-                advert=advert, intake=intake,
+                loaded,
+                prepared,
+                lanes,
+                target,
+                advert=advert,
+                intake=intake,
                 results=Results(worker, config.engine, spec.version, padding),
-                counts=counts, audit=audit, steps=names.priority_steps,
-            )  # fmt: skip
+                counts=counts,
+                audit=audit,
+                steps=names.priority_steps,
+            )
             prepared.serve()
             lanes.start()
             undo.pop_all()
         logger.info(
             "model %s version %d: %s on %s, %d lanes, batches of %d, ready in %.1f s",
-            spec.name, spec.version, config.engine, loaded.device, len(lanes), target.size,
-            time.monotonic() - began, extra=about(model=spec.name),
-        )  # fmt: skip
+            spec.name,
+            spec.version,
+            config.engine,
+            loaded.device,
+            len(lanes),
+            target.size,
+            time.monotonic() - began,
+            extra=about(model=spec.name),
+        )
         return served
 
     def _tell_of_rows(self) -> None:

@@ -101,7 +101,9 @@ class Observers:
                 more = f" (and {unsaid} more like it before)" if unsaid else ""
                 logger.error(
                     "%s raised; requests are served all the same%s",
-                    method, more, exc_info=problem,
-                )  # fmt: skip
+                    method,
+                    more,
+                    exc_info=problem,
+                )
         except Exception:  # noqa: BLE001 - a log that cannot be written costs no request either
             return

@@ -96,10 +96,16 @@ class DataPlane:
         self._held = Held(self._models, Budget(models, budget_bytes()))
         self._settling = Settling(self._models, self._held, control, observers)
         self._incarnation = Incarnation(
-            client, names, self._models,
-            lease=lease, recoverer=recoverer, held=self._held, settling=self._settling,
-            result_expires_s=result_expires_s, reply_timeout_s=reply_timeout_s,
-        )  # fmt: skip
+            client,
+            names,
+            self._models,
+            lease=lease,
+            recoverer=recoverer,
+            held=self._held,
+            settling=self._settling,
+            result_expires_s=result_expires_s,
+            reply_timeout_s=reply_timeout_s,
+        )
         #: On the present link, or the one before.
         self._ledger: Ledger | None = None
         self._claiming = True
@@ -265,9 +271,14 @@ class DataPlane:
             link.open()
             self._ledger = ledger = incarnation.ledger(link)
             admission = Admission(
-                ledger, receiver, self._clock, self._models, self._held, self._settling,
+                ledger,
+                receiver,
+                self._clock,
+                self._models,
+                self._held,
+                self._settling,
                 self._observers,
-            )  # fmt: skip
+            )
             incarnation.catch_up(link, ledger, admission)
             self._serve(link, ledger, admission)
         except LeaseLost:
@@ -391,9 +402,12 @@ class DataPlane:
         if sending:
             # kill point: settle-answered
             self._settling.settled(
-                sending, exchange.storing, ledger.settles_sent,
-                exchange.overtaken, self._clock.now(),
-            )  # fmt: skip
+                sending,
+                exchange.storing,
+                ledger.settles_sent,
+                exchange.overtaken,
+                self._clock.now(),
+            )
         admission.take_on(exchange.claimed, exchange.suspicious)
         if exchange.missed:
             ledger.arm()

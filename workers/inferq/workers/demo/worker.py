@@ -36,9 +36,15 @@ class WorkerProcess:
 
     def __init__(self, models: Path, redis_url: str) -> None:
         self._command = [
-            sys.executable, "-m", "inferq.workers.cli", "worker", "--models", str(models),
-            "--name", f"demo{os.getpid()}@%h",
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "inferq.workers.cli",
+            "worker",
+            "--models",
+            str(models),
+            "--name",
+            f"demo{os.getpid()}@%h",
+        ]
         self._env = {**os.environ, "INFERQ_REDIS_URL": redis_url}
         self._log = tempfile.NamedTemporaryFile(prefix="inferq-worker-", suffix=".log")  # noqa: SIM115
         self._process: subprocess.Popen[bytes] | None = None

@@ -26,8 +26,9 @@ def audits(client: redis.Redis, names: Names) -> Iterator[Finding]:
             amiss = True
             goes_on = "runs request by request now" if model.unbatched else "goes on in batches"
             yield warning(
-                f"model {model.model}", f"on {worker.node}: {model.mismatch}; it {goes_on}",
+                f"model {model.model}",
+                f"on {worker.node}: {model.mismatch}; it {goes_on}",
                 "write batchable = false into its model.toml",
-            )  # fmt: skip
+            )
     if done and not amiss:
         yield ok("audits", f"{done} answers looked at again; none depended on its batch")

@@ -28,14 +28,18 @@ _COLOURS: Final = {Level.OK: "green", Level.WARNING: "yellow", Level.ERROR: "red
 
 @click.command()
 @click.option(
-    "--models", "folder", envvar="INFERQ_MODELS", type=click.Path(path_type=Path),
+    "--models",
+    "folder",
+    envvar="INFERQ_MODELS",
+    type=click.Path(path_type=Path),
     help="The model repository to look at. Also: INFERQ_MODELS.",
-)  # fmt: skip
+)
 @click.option("--json", "as_json", is_flag=True, help="JSON, for programs.")
 @click.option(
-    "--redis-url", envvar=["INFERQ_REDIS_URL", "CELERY_BROKER_URL"],
+    "--redis-url",
+    envvar=["INFERQ_REDIS_URL", "CELERY_BROKER_URL"],
     help="Where the queues are. Also: INFERQ_REDIS_URL, CELERY_BROKER_URL.",
-)  # fmt: skip
+)
 def doctor(folder: Path | None, as_json: bool, redis_url: str | None) -> None:
     """Check Redis, this host, the models and the workers; say what to do.
 

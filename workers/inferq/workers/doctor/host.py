@@ -109,8 +109,9 @@ def _bounds() -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
         low = re.search(r">=([\d.]+)", line)
         high = re.search(r"<([\d.]+)", line)
         found[name.group()] = (
-            _numbers(low.group(1)) if low else (), _numbers(high.group(1)) if high else (),
-        )  # fmt: skip
+            _numbers(low.group(1)) if low else (),
+            _numbers(high.group(1)) if high else (),
+        )
     return found
 
 

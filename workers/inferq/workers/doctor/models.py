@@ -56,9 +56,10 @@ def _of_one(check: str, root: Path, name: str, on_cpu: bool) -> Finding:
         return ok(check, found)
     newer = "; ".join(f"version {v.version}: {v.reason}" for v in spec.passed_over)
     return warning(
-        check, f"{found}; passed over: {newer}",
+        check,
+        f"{found}; passed over: {newer}",
         f"make version {spec.passed_over[0].version} whole, or delete it",
-    )  # fmt: skip
+    )
 
 
 def _read_a_little(folder: Path) -> None:

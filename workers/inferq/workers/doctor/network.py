@@ -23,22 +23,25 @@ def network(url: str) -> Iterator[Finding]:
         far = [host for host in hosts if not is_loopback(host)]
         if far:
             yield warning(
-                "network", f"requests, results and the password go to {', '.join(far)} as they "
+                "network",
+                f"requests, results and the password go to {', '.join(far)} as they "
                 "are: whoever is on the way reads and changes them",
                 "use TLS: rediss:// in the URL",
-            )  # fmt: skip
+            )
     elif not tls.verifies:
         yield warning(
-            "network", "TLS without verification: ssl_cert_reqs is none, so that whoever is on "
+            "network",
+            "TLS without verification: ssl_cert_reqs is none, so that whoever is on "
             "the way may stand in for Redis",
             "take it out of the URL; name a CA of your own by ssl_ca_certs=FILE",
-        )  # fmt: skip
+        )
     elif not tls.check_hostname:
         yield warning(
-            "network", "TLS without the host's name: whoever has any certificate that is trusted "
+            "network",
+            "TLS without the host's name: whoever has any certificate that is trusted "
             "may stand in for Redis",
             "take ssl_check_hostname out of the URL, and name the host as its certificate does",
-        )  # fmt: skip
+        )
     else:
         yield ok("network", f"TLS, and the certificate must be of {', '.join(hosts)}")
 

@@ -36,16 +36,18 @@ def unreachable(url: str, problem: Exception) -> Finding:
     text = str(problem)
     if isinstance(problem, AuthenticationError) or "NOAUTH" in text or "WRONGPASS" in text:
         return error(
-            "redis", f"{at} refuses the user or password: {text}",
+            "redis",
+            f"{at} refuses the user or password: {text}",
             "put the right ones into the URL: redis://user:password@host:port/db, with special "
             "characters percent-encoded",
-        )  # fmt: skip
+        )
     if isinstance(problem, ResponseError):
         return error("redis", f"{at} refuses to talk: {text}", "see the Redis server's log")
     return error(
-        "redis", f"{at} does not answer: {text}",
+        "redis",
+        f"{at} does not answer: {text}",
         "correct the URL (--redis-url, INFERQ_REDIS_URL), or start Redis there",
-    )  # fmt: skip
+    )
 
 
 def open_to_all(url: str) -> Iterator[Finding]:
@@ -63,9 +65,10 @@ def open_to_all(url: str) -> Iterator[Finding]:
         except (ResponseError, AuthenticationError):
             return
     yield warning(
-        "password", "Redis lets in who has none: its user default has no password",
+        "password",
+        "Redis lets in who has none: its user default has no password",
         "set one, or switch that user off: ACL SETUSER default off; docs/deploy.md",
-    )  # fmt: skip
+    )
 
 
 def examine(client: redis.Redis, url: str) -> Iterator[Finding]:
@@ -119,10 +122,11 @@ def _clock(client: redis.Redis) -> Finding:
     if abs(ahead) < CLOCK_S:
         return ok("clock", found)
     return warning(
-        "clock", found,
+        "clock",
+        found,
         "keep both by NTP: Celery's ETAs and `expires` are written by one clock and read by "
         "another (inferq's own deadlines go by Redis' alone)",
-    )  # fmt: skip
+    )
 
 
 def _persistence(info: Mapping[str, Any], save: str | None, fsync: str | None) -> Iterator[Finding]:
@@ -130,35 +134,40 @@ def _persistence(info: Mapping[str, Any], save: str | None, fsync: str | None) -
     if int(info.get("aof_enabled", 0)):
         if info.get("aof_last_write_status", "ok") != "ok":
             yield error(
-                check, "appendonly, but its last write failed: Redis refuses all writes",
+                check,
+                "appendonly, but its last write failed: Redis refuses all writes",
                 "see Redis' log; is its disk full?",
-            )  # fmt: skip
+            )
         elif fsync == "no":
             yield warning(
-                check, "appendonly with appendfsync no: a machine that dies loses what its "
+                check,
+                "appendonly with appendfsync no: a machine that dies loses what its "
                 "kernel had not written, usually the last 30 s",
                 "set appendfsync everysec",
-            )  # fmt: skip
+            )
         else:
             lost = "nothing" if fsync == "always" else "at most about the last second"
             yield ok(check, f"appendonly: a Redis that dies loses {lost}")
     elif save == "":
         yield warning(
-            check, "none: if Redis ends, all requests, results and dead letters are lost",
+            check,
+            "none: if Redis ends, all requests, results and dead letters are lost",
             f"set {_FOREVER}",
-        )  # fmt: skip
+        )
     else:
         points = f" ({save})" if save else ""
         yield warning(
-            check, f"snapshots only{points}: a Redis that dies loses all since the last one, "
+            check,
+            f"snapshots only{points}: a Redis that dies loses all since the last one, "
             f"{int(info.get('rdb_changes_since_last_save', 0))} changes by now",
             f"set {_FOREVER}",
-        )  # fmt: skip
+        )
     if save != "" and info.get("rdb_last_bgsave_status", "ok") != "ok":
         yield error(
-            check, "the last snapshot failed: Redis refuses writes until one succeeds",
+            check,
+            "the last snapshot failed: Redis refuses writes until one succeeds",
             "see Redis' log; is its disk full, or vm.overcommit_memory 0?",
-        )  # fmt: skip
+        )
 
 
 def _memory(info: Mapping[str, Any]) -> Iterator[Finding]:
@@ -170,16 +179,17 @@ def _memory(info: Mapping[str, Any]) -> Iterator[Finding]:
     else:
         when = "once it is full" if most else "once it has a maxmemory"
         yield error(
-            "eviction", f"maxmemory-policy {policy}, {limit}: Redis drops requests, payloads and "
+            "eviction",
+            f"maxmemory-policy {policy}, {limit}: Redis drops requests, payloads and "
             f"results {when}",
             "set maxmemory-policy noeviction (redis.conf, or CONFIG SET)",
-        )  # fmt: skip
+        )
     if most and used >= NEARLY_FULL * most:
         yield warning(
-            "memory", f"{used / 1e6:.0f} of {most / 1e6:.0f} MB used: a full Redis takes no "
-            "requests",
+            "memory",
+            f"{used / 1e6:.0f} of {most / 1e6:.0f} MB used: a full Redis takes no requests",
             "raise maxmemory, or lower max_queue_bytes and INFERQ_RESULT_EXPIRES_S",
-        )  # fmt: skip
+        )
 
 
 def _setting(client: redis.Redis, name: str) -> str | None:

@@ -37,16 +37,18 @@ def workers(settings: Settings) -> Iterator[Finding]:
         listed = ", ".join(models)
         if told is None:
             yield warning(
-                f"worker {node}", f"consumes {listed}, and did not say what it is",
+                f"worker {node}",
+                f"consumes {listed}, and did not say what it is",
                 f"ask again: celery -A inferq.workers.app inspect stats -d {node}",
-            )  # fmt: skip
+            )
         elif "inferq_models" not in told:
             queues = ",".join(f"inferq.{model}" for model in models)
             yield error(
-                f"worker {node}", f"a stock Celery worker takes the requests of {listed} and drops "
+                f"worker {node}",
+                f"a stock Celery worker takes the requests of {listed} and drops "
                 "them: it has no task inferq.infer",
                 f"stop it, or start it without -Q {queues}; celery -A inferq.workers.app serves",
-            )  # fmt: skip
+            )
         else:
             found = f"{told.get('inferq_state', 'serving')} {told['inferq_models']}"
             yield _serving(node, found, str(told.get("inferq_not_served") or ""))
@@ -67,9 +69,10 @@ def _silent(settings: Settings) -> Iterator[Finding]:
         published = read_stats(client, settings.names())
     if not published:
         yield warning(
-            "workers", f"none that answers within {ANSWER_S:g} s consumes a queue of ours",
+            "workers",
+            f"none that answers within {ANSWER_S:g} s consumes a queue of ours",
             "start one: inferq worker --models DIR",
-        )  # fmt: skip
+        )
     for worker in published:
         served = ", ".join(f"{model.model}:{model.version}" for model in worker.models)
         yield _serving(
@@ -79,9 +82,10 @@ def _silent(settings: Settings) -> Iterator[Finding]:
         )
     if published and settings.remote_control:
         yield warning(
-            "remote control", "no worker answers it",
+            "remote control",
+            "no worker answers it",
             "nothing if they were started with INFERQ_REMOTE_CONTROL=0; else see their logs",
-        )  # fmt: skip
+        )
 
 
 def _models(queues: list[dict[str, Any]] | None) -> list[str]:

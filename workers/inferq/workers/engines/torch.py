@@ -110,10 +110,14 @@ class TorchEngine(Engine):
         with ExitStack() as stack:
             lanes = stack.enter_context(
                 opened(
-                    program, layout, spec,
-                    count=spec.config.lanes or LANES, buckets=buckets, graphs=graphs,
+                    program,
+                    layout,
+                    spec,
+                    count=spec.config.lanes or LANES,
+                    buckets=buckets,
+                    graphs=graphs,
                 )
-            )  # fmt: skip
+            )
             return LoadedModel(
                 spec,
                 "cuda",

@@ -47,11 +47,15 @@ def opened(
             function = flat_function(move_to_device_pass(program, "cuda"))
             for _ in range(count):
                 lane = CudaLane(
-                    gpu, _Executor(function, layout),
+                    gpu,
+                    _Executor(function, layout),
                     {tensor.name: tensor.dtype for tensor in signature.inputs},
                     {tensor.name: tensor.dtype for tensor in signature.outputs},
-                    largest, limit, buckets=buckets, graphs=graphs,
-                )  # fmt: skip
+                    largest,
+                    limit,
+                    buckets=buckets,
+                    graphs=graphs,
+                )
                 stack.callback(lane.close)
                 lanes.append(lane)
         yield lanes
@@ -107,8 +111,9 @@ class _Executor:
         self._addresses.clear()
 
     def _compute(self) -> None:
-        inputs = {leaf.name: self._on_device(leaf.name) for leaf in self._layout.leaves
-                  if leaf.is_tensor}  # fmt: skip
+        inputs = {
+            leaf.name: self._on_device(leaf.name) for leaf in self._layout.leaves if leaf.is_tensor
+        }
         for name, tensor in zip(self._outputs, self._call(inputs), strict=True):
             self._on_device(name).copy_(tensor)
 
@@ -134,8 +139,11 @@ class _Memory:
 
     def __init__(self, address: int, shape: Shape, typestr: str) -> None:
         self.__cuda_array_interface__ = {
-            "data": (address, False), "shape": shape, "typestr": typestr, "version": 3,
-        }  # fmt: skip
+            "data": (address, False),
+            "shape": shape,
+            "typestr": typestr,
+            "version": 3,
+        }
 
 
 class _Graph:

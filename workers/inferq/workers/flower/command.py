@@ -16,27 +16,40 @@ flower command: from inferq.workers.flower.configure import configure; configure
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.option(
-    "--redis-url", envvar=["INFERQ_REDIS_URL", "CELERY_BROKER_URL"],
+    "--redis-url",
+    envvar=["INFERQ_REDIS_URL", "CELERY_BROKER_URL"],
     help="Where the queues are. Also: INFERQ_REDIS_URL, CELERY_BROKER_URL.",
-)  # fmt: skip
+)
 @click.option(
-    "--address", default="127.0.0.1", show_default=True, envvar="FLOWER_ADDRESS",
+    "--address",
+    default="127.0.0.1",
+    show_default=True,
+    envvar="FLOWER_ADDRESS",
     help="Listen here. Also: FLOWER_ADDRESS.",
-)  # fmt: skip
+)
 @click.option(
-    "--port", default=5555, show_default=True, envvar="FLOWER_PORT",
-    type=click.IntRange(0, 65535), help="Also: FLOWER_PORT.",
-)  # fmt: skip
+    "--port",
+    default=5555,
+    show_default=True,
+    envvar="FLOWER_PORT",
+    type=click.IntRange(0, 65535),
+    help="Also: FLOWER_PORT.",
+)
 @click.option(
-    "--basic-auth", metavar="USER:PASSWORD", envvar="INFERQ_FLOWER_BASIC_AUTH",
+    "--basic-auth",
+    metavar="USER:PASSWORD",
+    envvar="INFERQ_FLOWER_BASIC_AUTH",
     help="Let in only who knows it. Off loopback one is made up and printed if none is given. "
     "Also, and better, since others see a command line: INFERQ_FLOWER_BASIC_AUTH.",
-)  # fmt: skip
+)
 @click.option(
-    "--allow-host", "hosts", metavar="NAME[,NAME…]", envvar="INFERQ_FLOWER_HOSTS",
+    "--allow-host",
+    "hosts",
+    metavar="NAME[,NAME…]",
+    envvar="INFERQ_FLOWER_HOSTS",
     help="On loopback, without a password: answer also where a browser asks for this host, as "
     "through a proxy that passes the Host on. Also: INFERQ_FLOWER_HOSTS.",
-)  # fmt: skip
+)
 @click.argument("flower_options", nargs=-1, type=click.UNPROCESSED)
 def flower(
     redis_url: str | None,

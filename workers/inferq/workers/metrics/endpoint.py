@@ -64,9 +64,13 @@ class Endpoint:
         self._end: Callable[[], object] = lambda: None
         self._lock = threading.Lock()
         self.loop = Periodic(
-            "metrics", self._turn, every_s=0.0, stall_s=math.inf,
-            failing="no metrics for the moment", logger=logger,
-        )  # fmt: skip
+            "metrics",
+            self._turn,
+            every_s=0.0,
+            stall_s=math.inf,
+            failing="no metrics for the moment",
+            logger=logger,
+        )
         #: Where it is; port 0 of the address stands for any that is free.
         self.url = ""
 
@@ -141,9 +145,10 @@ class Endpoint:
         if path != "/metrics":
             return 404, _TEXT, b"expected /metrics or /healthz\n"
         accepted = [
-            value for name, _, value in (h.partition(":") for h in headers)
+            value
+            for name, _, value in (h.partition(":") for h in headers)
             if name.lower() == "accept"
-        ]  # fmt: skip
+        ]
         encode, kind = _format(",".join(accepted))
         try:
             return 200, kind, encode(self._registry)

@@ -56,11 +56,14 @@ _HISTOGRAMS: Final = (
 )  # fmt: skip
 #: Of `ModelStats`, by model.
 _COUNTERS: Final = (
-    ("attempts", "inferq_request_retries",
-     "How often a request was begun again since its worker had died."),
+    (
+        "attempts",
+        "inferq_request_retries",
+        "How often a request was begun again since its worker had died.",
+    ),
     ("busy_s", "inferq_lane_busy_seconds", "Time that lanes have computed, all lanes together."),
     ("audit_s", "inferq_audit_seconds", "Time that audits of answers have taken, all together."),
-)  # fmt: skip
+)
 _GAUGES: Final = (
     ("lanes", "inferq_lanes", "Lanes, each of which computes one batch at a time."),
     ("lanes_busy", "inferq_lanes_busy", "Lanes that compute."),
@@ -160,9 +163,10 @@ def _models(models: Sequence[ModelStats]) -> Iterator[Metric]:
         "inferq_request_failures", "Failed requests by error.", labels=["model", "code"]
     )
     audits = CounterMetricFamily(
-        "inferq_audits", "Requests that were run again alone, by what came of it.",
+        "inferq_audits",
+        "Requests that were run again alone, by what came of it.",
         labels=["model", "result"],
-    )  # fmt: skip
+    )
     for each in models:
         info.add_metric([each.model, str(each.version), each.engine], 1)
         for result, count in each.audits.items():

@@ -43,9 +43,12 @@ class StatsPublisher:
         self._answered: dict[str, int] = {}
         self._answered_at: float | None = None
         self.loop = Periodic(
-            "stats", self._publish, every_s=EVERY_S,
-            failing="stats are not published", logger=logger,
-        )  # fmt: skip
+            "stats",
+            self._publish,
+            every_s=EVERY_S,
+            failing="stats are not published",
+            logger=logger,
+        )
 
     def start(self) -> None:
         self.loop.start()

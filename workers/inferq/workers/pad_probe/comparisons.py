@@ -148,9 +148,10 @@ class Comparisons:
         if all(a.size > 1 and (a == a.flat[0]).all() for a in inputs.values()):
             # Where all is equal, rounding decides which of them an index names.
             alone = {
-                name: a for name, a in alone.items()
+                name: a
+                for name, a in alone.items()
                 if a.dtype.kind in "fc" or a.shape != answer[name].shape
-            }  # fmt: skip
+            }
         found = self._largest(alone, answer)
         if found is None:
             return None
@@ -159,9 +160,10 @@ class Comparisons:
             return found
         # An output that varies from run to run anyhow shows nothing but its shape.
         steady = {
-            name: a for name, a in alone.items()
+            name: a
+            for name, a in alone.items()
             if a.shape != answer[name].shape or self._largest({name: a}, again) is None
-        }  # fmt: skip
+        }
         return self._largest(steady, answer)
 
     def _largest(self, expected: Tensors, got: Tensors) -> Difference | None:

@@ -80,9 +80,10 @@ class Examples:
         """The most telling ones first."""
         specs = self._signature.inputs
         words = [
-            spec.name for spec in specs
+            spec.name
+            for spec in specs
             if _kind(spec) in "iu" and self._padded[spec.name] and spec.name not in self._masks
-        ]  # fmt: skip
+        ]
         lone = sum(map(bool, self._padded.values())) == 1
         found = [_RANDOM, *([_MASKED] if self._masks or words else [])]
         found += [_FLOATS[0]] if any(_kind(spec) in "fc" for spec in specs) else []

@@ -40,10 +40,14 @@ def probe_padding(model: LoadedModel) -> Padding:
         return lane.run(Batch([inputs], 1, bucket, spec.batchable))
 
     return measured_padding(
-        spec.signature, spec.config.pad, run,
-        batch=spec.batch_symbol, known=spec.config.known_sizes, name=spec.name,
+        spec.signature,
+        spec.config.pad,
+        run,
+        batch=spec.batch_symbol,
+        known=spec.config.known_sizes,
+        name=spec.name,
         rounding=model.rounding,
-    )  # fmt: skip
+    )
 
 
 def measured_padding(
@@ -85,14 +89,21 @@ def measured_padding(
             )
     logger.info(
         "model %s: padded as it says, in %d runs that took %.1f s answers stay as they are%s",
-        name, trials.runs, trials.took_s, _growth_told(measured), extra=about(model=name),
-    )  # fmt: skip
+        name,
+        trials.runs,
+        trials.took_s,
+        _growth_told(measured),
+        extra=about(model=name),
+    )
     if comparisons.left_out:
         logger.warning(
             "model %s: [pad] was probed for %.0f s only, so %d of %d comparisons were left out",
-            name, trials.took_s, comparisons.left_out,
-            comparisons.left_out + sum(comparisons.made.values()), extra=about(model=name),
-        )  # fmt: skip
+            name,
+            trials.took_s,
+            comparisons.left_out,
+            comparisons.left_out + sum(comparisons.made.values()),
+            extra=about(model=name),
+        )
     return comparisons.padding
 
 

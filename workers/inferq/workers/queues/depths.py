@@ -119,8 +119,9 @@ class DepthReader:
                 strays.add(model)
             else:
                 unlisted += 1
-        return Found(known=sorted(filter(is_model_name, known)), strays=sorted(strays),
-                     unlisted=unlisted)  # fmt: skip
+        return Found(
+            known=sorted(filter(is_model_name, known)), strays=sorted(strays), unlisted=unlisted
+        )
 
     def read(self, models: Sequence[str] | None = None) -> Depths:
         """The depths of `models` in their order, or of all that are known."""

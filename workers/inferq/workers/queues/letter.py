@@ -86,9 +86,16 @@ def read_letter(model: str, raw: bytes) -> Letter:
         reason = f"not a dead letter: {problem}"
         return Letter(model, raw, None, reason, 0, 0.0, "", raw, len(raw), genuine=False)
     return Letter(
-        model, raw, stored.id, stored.reason, stored.attempts, stored.at_ms, stored.worker,
-        stored.message, max(stored.size, len(stored.message)),
-    )  # fmt: skip
+        model,
+        raw,
+        stored.id,
+        stored.reason,
+        stored.attempts,
+        stored.at_ms,
+        stored.worker,
+        stored.message,
+        max(stored.size, len(stored.message)),
+    )
 
 
 def headers_in(message: bytes) -> dict[str, Any]:

@@ -271,9 +271,15 @@ class _Study:
         return [name for name in outputs if name not in self._untold and name not in self._varying]
 
     def _differs(
-        self, name: str, base: Tensors, row: int, got: Tensors, place: int, scale: float,
+        self,
+        name: str,
+        base: Tensors,
+        row: int,
+        got: Tensors,
+        place: int,
+        scale: float,
         again: Callable[[], Tensors | None],
-    ) -> Difference | None:  # fmt: skip
+    ) -> Difference | None:
         """How `got` at `place` differs from `base` at `row`, and not from itself, run again."""
         right, seen = base[name][row : row + 1], got[name][place : place + 1]
         usual = self._usual.get(name, 0.0)

@@ -99,9 +99,13 @@ class Heartbeat:
         self._steps = 0
         self._progressed = time.monotonic()
         self._loop = Periodic(
-            "heartbeat", self._turn, every_s=BEAT_S, max_retry_s=BEAT_S,
-            failing="no heartbeat", logger=logger,
-        )  # fmt: skip
+            "heartbeat",
+            self._turn,
+            every_s=BEAT_S,
+            max_retry_s=BEAT_S,
+            failing="no heartbeat",
+            logger=logger,
+        )
 
     def start(self) -> None:
         """Write it, from now on. ConfigError if it cannot be written."""
@@ -165,13 +169,18 @@ class Heartbeat:
         self._serves = plane is not None and plane.answered_at > 0
         state = SERVING if self._serves else LOADING
         return Beat(
-            pid=os.getpid(), node=self._node, state=STOPPING if self.stopping else state,
-            written=now, answered=plane.answered_at if plane is not None else 0.0,
-            computing=computing, waiting=waiting,
+            pid=os.getpid(),
+            node=self._node,
+            state=STOPPING if self.stopping else state,
+            written=now,
+            answered=plane.answered_at if plane is not None else 0.0,
+            computing=computing,
+            waiting=waiting,
             overdue=any(model.overdue() for model in models),
             stuck_s=round(now - self._progressed, 3),
             not_served=self._not_served(),
-            redis=self.redis, run_id=plane.run_id if plane is not None else "",
+            redis=self.redis,
+            run_id=plane.run_id if plane is not None else "",
             links_s=0.0 if silent or plane is None else round(links_s(plane, self.links), 3),
             loops=self._lasting(troubles(self._loops())),
-        )  # fmt: skip
+        )

@@ -62,9 +62,10 @@ def run_id_of(settings: Settings) -> str:
     """The server's run id; empty if it does not answer."""
     try:
         with redis_client(
-            settings.redis_url, sentinel_master=settings.sentinel_master,
+            settings.redis_url,
+            sentinel_master=settings.sentinel_master,
             socket_timeout=_ANSWER_S,
-        ) as client:  # fmt: skip
+        ) as client:
             reply: Any = client.execute_command("INFO", "server")
     except (redis.RedisError, OSError):
         return ""

@@ -231,9 +231,11 @@ class Supervisor:
         if not child.served and beat.state == SERVING:
             child.served, child.proven = time.monotonic(), True
             logger.info(
-                "%s serves, %.1f s after its start", child.node, child.served - child.started,
+                "%s serves, %.1f s after its start",
+                child.node,
+                child.served - child.started,
                 extra=_of(child),
-            )  # fmt: skip
+            )
         reason = stuck(beat)
         if beat.state != LOADING and now - child.beat_at > SILENT_S:
             reason = f"no heartbeat for {now - child.beat_at:.0f} s"
@@ -300,14 +302,18 @@ class Supervisor:
                 if not child.failed_recovery:
                     child.failed_recovery = True
                     logger.warning(
-                        "what %s held is not put back yet: %s", child.node, problem,
+                        "what %s held is not put back yet: %s",
+                        child.node,
+                        problem,
                         extra=_of(child),
-                    )  # fmt: skip
+                    )
                 if time.monotonic() < until:
                     return
                 logger.warning(
-                    "what %s held waits for its lease to end: %s", child.node, problem,
+                    "what %s held waits for its lease to end: %s",
+                    child.node,
+                    problem,
                     extra=_of(child),
-                )  # fmt: skip
+                )
             child.failed_recovery = False
             del child.dead[prefix]

@@ -80,6 +80,5 @@ def used(flavour: str) -> dict[str, tuple[str, ...]]:
     """Class → all names that are used of it in `flavour`."""
     only = USED_ONLY[flavour]
     return {
-        name: (*USED.get(name, ()), *only.get(name, ()))
-        for name in dict.fromkeys([*USED, *only])
-    }  # fmt: skip
+        name: (*USED.get(name, ()), *only.get(name, ())) for name in dict.fromkeys([*USED, *only])
+    }

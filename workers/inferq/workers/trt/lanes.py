@@ -63,9 +63,15 @@ def opened(
     try:
         with gpu:
             contexts = _open_lanes(
-                gpu, loaded, lanes, count=count, buckets=buckets, own_graphs=own_graphs,
-                cuda_graphs=cuda_graphs, runtime_cache=runtime_cache,
-            )  # fmt: skip
+                gpu,
+                loaded,
+                lanes,
+                count=count,
+                buckets=buckets,
+                own_graphs=own_graphs,
+                cuda_graphs=cuda_graphs,
+                runtime_cache=runtime_cache,
+            )
         yield Opened(lanes, contexts)
     finally:
         for lane in lanes:
@@ -115,9 +121,15 @@ def _open_lanes(
             "%d lanes of %.1f MB of GPU memory each (%.1f MB for tensors, %.1f MB for %d of "
             "TensorRT's contexts), and %.1f MB of pinned memory; %.0f of %.0f MB of the GPU are "
             "free",
-            count, (context_bytes + buffers) / _MB, buffers / _MB, context_bytes / _MB,
-            len(profiles), buffers / _MB, (free + context_bytes) / _MB, total / _MB,
-        )  # fmt: skip
+            count,
+            (context_bytes + buffers) / _MB,
+            buffers / _MB,
+            context_bytes / _MB,
+            len(profiles),
+            buffers / _MB,
+            (free + context_bytes) / _MB,
+            total / _MB,
+        )
         check_memory(gpu, count, context_bytes + buffers, buckets, taken=context_bytes)
     except BaseException:
         first.close()
@@ -125,10 +137,16 @@ def _open_lanes(
     for number in range(count):
         lanes.append(
             CudaLane(
-                gpu, executor() if number else first, inputs, outputs, largest, limit,
-                buckets=buckets, graphs=cuda_graphs,
+                gpu,
+                executor() if number else first,
+                inputs,
+                outputs,
+                largest,
+                limit,
+                buckets=buckets,
+                graphs=cuda_graphs,
             )
-        )  # fmt: skip
+        )
     return first.contexts
 
 

@@ -106,8 +106,10 @@ def _wait(file: int, path: Path, deadline: float, wait_s: float, progress: Progr
                 told = now
                 logger.info(
                     "waiting for %s, which builds the same plan (%s), for at most %.0f s",
-                    holder, path.stem, deadline - now,
-                )  # fmt: skip
+                    holder,
+                    path.stem,
+                    deadline - now,
+                )
             stop_if_asked(progress)
             time.sleep(min(pause, max(0.0, deadline - now)))
             pause = min(pause * 1.5, _PAUSE_S)

@@ -182,8 +182,9 @@ class PlanFolder:
         except (OSError, plan_lock.StillLocked) as problem:
             logger.warning(
                 "%s cannot be written (%s): the plan is verified again next time",
-                path, getattr(problem, "strerror", problem),
-            )  # fmt: skip
+                path,
+                getattr(problem, "strerror", problem),
+            )
         return replace(plan, record=record)
 
     @contextmanager

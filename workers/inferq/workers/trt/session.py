@@ -45,21 +45,24 @@ def opened_session(
         own = flavour.has_own_graphs
         made = stack.enter_context(
             opened(
-                gpu, flavour, plan.load(),
+                gpu,
+                flavour,
+                plan.load(),
                 count=lanes,
                 buckets=buckets,
                 own_graphs=graphs and own,
                 cuda_graphs=graphs and not own,
                 runtime_cache=lambda profile: folder.read_cache(_cache_name(plan, profile)),
             )
-        )  # fmt: skip
+        )
         if not plan.record.verified:
             run = runs_on(made.lanes[0], batchable=spec.batchable)
             checked = verify_plan(order, folder, plan, run)
             logger.info(
                 "%s: differs from ONNX Runtime by %.2g at most",
-                spec.name, checked.record.max_error,
-            )  # fmt: skip
+                spec.name,
+                checked.record.max_error,
+            )
         _keep_compiled(folder, plan, made.contexts)
         stack.callback(_keep_compiled, folder, plan, made.contexts)
         yield made.lanes

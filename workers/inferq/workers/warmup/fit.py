@@ -91,8 +91,12 @@ class Fit:
             logger.warning(
                 "model %s: there is no memory for a batch of %d rows; batches of such rows are of "
                 "at most %d now (max_batch_size = %d in model.toml keeps it so)",
-                self._name, rows, most, most, extra=about(model=self._name),
-            )  # fmt: skip
+                self._name,
+                rows,
+                most,
+                most,
+                extra=about(model=self._name),
+            )
 
     @contextmanager
     def running(self, inputs: Tensors, rows: int) -> Iterator[None]:

@@ -186,8 +186,11 @@ def _of_cgroup(folder: Path) -> Limit | None:
 
 
 def _version_2(folder: Path) -> tuple[int, int]:
-    given = [(folder / name).read_text().strip() for name in ("memory.max", "memory.high")
-             if (folder / name).exists()]  # fmt: skip
+    given = [
+        (folder / name).read_text().strip()
+        for name in ("memory.max", "memory.high")
+        if (folder / name).exists()
+    ]
     limit = min((int(text) for text in given if text != "max"), default=_NONE)
     stat = _table(folder / "memory.stat")
     cache = stat.get("inactive_file", 0) + stat.get("active_file", 0)

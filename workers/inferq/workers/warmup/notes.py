@@ -183,10 +183,15 @@ class Notes:
         if self._file is None:
             return
         note = Note(
-            os.getpid(), time.time(), limits.boot_id(), self._allowed,
+            os.getpid(),
+            time.time(),
+            limits.boot_id(),
+            self._allowed,
             max(self._trying, key=lambda size: size.elements, default=None),
-            self._survived, self._serving, limits.oom_kills(),
-        )  # fmt: skip
+            self._survived,
+            self._serving,
+            limits.oom_kills(),
+        )
         text = msgspec.json.encode(note)
         try:
             if len(text) <= NOTE_BYTES:

@@ -232,17 +232,22 @@ class Preparation:
             "model %s is not warmed up, and what fits the memory is not known, since nothing says "
             "how large %s is; expected its sizes in model.toml, as in "
             "[profile] symbol = [smallest, usual, largest]",
-            self._spec.name, " or ".join(open_dims[:3]) or "an input",
+            self._spec.name,
+            " or ".join(open_dims[:3]) or "an input",
             extra=about(model=self._spec.name),
-        )  # fmt: skip
+        )
 
     def _tell(self, warmed: Warmed, lanes: int) -> None:
         if warmed.why_lanes:
             logger.warning(
                 "model %s: %d of %d lanes, since %s; in model.toml, lanes = %d says so",
-                self._spec.name, warmed.lanes, lanes, warmed.why_lanes, warmed.lanes,
+                self._spec.name,
+                warmed.lanes,
+                lanes,
+                warmed.why_lanes,
+                warmed.lanes,
                 extra=about(model=self._spec.name),
-            )  # fmt: skip
+            )
         if warmed.why:
             self._tell_rows(warmed.rows, warmed.why)
 
@@ -250,9 +255,13 @@ class Preparation:
         logger.warning(
             "model %s: batches of at most %d rows, in place of %d, since %s; in model.toml, "
             "max_batch_size = %d says so",
-            self._spec.name, rows, self._spec.max_batch_size, why, rows,
+            self._spec.name,
+            rows,
+            self._spec.max_batch_size,
+            why,
+            rows,
             extra=about(model=self._spec.name),
-        )  # fmt: skip
+        )
 
 
 def _machine() -> dict[str, Any]:

@@ -120,9 +120,13 @@ class Runs:
         usable = tuple(size for size in self._sizes if size <= fits)
         seconds = {size: taken for size, taken in self._seconds.items() if size <= fits}
         return Warmed(
-            Tuning(seconds, usable, len(self._lanes)), fits, self._elements(fits),
-            len(self._lanes), self._why, self._why_lanes,
-        )  # fmt: skip
+            Tuning(seconds, usable, len(self._lanes)),
+            fits,
+            self._elements(fits),
+            len(self._lanes),
+            self._why,
+            self._why_lanes,
+        )
 
     def also(self, make: Callable[[int], Batch], sizes: Sequence[int]) -> None:
         """Run further usual inputs, of `sizes`, as far as they fit. After `run`."""
@@ -244,9 +248,12 @@ class Runs:
                 break
         if seconds >= TOLD_S:
             logger.info(
-                "model %s warms up: a batch of %d rows took %.1f s", self._name, batch.rows,
-                seconds, extra=about(model=self._name),
-            )  # fmt: skip
+                "model %s warms up: a batch of %d rows took %.1f s",
+                self._name,
+                batch.rows,
+                seconds,
+                extra=about(model=self._name),
+            )
 
     def _measure(self) -> None:
         """Those that are fast, from the faster end on, until they fall behind for good."""
@@ -254,8 +261,9 @@ class Runs:
         if any(taken < OUTDATED * self._known.get(n, 0.0) for n, taken in self._seconds.items()):
             logger.info(
                 "model %s is measured anew: it runs faster than it did at an earlier start",
-                self._name, extra=about(model=self._name),
-            )  # fmt: skip
+                self._name,
+                extra=about(model=self._name),
+            )
             self._known = {}
         # What an earlier start left out among those that it knew is left out again.
         seen = max(self._known, default=0)
