@@ -35,6 +35,7 @@ from inferq.shared.settings import Settings
 from inferq.workers.canvas import celery_canvas
 from inferq.workers.canvas.following import following
 from inferq.workers.canvas.link_queues import LinkQueues
+from inferq.workers.canvas.pace import Pace
 from inferq.workers.canvas.place import place_of
 from inferq.workers.canvas.sender import LinkSender
 from inferq.workers.control_plane import celery_private
@@ -262,7 +263,7 @@ def traced(app: Celery) -> Callable[[Any, Exception | None], None]:
 def ours(app: Celery, redis_url: str, redis: redis_py.Redis) -> Iterator[Celery]:
     """An app of whose canvases the messages go out by our own connections."""
     ours = make_app(Settings.load(redis_url=redis_url))
-    sender = LinkSender(redis, Names(), LinkQueues(Names()), 600, lambda attempt: attempt())
+    sender = LinkSender(redis, Names(), LinkQueues(Names()), 600, lambda attempt: attempt(), Pace())
     celery_canvas.divert(ours, sender.take, sender.push_at_once)
     celery_canvas.be_current(ours)
     celery_canvas.store_by(ours, sender.store)

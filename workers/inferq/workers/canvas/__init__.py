@@ -1,7 +1,7 @@
 """What follows on a request (links, chains, groups, chords): checked, and published as Celery does.
 
 following, options, place, link_queues   what a message may ask for; all else is refused or dropped
-publisher, sender, patience              a thread that publishes it, and how long it tries
+publisher, sender, patience, pace        a thread that publishes it: how long it tries, how fast
 chord_results, in_hand                   what a chord's parts came to; whose links are under way
 celery_canvas                            all that is private of Celery here
 """

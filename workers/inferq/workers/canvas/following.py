@@ -7,7 +7,7 @@ together. No function here calls itself, since the sender also chooses how deepl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -99,12 +99,22 @@ class _Node:
         return ".".join(reversed(path))[-200:]
 
 
-def following(embed: Mapping[str, Any], message_bytes: int, queues: LinkQueues) -> Following:
+def _go_on() -> None:
+    """Give way to nobody."""
+
+
+def following(
+    embed: Mapping[str, Any],
+    message_bytes: int,
+    queues: LinkQueues,
+    give_way: Callable[[], None] = _go_on,
+) -> Following:
     """What `embed`, from a message of so many bytes, has follow.
 
-    InvalidInput names what cannot be served; PayloadTooLarge: it would be too much to publish.
+    `give_way` is called before each signature is read. InvalidInput names what cannot be served;
+    PayloadTooLarge: it would be too much to publish.
     """
-    walk = _Walk(queues)
+    walk = _Walk(queues, MAX_FOLLOWING, give_way)
     try:
         return walk.rebuilt(embed, message_bytes)
     finally:
@@ -116,7 +126,7 @@ def check_few(embed: Mapping[str, Any], message_bytes: int, queues: LinkQueues) 
 
     Of more nothing is said: whoever publishes them finds out.
     """
-    walk = _Walk(queues, FEW)
+    walk = _Walk(queues, FEW, _go_on)
     try:
         walk.rebuilt(embed, message_bytes)
     except _TooManyToRead:
@@ -130,9 +140,10 @@ class _TooManyToRead(Exception):
 
 
 class _Walk:
-    def __init__(self, queues: LinkQueues, most: int = MAX_FOLLOWING) -> None:
+    def __init__(self, queues: LinkQueues, most: int, give_way: Callable[[], None]) -> None:
         self._queues = queues
         self._most = most
+        self._give_way = give_way
         #: Parents before what is inside of them.
         self._nodes: list[_Node] = []
 
@@ -143,6 +154,7 @@ class _Walk:
         )
         chord = self._one(embed["chord"], None, "chord") if embed.get("chord") else None
         for node in self._nodes:  # which grows meanwhile
+            self._give_way()
             try:
                 self._build(node)
             except InvalidInput as problem:

@@ -31,6 +31,7 @@ from inferq.workers.canvas.chord_results import ChordResults
 from inferq.workers.canvas.following import following
 from inferq.workers.canvas.in_hand import InHand
 from inferq.workers.canvas.link_queues import LinkQueues
+from inferq.workers.canvas.pace import Pace
 from inferq.workers.canvas.patience import Patience, Stopped
 from inferq.workers.canvas.place import place_of
 from inferq.workers.canvas.sender import LinkSender
@@ -93,10 +94,11 @@ class Canvas:
         )
         self._patience = Patience(client, self.loop)
         self._in_hand = InHand(client, self._names)
+        self._pace = Pace()
         self._sender = LinkSender(
-            client, self._names, self._queues, self._expires_s, self._patience
+            client, self._names, self._queues, self._expires_s, self._patience, self._pace
         )
-        self._chords = ChordResults(client, self._patience, self._sender.give_way)
+        self._chords = ChordResults(client, self._patience, self._pace.give_way)
         self._apps = _apps(settings)
         for app in self._apps.values():
             celery_canvas.divert(app, self._sender.take, self._sender.push_at_once)
@@ -176,8 +178,10 @@ class Canvas:
 
     def _publish(self, settlement: Settlement, message: bytes) -> bool:
         """Publish what follows; whether the result is stored already."""
+        self._pace.begin()
         envelope = codec.decode_envelope(message)
-        follows = following(codec.decode_body(envelope).embed, len(message), self._queues)
+        embed = codec.decode_body(envelope).embed
+        follows = following(embed, len(message), self._queues, self._pace.give_way)
         app = self._app(envelope.content_type)
         request = celery_canvas.context_of(
             place_of(message),

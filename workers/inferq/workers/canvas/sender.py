@@ -6,7 +6,6 @@ is refused was sent, and what Redis has is not sent again when a try breaks off.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
@@ -18,12 +17,11 @@ from inferq.shared.names import Names
 from inferq.workers.canvas.celery_canvas import Published
 from inferq.workers.canvas.following import MAX_FOLLOWING, check_bytes
 from inferq.workers.canvas.link_queues import LinkQueues
+from inferq.workers.canvas.pace import Pace
 
 #: Most messages, and bytes, of one trip to Redis; one message at least.
 _TRIP_MESSAGES: Final = 100
 _TRIP_BYTES: Final = 1 << 20
-#: Seconds for which what follows on one request is made without a break, and of a break.
-GIVE_WAY_S: Final = 0.002
 
 
 class Patience(Protocol):
@@ -42,20 +40,20 @@ class LinkSender:
         queues: LinkQueues,
         expires_s: int,
         patience: Patience,
+        pace: Pace,
     ) -> None:
         self._client = client
         self._names = names
         self._queues = queues
         self._expires_s = expires_s
         self._patience = patience
+        self._pace = pace
         self._collected: list[Published] | None = None
         self.begin()
 
     def begin(self) -> None:
         """What is taken from now on is another request's."""
         self._messages = self._bytes = self._largest = 0
-        #: When (perf_counter) others could last run.
-        self._gave_way = time.perf_counter()
 
     def take(self, published: Published) -> None:
         """One message, which is pushed at once unless it is collected.
@@ -63,7 +61,7 @@ class LinkSender:
         InvalidInput, PayloadTooLarge: it may not go there, or too much went before it.
         """
         self._queues.check(published.queue)
-        self.give_way()
+        self._pace.give_way()
         self._messages += 1
         if self._messages > MAX_FOLLOWING:
             raise InvalidInput(f"more than {MAX_FOLLOWING} messages follow on it")
@@ -75,17 +73,6 @@ class LinkSender:
             self._push([published])
         else:
             self._collected.append(published)
-
-    def give_way(self) -> None:
-        """Let the other threads run for as long as this one has been.
-
-        Each message is some 0.3 ms of Python. Whoever waits for the interpreter is given it after
-        5 ms, and a claim waits some 30 times: a request that 1,000 follow on would keep all others
-        waiting for a quarter of a second.
-        """
-        if time.perf_counter() - self._gave_way > GIVE_WAY_S:
-            time.sleep(GIVE_WAY_S)
-            self._gave_way = time.perf_counter()
 
     def collecting(self, publish: Callable[[], None]) -> list[Published]:
         """Call `publish`; what it published, none of which was pushed."""
