@@ -33,6 +33,7 @@ from inferq.shared.celery_app import make_app
 from inferq.shared.names import Names
 from inferq.shared.settings import Settings
 from inferq.workers.canvas import celery_canvas
+from inferq.workers.canvas.chord_claims import ChordClaims
 from inferq.workers.canvas.following import following
 from inferq.workers.canvas.link_queues import LinkQueues
 from inferq.workers.canvas.pace import Pace
@@ -441,3 +442,40 @@ def test_an_app_can_be_kept_from_awaiting_what_it_sends(app: Celery, redis: redi
     assert subscribed(lambda: app.send_task("x", queue="q")), "stock Celery does"
     celery_canvas.await_no_results(app)
     assert not subscribed(lambda: app.send_task("x", queue="q"))
+
+
+def test_a_chords_body_is_claimed_by_a_token_that_is_handed_to_each_of_celerys_scripts(
+    ours: Celery, redis: redis_py.Redis
+) -> None:
+    """Of a worker that is told to end before the body is in Redis, the claim and parts stay."""
+    claims = ChordClaims(redis, Names())
+    celery_canvas.claim_by(ours, claims)
+    celery_canvas.claim_by(ours, claims)
+    request = asked(ours, redis, lambda infer: chord([infer], plain(ours, "body"), app=ours))
+    redis.set(f"celery-taskset-meta-{request.group}.s", 1)
+    whose = f"celery-taskset-meta-{request.group}.c"
+
+    class Told(BaseException):
+        """As `Stopped`."""
+
+    def refuse(_publish: Callable[..., object], *_: object) -> None:
+        claims.stays = True
+        raise Told
+
+    push = ours.amqp._retry_publish
+    ours.amqp._retry_publish = refuse
+    claims.begin("first")
+    redis.set(Names().fence("first"), 1)
+    with pytest.raises(Told):
+        celery_canvas.finish_chord(ours, request, "SUCCESS", OUTPUTS)
+    assert redis.get(whose) == b"inferq:first"
+    ours.amqp._retry_publish = push
+    claims.begin("second")
+    celery_canvas.finish_chord(ours, request, "SUCCESS", OUTPUTS)
+    assert not redis.llen("plain"), "the first one lives"
+    redis.delete(Names().fence("first"))
+    celery_canvas.finish_chord(ours, request, "SUCCESS", OUTPUTS)
+    assert redis.llen("plain") == 1
+    assert redis.get(whose) == b"done"
+    celery_canvas.finish_chord(ours, request, "SUCCESS", OUTPUTS)
+    assert redis.llen("plain") == 1

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 from uuid import uuid4
 
 import msgspec
@@ -196,6 +196,53 @@ def store_by(app: Celery, store: Callable[[str, bytes], None]) -> None:
         )
 
     backend._set_with_state = set_with_state
+
+
+class Claims(Protocol):
+    """See `chord_claims`."""
+
+    #: Whether the present claim is to stay.
+    stays: bool
+
+    @property
+    def token(self) -> str: ...
+
+    def free(self, key: str | bytes) -> bool: ...
+
+
+def claim_by(app: Celery, claims: Claims) -> None:
+    """Have `app` claim chords' bodies by the token of `claims`; of this thread.
+
+    Celery makes up a token each time, so that none can tell whose a claim is.
+    """
+    backend = app.backend
+    if vars(backend).get("_claims") is claims:
+        return
+    backend._claims = claims
+    count = backend._chord_part_return_script
+    extend = backend._chord_claim_extend_script
+    clean = backend._chord_cleanup_script
+
+    def counted(keys: list[str], args: list[Any], client: object) -> Any:
+        given = [*args[:-1], claims.token]
+        found = count(keys=keys, args=given, client=client)
+        ready, more, size, claimed = found
+        whole = size and ready == int(size) + int(more or 0)
+        if whole and not claimed and claims.free(keys[-1]):
+            found = count(keys=keys, args=given, client=client)
+        return found
+
+    def extended(keys: list[str], args: list[Any], client: object) -> Any:
+        return extend(keys=keys, args=[claims.token, *args[1:]], client=client)
+
+    def cleaned(keys: list[str], args: list[Any], client: object) -> Any:
+        if claims.stays:
+            return True
+        return clean(keys=keys, args=[claims.token, *args[1:]], client=client)
+
+    backend._chord_part_return_script = counted
+    backend._chord_claim_extend_script = extended
+    backend._chord_cleanup_script = cleaned
 
 
 class _Router:

@@ -32,8 +32,8 @@ GIVE_UP_S = 20.0
 _PASSING: Final = redis.ConnectionError | redis.TimeoutError | OutOfMemoryError | ReadOnlyError
 
 
-class Stopped(Exception):
-    """The worker stops before they are published."""
+class Stopped(BaseException):
+    """The worker stops before they are published. Celery takes no notice of it on its way."""
 
 
 def _passes(problem: Exception) -> bool:

@@ -27,6 +27,7 @@ from inferq.shared.celery_app import make_app
 from inferq.shared.errors import EngineError, InferqError, from_wire
 from inferq.shared.settings import Settings
 from inferq.workers.canvas import celery_canvas
+from inferq.workers.canvas.chord_claims import ChordClaims
 from inferq.workers.canvas.chord_results import ChordResults
 from inferq.workers.canvas.following import following
 from inferq.workers.canvas.in_hand import InHand
@@ -99,9 +100,10 @@ class Canvas:
             client, self._names, self._queues, self._expires_s, self._patience, self._pace
         )
         self._chords = ChordResults(client, self._patience, self._pace.give_way)
+        self._claims = ChordClaims(client, self._names)
         self._apps = _apps(settings)
         for app in self._apps.values():
-            celery_canvas.divert(app, self._sender.take, self._sender.push_at_once)
+            celery_canvas.divert(app, self._sender.take, self._push_body)
         self._inbox: SimpleQueue[tuple[str, Settlement, bytes]] = SimpleQueue()
         #: Those that wait, by model: one whose requests have many links keeps no other's waiting.
         self._waiting: dict[str, deque[tuple[str, Settlement, bytes]]] = {}
@@ -133,6 +135,7 @@ class Canvas:
                     done = self._published(incarnation, settlement, message)
             except Stopped:
                 break
+            # kill point: links-published
             self._in_hand.published()
             self._ready(incarnation, done)
         self._in_hand.rest()
@@ -160,6 +163,8 @@ class Canvas:
         model, request_id = settlement.model, settlement.request_id or ""
         try:
             self._patience(lambda: self._in_hand.begins(incarnation, model, request_id))
+            # kill point: links-noted
+            self._claims.begin(incarnation)
             stored = self._publish(settlement, message)
         except Stopped:
             raise
@@ -220,7 +225,16 @@ class Canvas:
         celery_canvas.await_no_results(app)
         celery_canvas.join_by(app, partial(self._chords.of, app))
         celery_canvas.store_by(app, self._sender.store)
+        celery_canvas.claim_by(app, self._claims)
         return app
+
+    def _push_body(self, publish: Callable[[], object]) -> None:
+        """Publish a chord's body. Stopped: whoever is given its last part again does."""
+        try:
+            self._sender.push_at_once(publish)
+        except Stopped:
+            self._claims.stays = True
+            raise
 
     def _push(self, publish: Callable[[], None]) -> None:
         """Publish it once all of it is known to be good."""

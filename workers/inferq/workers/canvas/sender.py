@@ -109,6 +109,7 @@ class LinkSender:
         left = list(trip)
 
         def attempt() -> None:
+            # kill point: links-unsent
             with self._client.pipeline(transaction=False) as pipe:
                 for each in left:
                     pipe.lpush(self._names.list_of(each.queue, each.priority), each.message)
@@ -123,6 +124,7 @@ class LinkSender:
                 raise refused[0]
 
         self._patience(attempt)
+        # kill point: links-sent
 
     def store(self, key: str, value: bytes) -> None:
         """Store what became of a task that follows, unless it has a result; tell who waits."""
