@@ -23,7 +23,7 @@ upgraded one by one, and the clients after them.
     later:<m>:<p>:<random> LIST  its message
     model:<m>             STRING what workers announce of a model (msgpack), expires
     serving:<m>           ZSET   i -> Redis ms at which its lease ends
-    stats:<i>             STRING what i has done so far (msgpack, see workers' metrics/counts.py),
+    stats:<i>             STRING what i has done so far (msgpack, see workers' data_plane/counts.py),
                                  expires
     nowhere               never exists (see lua/force.lua)
     reply:<client>        channel on which a client hears the ids of its settled requests
