@@ -23,8 +23,8 @@ upgraded one by one, and the clients after them.
     later:<m>:<p>:<random> LIST  its message
     model:<m>             STRING what workers announce of a model (msgpack), expires
     serving:<m>           ZSET   i -> Redis ms at which its lease ends
-    stats:<i>             STRING what i has done so far (msgpack, see workers' data_plane/counts.py),
-                                 expires
+    stats:<i>             STRING what i has done so far (msgpack, see the workers'
+                                 data_plane/counts.py), expires
     nowhere               never exists (see lua/force.lua)
     reply:<client>        channel on which a client hears the ids of its settled requests
     payload:<id>:<input>  STRING a claim-checked tensor, expires; under 1 in every version;
