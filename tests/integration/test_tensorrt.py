@@ -223,6 +223,22 @@ def test_lanes_that_do_not_fit_are_refused_with_what_would(
     worker.close()
 
 
+def test_lanes_that_fit_the_card_but_not_a_processs_share_of_it_are_refused(
+    redis_url: str, models: Path, on_gpu: Environment
+) -> None:
+    """30 of 1 MB fit 50 MB, and not half of that; two models take it one after the other."""
+    for name in ("double", "two"):
+        (models / name / "model.toml").write_text(TOML + "lanes = 15\n")
+    with Worker(redis_url, models, env=on_gpu(memory_mb=50)) as worker:
+        assert "GPU memory each, " not in worker.log
+    env = on_gpu(memory_mb=50) | {"INFERQ_PROCESSES": "2"}
+    with Worker(redis_url, models, ["double"], bad=["two"], env=env) as worker:
+        said = "model 'two': 15 lanes take 1.0 MB of GPU memory each, "
+        until(lambda: said in worker.log, what="the second is refused")
+        (line,) = {line for line in worker.log.splitlines() if said in line and "expected" in line}
+        assert " MB are free to each of 2 processes; expected in model.toml: lanes = " in line
+
+
 def test_several_profiles_take_contexts_of_their_own_and_hold_together(
     redis_url: str, models: Path, on_gpu: Environment
 ) -> None:

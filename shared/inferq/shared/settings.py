@@ -25,6 +25,8 @@ SECRET_FIELDS: Final = frozenset({"redis_url"})
 
 _DAY_S: Final = 24 * 3600
 MAX_PORT: Final = 65_535
+#: Most worker processes on one device.
+MAX_PROCESSES: Final = 64
 
 
 _LINK_QUEUES: Final = f"{ENV_PREFIX}LINK_QUEUES"
@@ -88,6 +90,9 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu"] = "auto"
     #: The GPU that the worker is pinned to, by its number in PCI order. Not set: to none.
     gpu: int | None = Field(default=None, ge=0)
+    #: How many worker processes share the device: `inferq worker` starts so many on each, and each
+    #: takes its part of cores, memory and the device's memory.
+    processes: int = Field(default=1, ge=1, le=MAX_PROCESSES)
     #: ``HOST:PORT`` at which the worker serves its metrics to Prometheus. Not set: nowhere.
     metrics: str | None = None
     #: The form of a worker's log lines: Celery's text, or JSON objects (docs/logs.md).

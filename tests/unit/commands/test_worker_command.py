@@ -22,6 +22,7 @@ from helpers.gpus import fake_nvml
 from helpers.repository import fake_model
 
 from inferq.workers.cli import inferq
+from inferq.workers.cuda import mps
 from inferq.workers.supervision.supervisor import Child
 
 HOST = socket.gethostname()
@@ -276,3 +277,98 @@ def test_a_node_is_called_as_a_file_may_be(worker: _Commanded) -> None:
     """`inferq health` looks for its heartbeat in one folder."""
     for name in ("../../etc/x", "a/b@%h"):
         assert f"Error: -n is {name!r}; expected no /" in worker.fails("-n", name)
+
+
+def test_several_processes_of_a_gpu_are_a_child_each(worker: _Commanded, nvml: Any) -> None:
+    children = worker("--gpu", "all", "--processes", "2")
+    assert [child.node.partition("@")[0] for child in children] == [
+        "gpu0-1", "gpu0-2", "gpu1-1", "gpu1-2",
+    ]  # fmt: skip
+    assert [_chosen(child) for child in children] == [_gpu(0), _gpu(0), _gpu(1), _gpu(1)]
+    assert {child.environment["INFERQ_PROCESSES"] for child in children} == {"2"}
+    assert len({child.heartbeat for child in children}) == 4
+
+
+def test_several_processes_of_the_cpu_are_a_child_each(worker: _Commanded) -> None:
+    children = worker("--cpu", "--processes", "3")
+    assert [child.node for child in children] == [f"cpu{os.getpid()}-{n}@{HOST}" for n in (1, 2, 3)]
+    assert {child.environment["INFERQ_DEVICE"] for child in children} == {"cpu"}
+
+
+def test_one_process_is_started_as_if_nothing_were_said(
+    worker: _Commanded, nvml: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = worker("--gpu", "0")
+    assert "INFERQ_PROCESSES" not in alone[0].environment
+    assert worker("--gpu", "0", "--processes", "1") == alone
+    monkeypatch.setenv("INFERQ_PROCESSES", "2")
+    assert len(worker("--gpu", "0")) == 2
+    assert worker("--gpu", "0", "--processes", "1") == alone, "the command line wins"
+
+
+@pytest.mark.parametrize("given", ["0", "65", "-1", "2.5", "two", "", "١", "1" * 5000])
+def test_a_number_of_processes_that_is_none_is_refused(worker: _Commanded, given: str) -> None:
+    assert worker.fails("--processes", given) == (
+        f"Error: --processes is {given!r}; expected a whole number from 1 to 64, of worker "
+        "processes on each device: leave it out for one\n"
+    )
+    assert worker.children == []
+
+
+@pytest.mark.parametrize("given", ["0", "65", "two"])
+def test_the_environment_may_not_ask_for_such_a_number_either(
+    worker: _Commanded, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    monkeypatch.setenv("INFERQ_PROCESSES", given)
+    assert worker.fails().startswith(f"Error: INFERQ_PROCESSES is {given!r}; expected ")
+
+
+def test_names_of_the_users_own_tell_processes_apart(worker: _Commanded, nvml: Any) -> None:
+    children = worker("--gpu", "all", "--processes", "2", "-n", "v%i.%p@%h")
+    assert [child.node.partition("@")[0] for child in children] == ["v0.1", "v0.2", "v1.1", "v1.2"]
+    assert worker("--cpu", "-n", "w%p@x")[0].node == "w1@x"
+    assert worker.fails("--cpu", "--processes", "2", "-n", "w@%h") == (
+        "Error: -n is 'w@%h'; expected %p in it, the process's number, since 2 worker processes "
+        "serve on each device\n"
+    )
+    assert "expected %i in it" in worker.fails("--gpu", "all", "--processes", "2", "-n", "w%p")
+
+
+def test_metrics_of_several_processes_are_at_ports_in_a_row(worker: _Commanded, nvml: Any) -> None:
+    children = worker("--gpu", "0,1", "--processes", "2", "--metrics", "h:9100")
+    told = [child.environment["INFERQ_METRICS"] for child in children]
+    assert told == ["h:9100", "h:9101", "h:9102", "h:9103"]
+    assert "expected a port of at most 65532" in worker.fails(
+        "--gpu", "0,1", "--processes", "2", "--metrics", "h:65533"
+    )
+
+
+def test_several_processes_share_no_heartbeat(
+    worker: _Commanded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INFERQ_HEARTBEAT_FILE", str(tmp_path / "beat"))
+    assert "since each of 2 workers has a file of its own" in worker.fails("--processes", "2")
+
+
+def test_whether_mps_runs_is_said_where_several_processes_share_a_gpu(
+    worker: _Commanded,
+    nvml: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(mps, "_PROC", tmp_path / "proc")
+    monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY", raising=False)
+    worker("--gpu", "0")
+    assert caplog.messages == []
+    worker("--gpu", "0", "--processes", "3")
+    assert caplog.messages.pop() == (
+        "3 worker processes share each GPU, and its memory; no MPS is noticed: their kernels take "
+        "turns"
+    )
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    worker("--gpu", "0", "--processes", "3")
+    assert caplog.messages.pop().endswith(f"MPS is noticed (CUDA_MPS_PIPE_DIRECTORY is {tmp_path})")
+    worker("--cpu", "--processes", "3")
+    assert caplog.messages.pop() == "3 worker processes share this host's cores"

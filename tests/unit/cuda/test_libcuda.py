@@ -53,6 +53,25 @@ def test_a_driver_that_fails_is_no_gpu(monkeypatch: pytest.MonkeyPatch, fails: s
     assert libcuda.compute_capability() is None
 
 
+def test_the_memory_is_read_from_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    _driver(
+        monkeypatch,
+        cuInit=lambda flags: 0,
+        cuDeviceGet=_set,
+        cuDeviceTotalMem_v2=lambda nbytes, handle: _set(nbytes, 80 << 30),
+    )
+    assert libcuda.total_memory() == 80 << 30
+
+
+@pytest.mark.parametrize("fails", ["cuInit", "cuDeviceGet", "cuDeviceTotalMem_v2"])
+def test_a_driver_that_fails_has_no_memory(monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+    names = ["cuInit", "cuDeviceGet", "cuDeviceTotalMem_v2"]
+    _driver(monkeypatch, **{name: lambda *_, code=100 * (name == fails): code for name in names})
+    assert libcuda.total_memory() is None
+    monkeypatch.setattr(libcuda, "_driver", lambda: None)
+    assert libcuda.total_memory() is None
+
+
 def test_contexts_are_asked_for_and_popped(monkeypatch: pytest.MonkeyPatch) -> None:
     stack = [0x1000, 0x2000]
     _driver(

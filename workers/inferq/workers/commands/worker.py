@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from inferq.shared.errors import ConfigError, InferqError
 from inferq.shared.names import is_model_name, model_of, queue_of
-
-if TYPE_CHECKING:
-    from inferq.workers.supervision.devices import Place
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +44,8 @@ REDIS_TIMEOUT_S = 2.0
     "-n",
     "--name",
     default=None,
-    help="Celery node name; %h is the host, %i the GPU's number. "
-    "Default: gpu%i@%h, or cpu<pid>@%h, so that replicas differ.",
+    help="Celery node name; %h is the host, %i the GPU's number, %p the process's. "
+    "Default: gpu%i@%h, or cpu<pid>@%h, so that replicas differ; with --processes gpu%i-%p@%h.",
 )
 @click.option(
     "--gpu",
@@ -65,6 +59,12 @@ REDIS_TIMEOUT_S = 2.0
     "Also: INFERQ_DEVICE=cpu.",
 )
 @click.option(
+    "--processes",
+    metavar="N",
+    help="So many worker processes on each GPU, or on the CPU, which share it: for a device that "
+    "computes faster than one process feeds it. Default: 1. Also: INFERQ_PROCESSES.",
+)
+@click.option(
     "--redis-url",
     envvar=["INFERQ_REDIS_URL", "CELERY_BROKER_URL"],
     help="Queues and results. Also: INFERQ_REDIS_URL, CELERY_BROKER_URL.",
@@ -72,8 +72,8 @@ REDIS_TIMEOUT_S = 2.0
 @click.option(
     "--metrics",
     metavar="HOST:PORT",
-    help="Tell Prometheus there what the worker does; of several GPUs the port counts up. "
-    "Also: INFERQ_METRICS.",
+    help="Tell Prometheus there what the worker does; of several GPUs or processes the port "
+    "counts up. Also: INFERQ_METRICS.",
 )
 @click.option(
     "--events/--no-events",
@@ -103,6 +103,7 @@ def worker(
     name: str | None,
     gpu: str | None,
     cpu: bool,
+    processes: str | None,
     redis_url: str | None,
     metrics: str | None,
     events: bool,
@@ -113,7 +114,8 @@ def worker(
 ) -> None:
     """Serve models. Keeps ``celery -A inferq.workers.app worker -P solo -Q … -n …`` alive.
 
-    One such process serves, or one for each GPU of ``--gpu``, which sees no other.
+    One such process serves, or one for each GPU of ``--gpu``, which sees no other; ``--processes``
+    of them on each where it is given.
 
     A worker process that dies is replaced, and what it held goes back to its queues at once.
     SIGTERM and Ctrl-C finish what computes, a second one hands everything back, a third one kills.
@@ -124,26 +126,31 @@ def worker(
     from inferq.shared.connect import redis_client  # noqa: PLC0415 (heavy)
     from inferq.shared.settings import Settings  # noqa: PLC0415
     from inferq.workers.process.visible_passwords import visible_password  # noqa: PLC0415
-    from inferq.workers.supervision import runtime_folder  # noqa: PLC0415
-    from inferq.workers.supervision.devices import chosen_devices  # noqa: PLC0415
+    from inferq.workers.supervision import devices, runtime_folder  # noqa: PLC0415
     from inferq.workers.supervision.health import forget_the_dead  # noqa: PLC0415
     from inferq.workers.supervision.redis_identity import place_of  # noqa: PLC0415
     from inferq.workers.supervision.supervisor import Child, Supervisor  # noqa: PLC0415
 
     try:
-        devices = chosen_devices(gpu, cpu)
+        each = devices.count_of(processes)
+        chosen = devices.chosen_devices(gpu, cpu)
         if repository is None:
             raise click.MissingParameter(param_hint="'--models'", param_type="option")
         settings = Settings.load(
-            redis_url=redis_url, models=repository, metrics=metrics, strict=strict or None
+            redis_url=redis_url,
+            models=repository,
+            metrics=metrics,
+            strict=strict or None,
+            processes=each,
         )
-        if settings.heartbeat_file and len(devices) > 1:
+        places = devices.shared_out(chosen, settings.processes)
+        if settings.heartbeat_file and len(places) > 1:
             raise ConfigError(
                 f"INFERQ_HEARTBEAT_FILE is {str(settings.heartbeat_file)!r}; expected it unset, "
-                f"since each of {len(devices)} workers has a file of its own"
+                f"since each of {len(places)} workers has a file of its own"
             )
-        nodes = _nodes(name, devices)
-        addresses = _addresses(settings.metrics, len(devices))
+        nodes = devices.nodes(name, places)
+        addresses = devices.addresses(settings.metrics, len(places))
         served = _queues(queues) or _all_queues(repository, strict=settings.strict)
         folder = None if settings.heartbeat_file else runtime_folder.usual()
         # Two stacks may serve on one GPU, under one name.
@@ -159,7 +166,7 @@ def worker(
     except InferqError as problem:
         raise click.ClickException(problem.message) from problem
     children = []
-    for node, device, address in zip(nodes, devices, addresses, strict=True):
+    for node, place, address in zip(nodes, places, addresses, strict=True):
         command = [
             sys.executable, "-m", "inferq.workers.celery_process", "-A", "inferq.workers.app",
             "worker", "-P", "solo", "-Q", ",".join(served), "-n", node, "-l", loglevel,
@@ -168,7 +175,7 @@ def worker(
         file = f"{node}-{whose}.json"
         heartbeat = folder / file if folder else Path(str(settings.heartbeat_file))
         environment = {
-            **device.environment_from(os.environ),
+            **place.environment_from(os.environ),
             "INFERQ_REDIS_URL": settings.redis_url,
             "INFERQ_MODELS": str(repository.absolute()),
             "INFERQ_HEARTBEAT_FILE": str(heartbeat),
@@ -181,6 +188,7 @@ def worker(
         _log_text()
     if (told := visible_password(sys.argv[1:])) is not None:
         logger.warning("%s", told)
+    devices.log_sharing(places, os.environ)
     supervisor = Supervisor(
         children, client, settings.names(), allow_remote_shutdown=allow_remote_shutdown
     )
@@ -207,38 +215,6 @@ def _log_json() -> None:
 
     logging.getLogger().setLevel(logging.INFO)
     write_json(JsonLines(), "supervisor")
-
-
-def _nodes(name: str | None, devices: Sequence[Place]) -> list[str]:
-    """The node name of each device. ConfigError if they would not differ, or name no file."""
-    if name and "/" in name:
-        raise ConfigError(f"-n is {name!r}; expected no /: a file is called so, too")
-    if name and len(devices) > 1 and "%i" not in name:
-        raise ConfigError(
-            f"-n is {name!r}; expected %i in it, the GPU's number, since {len(devices)} GPUs are "
-            "served by a worker process each"
-        )
-    nodes = []
-    for device in devices:
-        node = (name or f"{device.label}@%h").replace("%h", socket.gethostname())
-        nodes.append(node if device.gpu is None else node.replace("%i", str(device.gpu)))
-    return nodes
-
-
-def _addresses(address: str | None, count: int) -> list[str | None]:
-    """Where each of `count` workers tells Prometheus of itself. ConfigError: too few ports."""
-    from inferq.shared.settings import MAX_PORT  # noqa: PLC0415 (heavy)
-
-    if address is None:
-        return [None] * count
-    host, _, first = address.rpartition(":")
-    if int(first) + count - 1 > MAX_PORT:
-        raise ConfigError(
-            f"--metrics is {address!r}; expected a port of at most {MAX_PORT - count + 1}, since "
-            f"{count} workers have one each"
-        )
-    ports = range(int(first), int(first) + count) if int(first) else [0] * count
-    return [f"{host}:{port}" for port in ports]
 
 
 def _queues(queues: tuple[str, ...]) -> list[str]:

@@ -19,6 +19,7 @@ from inferq.workers.control_plane.main_loop import TICK_S
 from inferq.workers.control_plane.service import Service
 from inferq.workers.cuda.pinning import pin
 from inferq.workers.logs.printing import plain_lines
+from inferq.workers.process.shares import share_with
 from inferq.workers.process.visible_passwords import visible_password
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class DataPlaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
             pin(self._settings)  # before the engines are imported
         except ConfigError as problem:
             raise refuse(problem.message) from None
+        share_with(self._settings.processes)
         self._found = self._read_models(worker)
 
     def _read_models(self, worker: WorkController) -> Found:

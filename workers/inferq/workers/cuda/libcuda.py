@@ -29,6 +29,19 @@ def compute_capability(device: int = 0) -> str | None:
     return ".".join(numbers)
 
 
+def total_memory(device: int = 0) -> int | None:
+    """Bytes of GPU `device`, or of the slice of one that is visible; None if none can be used.
+
+    Starts the driver as `compute_capability` does.
+    """
+    driver, handle, nbytes = _driver(), ctypes.c_int(), ctypes.c_size_t()
+    if driver is None or driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(handle), device):
+        return None
+    if driver.cuDeviceTotalMem_v2(ctypes.byref(nbytes), handle):
+        return None
+    return nbytes.value
+
+
 def current_context() -> int | None:
     """The address of the CUDA context that is current in this thread; None if there is none."""
     driver, context = _driver(), ctypes.c_void_p()

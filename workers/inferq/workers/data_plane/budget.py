@@ -15,6 +15,7 @@ from typing import Final, Protocol
 
 from inferq.shared.schema import DTYPES, ModelAdvert, Tensors, TensorSpec, most_bytes
 from inferq.workers.claims.claim import Claim
+from inferq.workers.process import shares
 
 #: What a worker holds at most, as far as it knows sizes: a multiple of it is in use meanwhile,
 #: since a batch is put together, and its results are written out, in memory of their own.
@@ -28,9 +29,12 @@ READING_S: Final = 0.25
 
 
 def budget_bytes() -> int:
-    """What all models of a worker may hold together on this machine."""
+    """What all models of this process may hold together on this machine.
+
+    Of the processes that share a device, all together hold as much as one would alone.
+    """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(MAX_BUDGET_BYTES, memory // _MEMORY_PARTS)
+    return shares.share(min(MAX_BUDGET_BYTES, memory // _MEMORY_PARTS))
 
 
 class Sizes:

@@ -31,6 +31,7 @@ from inferq.shared.schema import (
     Tensors,
     TensorSpec,
 )
+from inferq.workers.cuda import memory_share
 from inferq.workers.engines.cores import usable_cores
 from inferq.workers.engines.on_gpu import LANES, ROUNDING
 from inferq.workers.models.engine import (
@@ -115,7 +116,8 @@ class OnnxRuntimeEngine(Engine):
                 f"{', '.join(available)}; expected the package onnxruntime-gpu"
             )
         cuda = provider != "cpu" and _CUDA in available
-        session = _open(spec.path, _session_options(), [_CUDA, _CPU] if cuda else [_CPU])
+        providers = [(_CUDA, _cuda_options()), _CPU] if cuda else [_CPU]
+        session = _open(spec.path, _session_options(), providers)
         # Where CUDA cannot be started ONNX Runtime quietly falls back.
         on_cuda = _CUDA in session.get_providers()
         if provider == "cuda" and not on_cuda:
@@ -162,8 +164,14 @@ def _session_options() -> ort.SessionOptions:
     return options
 
 
+def _cuda_options() -> dict[str, str]:
+    """Of the CUDA provider, which takes as much memory as it likes where it is not told."""
+    limit = memory_share.limit()
+    return {} if limit is None else {"gpu_mem_limit": str(limit)}
+
+
 def _open(
-    path: Path | None, options: ort.SessionOptions, providers: list[str]
+    path: Path | None, options: ort.SessionOptions, providers: Sequence[Any]
 ) -> ort.InferenceSession:
     if path is None:
         raise ConfigError("engine 'onnxruntime' has no model file; expected model.onnx")
@@ -174,7 +182,7 @@ def _open(
             "with larger weights in external data files beside it"
         )
     try:
-        return ort.InferenceSession(str(path), options, providers=providers)
+        return ort.InferenceSession(str(path), options, providers=list(providers))
     except Exception as problem:
         raise ConfigError(
             f"{path} cannot be loaded by ONNX Runtime: {reason(problem)}"

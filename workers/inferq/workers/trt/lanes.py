@@ -10,7 +10,7 @@ from typing import Final
 
 from inferq.shared.errors import ConfigError
 from inferq.shared.schema import Array, Tensors
-from inferq.workers.cuda import device
+from inferq.workers.cuda import device, memory_share
 from inferq.workers.cuda.device import Device
 from inferq.workers.cuda.lane import CudaLane, RowLimit, tensor_bytes
 from inferq.workers.models.engine import Batch, Lane
@@ -59,6 +59,8 @@ def opened(
     lanes: list[CudaLane] = []
     with gpu:
         loaded = deserialize(flavour, plan)
+    held = memory_share.Held()
+    held.add(len(plan))  # about its weights
     del plan  # gigabytes, maybe
     try:
         with gpu:
@@ -66,6 +68,7 @@ def opened(
                 gpu,
                 loaded,
                 lanes,
+                held,
                 count=count,
                 buckets=buckets,
                 own_graphs=own_graphs,
@@ -78,12 +81,14 @@ def opened(
             lane.close()
         with gpu:
             loaded.close()
+        held.close()
 
 
 def _open_lanes(
     gpu: Device,
     loaded: Loaded,
     lanes: list[CudaLane],
+    held: memory_share.Held,
     *,
     count: int,
     buckets: Sequence[int],
@@ -131,6 +136,7 @@ def _open_lanes(
             total / _MB,
         )
         check_memory(gpu, count, context_bytes + buffers, buckets, taken=context_bytes)
+        held.add(count * (context_bytes + buffers))
     except BaseException:
         first.close()
         raise
@@ -158,7 +164,8 @@ def check_memory(
     What a smaller batch would take is estimated: in proportion to its rows.
     """
     free, total = gpu.memory()
-    free = min(total, free + taken)  # a context may take its memory later than it says
+    free += taken  # a context may take its memory later than it says
+    free = min(free, memory_share.left(total))
     if count * each <= free:
         return
     advice = [f"lanes = {free // each}"] if each <= free else []
@@ -167,7 +174,7 @@ def check_memory(
         advice.append(f"max_batch_size = {fitting[-1]}")
     raise ConfigError(
         f"{count} lanes take {each / _MB:.1f} MB of GPU memory each, {free / _MB:.1f} of "
-        f"{total / _MB:.1f} MB are free; expected in model.toml: "
+        f"{total / _MB:.1f} MB are free{memory_share.whose()}; expected in model.toml: "
         f"{' or '.join(advice) or 'less than one lane with batches of one row, or a larger GPU'}"
     )
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from inferq.workers.process import shares
 from inferq.workers.warmup.limits import Gauge, Limit, Usage, forget_peak, limits, usage
 
 #: What a model takes grows by so much in service beyond what warm-up saw: batches of changing sizes
@@ -36,6 +37,15 @@ class Short:
             f"about {max(0, self.needed) / mb:.0f} MB more, and {self.limit.left / mb:.0f} of "
             f"{self.limit.limit / mb:.0f} MB of {self.limit.name} are left"
         )
+
+
+def _shared(limit: Limit, now: Usage) -> Limit:
+    """`limit` as it is for this process, where others have their parts of the host's memory."""
+    if shares.processes() == 1 or limit.gauge == "mapped":  # which is counted for each by itself
+        return limit
+    part = shares.share(limit.limit)
+    left = min(limit.left, part - now.now(limit.gauge))
+    return Limit(f"{limit.name}, shared by {shares.processes()} processes", part, part - left)
 
 
 class Forecast:
@@ -99,7 +109,7 @@ class Forecast:
             return None
         now = self._read()
         worst: Short | None = None
-        for limit in self._left():
+        for limit in (_shared(each, now) for each in self._left()):
             taken = now.now(limit.gauge) - self._base.now(limit.gauge)
             needed = int(factor * self.growth(elements, limit.gauge) - taken)
             over = needed + RESERVE * limit.limit - limit.left
