@@ -372,3 +372,30 @@ def test_whether_mps_runs_is_said_where_several_processes_share_a_gpu(
     assert caplog.messages.pop().endswith(f"MPS is noticed (CUDA_MPS_PIPE_DIRECTORY is {tmp_path})")
     worker("--cpu", "--processes", "3")
     assert caplog.messages.pop() == "3 worker processes share this host's cores"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--statedb=/s/state"], ["--statedb", "/s/state"], ["-S", "/s/state"], ["-S/s/state"]],
+    ids=" ".join,
+)
+def test_several_processes_keep_no_state_in_one_file(
+    worker: _Commanded, options: list[str]
+) -> None:
+    assert options[0] in worker("--", *options)[0].command
+    assert worker.fails("--processes", "2", "--", *options) == (
+        "Error: --statedb is '/s/state'; expected %n in it, the node's name without its host, "
+        "since 2 worker processes have a file each\n"
+    )
+
+
+def test_files_of_several_processes_are_called_after_their_nodes(
+    worker: _Commanded, nvml: Any
+) -> None:
+    children = worker("--gpu", "all", "--", "--statedb=/s/%n.state", "--pidfile", "/s/%n.pid")
+    assert [list(child.command[-3:]) for child in children] == [
+        [f"--statedb=/s/gpu{n}.state", "--pidfile", f"/s/gpu{n}.pid"] for n in range(2)
+    ]
+    assert "--pidfile is '/s/x'; expected %n in it" in worker.fails(
+        "--gpu", "all", "--", "--pidfile", "/s/x"
+    )

@@ -119,14 +119,15 @@ def worker(
 
     A worker process that dies is replaced, and what it held goes back to its queues at once.
     SIGTERM and Ctrl-C finish what computes, a second one hands everything back, a third one kills.
-    CELERY_OPTIONS go to Celery as they are (--statedb FILE, …).
+    CELERY_OPTIONS go to Celery as they are (--statedb FILE, …); %n in them is the node's name,
+    which files of several worker processes need.
     """
     if log_format == "json":
         _log_json()
     from inferq.shared.connect import redis_client  # noqa: PLC0415 (heavy)
     from inferq.shared.settings import Settings  # noqa: PLC0415
     from inferq.workers.process.visible_passwords import visible_password  # noqa: PLC0415
-    from inferq.workers.supervision import devices, runtime_folder  # noqa: PLC0415
+    from inferq.workers.supervision import celery_files, devices, runtime_folder  # noqa: PLC0415
     from inferq.workers.supervision.health import forget_the_dead  # noqa: PLC0415
     from inferq.workers.supervision.redis_identity import place_of  # noqa: PLC0415
     from inferq.workers.supervision.supervisor import Child, Supervisor  # noqa: PLC0415
@@ -150,6 +151,7 @@ def worker(
                 f"since each of {len(places)} workers has a file of its own"
             )
         nodes = devices.nodes(name, places)
+        celery_files.check(celery_options, len(places))
         addresses = devices.addresses(settings.metrics, len(places))
         served = _queues(queues) or _all_queues(repository, strict=settings.strict)
         folder = None if settings.heartbeat_file else runtime_folder.usual()
@@ -170,7 +172,7 @@ def worker(
         command = [
             sys.executable, "-m", "inferq.workers.celery_process", "-A", "inferq.workers.app",
             "worker", "-P", "solo", "-Q", ",".join(served), "-n", node, "-l", loglevel,
-            *(["-E"] if events else []), *celery_options,
+            *(["-E"] if events else []), *celery_files.options_of(celery_options, node),
         ]  # fmt: skip
         file = f"{node}-{whose}.json"
         heartbeat = folder / file if folder else Path(str(settings.heartbeat_file))
