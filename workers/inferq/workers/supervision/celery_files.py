@@ -1,7 +1,7 @@
 """Files that Celery's options name: each worker process has its own, called after its node.
 
-Of two that keep one state file, the later one to end writes over what the other has kept, or writes
-into the middle of it. Of two with one pid file, the second one ends.
+Of two that keep one state file, the later one to end writes over what the other has kept. Of two
+with one pid file, the second one ends at its start.
 """
 
 from __future__ import annotations
