@@ -13,7 +13,7 @@ import pytest
 
 from inferq.workers.cuda import memory_share
 from inferq.workers.data_plane.budget import budget_bytes
-from inferq.workers.engines import onnxruntime
+from inferq.workers.engines import onnxruntime, torch
 from inferq.workers.engines.cores import usable_cores
 from inferq.workers.process import shares
 from inferq.workers.warmup.forecast import Forecast
@@ -70,6 +70,16 @@ def test_onnx_runtime_is_told_of_its_share_of_a_devices_memory(
     assert onnxruntime._cuda_options() == {"gpu_mem_limit": str(20 * GB)}
     monkeypatch.setattr(memory_share, "total_memory", lambda: None)
     assert onnxruntime._cuda_options() == {}
+
+
+def test_pytorch_is_told_of_its_share_of_a_devices_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[float] = []
+    monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", told.append)
+    torch._keep_to_share()
+    assert told == []
+    shares.share_with(4)
+    torch._keep_to_share()
+    assert told == [0.25]
 
 
 def _short(limit: Limit, used: int) -> str | None:

@@ -133,7 +133,7 @@ def worker(
     from inferq.workers.supervision.supervisor import Child, Supervisor  # noqa: PLC0415
 
     try:
-        each = devices.count_of(processes)
+        count = devices.count_of(processes)
         chosen = devices.chosen_devices(gpu, cpu)
         if repository is None:
             raise click.MissingParameter(param_hint="'--models'", param_type="option")
@@ -142,7 +142,7 @@ def worker(
             models=repository,
             metrics=metrics,
             strict=strict or None,
-            processes=each,
+            processes=count,
         )
         places = devices.shared_out(chosen, settings.processes)
         if settings.heartbeat_file and len(places) > 1:

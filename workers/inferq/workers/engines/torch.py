@@ -48,6 +48,7 @@ from inferq.workers.models.ranges import told_inputs, usual_inputs
 from inferq.workers.models.signatures import Declared
 from inferq.workers.models.spec import ModelSpec
 from inferq.workers.models.validation import Flag, TomlTable, validate
+from inferq.workers.process import shares
 
 # Inputs may be views of a message, which nobody may write to; a program that would is given copies.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -105,6 +106,7 @@ class TorchEngine(Engine):
                 f"torch.device is 'cuda', which needs PyCUDA ({problem}); expected: "
                 "pip install 'inferq[tensorrt]'"
             ) from problem
+        _keep_to_share()
         spec, graphs = self.spec, self._table.cuda_graphs
         buckets, usual = gpu_buckets(spec), usual_inputs(spec)
         with ExitStack() as stack:
@@ -176,6 +178,12 @@ class TorchLane(Lane):
             answered = self._function(*leaves)
             arrays = [tensor.resolve_conj().resolve_neg().numpy() for tensor in answered]
         return dict(zip(self._names, arrays, strict=True))
+
+
+def _keep_to_share() -> None:
+    """Have PyTorch's allocator take this process' part of the device's memory at most."""
+    if shares.processes() > 1:
+        torch.cuda.set_per_process_memory_fraction(1.0 / shares.processes())
 
 
 def _plain(array: Array, copied: bool) -> Array:

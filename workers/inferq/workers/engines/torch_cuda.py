@@ -21,7 +21,6 @@ from inferq.workers.engines.torch_program import FlatFunction, Layout, flat_func
 from inferq.workers.models.engine import OutOfDeviceMemory
 from inferq.workers.models.ranges import input_ranges, profile_sizes
 from inferq.workers.models.spec import ModelSpec
-from inferq.workers.process import shares
 
 
 @contextmanager
@@ -44,8 +43,6 @@ def opened(
         largest = [{span.name: span.max for span in ranges} for ranges in profiles]
         signature, limit = layout.signature, RowLimit()
         lanes: list[CudaLane] = []
-        if shares.processes() > 1:
-            torch.cuda.set_per_process_memory_fraction(1.0 / shares.processes())
         with gpu:
             function = flat_function(move_to_device_pass(program, "cuda"))
             for _ in range(count):
