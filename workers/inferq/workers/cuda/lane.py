@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,7 +27,8 @@ from inferq.shared.schema import Array, GpuTimes, Tensors
 from inferq.workers.cuda.buffers import Buffer, nbytes
 from inferq.workers.cuda.device import Device
 from inferq.workers.cuda.graphs import CaptureFailed
-from inferq.workers.models.engine import Batch, OutOfDeviceMemory, without_padding
+from inferq.workers.models.engine import Batch, OutOfDeviceMemory, gather_into, without_padding
+from inferq.workers.models.joining import copied
 
 logger = logging.getLogger(__name__)
 
@@ -256,7 +256,7 @@ class CudaLane:
         with self._device:
             try:
                 bound = self._bind(shapes)
-                _gather(batch, bound.inputs)
+                gather_into(batch, bound.inputs)
                 self._submit(bound)
                 self._events[-1].synchronize()
                 if bound.graph is None and self._graphs and bound.has_run:
@@ -273,7 +273,7 @@ class CudaLane:
             except Exception as problem:
                 raise self._device.judge(problem) from problem
         outputs = without_padding(batch, bound.outputs)
-        return {name: array.copy() for name, array in outputs.items()}
+        return {name: copied(array) for name, array in outputs.items()}
 
     def _bind(self, shapes: Mapping[str, Shape]) -> _Bound:
         key = tuple(shapes.values())
@@ -348,25 +348,3 @@ class CudaLane:
         self._current = None
         self._buffers.clear()
         del self._events, self._stream
-
-
-def _gather(batch: Batch, into: Mapping[str, Array]) -> None:
-    """Each request's rows to their place in the batch; padding repeats the last row."""
-    began = time.perf_counter()
-    if batch.batchable:
-        _join(batch, into)
-    else:
-        for name, array in batch.parts[0].items():
-            into[name][...] = array
-    batch.gather_ms = (time.perf_counter() - began) * 1000
-
-
-def _join(batch: Batch, into: Mapping[str, Array]) -> None:
-    for name, rows in into.items():
-        at = 0
-        for part in batch.parts:
-            array = part[name]
-            rows[at : at + len(array)] = array
-            at += len(array)
-        if at < batch.bucket:
-            rows[at:] = rows[at - 1]
