@@ -112,6 +112,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     [
         ("NVMLError_LibraryNotFound", "no NVIDIA driver is found (libnvidia-ml.so.1); install it"),
         ("NVMLError_DriverNotLoaded", "the NVIDIA driver is not loaded; load it"),
+        ("NVMLError_NoPermission", "this process may not talk to the NVIDIA driver; let its user"),
         ("NVMLError", "the NVIDIA driver does not answer (why); see what nvidia-smi says"),
     ],
 )

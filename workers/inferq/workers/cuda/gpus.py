@@ -131,6 +131,11 @@ def _missing(nvml: Any, problem: Exception) -> str:
         )
     if isinstance(problem, nvml.NVMLError_DriverNotLoaded):
         return "the NVIDIA driver is not loaded; load it (modprobe nvidia)"
+    if isinstance(problem, nvml.NVMLError_NoPermission):
+        return (
+            "this process may not talk to the NVIDIA driver; let its user use /dev/nvidiactl "
+            "(or start the container with its GPUs: --gpus all)"
+        )
     return f"the NVIDIA driver does not answer ({problem}); see what nvidia-smi says"
 
 
