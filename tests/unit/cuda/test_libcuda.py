@@ -119,3 +119,28 @@ def test_what_stays_is_told_from_what_passes(fake_driver: Path, code: int, failu
 def test_a_driver_without_a_device_has_no_failure(fake_driver: Path) -> None:
     said = run_python(_FAILURE.format(code=100), fake_driver, devices=0).splitlines()
     assert said == ["None"] * 3
+
+
+#: Asks in one thread what CUDA answers while another captures a graph, and prints how that ended.
+_CAPTURE = """
+import ctypes, threading
+from helpers.fakecuda.control import Control
+from inferq.workers.cuda.libcuda import context_failure
+control, context = Control(), ctypes.c_void_p()
+stream, graph = ctypes.c_void_p(), ctypes.c_void_p()
+cuda = ctypes.CDLL("libcuda.so.1")
+assert not cuda.cuInit(0)
+assert not cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0)
+assert not cuda.cuCtxPushCurrent_v2(context)
+assert not cuda.cuStreamCreate(ctypes.byref(stream), 1)
+assert not cuda.cuStreamBeginCapture_v2(stream, 0)  # of mode global
+control.launch(stream)
+asking = threading.Thread(target=lambda: print(context_failure()))
+asking.start()
+asking.join()
+print(cuda.cuStreamEndCapture(stream, ctypes.byref(graph)))
+"""
+
+
+def test_asking_breaks_no_capture_of_another_thread(fake_driver: Path) -> None:
+    assert run_python(_CAPTURE, fake_driver).splitlines() == ["None", "0"]
