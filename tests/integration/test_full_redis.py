@@ -34,7 +34,7 @@ SHORT_LEASE = {"INFERQ_LEASE_S": "1"}
 WIDE = 8_192
 #: Of a model with as many inputs as one may have, and how many of its requests make a batch.
 INPUTS = [f"x{n}" for n in range(MAX_TENSORS)]
-MANY = 128
+MANY = 20
 #: Words that a command in a script may have at most.
 LUA_STACK = 8_000
 #: Most requests that a worker with one lane of 8 has claimed and not computed, with some to spare.

@@ -31,7 +31,10 @@ DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
 WIRE_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {dt.str: dt for dt in DTYPES.values()}
 
 MAX_DIMS: Final = 16
-MAX_TENSORS: Final = 64
+#: Inputs, or outputs, of one model: a decoder of 100 layers has some 200.
+MAX_TENSORS: Final = 512
+#: Most names, and most inputs, that a message lists.
+_TOLD: Final = 64
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
@@ -238,13 +241,14 @@ def check_names(advert: ModelAdvert, inputs: Collection[str]) -> None:
     if given != names:
         missing, unknown = sorted(names - given), sorted(given - names)
         problem = "; ".join(
-            f"{what} {', '.join(map(repr, which[:MAX_TENSORS]))}"
+            f"{what} {', '.join(map(repr, which[:_TOLD]))}"
             for what, which in (("missing", missing), ("unknown", unknown))
             if which
         )
+        more = f" and {len(specs) - _TOLD} more" if len(specs) > _TOLD else ""
         raise InvalidInput(
             f"inputs of model {advert.name!r}: {problem}; "
-            f"expected {', '.join(str(spec) for spec in specs)}",
+            f"expected {', '.join(map(str, specs[:_TOLD]))}{more}",
             model=advert.name,
         )
 
@@ -309,7 +313,8 @@ def _check_tensor(
                     f"as in input {seen[1]!r}",
                     model=advert.name,
                 )
-        if size == 0:
+        # Any other open dim may have no size yet: that of a decoder's past, at its first step.
+        if size == 0 and axis == 0 and advert.batchable:
             raise InvalidInput(
                 f"{where}: dim {axis} of shape {list(array.shape)} is 0; expected at least 1",
                 model=advert.name,

@@ -136,3 +136,8 @@ def test_the_batch_is_never_padded() -> None:
     padding = Padding(signature, {"n": PadRule((4,), 0.0)})
     padded, _ = padding.apply({"x": np.ones((3, 3), np.float32)})
     assert padded["x"].shape == (3, 4)
+
+
+def test_a_padded_dim_that_holds_nothing_is_refused_by_name() -> None:
+    with pytest.raises(InvalidInput, match=r"'ids': dim 1 \(seq\) is 0; expected at least 1"):
+        Padding(SIGNATURE, {"seq": SEQ}).apply(inputs(0))

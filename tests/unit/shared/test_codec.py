@@ -324,3 +324,17 @@ def test_a_dead_letters_detail_survives_json() -> None:
     error = DeadLettered("gone", attempts=3, reason="it died")
     meta = codec.decode_meta(codec.encode_failure("id", error, DATE, JSON))
     assert meta["result"]["detail"] == {"attempts": 3, "reason": "it died"}
+
+
+def test_lists_that_hold_nothing_take_the_shape_beside_them() -> None:
+    tensor = {"dtype": "<f4", "shape": [1, 2, 0, 4], "data": [[[], []]]}
+    assert codec.decode_tensor("past", tensor).shape == (1, 2, 0, 4)
+    for shape in ([1, 2, 1, 4], [2, 2, 0, 4], [1, 2], [1, 2, 0, -1]):
+        with pytest.raises(InvalidInput, match=r"expected .* the shape beside them"):
+            codec.decode_tensor("past", {**tensor, "shape": shape})
+
+
+def test_the_short_repr_of_hundreds_of_inputs_is_short() -> None:
+    inputs = {f"past_key_values.{n}.decoder.key": np.zeros((1, 8), "f4") for n in range(512)}
+    assert len(codec.shown("m", inputs)) < 1_024
+    assert "… 496 more" in codec.shown("m", inputs)

@@ -83,6 +83,10 @@ class _Named(msgspec.Struct):
     content_type: msgspec.Raw = msgspec.field(name="content-type", default=msgspec.Raw())
 
 
+#: Of a request's short repr: inputs, and characters of the name of one.
+_SHOWN: Final = 16
+_SHOWN_CHARS: Final = 60
+
 #: What is longer is not read by Python's JSON, which makes objects of all of it.
 _PYTHON_BYTES: Final = 64 * 1024
 #: Ids as clients make them. Other ones are not looked for where the rest is broken.
@@ -256,5 +260,7 @@ class RequestEncoder:
 
 def shown(model: str, inputs: Tensors) -> str:
     """A request's short repr, for Flower and ``celery inspect``."""
-    parts = ", ".join(f"{name}={describe(array)}" for name, array in inputs.items())
-    return f"{{'model': '{model}', {parts}}}"
+    shown = [f"{name[:_SHOWN_CHARS]}={describe(inputs[name])}" for name in [*inputs][:_SHOWN]]
+    if len(inputs) > _SHOWN:
+        shown.append(f"… {len(inputs) - _SHOWN} more")
+    return f"{{'model': '{model}', {', '.join(shown)}}}"

@@ -88,6 +88,8 @@ def decode_tensor(  # noqa: C901 - for each tensor of a request: a call costs mo
     kind, shape, data = tensor.get("dtype"), tensor.get("shape"), tensor.get("data")
     if isinstance(data, _NUMBERS):
         array = array_of(name, data, _known(name, kind if isinstance(kind, str) else dtype))
+        if not array.size and isinstance(shape, list) and _holds_nothing(array, shape):
+            return array.reshape(shape)  # lists end where nothing is in them
         if shape is not None and list(array.shape) != shape:
             raise InvalidInput(
                 f"input {name!r}: nested lists of shape {list(array.shape)}; "
@@ -122,6 +124,12 @@ def decode_tensor(  # noqa: C901 - for each tensor of a request: a call costs mo
         return np.frombuffer(data, real).reshape(shape)
     except (ValueError, OverflowError) as problem:  # no element, yet a size that no array can have
         raise InvalidInput(f"input {name!r}: shape {brief(shape)}: {problem}") from problem
+
+
+def _holds_nothing(array: Array, shape: list[Any]) -> bool:
+    """Whether `shape` is one without elements that begins as that of `array` does."""
+    sizes = len(shape) <= MAX_DIMS and all(type(size) is int and size >= 0 for size in shape)
+    return sizes and list(array.shape) == shape[: array.ndim] and math.prod(shape) == 0
 
 
 def _kombu_bytes(data: Mapping[str, Any]) -> object:

@@ -105,6 +105,10 @@ class Padding:
         return padded, sizes
 
     def _bucket(self, name: str, axis: int, symbol: str, size: int) -> int:
+        if not size:  # nothing but padding would be left, which no comparison has tried
+            raise InvalidInput(
+                f"input {name!r}: dim {axis} ({symbol}) is 0; expected at least 1, as it is padded"
+            )
         rule = self._rules[symbol]
         bucket = rule.bucket(size)
         if bucket is None:

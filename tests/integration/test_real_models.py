@@ -1,0 +1,113 @@
+"""Models as people bring them: each is served as by ONNX Runtime alone, or refused with why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from helpers import real_models
+from helpers.worker import Worker
+
+from inferq.producer import Client
+from inferq.shared.errors import InvalidInput
+from inferq.shared.schema import Array
+from inferq.workers.process.embedded import EmbeddedRedis
+
+TIMEOUT_S = 30
+#: By model: what is in its model.toml.
+TOMLS = {"past-concat": "max_queue_delay_ms = 20"}
+#: Those that need no words of their own: requests of one row and of three, in company.
+PLAIN = {
+    "argpeaks": False,
+    "conf-filter": False,
+    "company5": False,
+    "mixed-dtypes": True,
+    "param1": False,
+    "scalar-param": False,
+    "nan": True,
+    "in66": True,
+    "out66": True,
+    "in512out512": True,
+    "names-tf": True,
+    "names-space": True,
+    "names-reserved": True,
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    for name in (*real_models.TEXTS, *real_models.OTHERS):
+        real_models.write(root, name, TOMLS.get(name, ""))
+    return root
+
+
+@pytest.fixture(scope="module")
+def client(redis_server: EmbeddedRedis, root: Path) -> Iterator[Client]:
+    with Worker(redis_server.url, root), Client(redis_server.url) as client:
+        yield client
+
+
+@pytest.fixture
+def alone(root: Path, request: pytest.FixtureRequest) -> ort.InferenceSession:
+    """The model that the test is about, in a session of its own."""
+    return ort.InferenceSession(str(root / request.param / "1" / "model.onnx"))
+
+
+_DTYPES = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(bool)": np.bool_}
+
+
+def _inputs(session: ort.InferenceSession, rows: int, seed: int) -> dict[str, Array]:
+    rng = np.random.default_rng(seed)
+    made = {}
+    for each in session.get_inputs():
+        dims = [
+            rows if dim == "batch" else dim if isinstance(dim, int) else 5 for dim in each.shape
+        ]
+        dtype = _DTYPES.get(each.type) or np.dtype(each.type[7:-1])
+        made[each.name] = np.asarray(10 * rng.random(dims), dtype)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("alone", "model", "shares"),
+    [(model, model, shares) for model, shares in PLAIN.items()],
+    indirect=["alone"],
+)
+def test_each_request_is_answered_as_it_is_alone(
+    client: Client, alone: ort.InferenceSession, model: str, shares: bool
+) -> None:
+    requests = [_inputs(alone, 1 + 2 * (n % 2), n) for n in range(12)]
+    names = [output.name for output in alone.get_outputs()]
+    most = 0
+    for inputs, result in zip(requests, client.map(model, requests), strict=True):
+        for name, expected in zip(names, alone.run(names, inputs), strict=True):
+            np.testing.assert_allclose(result.outputs[name], expected, rtol=1e-5)
+        assert result.receipt is not None
+        most = max(most, result.receipt.requests)
+    assert shares or most == 1
+
+
+@pytest.mark.parametrize("alone", ["past-concat"], indirect=True)
+def test_the_first_step_of_a_decoder_has_a_past_of_no_length(
+    client: Client, alone: ort.InferenceSession
+) -> None:
+    """And shares batches with other first steps, while later steps have theirs."""
+    requests = [
+        {"x": np.full((1, 1), n, "f4"), "past": np.full((1, 2, n % 2, 4), n, "f4")}
+        for n in range(16)
+    ]
+    together = 0
+    for inputs, result in zip(requests, client.map("past-concat", requests), strict=True):
+        present, y = alone.run(["present", "y"], inputs)
+        np.testing.assert_array_equal(result.outputs["present"], present)
+        np.testing.assert_allclose(result.outputs["y"], y)
+        assert result.receipt is not None
+        together = max(together, result.receipt.requests)
+    assert together > 1
+    nothing = {"x": np.zeros((0, 1), "f4"), "past": np.zeros((0, 2, 1, 4), "f4")}
+    with pytest.raises(InvalidInput, match=r"dim 0 of shape .* is 0; expected at least 1"):
+        client.infer("past-concat", nothing, timeout=TIMEOUT_S)
