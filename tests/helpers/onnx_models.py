@@ -254,3 +254,51 @@ def wide_convolution(path: Path, channels: int = 256, side: int = 256) -> Path:
         {"y": (FLOAT, ("batch", 4, 1, 1))},
         [first, second],
     )
+
+
+def default_input(path: Path) -> Path:
+    """x: float32[batch, 2] → x · scale, where scale is [2, 3] unless a request gives another."""
+    graph = helper.make_graph(
+        [node("Mul", ["x", "scale"], ["y"])],
+        "test",
+        [
+            helper.make_tensor_value_info("x", FLOAT, ["batch", 2]),
+            helper.make_tensor_value_info("scale", FLOAT, [2]),
+        ],
+        [helper.make_tensor_value_info("y", FLOAT, ["batch", 2])],
+        [helper.make_tensor("scale", FLOAT, [2], [2.0, 3.0])],
+    )
+    return _save(path, graph)
+
+
+def classifier(path: Path, labels: Sequence[str | int] = ("cat", "dog", "owl")) -> Path:
+    """x: float32[batch, 3] → as skl2onnx writes it: int64 label[batch], a sequence of maps."""
+    kind = "strings" if isinstance(labels[0], str) else "int64s"
+    nodes = [
+        node("Softmax", ["x"], ["probabilities"], axis=1),
+        node("ArgMax", ["x"], ["output_label"], axis=1, keepdims=0),
+        helper.make_node(
+            "ZipMap",
+            ["probabilities"],
+            ["output_probability"],
+            domain="ai.onnx.ml",
+            **{f"classlabels_{kind}": list(labels)},
+        ),
+    ]
+    key = STRING if kind == "strings" else INT64
+    value = helper.make_tensor_type_proto(FLOAT, [])
+    maps = helper.make_sequence_type_proto(helper.make_map_type_proto(key, value))
+    graph = helper.make_graph(
+        nodes,
+        "test",
+        [helper.make_tensor_value_info("x", FLOAT, ["batch", 3])],
+        [
+            helper.make_tensor_value_info("output_label", INT64, ["batch"]),
+            helper.make_value_info("output_probability", maps),
+        ],
+    )
+    sets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
+    model = helper.make_model(graph, opset_imports=sets, ir_version=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(model.SerializeToString())
+    return path

@@ -43,6 +43,10 @@ TEXTS: Final[Mapping[str, str]] = {
         y = Div(x, temperature) }""",
     "scalar-param": """g (float[batch, 4] x, float threshold) => (bool[batch, 4] y) {
         y = Greater(x, threshold) }""",
+    "scalar-out": """g (float[batch, 4] x) => (float[batch, 4] y, float mean) {
+        y = Relu(x)  mean = ReduceMean<keepdims=0>(x) }""",
+    "seqout": """g (float[batch, 4] x) => (float[batch, 4] y, seq(float[batch, 2]) parts) {
+        y = Relu(x)  parts = SplitToSequence<axis=1>(x) }""",
     "nan": f"g {_PAIR} {{ y = Log(x) }}",
 }
 
@@ -92,6 +96,8 @@ OTHERS: Final[Mapping[str, Callable[[Path, str], Path]]] = {
     "in66": lambda root, name: many(root, name, 66, 1),
     "out66": lambda root, name: many(root, name, 1, 66),
     "in512out512": lambda root, name: many(root, name, 512, 512),
+    "default-input": lambda root, name: onnx_models.default_input(_file(root, name)),
+    "zipmap": lambda root, name: onnx_models.classifier(_file(root, name)),
     "names-tf": lambda root, name: named(
         root, name, "serving_default_input_1:0", "StatefulPartitionedCall:0"
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +11,19 @@ import pytest
 from helpers import real_models
 from helpers.worker import Worker
 
-from inferq.producer import Client
+from inferq.producer import Client, Result
 from inferq.shared.errors import InvalidInput
 from inferq.shared.schema import Array
 from inferq.workers.process.embedded import EmbeddedRedis
 
 TIMEOUT_S = 30
 #: By model: what is in its model.toml.
-TOMLS = {"past-concat": "max_queue_delay_ms = 20"}
+TOMLS = {
+    "past-concat": "max_queue_delay_ms = 20",
+    "scalar-out": 'outputs = ["y"]',
+    "seqout": 'outputs = ["y"]',
+    "default-input": "max_queue_delay_ms = 20",
+}
 #: Those that need no words of their own: requests of one row and of three, in company.
 PLAIN = {
     "argpeaks": False,
@@ -111,3 +116,69 @@ def test_the_first_step_of_a_decoder_has_a_past_of_no_length(
     nothing = {"x": np.zeros((0, 1), "f4"), "past": np.zeros((0, 2, 1, 4), "f4")}
     with pytest.raises(InvalidInput, match=r"dim 0 of shape .* is 0; expected at least 1"):
         client.infer("past-concat", nothing, timeout=TIMEOUT_S)
+
+
+def _together(results: Iterable[Result]) -> int:
+    """Most requests that shared a batch."""
+    return max(result.receipt.requests for result in results if result.receipt is not None)
+
+
+@pytest.mark.parametrize("model", ["scalar-out", "seqout"])
+def test_a_model_with_an_odd_output_is_batched_once_that_is_left_out(
+    client: Client, model: str
+) -> None:
+    requests = [{"x": np.full((1 + n % 3, 4), n - 8, "f4")} for n in range(32)]
+    results = list(client.map(model, requests))
+    for inputs, result in zip(requests, results, strict=True):
+        assert list(result.outputs) == ["y"]
+        np.testing.assert_array_equal(result.outputs["y"], np.maximum(inputs["x"], 0))
+    assert _together(results) > 1
+    with pytest.raises(InvalidInput, match="outputs has 'mean'; expected names of outputs"):
+        client.infer(model, requests[0], outputs=["mean"])
+
+
+def test_a_request_gets_the_outputs_that_it_asks_for_whoever_it_runs_with(client: Client) -> None:
+    requests = [{"x0": np.full((1, 2), n, "f4")} for n in range(24)]
+    ways: list[list[str] | None] = [["y65", "y2"], None, ["y1"]]
+    pending = [
+        client.submit("out66", inputs, outputs=ways[n % 3]) for n, inputs in enumerate(requests)
+    ]
+    for n, each in enumerate(pending):
+        outputs = each.result(TIMEOUT_S).outputs
+        assert sorted(outputs) == sorted(ways[n % 3] or [f"y{i}" for i in range(66)])
+        for name, array in outputs.items():
+            np.testing.assert_array_equal(array, [[n * (-1) ** int(name[1:])] * 2])
+    for wrong in ([], ["z"], "y1", [3]):
+        with pytest.raises(InvalidInput, match=r"outputs .*; expected"):
+            client.submit("out66", requests[0], outputs=wrong)  # type: ignore[arg-type]
+
+
+def test_an_initialiser_may_be_given_and_is_its_own_requests_alone(client: Client) -> None:
+    """Those that give equal ones share batches; so do those that give none."""
+    requests = []
+    for n in range(48):
+        inputs = {"x": np.full((1 + n % 2, 2), n, "f4")}
+        if n % 3:
+            inputs["scale"] = np.array([n % 3, 10], "f4")
+        requests.append(inputs)
+    results = list(client.map("default-input", requests))
+    for inputs, result in zip(requests, results, strict=True):
+        scale = inputs.get("scale", np.array([2, 3], "f4"))
+        np.testing.assert_array_equal(result.outputs["y"], inputs["x"] * scale)
+    assert _together(results) > 1
+    assert _together(results[1::3]) > 1
+    with pytest.raises(InvalidInput, match=r"'scales'; expected .*scale: float32\[2\] \(opt"):
+        client.infer("default-input", {"x": np.ones((1, 2), "f4"), "scales": np.ones(2, "f4")})
+    with pytest.raises(InvalidInput, match=r"input 'scale' of model .* 3 at dim 0; expected 2"):
+        client.infer("default-input", {"x": np.ones((1, 2), "f4"), "scale": np.ones(3, "f4")})
+
+
+def test_the_maps_of_a_classifier_are_one_tensor_of_probabilities(client: Client) -> None:
+    requests = [{"x": np.eye(3, dtype="f4")[[n % 3]] * 5} for n in range(16)]
+    results = list(client.map("zipmap", requests))
+    for n, result in enumerate(results):
+        assert result.outputs["output_label"].tolist() == [n % 3]
+        probabilities = result.outputs["output_probability"]
+        expected = np.exp(requests[n]["x"])
+        np.testing.assert_allclose(probabilities, expected / expected.sum(), rtol=1e-5)
+    assert _together(results) > 1

@@ -48,7 +48,9 @@ class ModelView:
     dtypes: Mapping[str, np.dtype[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.dtypes = {spec.name: DTYPES[spec.dtype] for spec in self.advert.signature.inputs}
+        signature = self.advert.signature
+        specs = signature.inputs + signature.optional
+        self.dtypes = {spec.name: DTYPES[spec.dtype] for spec in specs}
 
     @property
     def lifetime_s(self) -> float:

@@ -8,7 +8,7 @@ One connection carries everything. A client belongs to the event loop that first
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
 from types import TracebackType
 from typing import Literal, Self, overload
 
@@ -46,10 +46,11 @@ class AsyncClient:
         *,
         priority: int | None = None,
         timeout_ms: float | None = None,
+        outputs: Sequence[str] | None = None,
     ) -> AsyncPending:
         """See `Client.submit`."""
         session = self._session
-        dialogue = submit(session.core, model, inputs, priority, timeout_ms, session.make)
+        dialogue = submit(session.core, model, inputs, priority, timeout_ms, session.make, outputs)
         return await session.carry(dialogue)
 
     async def infer(
@@ -60,9 +61,12 @@ class AsyncClient:
         timeout: float | None = DEFAULT_WAIT_S,
         priority: int | None = None,
         timeout_ms: float | None = None,
+        outputs: Sequence[str] | None = None,
     ) -> Result:
         """See `Client.infer`."""
-        pending = await self.submit(model, inputs, priority=priority, timeout_ms=timeout_ms)
+        pending = await self.submit(
+            model, inputs, priority=priority, timeout_ms=timeout_ms, outputs=outputs
+        )
         return await pending.result(timeout)
 
     @overload
@@ -76,6 +80,7 @@ class AsyncClient:
         timeout_ms: float | None = ...,
         timeout: float | None = ...,
         return_errors: Literal[False] = ...,
+        outputs: Sequence[str] | None = ...,
     ) -> AsyncIterator[Result]: ...
     @overload
     def map(
@@ -88,6 +93,7 @@ class AsyncClient:
         timeout_ms: float | None = ...,
         timeout: float | None = ...,
         return_errors: Literal[True],
+        outputs: Sequence[str] | None = ...,
     ) -> AsyncIterator[Result | InferqError]: ...
     def map(
         self,
@@ -99,9 +105,10 @@ class AsyncClient:
         timeout_ms: float | None = None,
         timeout: float | None = DEFAULT_WAIT_S,
         return_errors: bool = False,
+        outputs: Sequence[str] | None = None,
     ) -> AsyncIterator[Result | InferqError]:
         """See `Client.map`; `items` may be asynchronous too."""
-        job = Job(model, priority, timeout_ms, timeout, return_errors)
+        job = Job(model, priority, timeout_ms, timeout, return_errors, outputs)
         source = aiter(items) if isinstance(items, AsyncIterable) else iter(items)
         return stream_async(self._session, job, source, Window(in_flight))
 

@@ -31,6 +31,7 @@ class Job:
     timeout_ms: float | None
     timeout: float | None
     return_errors: bool
+    outputs: Sequence[str] | None = None
 
     def judge(self, outcome: Result | InferqError) -> Result | InferqError:
         """`outcome`, to be yielded at its place, or raised there."""
@@ -124,7 +125,7 @@ def _submit(  # noqa: C901 - one loop; each error has its own consequence for th
     while items and window.room > 0:
         try:
             view = yield from look_up(core, job.model)
-            pending = core.build(view, items[0], job.priority, job.timeout_ms, make)
+            pending = core.build(view, items[0], job.priority, job.timeout_ms, make, job.outputs)
         except QueueFull as problem:
             if window.unresolved:
                 break

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Literal, Self, overload
 
@@ -55,19 +55,21 @@ class Client:
         *,
         priority: int | None = None,
         timeout_ms: float | None = None,
+        outputs: Sequence[str] | None = None,
     ) -> Pending:
         """Hand one request over and return; it is in Redis' queue then.
 
         `inputs`: input name → array of exactly the model's dtype and shape, with 1 …
         max_batch_size rows in dim 0; lists and numbers take the model's dtype. `priority`: 0 (the
         most urgent) to 9; by default the model's. `timeout_ms`, from now: if it passes before the
-        request is computed, the request ends as DeadlineExceeded.
+        request is computed, the request ends as DeadlineExceeded. `outputs`: the names of those
+        that are wanted; by default all.
 
         Raises, before anything is pushed: ModelNotFound, InvalidInput (naming the input),
         PayloadTooLarge, QueueFull, RedisUnavailable, ClientClosed.
         """
         session = self._session
-        dialogue = submit(session.core, model, inputs, priority, timeout_ms, session.make)
+        dialogue = submit(session.core, model, inputs, priority, timeout_ms, session.make, outputs)
         return session.carry(dialogue)
 
     def infer(
@@ -78,9 +80,12 @@ class Client:
         timeout: float | None = DEFAULT_WAIT_S,
         priority: int | None = None,
         timeout_ms: float | None = None,
+        outputs: Sequence[str] | None = None,
     ) -> Result:
         """`submit`, and wait up to `timeout` seconds for the result; raises what either raises."""
-        return self.submit(model, inputs, priority=priority, timeout_ms=timeout_ms).result(timeout)
+        return self.submit(
+            model, inputs, priority=priority, timeout_ms=timeout_ms, outputs=outputs
+        ).result(timeout)
 
     @overload
     def map(
@@ -93,6 +98,7 @@ class Client:
         timeout_ms: float | None = ...,
         timeout: float | None = ...,
         return_errors: Literal[False] = ...,
+        outputs: Sequence[str] | None = ...,
     ) -> Iterator[Result]: ...
     @overload
     def map(
@@ -105,6 +111,7 @@ class Client:
         timeout_ms: float | None = ...,
         timeout: float | None = ...,
         return_errors: Literal[True],
+        outputs: Sequence[str] | None = ...,
     ) -> Iterator[Result | InferqError]: ...
     def map(
         self,
@@ -116,6 +123,7 @@ class Client:
         timeout_ms: float | None = None,
         timeout: float | None = DEFAULT_WAIT_S,
         return_errors: bool = False,
+        outputs: Sequence[str] | None = None,
     ) -> Iterator[Result | InferqError]:
         """Results of many requests, in the order of `items`, with few round trips.
 
@@ -125,7 +133,7 @@ class Client:
         error is yielded there instead. `timeout`: seconds to wait for each next result. Requests
         that are in flight when the iteration is left go on, and their results are dropped.
         """
-        job = Job(model, priority, timeout_ms, timeout, return_errors)
+        job = Job(model, priority, timeout_ms, timeout, return_errors, outputs)
         return stream(self._session, job, iter(items), Window(in_flight))
 
     def close(self) -> None:

@@ -31,7 +31,7 @@ from inferq.shared.errors import (
     ResultExpired,
 )
 from inferq.shared.resp import Command, Reply, ReplyError
-from inferq.shared.schema import check_inputs
+from inferq.shared.schema import check_inputs, check_outputs
 from inferq.shared.settings import Settings
 
 #: Why a request of a client that is closed has no result.
@@ -83,6 +83,7 @@ class Core:
         priority: int | None,
         timeout_ms: float | None,
         make: Callable[[Outgoing, float], P],
+        outputs: Sequence[str] | None = None,
     ) -> P:
         """Check and encode one request, count it in, and enter it into the table.
 
@@ -94,6 +95,7 @@ class Core:
         priority = _checked_priority(advert.default_priority if priority is None else priority)
         timeout_ms = _checked_timeout(timeout_ms) or advert.default_timeout_ms
         arrays = arrays_of(view.dtypes, inputs)
+        wanted = None if outputs is None else check_outputs(advert, outputs)
         rows = check_inputs(advert, arrays)
         self.admission.admit(view, rows, now)
         encoder = self._encoders.get(advert.name)
@@ -102,7 +104,7 @@ class Core:
             self._encoders[advert.name] = encoder
         sent_ms = self.admission.redis_ms(now)
         outgoing = encoder.encode(
-            arrays, priority, sent_ms, sent_ms + timeout_ms if timeout_ms else None
+            arrays, priority, sent_ms, sent_ms + timeout_ms if timeout_ms else None, wanted
         )
         self.admission.weigh(view, outgoing.nbytes)
         pending = make(outgoing, now)

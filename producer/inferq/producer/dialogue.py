@@ -80,10 +80,11 @@ def submit(
     priority: int | None,
     timeout_ms: float | None,
     make: Callable[[Outgoing, float], P],
+    outputs: Sequence[str] | None = None,
 ) -> Dialogue[P]:
     """Check one request, encode it, push it; see `Client.submit`."""
     view = yield from look_up(core, model)
-    pending = core.build(view, inputs, priority, timeout_ms, make)
+    pending = core.build(view, inputs, priority, timeout_ms, make, outputs)
     refused = yield from push(core, [pending], view)
     if refused:
         raise refused[0]

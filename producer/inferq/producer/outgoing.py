@@ -109,7 +109,12 @@ class Encoder:
         self._shown: dict[tuple[tuple[int, ...], ...], str] = {}
 
     def encode(
-        self, arrays: Mapping[str, Array], priority: int, sent_ms: float, deadline_ms: float | None
+        self,
+        arrays: Mapping[str, Array],
+        priority: int,
+        sent_ms: float,
+        deadline_ms: float | None,
+        outputs: Sequence[str] | None = None,
     ) -> Outgoing:
         """One request; `arrays` have passed `check_inputs`, the times are Redis milliseconds."""
         request_id = self._ids.new()
@@ -131,6 +136,7 @@ class Encoder:
             priority=priority,
             sent_ms=sent_ms,
             deadline_ms=deadline_ms,
+            outputs=outputs,
         )
         ttl = PAYLOAD_TTL_S
         if deadline_ms is not None:

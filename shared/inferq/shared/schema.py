@@ -41,12 +41,14 @@ class TensorSpec(msgspec.Struct, frozen=True):
     """One input or output of a model.
 
     `shape` holds sizes, and for what varies a symbol (dims with the same symbol have the same
-    size within one request) or None (varies freely). Dim 0 is the batch where the model has one.
+    size within one request) or None (varies freely). The batch, where there is one, is dim
+    `batch_axis`.
     """
 
     name: str
     dtype: str
     shape: tuple[int | str | None, ...]
+    batch_axis: int = 0
 
     def __str__(self) -> str:
         dims = ", ".join("?" if d is None else str(d) for d in self.shape)
@@ -58,16 +60,21 @@ class Signature(msgspec.Struct, frozen=True):
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    #: Inputs that a request may leave out, for the model has a value of its own. They have no rows.
+    optional: tuple[TensorSpec, ...] = ()
 
     @property
     def batch_symbol(self) -> str | None:
-        """The symbol that dim 0 of every input and output shares; None: not batchable."""
-        firsts = {spec.shape[0] if spec.shape else None for spec in self.inputs + self.outputs}
+        """The symbol that the batch dim of all inputs and outputs is; None: not batchable."""
+        firsts = {
+            spec.shape[spec.batch_axis] if spec.shape else None
+            for spec in self.inputs + self.outputs
+        }
         only = firsts.pop() if len(firsts) == 1 else None
         return only if isinstance(only, str) else None
 
     def __str__(self) -> str:
-        inputs = ", ".join(map(str, self.inputs))
+        inputs = ", ".join([*map(str, self.inputs), *(f"{o} (optional)" for o in self.optional)])
         return f"({inputs}) -> ({', '.join(map(str, self.outputs))})"
 
 
@@ -191,10 +198,11 @@ def _described(shape: tuple[int, ...], dtype: np.dtype[Any]) -> str:
 def most_bytes(advert: ModelAdvert) -> int:
     """The most bytes that one request's inputs can have, by the signature as far as that says."""
     total = 0
-    for spec in advert.signature.inputs:
+    required = len(advert.signature.inputs)
+    for place, spec in enumerate(advert.signature.inputs + advert.signature.optional):
         dims = list(spec.shape)
-        if advert.batchable:
-            dims[0] = advert.max_batch_size
+        if advert.batchable and place < required:
+            dims[spec.batch_axis] = advert.max_batch_size
         sizes = [dim for dim in dims if isinstance(dim, int)]
         if len(sizes) < len(dims):
             return advert.max_request_bytes
@@ -214,7 +222,11 @@ class InputCheck:
         #: (name, dtype, shape after the batch), if nothing else may vary; else None.
         self._plain: list[tuple[str, np.dtype[Any], tuple[object, ...]]] | None = None
         inputs = advert.signature.inputs
-        if advert.batchable and all(isinstance(d, int) for i in inputs for d in i.shape[1:]):
+        if (
+            advert.batchable
+            and all(isinstance(dim, int) for spec in inputs for dim in spec.shape[1:])
+            and not any(spec.batch_axis for spec in inputs)
+        ):
             self._plain = [(i.name, DTYPES[i.dtype], i.shape[1:]) for i in inputs]
 
     def __call__(self, inputs: Tensors) -> int:
@@ -236,21 +248,55 @@ class InputCheck:
 
 def check_names(advert: ModelAdvert, inputs: Collection[str]) -> None:
     """InvalidInput unless `inputs` are the names of the model's inputs, no more and no less."""
-    specs = advert.signature.inputs
+    specs, optional = advert.signature.inputs, advert.signature.optional
     given, names = set(inputs), {spec.name for spec in specs}
     if given != names:
-        missing, unknown = sorted(names - given), sorted(given - names)
+        missing = sorted(names - given)
+        unknown = sorted(given - names - {spec.name for spec in optional})
+        if not missing and not unknown:
+            return
         problem = "; ".join(
             f"{what} {', '.join(map(repr, which[:_TOLD]))}"
             for what, which in (("missing", missing), ("unknown", unknown))
             if which
         )
-        more = f" and {len(specs) - _TOLD} more" if len(specs) > _TOLD else ""
+        told = [*map(str, specs), *(f"{spec} (optional)" for spec in optional)]
+        more = f" and {len(told) - _TOLD} more" if len(told) > _TOLD else ""
         raise InvalidInput(
-            f"inputs of model {advert.name!r}: {problem}; "
-            f"expected {', '.join(map(str, specs[:_TOLD]))}{more}",
+            f"inputs of model {advert.name!r}: {problem}; expected {', '.join(told[:_TOLD])}{more}",
             model=advert.name,
         )
+
+
+def check_outputs(advert: ModelAdvert, outputs: object) -> tuple[str, ...] | None:
+    """The names of the outputs that a request asks for; None: it wants all. InvalidInput."""
+    if outputs is None:
+        return None
+    names = [spec.name for spec in advert.signature.outputs]
+    given = list(outputs) if isinstance(outputs, list | tuple) else []
+    if not given or not all(isinstance(name, str) for name in given):
+        raise InvalidInput(
+            f"outputs is {_brief(outputs)}; expected a list of names, of {_listed(names)}",
+            model=advert.name,
+        )
+    unknown = next((name for name in given if name not in names), None)
+    if unknown is not None:
+        raise InvalidInput(
+            f"outputs has {unknown[:100]!r}; expected names of outputs of model "
+            f"{advert.name!r}: {_listed(names)}",
+            model=advert.name,
+        )
+    wanted = tuple(name for name in names if name in given)
+    return None if len(wanted) == len(names) else wanted
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
+    return f"{', '.join(map(repr, names[:_TOLD]))}{more}"
+
+
+def _brief(value: object) -> str:
+    return repr(value)[:100] if isinstance(value, str | int | float) else type(value).__name__
 
 
 def check_inputs(advert: ModelAdvert, inputs: Tensors) -> int:
@@ -263,6 +309,9 @@ def check_inputs(advert: ModelAdvert, inputs: Tensors) -> int:
     symbols: dict[str, tuple[int, str]] = {}
     for spec in specs:
         _check_tensor(advert, spec, inputs[spec.name], symbols)
+    for spec in advert.signature.optional:
+        if spec.name in inputs:
+            _check_tensor(advert, spec, inputs[spec.name], symbols)
     size = nbytes(inputs)
     if size > advert.max_request_bytes:
         raise PayloadTooLarge(
@@ -274,7 +323,7 @@ def check_inputs(advert: ModelAdvert, inputs: Tensors) -> int:
         )
     if not advert.batchable:
         return 1
-    rows = next(iter(inputs.values())).shape[0]
+    rows = inputs[specs[0].name].shape[specs[0].batch_axis]
     if not 1 <= rows <= advert.max_batch_size:
         raise InvalidInput(
             f"inputs of model {advert.name!r} have {rows} rows; "
@@ -314,7 +363,7 @@ def _check_tensor(
                     model=advert.name,
                 )
         # Any other open dim may have no size yet: that of a decoder's past, at its first step.
-        if size == 0 and axis == 0 and advert.batchable:
+        if size == 0 and axis == spec.batch_axis and advert.batchable:
             raise InvalidInput(
                 f"{where}: dim {axis} of shape {list(array.shape)} is 0; expected at least 1",
                 model=advert.name,

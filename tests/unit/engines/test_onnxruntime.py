@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from helpers import onnx_models, row_models
@@ -18,6 +20,7 @@ from inferq.shared.errors import ConfigError, EngineError
 from inferq.workers.engines import cores, onnxruntime
 from inferq.workers.engines.cores import usable_cores
 from inferq.workers.engines.onnxruntime import OnnxRuntimeEngine
+from inferq.workers.models.config import ModelConfig
 from inferq.workers.models.engine import Batch, LoadedModel
 from inferq.workers.models.signatures import Examined, examine
 
@@ -293,3 +296,43 @@ def test_a_loop_that_an_example_keeps_going_for_ever_is_ended(
     monkeypatch.setattr(onnxruntime, "MAX_PROBE_S", 0.05)
     read = _read(row_models.write(file, row_models.ENDLESS))
     assert read.why_not_batchable is not None
+
+
+# --- outputs -------------------------------------------------------------------------------------
+
+
+def _stalling(path: Path) -> Path:
+    """y: x; slow: comes of a loop without end."""
+    onnx_models.stalls_alone(path)
+    model = onnx.load(path)
+    model.graph.output[0].name = "slow"
+    model.graph.node[-1].output[0] = "slow"
+    model.graph.node.append(node("Identity", "x", "y"))
+    y = onnx.helper.make_tensor_value_info("y", FLOAT, ["batch", 3])
+    model.graph.output.append(y)
+    onnx.save(model, path)
+    return path
+
+
+def test_an_output_that_model_toml_leaves_out_is_not_computed(file: Path) -> None:
+    _stalling(file)
+    spec = replace(spec_of(file, {}), config=ModelConfig(lanes=1, outputs=("y",)))
+    x = np.full((1, 3), 2 * onnx_models.ODD_ABOVE, np.float32)
+    (lane,) = OnnxRuntimeEngine(spec).load().lanes
+    outputs = lane.run(Batch([{"x": x}], 1, 1))  # else it would take for ever
+    assert list(outputs) == ["y"]
+    np.testing.assert_array_equal(outputs["y"], x)
+
+
+def test_leaving_outputs_out_finds_weights_in_files_of_their_own(file: Path) -> None:
+    onnx_models.external(file, "weights.bin")
+    (file.parent / "weights.bin").write_bytes(np.arange(4, dtype="f4").tobytes())
+    model = onnx.load(file, load_external_data=False)
+    model.graph.node.append(node("Neg", ["y"], ["z"]))
+    z = onnx.helper.make_tensor_value_info("z", FLOAT, ["batch", 4])
+    model.graph.output.append(z)
+    file.write_bytes(model.SerializeToString())
+    spec = replace(spec_of(file, {}), config=ModelConfig(lanes=1, outputs=("z",)))
+    (lane,) = OnnxRuntimeEngine(spec).load().lanes
+    outputs = lane.run(Batch([{"x": np.ones((1, 4), "f4")}], 1, 1))
+    assert {name: array.tolist() for name, array in outputs.items()} == {"z": [[-1, -2, -3, -4]]}

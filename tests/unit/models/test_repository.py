@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from helpers import onnx_models
+from helpers import onnx_models, real_models
 from helpers.bad_models import BAD, FOUND_LATE, NEWEST, OTHERS, write_others
 from helpers.repository import fake_model
 from hypothesis import HealthCheck, given, settings
@@ -21,6 +21,7 @@ from inferq.shared.errors import ConfigError
 from inferq.shared.schema import ModelAdvert
 from inferq.workers.batching.padding import PadRule
 from inferq.workers.demo.models import package_folder
+from inferq.workers.engines import onnx_edit
 from inferq.workers.models import repository
 from inferq.workers.models.config import ModelConfig
 from inferq.workers.models.folders import Folders, look_through
@@ -562,3 +563,58 @@ def test_tables_nested_without_end_are_refused(tmp_path: Path, text: str) -> Non
     (tmp_path / "model.toml").write_text(text)
     with pytest.raises(ConfigError):
         read_toml(tmp_path / "model.toml")
+
+
+# --- outputs -------------------------------------------------------------------------------------
+
+
+def test_an_output_that_cannot_be_served_is_named_with_the_knob_that_leaves_it_out(
+    tmp_path: Path,
+) -> None:
+    real_models.write(tmp_path, "seqout")
+    refusal = _refusal(tmp_path, "seqout")
+    assert "output 'parts' of the model is a seq(tensor(float)); expected a tensor of" in refusal
+    assert 'outputs = ["y"] in model.toml leaves it out' in refusal
+    (tmp_path / "seqout" / "model.toml").write_text('outputs = ["parts"]')
+    assert "is a seq(tensor(float))" in _refusal(tmp_path, "seqout")
+    (tmp_path / "seqout" / "model.toml").write_text('outputs = ["y"]')
+    spec = load_model(tmp_path, "seqout")
+    assert str(spec.signature) == "(x: float32[batch, 4]) -> (y: float32[batch, 4])"
+    assert spec.batchable
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        ('["z"]', "outputs has 'z'; expected names of its outputs: y, mean"),
+        ('["y", "y"]', "outputs is ['y', 'y']; expected each name once"),
+        ('"y"', "outputs is 'y'; expected a list"),
+    ],
+)
+def test_outputs_that_there_are_not_are_refused_by_name(
+    tmp_path: Path, outputs: str, message: str
+) -> None:
+    real_models.write(tmp_path, "scalar-out", f"outputs = {outputs}")
+    refusal = _refusal(tmp_path, "scalar-out")
+    assert message in refusal
+    assert "model.toml" in refusal
+
+
+def test_maps_that_cannot_be_tensors_are_refused_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_edit, "MAX_EDITED_BYTES", 0)
+    onnx_models.classifier(tmp_path / "m" / "1" / "model.onnx")
+    refusal = _refusal(tmp_path)
+    assert "output 'output_probability' of the model is a seq(map(" in refusal
+    assert "export the classifier with zipmap=False" in refusal
+    assert 'outputs = ["output_label"] in model.toml leaves it out' in refusal
+
+
+def test_the_labels_of_a_classifier_are_those_of_its_file_unless_model_toml_has_others(
+    tmp_path: Path,
+) -> None:
+    onnx_models.classifier(tmp_path / "m" / "1" / "model.onnx")
+    assert load_model(tmp_path, "m").labels == ("cat", "dog", "owl")
+    (tmp_path / "m" / "model.toml").write_text('labels = ["a", "b", "c"]')
+    assert load_model(tmp_path, "m").labels == ("a", "b", "c")

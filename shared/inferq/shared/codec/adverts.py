@@ -27,14 +27,19 @@ def decode_advert(data: bytes) -> ModelAdvert:
 
 def _contradiction(advert: ModelAdvert) -> str | None:
     """Why requests cannot be checked by `advert`; None: they can."""
-    inputs = advert.signature.inputs
-    if not inputs:
+    signature = advert.signature
+    if not signature.inputs:
         return "no inputs"
-    for spec in inputs:
+    for spec in signature.inputs + signature.optional:
         if spec.dtype not in DTYPES:
             return f"input {spec.name[:100]!r} of dtype {spec.dtype[:40]!r}"
         if len(spec.shape) > MAX_DIMS:
             return f"input {spec.name[:100]!r} of {len(spec.shape)} dims"
+    for spec in signature.inputs + signature.outputs:
+        if spec.batch_axis and not 0 <= spec.batch_axis < len(spec.shape):
+            return (
+                f"{spec.name[:100]!r} of {len(spec.shape)} dims, whose rows are {spec.batch_axis}"
+            )
     if advert.batchable and advert.signature.batch_symbol is None:
         return "batchable = true, and no symbol that dim 0 of every tensor shares"
     return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import binascii
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -231,12 +231,17 @@ class RequestEncoder:
         priority: int,
         sent_ms: float,
         deadline_ms: float | None,
+        outputs: Sequence[str] | None = None,
     ) -> bytes:
         """One message. `inputs` maps names to tensors' wire form; `shown` is their short repr.
 
+        `outputs`: the names of those that are wanted; None: all are.
         `request_id` must need no JSON escapes (a UUID); the times are Redis milliseconds.
         """
-        body = pack(([], {"model": model, "inputs": inputs}, _NO_CANVAS))
+        kwargs: dict[str, Any] = {"model": model, "inputs": inputs}
+        if outputs is not None:
+            kwargs["outputs"] = outputs
+        body = pack(([], kwargs, _NO_CANVAS))
         deadline = "null" if deadline_ms is None else f"{deadline_ms:.3f}"
         headers = (
             f',"id":"{request_id}","root_id":"{request_id}","kwargsrepr":{json.dumps(shown)},'

@@ -146,14 +146,18 @@ class _Company:
     def alone(self, bucket: int | None) -> Batch:
         """The request by itself, at `bucket` rows; None: at its own."""
         rows = self._item.rows
-        return Batch([self._item.inputs], rows, bucket or rows, bucket is not None)
+        return self._batch(self._item.inputs, rows, bucket or rows, bucket is not None)
 
     def copies(self) -> Batch:
         """Its batch and padding, where each row is one of its own, and it stands where it stood."""
         rows = self._size
         places = (np.arange(rows) - self._at) % self._item.rows
         inputs = {name: array[places] for name, array in self._item.inputs.items()}
-        return Batch([inputs], rows, rows)
+        return self._batch(inputs, rows, rows, True)
+
+    def _batch(self, inputs: Tensors, rows: int, bucket: int, batchable: bool) -> Batch:
+        shared, computed = self._item.shared or {}, list(self._answer)
+        return Batch([inputs], rows, bucket, batchable, shared, computed)
 
     def own(self, outputs: Tensors) -> dict[str, Array]:
         """Its rows of `outputs` of the batch."""

@@ -30,6 +30,10 @@ class Waiting(msgspec.Struct, eq=False):
     overtaken: int = 0
     #: Sizes before padding of the dims that were padded: symbol → size.
     padded: Mapping[str, int] | None = None
+    #: Optional inputs that it gives; None: none. Those it is compatible with give the same.
+    shared: Tensors | None = None
+    #: The names of the outputs that it wants; None: all.
+    outputs: tuple[str, ...] | None = None
     order: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from inferq.shared.errors import (
 
 
 def arguments(body: codec.Body) -> Mapping[str, Any]:
-    """The arguments by name; the task's signature is ``infer(inputs, model=None)``."""
+    """The arguments by name; the task is ``infer(inputs, model=None, *, outputs=None)``."""
     if not body.args:
         return body.kwargs
     if len(body.args) > 2:

@@ -25,6 +25,8 @@ class Opened(msgspec.Struct, frozen=True):
     inputs: Mapping[str, Any]
     #: Input name → payload key of the claim-checked ones.
     references: Mapping[str, str]
+    #: The names of the outputs that it wants; None: all.
+    outputs: tuple[str, ...] | None = None
 
 
 class Failed(msgspec.Struct, frozen=True):

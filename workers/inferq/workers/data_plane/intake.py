@@ -28,6 +28,7 @@ from inferq.shared.schema import (
     ModelAdvert,
     Ticket,
     check_names,
+    check_outputs,
     most_bytes,
 )
 from inferq.workers.batching.padding import Padding
@@ -53,7 +54,7 @@ WRITTEN_OUT: Final = 10
 BODY_BYTES: Final = 4 << 20
 #: Longest description of a request that is kept with it, in characters: Celery's own limit.
 MAX_REPR_CHARS: Final = 1_024
-_ARGUMENTS = frozenset({"inputs", "model"})
+_ARGUMENTS = frozenset({"inputs", "model", "outputs"})
 
 
 def _is_str(value: object) -> bool:
@@ -84,10 +85,14 @@ class Intake:
         self._check = InputCheck(advert)
         self._most_body = BODY_BYTES + WRITTEN_OUT * most_bytes(advert)
         self._most_message = min(self._most_body + codec.MAX_HEAD_BYTES, codec.MAX_MESSAGE_BYTES)
-        self._dtypes = {spec.name: spec.dtype for spec in advert.signature.inputs}
+        signature = advert.signature
+        self._order = [spec.name for spec in signature.inputs]
+        self._required = frozenset(self._order)
+        self._optional = frozenset(spec.name for spec in signature.optional)
+        self._dtypes = {spec.name: spec.dtype for spec in signature.inputs + signature.optional}
         #: Requests always fit together if no dim but the batch may vary.
         self._varies = any(
-            not isinstance(dim, int) for spec in advert.signature.inputs for dim in spec.shape[1:]
+            not isinstance(dim, int) for spec in signature.inputs for dim in spec.shape[1:]
         )
 
     def open(  # noqa: C901, PLR0912 - the checks of one message, in their order
@@ -147,6 +152,9 @@ class Intake:
             if late is not None:
                 return replace(late, ticket=ticket)
             inputs = self._inputs(given)
+            outputs = given.get("outputs")
+            if outputs is not None:
+                outputs = check_outputs(self._advert, outputs)
             for name, key in references.items():
                 if key not in own:
                     raise InvalidInput(f"input {name!r}: key {key[:200]!r} is not its payload's")
@@ -156,7 +164,7 @@ class Intake:
                     return Early(slot, message, due_ms)
         except InferqError as error:
             return Failed(slot, ticket, _bare(error))
-        return Opened(slot, ticket, inputs, references)
+        return Opened(slot, ticket, inputs, references, outputs)
 
     def _other_task(
         self, slot: Slot, envelope: codec.Envelope, message: bytes
@@ -215,6 +223,9 @@ class Intake:
                     lists = lists or codec.is_lists(tensor)
                 arrays[name] = codec.decode_tensor(name, tensor, self._dtypes.get(name))
             rows = self._check(arrays)
+            shared = None
+            if self._optional and len(arrays) > len(self._required):
+                shared = {name: arrays.pop(name) for name in self._optional & arrays.keys()}
             arrays, padded = self._padding.apply(arrays)
         except InferqError as error:
             return Failed(slot, ticket, _bare(error))
@@ -226,12 +237,14 @@ class Intake:
             ticket=ticket,
             inputs=arrays,
             slot=slot,
-            compatible=self._compatible(arrays),
+            compatible=self._compatible(arrays, shared),
             arrived_mono_ms=time.monotonic() * 1000,
             claimed_redis_ms=self._redis_ms(),
             rows=rows,
             alone=ticket.attempts > 0,
             padded=padded,
+            shared=shared,
+            outputs=opened.outputs,
         )
 
     def too_late(self, slot: Slot, ticket: Ticket) -> Failed | Revoked | None:
@@ -279,7 +292,7 @@ class Intake:
     def _inputs(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         unknown = sorted(given.keys() - _ARGUMENTS)
         if unknown:
-            raise InvalidInput(f"argument {unknown[0][:100]!r}; expected inputs and model")
+            raise InvalidInput(f"argument {unknown[0][:100]!r}; expected inputs, model and outputs")
         model, inputs = given.get("model"), given.get("inputs")
         if model is not None and model != self._advert.name:
             told = (model if isinstance(model, str) else codec.brief(model))[:100]
@@ -291,14 +304,18 @@ class Intake:
             raise InvalidInput(
                 f"inputs are {type(inputs).__name__}; expected a mapping of input names to tensors"
             )
-        if inputs.keys() != self._dtypes.keys():
+        if inputs.keys() != self._required:
             check_names(self._advert, inputs)
         return inputs
 
-    def _compatible(self, arrays: Mapping[str, Array]) -> Hashable:
-        if not self._varies:
-            return None
-        return tuple(arrays[name].shape[1:] for name in self._dtypes)
+    def _compatible(
+        self, arrays: Mapping[str, Array], shared: Mapping[str, Array] | None
+    ) -> Hashable:
+        shapes = tuple(arrays[name].shape[1:] for name in self._order) if self._varies else None
+        if shared is None:
+            return shapes
+        given = ((name, array.shape, array.tobytes()) for name, array in shared.items())
+        return shapes, tuple(sorted(given))
 
 
 def _bare(error: InferqError) -> InferqError:

@@ -51,7 +51,14 @@ def execute(  # noqa: C901, PLR0912 - each way in which a batch may fail, in the
     fit = fit or Fit("")
     rows = sum(item.rows for item in items)
     bucket = knobs.bucket(rows) if knobs.batchable else rows
-    batch = Batch([item.inputs for item in items], rows, bucket, knobs.batchable)
+    batch = Batch(
+        [item.inputs for item in items],
+        rows,
+        bucket,
+        knobs.batchable,
+        items[0].shared or {},
+        _wanted(items),
+    )
     started = time.monotonic() * 1000
     outputs: Tensors | None
     try:
@@ -109,6 +116,16 @@ def execute(  # noqa: C901, PLR0912 - each way in which a batch may fail, in the
     return outcomes
 
 
+def _wanted(items: Sequence[Waiting]) -> Sequence[str] | None:
+    """The outputs that any of `items` wants; None: one wants all."""
+    wanted: dict[str, None] = {}
+    for item in items:
+        if item.outputs is None:
+            return None
+        wanted.update(dict.fromkeys(item.outputs))
+    return list(wanted)
+
+
 def _in_halves(
     lane: Lane, items: Sequence[Waiting], knobs: Knobs, odd: OddRows | None, fit: Fit
 ) -> list[Outcome]:
@@ -128,7 +145,8 @@ def _in_pieces(lane: Lane, batch: Batch, most: int, knobs: Knobs) -> Tensors:
     for begin in range(0, batch.rows, most):
         part = {name: array[begin : begin + most] for name, array in inputs.items()}
         rows = min(most, batch.rows - begin)
-        pieces.append(lane.run(Batch([part], rows, knobs.bucket(rows))))
+        piece = Batch([part], rows, knobs.bucket(rows), True, batch.shared, batch.outputs)
+        pieces.append(lane.run(piece))
         check_rows(pieces[-1], rows)
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 

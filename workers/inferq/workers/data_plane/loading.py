@@ -23,6 +23,7 @@ from inferq.workers.data_plane.results import Results
 from inferq.workers.data_plane.served_model import ServedModel
 from inferq.workers.data_plane.target import Target
 from inferq.workers.logs.fields import about
+from inferq.workers.models.chosen_outputs import chosen_lanes
 from inferq.workers.models.engine import LoadedModel
 from inferq.workers.models.registry import engine_class
 from inferq.workers.models.spec import ModelSpec
@@ -86,7 +87,7 @@ class LoadingModel:
         self._preparation.start()
         with ExitStack() as undo:
             with self._named():
-                loaded = engine.load()
+                loaded = chosen_lanes(engine.load())
             undo.callback(loaded.close)
             undo.callback(self.told_to_end)
             with self._named():

@@ -83,9 +83,12 @@ class Results:
             error = outcome.error or InferqError("the engine gave no outcome")
             return self.failed(item.slot, ticket, error, running=True)
         try:
+            outputs = self.padding.cut(outcome.outputs, item.padded)
+            if item.outputs is not None:
+                outputs = {name: outputs[name] for name in item.outputs}
             meta = codec.encode_success(
                 ticket.id,
-                self.padding.cut(outcome.outputs, item.padded),
+                outputs,
                 self._receipt(outcome),
                 _now(),
                 ticket.content_type,

@@ -13,7 +13,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -36,6 +37,13 @@ from inferq.workers.cuda import memory_share
 from inferq.workers.cuda.libcuda import context_failure
 from inferq.workers.engines.cores import usable_cores
 from inferq.workers.engines.on_gpu import LANES, ROUNDING, gpu_buckets
+from inferq.workers.engines.onnx_edit import (
+    MAPS,
+    WEIGHTS_FOLDER,
+    keep_outputs,
+    read,
+    take_maps_out,
+)
 from inferq.workers.models.engine import (
     Batch,
     Engine,
@@ -90,12 +98,12 @@ class OnnxRuntimeEngine(Engine):
         options.log_severity_level = _LOG_FATAL
         # Examples take the memory that they need, and give it back.
         options.enable_cpu_mem_arena = False
-        session = _open(path, options, [_CPU])
+        session, labels = _open(path, options, [_CPU])
         _check_ranks(path, session)
-        declared = Signature(
-            _specs("input", session.get_inputs()), _specs("output", session.get_outputs())
-        )
-        names = [spec.name for spec in declared.outputs]
+        inputs = _specs("input", session.get_inputs())
+        outputs, unserved = _outputs(session)
+        declared = Signature(inputs, outputs, _optional(session, len(inputs)))
+        names = [spec.name for spec in outputs]
 
         def probe(inputs: Tensors) -> Mapping[str, Array]:
             options = ort.RunOptions()
@@ -108,7 +116,7 @@ class OnnxRuntimeEngine(Engine):
             finally:
                 ended.cancel()
 
-        return Declared(declared, probe)
+        return Declared(declared, probe, unserved, labels)
 
     def load(self) -> LoadedModel:
         spec, provider = self.spec, self._table.provider
@@ -121,7 +129,7 @@ class OnnxRuntimeEngine(Engine):
         cuda = provider != "cpu" and _CUDA in available
         providers: _Providers = [(_CUDA, _cuda_options()), _CPU] if cuda else [_CPU]
         try:
-            session = _open(spec.path, _session_options(), providers)
+            session, _ = _open(spec.path, _session_options(), providers, spec.config.outputs)
         except ConfigError as problem:
             if cuda and (failure := context_failure()) is not None:
                 raise _beyond_use(failure, problem.message) from problem
@@ -132,11 +140,12 @@ class OnnxRuntimeEngine(Engine):
             raise _beyond_use(failure, "onnxruntime: the session fell back to the CPU")
         if provider == "cuda" and not on_cuda:
             raise ConfigError("onnxruntime.provider is 'cuda', but no CUDA device could be used")
+        names = [output.name for output in spec.signature.outputs]
         count = spec.config.lanes or (LANES if on_cuda else usable_cores())
         return LoadedModel(
             spec,
             "cuda" if on_cuda else "cpu",
-            [OnnxRuntimeLane(session, on_cuda=on_cuda) for _ in range(count)],
+            [OnnxRuntimeLane(session, names, on_cuda=on_cuda) for _ in range(count)],
             buckets=gpu_buckets(spec) if on_cuda else spec.config.buckets,
             usual=told_inputs(spec),
             parallel_lanes=not on_cuda,
@@ -147,18 +156,23 @@ class OnnxRuntimeEngine(Engine):
 class OnnxRuntimeLane(Lane):
     """A caller of the shared session."""
 
-    def __init__(self, session: ort.InferenceSession, *, on_cuda: bool = False) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, names: Sequence[str] = (), *, on_cuda: bool = False
+    ) -> None:
+        """`names`: the outputs to compute; by default all."""
         self._session = session
         self._on_cuda = on_cuda
-        self._names = [output.name for output in session.get_outputs()]
+        every = [output.name for output in session.get_outputs()]
+        self._names = list(names) or every
 
     def run(self, batch: Batch) -> Mapping[str, Array]:
         inputs = gather(batch)
+        names = self._names if batch.outputs is None else batch.outputs
         try:
-            arrays: list[Array] = self._session.run(self._names, inputs)
+            arrays: list[Array] = self._session.run(names, inputs)
         except Exception as problem:
             raise self._judged(f"onnxruntime: {reason(problem)}") from problem
-        return without_padding(batch, dict(zip(self._names, arrays, strict=True)))
+        return without_padding(batch, dict(zip(names, arrays, strict=True)))
 
     def _judged(self, text: str) -> EngineError:
         """ONNX Runtime tells an error that stays from others by its text alone: CUDA is asked."""
@@ -196,8 +210,15 @@ def _cuda_options() -> dict[str, str]:
 
 
 def _open(
-    path: Path | None, options: ort.SessionOptions, providers: _Providers
-) -> ort.InferenceSession:
+    path: Path | None,
+    options: ort.SessionOptions,
+    providers: _Providers,
+    outputs: Collection[str] = (),
+) -> tuple[ort.InferenceSession, tuple[str, ...]]:
+    """A session of the model in `path`, and the labels of its classes if it tells them.
+
+    `outputs`: the only ones that are wanted; by default all are.
+    """
     if path is None:
         raise ConfigError("engine 'onnxruntime' has no model file; expected model.onnx")
     size = path.stat().st_size
@@ -207,7 +228,19 @@ def _open(
             "with larger weights in external data files beside it"
         )
     try:
-        return ort.InferenceSession(str(path), options, providers=list(providers))
+        session = ort.InferenceSession(str(path), options, providers=list(providers))
+        names = [output.name for output in session.get_outputs()]
+        maps = any(output.type.startswith(MAPS) for output in session.get_outputs())
+        fewer = bool(outputs) and len(outputs) < len(names)
+        if not (maps or fewer) or (model := read(path)) is None:
+            return session, ()
+        del session
+        labels = take_maps_out(model) if maps else ()
+        if fewer:
+            keep_outputs(model, outputs)
+        options.add_session_config_entry(WEIGHTS_FOLDER, str(path.parent))
+        model = model.SerializeToString()
+        return ort.InferenceSession(model, options, providers=list(providers)), labels
     except Exception as problem:
         raise ConfigError(
             f"{path} cannot be loaded by ONNX Runtime: {reason(problem)}"
@@ -232,6 +265,39 @@ def _specs(kind: str, nodes: Sequence[Any]) -> tuple[TensorSpec, ...]:
     if not 1 <= len(nodes) <= MAX_TENSORS:
         raise ConfigError(f"the model has {len(nodes)} {kind}s; expected 1 to {MAX_TENSORS}")
     return tuple(_spec(f"{kind} {node.name!r}", node) for node in nodes)
+
+
+def _outputs(session: ort.InferenceSession) -> tuple[tuple[TensorSpec, ...], dict[str, str]]:
+    """Those that can be served, and why others cannot. ConfigError: none can."""
+    found, unserved = [], {}
+    for node in session.get_outputs():
+        what = f"output {node.name!r}"
+        try:
+            found.append(_spec(what, node))
+        except ConfigError as problem:
+            maps = str(node.type).startswith(MAPS)
+            hint = "; export the classifier with zipmap=False" if maps else ""
+            unserved[node.name] = problem.message + hint
+    if not found and unserved:
+        raise ConfigError(next(iter(unserved.values())))
+    if not 1 <= len(found) <= MAX_TENSORS:
+        raise ConfigError(f"the model has {len(found)} outputs; expected 1 to {MAX_TENSORS}")
+    return tuple(found), unserved
+
+
+def _optional(session: ort.InferenceSession, inputs: int) -> tuple[TensorSpec, ...]:
+    """Initialisers that a request may replace.
+
+    None if they are so many that they are the weights: some exporters list all among the inputs.
+    And none that would have rows: an open dim is not the same of all who share a batch.
+    """
+    found: list[TensorSpec] = []
+    for node in session.get_overridable_initializers():
+        with suppress(ConfigError):
+            spec = _spec(f"input {node.name!r}", node)
+            if all(isinstance(dim, int) for dim in spec.shape):
+                found.append(spec)
+    return tuple(found) if inputs + len(found) <= MAX_TENSORS else ()
 
 
 def _spec(what: str, node: Any) -> TensorSpec:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainValidator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
+from inferq.shared.schema import MAX_TENSORS
 from inferq.workers.batching.padding import PadRule
 from inferq.workers.models.validation import (
     MAX_BATCH_SIZE,
@@ -19,6 +20,7 @@ from inferq.workers.models.validation import (
     Lanes,
     Milliseconds,
     Rows,
+    Text,
     TomlTable,
 )
 
@@ -36,6 +38,12 @@ def _ascending(sizes: tuple[int, ...]) -> tuple[int, ...]:
     if list(sizes) != sorted(set(sizes)):
         raise ValueError("ascending sizes, each once")
     return sizes
+
+
+def _once(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("each name once")
+    return names
 
 
 def _names(labels: object) -> object:
@@ -132,6 +140,8 @@ class ModelConfig(TomlTable):
     on_mismatch: Literal["unbatch", "warn"] = "unbatch"
     #: Run every bucket once before claiming, and measure which is best.
     warm_up: Flag = True
+    #: The outputs that are computed and served, in this order; empty: all.
+    outputs: Annotated[tuple[Text, ...], Field(max_length=MAX_TENSORS), AfterValidator(_once)] = ()
     #: What the outputs' classes are called: a list, or a file in the model's folder, one a line.
     labels: Labels = ()
     pad: dict[str, PadTable] = Field(default_factory=dict, max_length=64)

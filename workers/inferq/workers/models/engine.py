@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
@@ -43,6 +43,10 @@ class Batch:
     rows: int
     bucket: int
     batchable: bool = True
+    #: Inputs without rows, as they are: the same of all the requests.
+    shared: Tensors = field(default_factory=dict)
+    #: The names of the outputs that are wanted; None: all. An engine that computes all gives all.
+    outputs: Sequence[str] | None = None
     #: What it took to put the inputs together, in ms, once that is done.
     gather_ms: float = 0.0
 
@@ -125,16 +129,17 @@ class Engine(ABC):
 def gather(batch: Batch) -> dict[str, Array]:
     """The batch's inputs joined along dim 0 and padded with copies of the last row to `bucket`.
 
-    Without copying where one part needs no padding.
+    Without copying where one part needs no padding. What is shared is among them.
     """
     first = batch.parts[0]
     if len(batch.parts) == 1 and batch.bucket == batch.rows:
-        return dict(first)
+        return {**first, **batch.shared}
     joined: dict[str, Array] = {
         name: np.empty((batch.bucket, *array.shape[1:]), array.dtype)
         for name, array in first.items()
     }
     gather_into(batch, joined)
+    joined.update(batch.shared)
     return joined
 
 

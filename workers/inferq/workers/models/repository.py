@@ -18,6 +18,7 @@ from inferq.shared.errors import ConfigError
 from inferq.shared.names import is_model_name
 from inferq.workers.logs.fields import about
 from inferq.workers.logs.slow import told_if_slow
+from inferq.workers.models.chosen_outputs import choose
 from inferq.workers.models.config import ModelConfig
 from inferq.workers.models.folders import TOML, inside, look_through, versions_of, why_no_name
 from inferq.workers.models.model_toml import ModelToml, check_pad, check_profile, read_toml
@@ -87,6 +88,8 @@ def load_model(root: Path, name: str, *, on_cpu: bool = False) -> ModelSpec:
     path, table = chosen.path, chosen.table
     with naming(toml_path if path is None else path, tables=toml_path):
         declared = chosen.cls.read(path, table)
+    with naming(toml_path):
+        declared = choose(declared, toml.config.outputs)
     config = toml.config.model_copy(update={"engine": chosen.engine})
     with naming(toml_path):
         examined = examine(declared, config.batchable, config.known_sizes)
@@ -102,7 +105,7 @@ def load_model(root: Path, name: str, *, on_cpu: bool = False) -> ModelSpec:
             engine_table=table,
             signature=signature,
             max_batch_size=_max_batch_size(config, examined.why_not_batchable),
-            labels=_labels(folder, config),
+            labels=_labels(folder, config) or declared.labels,
             why_not_batchable=examined.why_not_batchable,
             remark=examined.remark,
             passed_over=tuple(passed_over),

@@ -12,8 +12,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
+
+from msgspec.structs import replace
 
 from inferq.shared.errors import ConfigError
 from inferq.shared.schema import Signature, TensorSpec
@@ -45,6 +47,10 @@ class Declared:
     signature: Signature
     #: Runs it; None: what is declared is so.
     probe: Probe | None = None
+    #: Outputs that cannot be served, which `signature` lacks → why.
+    unserved: Mapping[str, str] = field(default_factory=dict)
+    #: What its classes are called, if the file says so.
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,7 @@ def _batched(signature: Signature, symbol: str, remark: str | None = None) -> Ex
         tuple(_renamed(spec, symbol) for spec in specs)
         for specs in (signature.inputs, signature.outputs)
     )
-    return Examined(Signature(inputs, outputs), None, remark)
+    return Examined(replace(signature, inputs=inputs, outputs=outputs), None, remark)
 
 
 def _unbatched(signature: Signature, reason: str, batchable: bool | None) -> Examined:
@@ -192,7 +198,7 @@ def _with_ranks(signature: Signature, shown: Shown) -> Signature:
         spec if spec.shape else TensorSpec(spec.name, spec.dtype, (None,) * shown.dims[spec.name])
         for spec in signature.outputs
     )
-    return Signature(signature.inputs, outputs)
+    return replace(signature, outputs=outputs)
 
 
 def _without_untold(signature: Signature, shown: Shown) -> tuple[Signature, str]:
@@ -212,7 +218,7 @@ def _without_untold(signature: Signature, shown: Shown) -> tuple[Signature, str]
         else spec
         for spec in signature.outputs
     )
-    return Signature(signature.inputs, outputs), why
+    return replace(signature, outputs=outputs), why
 
 
 def _depends(differences: Sequence[Difference]) -> str:
