@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 from helpers import onnx_models, real_models
 from helpers.bad_models import BAD, FOUND_LATE, NEWEST, OTHERS, write_others
@@ -22,8 +23,10 @@ from inferq.shared.schema import ModelAdvert
 from inferq.workers.batching.padding import PadRule
 from inferq.workers.demo.models import package_folder
 from inferq.workers.engines import onnx_edit
+from inferq.workers.engines.onnxruntime import OnnxRuntimeEngine
 from inferq.workers.models import repository
 from inferq.workers.models.config import ModelConfig
+from inferq.workers.models.engine import Batch
 from inferq.workers.models.folders import Folders, look_through
 from inferq.workers.models.model_toml import MAX_TOML_BYTES, ModelToml, read_toml
 from inferq.workers.models.not_served import NotServed
@@ -618,3 +621,80 @@ def test_the_labels_of_a_classifier_are_those_of_its_file_unless_model_toml_has_
     assert load_model(tmp_path, "m").labels == ("cat", "dog", "owl")
     (tmp_path / "m" / "model.toml").write_text('labels = ["a", "b", "c"]')
     assert load_model(tmp_path, "m").labels == ("a", "b", "c")
+
+
+# --- a pinned version, and links out of the repository -------------------------------------------
+
+
+def test_a_pinned_version_is_served_though_there_are_newer_ones(tmp_path: Path) -> None:
+    for version in (1, 2, 3):
+        _onnx(tmp_path, version=version, toml="version = 2")
+    spec = load_model(tmp_path, "m")
+    assert (spec.version, spec.versions, spec.passed_over) == (2, (1, 2, 3), ())
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        ("4", "version is 4; expected one of 1, 2"),
+        ("-1", "version is -1; expected at least 0"),
+        ('"2"', "version is '2'; expected an integer"),
+    ],
+)
+def test_a_pinned_version_that_there_is_not_is_refused(
+    tmp_path: Path, version: str, message: str
+) -> None:
+    for each in (1, 2):
+        _onnx(tmp_path, version=each, toml=f"version = {version}")
+    assert message in _refusal(tmp_path)
+
+
+def test_no_other_version_stands_in_for_a_pinned_one_that_is_not_whole(tmp_path: Path) -> None:
+    _onnx(tmp_path, version=1)
+    _onnx(tmp_path, version=2, toml="version = 2").write_bytes(b"")
+    assert "is empty; expected a model" in _refusal(tmp_path)
+
+
+def _cached(tmp_path: Path) -> tuple[Path, Path]:
+    """A repository whose model links into a cache as Hugging Face lays it out; and that cache."""
+    cache, root = tmp_path / "hub", tmp_path / "models"
+    blobs, snapshot = cache / "models--a--b" / "blobs", cache / "models--a--b" / "snapshots" / "1f"
+    onnx_models.external(blobs / "aa11", "model.onnx_data")
+    (blobs / "bb22").write_bytes(np.arange(4, dtype="f4").tobytes())
+    snapshot.mkdir(parents=True)
+    folder = root / "m" / "1"
+    folder.mkdir(parents=True)
+    for name, blob in (("model.onnx", "aa11"), ("model.onnx_data", "bb22")):
+        (snapshot / name).symlink_to(Path("../../blobs") / blob)
+        (folder / name).symlink_to(snapshot / name)
+    return root, cache
+
+
+def test_a_link_into_a_cache_is_refused_with_both_ways_out(tmp_path: Path) -> None:
+    root, cache = _cached(tmp_path)
+    refusal = _refusal(root)
+    assert f"leads to {cache}" in refusal
+    assert "INFERQ_TRUSTED_ROOTS" in refusal
+    assert "cp -rL" in refusal
+
+
+def test_a_link_into_a_trusted_folder_is_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, cache = _cached(tmp_path)
+    monkeypatch.setenv("INFERQ_TRUSTED_ROOTS", f"{tmp_path}/other{os.pathsep}{cache}")
+    (tmp_path / "other").mkdir()
+    spec = load_model(root, "m")
+    assert spec.batchable
+    (lane, *_) = OnnxRuntimeEngine(spec).load().lanes
+    outputs = lane.run(Batch([{"x": np.ones((1, 4), "f4")}], 1, 1))
+    assert outputs["y"].tolist() == [[1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("roots", ["hub", "/nowhere/at/all", "/"])
+def test_a_trusted_folder_that_is_none_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, roots: str
+) -> None:
+    root, _ = _cached(tmp_path)
+    monkeypatch.setenv("INFERQ_TRUSTED_ROOTS", roots)
+    assert f"INFERQ_TRUSTED_ROOTS has {roots!r}; expected absolute paths" in _refusal(root)

@@ -28,6 +28,8 @@ from inferq.workers.models.validation import (
 MAX_REQUEST_BYTES: Final = (1 << 32) - 1
 DEFAULT_REQUEST_BYTES: Final = 64 << 20
 DEFAULT_MAX_BATCH_SIZE: Final = 32
+#: Of nine digits, as folders have them.
+MAX_VERSION: Final = 999_999_999
 MAX_LABELS: Final = 1_000_000
 #: Each costs memory on every lane.
 MAX_PROFILES: Final = 8
@@ -105,6 +107,8 @@ class ModelConfig(TomlTable):
 
     #: Empty: the first engine that takes the file found (`repository` fills it in).
     engine: str = ""
+    #: The version that is served, whatever newer ones there are; 0: the newest that is whole.
+    version: Annotated[int, Field(strict=True, ge=0, le=MAX_VERSION)] = 0
     #: 0: as many as suit the device.
     lanes: Lanes = 0
     #: Rows; 0: the last bucket, or else 32; 1 for a model that is not batchable.

@@ -6,6 +6,7 @@ else that stands in a repository (docs/, __pycache__, lost+found) is passed over
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from inferq.shared.names import is_model_name
 from inferq.workers.models.registry import model_files
 
 TOML: Final = "model.toml"
+#: In the environment: folders outside the repository to which its links may lead.
+TRUSTED_ROOTS: Final = "INFERQ_TRUSTED_ROOTS"
 _VERSION: Final = re.compile(r"[1-9][0-9]{0,8}")
 
 
@@ -51,14 +54,35 @@ def look_through(root: Path) -> Folders:
 
 
 def inside(root: Path, path: Path) -> Path:
-    """`path` with its links followed. ConfigError if that leads out of `root`."""
+    """`path` with its links followed. ConfigError if that leads out of `root`, and out of all
+    folders that `TRUSTED_ROOTS` names.
+    """
     try:
         real = path.resolve()
     except (OSError, RuntimeError) as problem:
         raise ConfigError(f"{path} cannot be followed: {problem}") from problem
-    if not real.is_relative_to(root.resolve()):
-        raise ConfigError(f"{path} leads to {real}; expected a place in the repository {root}")
+    if real.is_relative_to(root.resolve()):
+        return real
+    if not any(real.is_relative_to(trusted) for trusted in trusted_roots()):
+        raise ConfigError(
+            f"{path} leads to {real}; expected a place in the repository {root}, or in a folder "
+            f"that {TRUSTED_ROOTS} names; `cp -rL` copies what a link leads to"
+        )
     return real
+
+
+def trusted_roots() -> list[Path]:
+    """Where else links of the repository may lead, by the environment. ConfigError."""
+    roots = []
+    for entry in filter(None, os.environ.get(TRUSTED_ROOTS, "").split(os.pathsep)):
+        path = Path(entry)
+        if not path.is_absolute() or not path.is_dir() or path.resolve() == Path("/"):
+            raise ConfigError(
+                f"{TRUSTED_ROOTS} has {entry!r}; expected absolute paths of folders, with "
+                f"{os.pathsep!r} between them"
+            )
+        roots.append(path.resolve())
+    return roots
 
 
 def why_no_name(name: str) -> str:

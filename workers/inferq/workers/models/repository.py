@@ -84,7 +84,8 @@ def load_model(root: Path, name: str, *, on_cpu: bool = False) -> ModelSpec:
             toml = read_toml(inside(root, toml_path))
     # An engine that needs no file needs no version's folder either.
     versions = versions_of(folder) or (1,)
-    chosen, passed_over = newest_whole(root, name, versions, toml, on_cpu=on_cpu)
+    served = _pinned(toml_path, toml.config, versions)
+    chosen, passed_over = newest_whole(root, name, served, toml, on_cpu=on_cpu)
     path, table = chosen.path, chosen.table
     with naming(toml_path if path is None else path, tables=toml_path):
         declared = chosen.cls.read(path, table)
@@ -110,6 +111,17 @@ def load_model(root: Path, name: str, *, on_cpu: bool = False) -> ModelSpec:
             remark=examined.remark,
             passed_over=tuple(passed_over),
         )
+
+
+def _pinned(path: Path, config: ModelConfig, versions: tuple[int, ...]) -> tuple[int, ...]:
+    """The versions that may be served. ConfigError: that which model.toml names is not there."""
+    if not config.version:
+        return versions
+    if config.version not in versions:
+        raise ConfigError(
+            f"{path}: version is {config.version}; expected one of {', '.join(map(str, versions))}"
+        )
+    return (config.version,)
 
 
 def _max_batch_size(config: ModelConfig, reason: str | None) -> int:
