@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import onnx
 import onnx.parser
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from helpers import onnx_models
 from helpers.onnx_models import FLOAT, node
@@ -91,6 +92,33 @@ def named(root: Path, name: str, source: str, target: str) -> Path:
     )
 
 
+#: Rows that depend on each other, in a batch of fixed size.
+FIXED_MIXED: Final = "g (float[8, 4] x) => (float[8, 4] y) { y = Softmax<axis=0>(x) }"
+
+
+def lstm(path: Path, hidden: int = 3) -> Path:
+    """x: [batch, sequence, 2], h0, c0: [1, batch, hidden] → y, hn, cn, as PyTorch exports it."""
+    rng = np.random.default_rng(0)
+    nodes = [
+        node("Transpose", ["x"], ["xt"], perm=[1, 0, 2]),
+        node("LSTM", ["xt", "w", "r", "", "", "h0", "c0"], ["ys", "hn", "cn"], hidden_size=hidden),
+        node("Squeeze", ["ys", "axis"], ["yt"]),
+        node("Transpose", ["yt"], ["y"], perm=[1, 0, 2]),
+    ]
+    state = (1, "batch", hidden)
+    weights = [
+        numpy_helper.from_array(rng.standard_normal((1, 4 * hidden, size)).astype("f4"), name)
+        for name, size in (("w", 2), ("r", hidden))
+    ]
+    return onnx_models.write(
+        path,
+        nodes,
+        {"x": (FLOAT, ("batch", "seq", 2)), "h0": (FLOAT, state), "c0": (FLOAT, state)},
+        {"y": (FLOAT, ("batch", "seq", hidden)), "hn": (FLOAT, state), "cn": (FLOAT, state)},
+        [*weights, onnx_models.ints("axis", [1], [1])],
+    )
+
+
 #: What else there is, by name.
 OTHERS: Final[Mapping[str, Callable[[Path, str], Path]]] = {
     "in66": lambda root, name: many(root, name, 66, 1),
@@ -98,6 +126,9 @@ OTHERS: Final[Mapping[str, Callable[[Path, str], Path]]] = {
     "in512out512": lambda root, name: many(root, name, 512, 512),
     "default-input": lambda root, name: onnx_models.default_input(_file(root, name)),
     "zipmap": lambda root, name: onnx_models.classifier(_file(root, name)),
+    "lstm": lambda root, name: lstm(_file(root, name)),
+    "fixed8": lambda root, name: onnx_models.double(_file(root, name), (8, 3)),
+    "fixed8-mixed": lambda root, name: text(root, name, FIXED_MIXED),
     "names-tf": lambda root, name: named(
         root, name, "serving_default_input_1:0", "StatefulPartitionedCall:0"
     ),

@@ -22,6 +22,8 @@ TOMLS = {
     "past-concat": "max_queue_delay_ms = 20",
     "scalar-out": 'outputs = ["y"]',
     "seqout": 'outputs = ["y"]',
+    "lstm": "batch_axis = { h0 = 1, c0 = 1, hn = 1, cn = 1 }\nmax_queue_delay_ms = 20",
+    "fixed8": "max_queue_delay_ms = 200",
     "default-input": "max_queue_delay_ms = 20",
 }
 #: Those that need no words of their own: requests of one row and of three, in company.
@@ -182,3 +184,48 @@ def test_the_maps_of_a_classifier_are_one_tensor_of_probabilities(client: Client
         expected = np.exp(requests[n]["x"])
         np.testing.assert_allclose(probabilities, expected / expected.sum(), rtol=1e-5)
     assert _together(results) > 1
+
+
+@pytest.mark.parametrize("alone", ["lstm"], indirect=True)
+def test_states_whose_rows_are_dim_1_share_batches(
+    client: Client, alone: ort.InferenceSession
+) -> None:
+    rng = np.random.default_rng(0)
+    requests = []
+    for n in range(32):
+        rows, state = 1 + n % 3, (1, 1 + n % 3, 3)
+        requests.append(
+            {
+                "x": rng.standard_normal((rows, 4 + n % 2, 2)).astype("f4"),
+                "h0": rng.standard_normal(state).astype("f4"),
+                "c0": rng.standard_normal(state).astype("f4"),
+            }
+        )
+    results = list(client.map("lstm", requests))
+    for inputs, result in zip(requests, results, strict=True):
+        for name, expected in zip(("y", "hn", "cn"), alone.run(None, inputs), strict=True):
+            assert result.outputs[name].shape == expected.shape
+            np.testing.assert_allclose(result.outputs[name], expected, atol=1e-5)
+    assert _together(results) > 1
+    with pytest.raises(InvalidInput, match=r"'h0' of .* dim 1 .batch. is 2; expected 1"):
+        client.infer("lstm", {**requests[0], "h0": np.zeros((1, 2, 3), "f4")})
+
+
+def test_a_fixed_batch_of_eight_is_filled_with_requests_or_padded(client: Client) -> None:
+    requests = [{"x": np.full((1, 3), n, "f4")} for n in range(24)]
+    results = list(client.map("fixed8", requests))
+    for n, result in enumerate(results):
+        np.testing.assert_array_equal(result.outputs["y"], np.full((1, 3), 2 * n))
+    assert _together(results) == 8
+    result = client.infer("fixed8", {"x": np.full((3, 3), 7, "f4")})
+    np.testing.assert_array_equal(result.outputs["y"], np.full((3, 3), 14))
+    assert result.receipt is not None
+    assert (result.receipt.batch_size, result.receipt.padding) == (3, 5)
+
+
+def test_a_fixed_batch_whose_rows_depend_on_each_other_takes_no_fewer(client: Client) -> None:
+    x = np.arange(32, dtype="f4").reshape(8, 4)
+    result = client.infer("fixed8-mixed", {"x": x})
+    np.testing.assert_allclose(result.outputs["y"].sum(axis=0), np.ones(4), rtol=1e-5)
+    with pytest.raises(InvalidInput, match="1 at dim 0; expected 8"):
+        client.infer("fixed8-mixed", {"x": x[:1]})

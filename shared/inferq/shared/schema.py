@@ -50,6 +50,11 @@ class TensorSpec(msgspec.Struct, frozen=True):
     shape: tuple[int | str | None, ...]
     batch_axis: int = 0
 
+    @property
+    def row_shape(self) -> tuple[int | str | None, ...]:
+        """The dims of one row."""
+        return self.shape[: self.batch_axis] + self.shape[self.batch_axis + 1 :]
+
     def __str__(self) -> str:
         dims = ", ".join("?" if d is None else str(d) for d in self.shape)
         return f"{self.name}: {self.dtype}[{dims}]"

@@ -698,3 +698,56 @@ def test_a_trusted_folder_that_is_none_is_refused(
     root, _ = _cached(tmp_path)
     monkeypatch.setenv("INFERQ_TRUSTED_ROOTS", roots)
     assert f"INFERQ_TRUSTED_ROOTS has {roots!r}; expected absolute paths" in _refusal(root)
+
+
+# --- where rows are ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("batch_axis = { h1 = 1 }", "batch_axis names 'h1'; expected an input or output: x, h0,"),
+        ("batch_axis = { h0 = 3 }", "batch_axis.h0 is 3; expected less than 3, the number of dims"),
+        ("batch_axis = { h0 = -1 }", "batch_axis.h0 is -1; expected at least 0"),
+        ("batch_axis = 1", "batch_axis is 1; expected a table"),
+    ],
+)
+def test_a_batch_axis_that_there_is_not_is_refused(tmp_path: Path, toml: str, message: str) -> None:
+    real_models.write(tmp_path, "lstm", toml)
+    assert message in _refusal(tmp_path, "lstm")
+
+
+def test_the_axis_of_rows_is_told_to_clients(tmp_path: Path) -> None:
+    real_models.write(tmp_path, "lstm", "batch_axis = { h0 = 1, c0 = 1, hn = 1, cn = 1 }")
+    spec = load_model(tmp_path, "lstm")
+    assert spec.why_not_batchable is None
+    signature = spec.advert(0.0, 60).signature
+    assert str(signature.inputs[1]) == "h0: float32[1, batch, 3]"
+    assert signature.batch_symbol == "batch"
+    assert str(spec.signature.inputs[1]) == "h0: float32[batch, 1, 3]"
+
+
+def test_another_engine_takes_rows_in_dim_0_only(tmp_path: Path) -> None:
+    fake_model(tmp_path, "m", knobs="batch_axis = { x = 1 }")
+    assert "batch_axis is {'x': 1}; expected none: engine 'fake' takes rows in dim 0" in _refusal(
+        tmp_path
+    )
+
+
+def test_a_fixed_batch_of_independent_rows_is_the_only_size(tmp_path: Path) -> None:
+    real_models.write(tmp_path, "fixed8")
+    spec = load_model(tmp_path, "fixed8")
+    assert str(spec.signature) == "(x: float32[batch, 3]) -> (y: float32[batch, 3])"
+    assert (spec.max_batch_size, spec.config.buckets) == (8, (8,))
+    for toml, message in (
+        ("max_batch_size = 9", "max_batch_size is 9; expected at most 8, at which"),
+        ("buckets = [4, 8]", "buckets is [4, 8]; expected none, since the batch is fixed at 8"),
+    ):
+        (tmp_path / "fixed8" / "model.toml").write_text(toml)
+        assert message in _refusal(tmp_path, "fixed8")
+    (tmp_path / "fixed8" / "model.toml").write_text("batchable = false")
+    assert str(load_model(tmp_path, "fixed8").signature.inputs[0]) == "x: float32[8, 3]"
+    real_models.write(tmp_path, "fixed8-mixed")
+    why = load_model(tmp_path, "fixed8-mixed").why_not_batchable
+    assert why is not None
+    assert why.startswith("dim 0 of its inputs is fixed at 8, and answers depend on the rows")

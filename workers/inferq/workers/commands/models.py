@@ -65,8 +65,8 @@ def _told(spec: ModelSpec) -> dict[str, Any]:
         "batchable": spec.batchable,
         "why_not_batchable": spec.why_not_batchable,
         "max_batch_size": spec.max_batch_size,
-        "inputs": msgspec.to_builtins(spec.signature.inputs),
-        "outputs": msgspec.to_builtins(spec.signature.outputs),
+        "inputs": msgspec.to_builtins(spec.told.inputs),
+        "outputs": msgspec.to_builtins(spec.told.outputs),
         "labels": len(spec.labels),
         # What model.toml sets, and in the engine's own table.
         "knobs": msgspec.to_builtins(changed, str_keys=True),
@@ -99,8 +99,8 @@ def _print(specs: list[ModelSpec]) -> None:
 
 
 def _signature(spec: ModelSpec) -> list[str]:
-    inputs = [f"  {tensor}" for tensor in spec.signature.inputs]
-    return inputs + [f"→ {tensor}" for tensor in spec.signature.outputs]
+    inputs = [f"  {tensor}" for tensor in spec.told.inputs]
+    return inputs + [f"→ {tensor}" for tensor in spec.told.outputs]
 
 
 def _knobs(spec: ModelSpec) -> list[str]:

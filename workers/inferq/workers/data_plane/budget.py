@@ -93,12 +93,12 @@ def _bytes_of(tensors: Tensors) -> int:
 
 
 def _row_is_fixed(spec: TensorSpec) -> bool:
-    return all(isinstance(dim, int) for dim in spec.shape[1:])
+    return all(isinstance(dim, int) for dim in spec.row_shape)
 
 
 def _row_bytes(advert: ModelAdvert) -> int:
     return sum(
-        math.prod(dim for dim in spec.shape[1:] if isinstance(dim, int))
+        math.prod(dim for dim in spec.row_shape if isinstance(dim, int))
         * DTYPES[spec.dtype].itemsize
         for spec in advert.signature.outputs
     )

@@ -47,6 +47,7 @@ from inferq.workers.claims.verdicts import (
     Revoked,
 )
 from inferq.workers.data_plane.foreign_tasks import MAX_BYTES, ForeignTasks, not_registered
+from inferq.workers.models.batch_layout import moved
 
 #: A message body may have so many bytes for each of its inputs' (a number written out in JSON, in
 #: base64), and so many besides. What is decoded may take 40 times that: maps in maps.
@@ -87,12 +88,13 @@ class Intake:
         self._most_message = min(self._most_body + codec.MAX_HEAD_BYTES, codec.MAX_MESSAGE_BYTES)
         signature = advert.signature
         self._order = [spec.name for spec in signature.inputs]
+        self._axes = {spec.name: spec.batch_axis for spec in signature.inputs if spec.batch_axis}
         self._required = frozenset(self._order)
         self._optional = frozenset(spec.name for spec in signature.optional)
         self._dtypes = {spec.name: spec.dtype for spec in signature.inputs + signature.optional}
         #: Requests always fit together if no dim but the batch may vary.
         self._varies = any(
-            not isinstance(dim, int) for spec in signature.inputs for dim in spec.shape[1:]
+            not isinstance(dim, int) for spec in signature.inputs for dim in spec.row_shape
         )
 
     def open(  # noqa: C901, PLR0912 - the checks of one message, in their order
@@ -226,6 +228,8 @@ class Intake:
             shared = None
             if self._optional and len(arrays) > len(self._required):
                 shared = {name: arrays.pop(name) for name in self._optional & arrays.keys()}
+            if self._axes:
+                arrays = moved(arrays, self._axes)
             arrays, padded = self._padding.apply(arrays)
         except InferqError as error:
             return Failed(slot, ticket, _bare(error))

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 from inferq.shared.errors import ConfigError, EngineError, FatalEngineError
 from inferq.shared.names import Names
+from inferq.shared.schema import TensorSpec
 from inferq.workers.audit.audit import Audit
 from inferq.workers.batching.policy import Knobs
 from inferq.workers.batching.waiting import Waiting
@@ -23,6 +24,7 @@ from inferq.workers.data_plane.results import Results
 from inferq.workers.data_plane.served_model import ServedModel
 from inferq.workers.data_plane.target import Target
 from inferq.workers.logs.fields import about
+from inferq.workers.models.batch_layout import laid_out
 from inferq.workers.models.chosen_outputs import chosen_lanes
 from inferq.workers.models.engine import LoadedModel
 from inferq.workers.models.registry import engine_class
@@ -31,6 +33,10 @@ from inferq.workers.pad_probe.probe import probe_padding
 from inferq.workers.warmup.prepare import Preparation, Prepared
 
 logger = logging.getLogger(__name__)
+
+
+def _axes(specs: Sequence[TensorSpec]) -> dict[str, int]:
+    return {spec.name: spec.batch_axis for spec in specs if spec.batch_axis}
 
 
 class LoadingModel:
@@ -87,7 +93,7 @@ class LoadingModel:
         self._preparation.start()
         with ExitStack() as undo:
             with self._named():
-                loaded = chosen_lanes(engine.load())
+                loaded = laid_out(chosen_lanes(engine.load()))
             undo.callback(loaded.close)
             undo.callback(self.told_to_end)
             with self._named():
@@ -127,7 +133,9 @@ class LoadingModel:
                 target,
                 advert=advert,
                 intake=intake,
-                results=Results(worker, config.engine, spec.version, padding),
+                results=Results(
+                    worker, config.engine, spec.version, padding, _axes(advert.signature.outputs)
+                ),
                 counts=counts,
                 audit=audit,
                 steps=names.priority_steps,

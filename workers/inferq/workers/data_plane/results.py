@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Final
@@ -29,6 +29,7 @@ from inferq.workers.claims.runs import Outcome, Run
 from inferq.workers.claims.settlement import DEAD_LETTER, FAILURE, REVOKED, SUCCESS, Settlement
 from inferq.workers.claims.verdicts import Failed, Quarantined, Revoked
 from inferq.workers.logs.fields import about
+from inferq.workers.models.batch_layout import moved_back
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,8 @@ class Results:
     engine: str
     version: int
     padding: Padding
+    #: Output → the dim that its rows are, where that is not dim 0.
+    axes: Mapping[str, int] = field(default_factory=dict)
 
     def computed(self, outcome: Outcome) -> Settlement:
         """The settlement of a request that was computed, or failed being computed."""
@@ -86,6 +89,8 @@ class Results:
             outputs = self.padding.cut(outcome.outputs, item.padded)
             if item.outputs is not None:
                 outputs = {name: outputs[name] for name in item.outputs}
+            if self.axes:
+                outputs = moved_back(outputs, self.axes)
             meta = codec.encode_success(
                 ticket.id,
                 outputs,

@@ -85,6 +85,7 @@ class OnnxRuntimeEngine(Engine):
     """Opens one session, which the lanes share."""
 
     name = "onnxruntime"
+    any_layout = True
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)

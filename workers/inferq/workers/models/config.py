@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainValidator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from inferq.shared.schema import MAX_TENSORS
+from inferq.shared.schema import MAX_DIMS, MAX_TENSORS
 from inferq.workers.batching.padding import PadRule
 from inferq.workers.models.validation import (
     MAX_BATCH_SIZE,
@@ -77,6 +77,7 @@ def _from_least_to_most(sizes: tuple[int, int, int]) -> tuple[int, int, int]:
     return sizes
 
 
+BatchAxis = Annotated[int, Field(strict=True, ge=0, lt=MAX_DIMS)]
 #: Of a dim other than the batch.
 DimSize = Annotated[int, Field(strict=True, ge=1, le=1 << 24)]
 Sizes = Annotated[tuple[Rows, ...], Field(max_length=MAX_SIZES), AfterValidator(_ascending)]
@@ -144,6 +145,8 @@ class ModelConfig(TomlTable):
     on_mismatch: Literal["unbatch", "warn"] = "unbatch"
     #: Run every bucket once before claiming, and measure which is best.
     warm_up: Flag = True
+    #: Input or output → the dim that its rows are, where that is not dim 0.
+    batch_axis: dict[str, BatchAxis] = Field(default_factory=dict, max_length=MAX_TENSORS)
     #: The outputs that are computed and served, in this order; empty: all.
     outputs: Annotated[tuple[Text, ...], Field(max_length=MAX_TENSORS), AfterValidator(_once)] = ()
     #: What the outputs' classes are called: a list, or a file in the model's folder, one a line.

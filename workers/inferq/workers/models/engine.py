@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, ClassVar, Final, Literal, Protocol
 
 import numpy as np
 
@@ -112,6 +112,9 @@ class Engine(ABC):
 
     #: The name in model.toml.
     name: str
+    #: Whether its lanes take each input as it stands in the file, whatever dim its rows are, and
+    #: however many: what `batch_axis` and a batch of fixed size need.
+    any_layout: ClassVar[bool] = False
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec

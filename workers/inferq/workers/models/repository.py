@@ -18,12 +18,13 @@ from inferq.shared.errors import ConfigError
 from inferq.shared.names import is_model_name
 from inferq.workers.logs.fields import about
 from inferq.workers.logs.slow import told_if_slow
+from inferq.workers.models.batch_layout import filled, fixed_batch, rows_first
 from inferq.workers.models.chosen_outputs import choose
 from inferq.workers.models.config import ModelConfig
 from inferq.workers.models.folders import TOML, inside, look_through, versions_of, why_no_name
 from inferq.workers.models.model_toml import ModelToml, check_pad, check_profile, read_toml
 from inferq.workers.models.not_served import NotServed, not_served
-from inferq.workers.models.signatures import examine
+from inferq.workers.models.signatures import Declared, Examined, examine
 from inferq.workers.models.spec import ModelSpec
 from inferq.workers.models.validation import naming
 from inferq.workers.models.version_choice import newest_whole
@@ -93,7 +94,7 @@ def load_model(root: Path, name: str, *, on_cpu: bool = False) -> ModelSpec:
         declared = choose(declared, toml.config.outputs)
     config = toml.config.model_copy(update={"engine": chosen.engine})
     with naming(toml_path):
-        examined = examine(declared, config.batchable, config.known_sizes)
+        examined, config = _examined(declared, config, any_layout=chosen.cls.any_layout)
         signature = examined.signature
         check_pad(config.pad, signature)
         check_profile(config.profile, signature)
@@ -111,6 +112,39 @@ def load_model(root: Path, name: str, *, on_cpu: bool = False) -> ModelSpec:
             remark=examined.remark,
             passed_over=tuple(passed_over),
         )
+
+
+def _examined(
+    declared: Declared, config: ModelConfig, *, any_layout: bool
+) -> tuple[Examined, ModelConfig]:
+    """What the model is served by, with rows in dim 0; a batch of fixed size is its only bucket."""
+    if config.batch_axis and not any_layout:
+        raise ConfigError(
+            f"batch_axis is {config.batch_axis}; expected none: engine {config.engine!r} takes "
+            "rows in dim 0"
+        )
+    declared = rows_first(declared, config.batch_axis)
+    size = fixed_batch(declared.signature) if any_layout and config.batchable is not False else 0
+    if size:
+        examined = examine(filled(declared, size), config.batchable, config.known_sizes)
+        if examined.why_not_batchable is None:
+            return examined, _of_one_size(config, size)
+        why = f"dim 0 of its inputs is fixed at {size}, and {examined.why_not_batchable}"
+        return Examined(declared.signature, why), config
+    return examine(declared, config.batchable, config.known_sizes), config
+
+
+def _of_one_size(config: ModelConfig, size: int) -> ModelConfig:
+    if config.buckets not in ((), (size,)):
+        raise ConfigError(
+            f"buckets is {list(config.buckets)}; expected none, since the batch is fixed at {size}"
+        )
+    if config.max_batch_size > size:
+        raise ConfigError(
+            f"max_batch_size is {config.max_batch_size}; expected at most {size}, at which the "
+            "model's batch is fixed"
+        )
+    return config.model_copy(update={"buckets": (size,)})
 
 
 def _pinned(path: Path, config: ModelConfig, versions: tuple[int, ...]) -> tuple[int, ...]:

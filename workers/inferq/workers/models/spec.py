@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inferq.shared.schema import ModelAdvert, Signature
+import msgspec
+
+from inferq.shared.schema import ModelAdvert, Signature, TensorSpec
 from inferq.workers.models.config import ModelConfig
 from inferq.workers.models.not_served import NotServed
 
@@ -25,6 +27,7 @@ class ModelSpec:
     config: ModelConfig
     #: The engine's own table of model.toml.
     engine_table: Mapping[str, Any]
+    #: Rows are in dim 0 of all that has any: `told` is as the file has them.
     signature: Signature
     #: Rows; 1 if the model is not batchable.
     max_batch_size: int
@@ -41,6 +44,18 @@ class ModelSpec:
         return self.why_not_batchable is None
 
     @property
+    def told(self) -> Signature:
+        """The signature as callers know it."""
+        axes = self.config.batch_axis
+        if not axes:
+            return self.signature
+        inputs, outputs = (
+            tuple(_in_file(spec, axes.get(spec.name, 0)) for spec in specs)
+            for specs in (self.signature.inputs, self.signature.outputs)
+        )
+        return msgspec.structs.replace(self.signature, inputs=inputs, outputs=outputs)
+
+    @property
     def batch_symbol(self) -> str | None:
         """What the signature calls the batch; None if the model is not batchable."""
         return self.signature.batch_symbol if self.batchable else None
@@ -52,7 +67,7 @@ class ModelSpec:
             name=self.name,
             version=self.version,
             engine=config.engine,
-            signature=self.signature,
+            signature=self.told,
             max_batch_size=self.max_batch_size,
             batchable=self.batchable,
             max_queue_depth=config.max_queue_depth,
@@ -64,3 +79,11 @@ class ModelSpec:
             padded=tuple(config.pad),
             result_expires_s=result_expires_s,
         )
+
+
+def _in_file(spec: TensorSpec, axis: int) -> TensorSpec:
+    """`spec`, whose rows are in dim 0, with them in dim `axis`."""
+    if not axis:
+        return spec
+    rows, *dims = spec.shape
+    return TensorSpec(spec.name, spec.dtype, (*dims[:axis], rows, *dims[axis:]), axis)
