@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from helpers import onnx_models, row_models
+from helpers import onnx_models, real_models, row_models
 from helpers.onnx_models import FLOAT, node
 from helpers.repository import spec_of
 
@@ -336,3 +336,84 @@ def test_leaving_outputs_out_finds_weights_in_files_of_their_own(file: Path) -> 
     (lane,) = OnnxRuntimeEngine(spec).load().lanes
     outputs = lane.run(Batch([{"x": np.ones((1, 4), "f4")}], 1, 1))
     assert {name: array.tolist() for name, array in outputs.items()} == {"z": [[-1, -2, -3, -4]]}
+
+
+# --- knobs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"intra_op_num_threads": 0}, "onnxruntime.intra_op_num_threads is 0; expected at least 1"),
+        ({"intra_op_num_threads": 257}, "is 257; expected at most 256"),
+        ({"inter_op_num_threads": 2}, 'is 2; expected 1, or execution_mode = "parallel"'),
+        ({"execution_mode": "both"}, "is 'both'; expected 'sequential' or 'parallel'"),
+        ({"graph_optimization_level": 99}, "is 99; expected 'disable', 'basic', 'extended' or"),
+        ({"arena": False}, "onnxruntime.arena is False; expected 'on', 'off' or 'shrink'"),
+        ({"mem_pattern": 1}, "onnxruntime.mem_pattern is 1; expected true or false"),
+        (
+            {"provider_options": {"gpu_mem_limits": 1}},
+            "onnxruntime.provider_options.gpu_mem_limits is not a known key",
+        ),
+        (
+            {"provider": "cpu", "provider_options": {"device_id": 0}},
+            "onnxruntime.provider_options has device_id; expected none, as provider is 'cpu'",
+        ),
+        (
+            {"provider_options": {"gpu_mem_limit": 3}},
+            "onnxruntime.provider_options.gpu_mem_limit is 3; expected at least 1048576",
+        ),
+        ({"custom_ops": ["./ops.so"]}, "onnxruntime.custom_ops.0 is './ops.so'; expected a file"),
+        ({"custom_ops": ["no_such_ops"]}, "custom_ops.0 is 'no_such_ops'; expected a file (with a"),
+    ],
+)
+def test_a_knob_out_of_its_range_is_named(file: Path, table: dict[str, Any], message: str) -> None:
+    onnx_models.double(file)
+    with pytest.raises(ConfigError) as caught:
+        OnnxRuntimeEngine.read(file, table)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"intra_op_num_threads": 2},
+        {"execution_mode": "parallel", "inter_op_num_threads": 2},
+        *({"graph_optimization_level": level} for level in ("disable", "basic", "extended", "all")),
+        *({"arena": arena} for arena in ("on", "off", "shrink")),
+        {"mem_pattern": True},
+    ],
+    ids=str,
+)
+def test_a_model_gives_the_same_answers_whatever_its_knobs(
+    file: Path, table: dict[str, Any]
+) -> None:
+    x = np.arange(12, dtype="f4").reshape(4, 3)
+    (lane,) = _loaded(onnx_models.double(file), **table).lanes
+    for _ in range(2):
+        np.testing.assert_array_equal(lane.run(Batch([{"x": x}], 4, 4))["y"], 2 * x)
+
+
+def test_more_threads_a_run_leave_fewer_lanes(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "usable_cores", lambda: 8)
+    onnx_models.double(file)
+    for table, lanes in (
+        ({}, 8),
+        ({"intra_op_num_threads": 4}, 2),
+        ({"intra_op_num_threads": 3}, 2),
+        ({"intra_op_num_threads": 16}, 1),
+        ({"execution_mode": "parallel", "inter_op_num_threads": 2, "intra_op_num_threads": 2}, 2),
+    ):
+        assert len(_loaded(file, lanes=0, **table).lanes) == lanes
+    assert len(_loaded(file, lanes=3, intra_op_num_threads=4).lanes) == 3
+
+
+def test_operators_that_are_lacking_are_told_with_the_knob(file: Path) -> None:
+    file.parent.mkdir(parents=True)
+    custom = real_models.parsed(
+        "g (float[batch] x) => (float[batch] y) { y = ai.onnx.contrib.Own(x) }",
+        '<ir_version: 10, opset_import: ["" : 21, "ai.onnx.contrib" : 1]>',
+    )
+    file.write_bytes(custom.SerializeToString())
+    with pytest.raises(ConfigError, match=r"custom_ops in \[onnxruntime\] of model.toml names"):
+        OnnxRuntimeEngine.read(file, {})

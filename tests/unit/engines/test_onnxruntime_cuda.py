@@ -44,7 +44,7 @@ class Session:
     def get_outputs(self):
         return [Output()]
 
-    def run(self, names, inputs):
+    def run(self, names, inputs, options=None):
         CONTROL.fail(CODE)
         if self.fails:
             raise RuntimeError(f"[ONNXRuntimeError] : 6 : CUDA failure {{CODE}}: it says so")

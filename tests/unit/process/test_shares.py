@@ -13,7 +13,7 @@ import pytest
 
 from inferq.workers.cuda import memory_share
 from inferq.workers.data_plane.budget import budget_bytes
-from inferq.workers.engines import onnxruntime, torch
+from inferq.workers.engines import torch
 from inferq.workers.engines.cores import usable_cores
 from inferq.workers.process import shares
 from inferq.workers.warmup.forecast import Forecast
@@ -65,11 +65,11 @@ def test_onnx_runtime_is_told_of_its_share_of_a_devices_memory(
 ) -> None:
     asked = iter([80 * GB])
     monkeypatch.setattr(memory_share, "total_memory", lambda: next(asked))
-    assert "gpu_mem_limit" not in onnxruntime._cuda_options(), "nor is the driver started for it"
+    assert "gpu_mem_limit" not in cuda_options(Table()), "nor is the driver started for it"
     shares.share_with(4)
-    assert onnxruntime._cuda_options()["gpu_mem_limit"] == str(20 * GB)
+    assert cuda_options(Table())["gpu_mem_limit"] == str(20 * GB)
     monkeypatch.setattr(memory_share, "total_memory", lambda: None)
-    assert "gpu_mem_limit" not in onnxruntime._cuda_options()
+    assert "gpu_mem_limit" not in cuda_options(Table())
 
 
 def test_pytorch_is_told_of_its_share_of_a_devices_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -462,6 +462,7 @@ class Service:
             "inferq_batch_fill": ", ".join(f"{m.name}: {reporting.fill(m)}" for m in self._models),
             "inferq_audits": ", ".join(f"{m.name}: {reporting.audits(m)}" for m in self._models),
             "inferq_device": self._device(),
+            "inferq_off_gpu": ", ".join(m.name for m in self._models if m.off_gpu),
             "inferq_versions": ", ".join(f"{name} {v}" for name, v in self._versions.items()),
             "inferq_state": "loading" if plane is None else "serving",
             "inferq_claimed": plane.claimed if plane else 0,

@@ -123,6 +123,8 @@ class ModelStats(msgspec.Struct, kw_only=True):
     mismatch: Mismatch | None = None
     #: Whether the model runs request by request for that.
     unbatched: bool = False
+    #: Whether it runs on the CPU of a worker that is pinned to a GPU.
+    off_gpu: bool = False
     #: Gauges: lanes that compute; requests that wait for a lane here, and that compute.
     lanes_busy: int = 0
     waiting: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,7 @@ from inferq.workers.logs.fields import about
 from inferq.workers.models.batch_layout import laid_out
 from inferq.workers.models.chosen_outputs import chosen_lanes
 from inferq.workers.models.engine import LoadedModel
+from inferq.workers.models.off_gpu import PINNED, off_gpu
 from inferq.workers.models.registry import engine_class
 from inferq.workers.models.spec import ModelSpec
 from inferq.workers.pad_probe.probe import probe_padding
@@ -53,6 +55,7 @@ class LoadingModel:
         self.lanes = 0
         self.max_rows = self.target_rows = spec.max_batch_size
         self.is_driven = False
+        self.off_gpu = ""
         self._preparation = Preparation(spec)
 
     def computing(self) -> list[tuple[Job, float]]:
@@ -154,6 +157,15 @@ class LoadingModel:
             time.monotonic() - began,
             extra=about(model=spec.name),
         )
+        served.off_gpu = off_gpu(config.engine, loaded.device)
+        if served.off_gpu:
+            logger.warning(
+                "model %s runs on the CPU, though this worker is pinned to GPU %s; expected %s",
+                spec.name,
+                os.environ[PINNED],
+                served.off_gpu,
+                extra=about(model=spec.name),
+            )
         return served
 
     def _tell_of_rows(self) -> None:

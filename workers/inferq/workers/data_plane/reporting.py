@@ -24,6 +24,10 @@ class Reported(Protocol):
         """None: it is not loaded."""
 
     @property
+    def off_gpu(self) -> str:
+        """What it lacks to run on its worker's GPU; empty: nothing."""
+
+    @property
     def lanes(self) -> int: ...
     @property
     def max_rows(self) -> int:
@@ -60,6 +64,7 @@ def stats(model: Reported) -> ModelStats:
     found.lanes_busy = len(computing)
     found.computing = sum(len(job.items) for job, _ in computing)
     found.waiting = len(model.reserved())
+    found.off_gpu = bool(model.off_gpu)
     results = dict.fromkeys(Result, 0) if audit is None else audit.results
     found.audits = {result.value: count for result, count in results.items()}
     if audit is not None:

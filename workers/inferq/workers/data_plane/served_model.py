@@ -66,6 +66,8 @@ class ServedModel:
         self.consuming = True
         #: Rows of the largest batch that is formed.
         self.max_rows = prepared.rows
+        #: What is lacking for it to run on the GPU that the worker is pinned to; empty: nothing.
+        self.off_gpu = ""
         self.waiting = WaitingRequests()
         #: Batches that were formed and have not ended, in this order: the lanes compute the first
         #: of them, the others were formed ahead.

@@ -122,12 +122,14 @@ def _of_workers(settings: Settings) -> Iterator[Finding]:
     from kombu.exceptions import KombuError  # noqa: PLC0415 (slow to import)
 
     from inferq.workers.doctor.audits import audits  # noqa: PLC0415
+    from inferq.workers.doctor.devices import devices  # noqa: PLC0415
     from inferq.workers.doctor.workers import workers  # noqa: PLC0415
 
     def audited() -> Iterable[Finding]:
         master = settings.sentinel_master
         with redis_client(settings.redis_url, sentinel_master=master) as client:
             yield from audits(client, settings.names())
+            yield from devices(client, settings.names())
 
     try:
         yield from within(WORKERS_S, "audits", audited)

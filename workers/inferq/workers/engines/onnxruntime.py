@@ -1,11 +1,9 @@
 """Runs ONNX files on ONNX Runtime: on the CPU, or on CUDA where its build and the machine have it.
 
-    [onnxruntime]
-    provider = "auto"                # "cpu", "cuda"; auto: CUDA where there is one
-
 On a CPU one session is shared by all lanes, one lane a usable core, one thread a lane, no spinning:
-measured to be the best of the combinations. `InferenceSession.run` releases the GIL. On CUDA an
-error that stays (an illegal address, an assert) ends the process: nothing runs after it.
+measured to be the best of the combinations (`onnx_options` has the knobs). `InferenceSession.run`
+releases the GIL. On CUDA an error that stays (an illegal address, an assert) ends the process:
+nothing runs after it.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ import threading
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 # Official builds since 1.29 report what they run to their maker unless this is set beforehand.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -33,7 +31,6 @@ from inferq.shared.schema import (
     Tensors,
     TensorSpec,
 )
-from inferq.workers.cuda import memory_share
 from inferq.workers.cuda.libcuda import context_failure
 from inferq.workers.engines.cores import usable_cores
 from inferq.workers.engines.on_gpu import LANES, ROUNDING, gpu_buckets
@@ -43,6 +40,14 @@ from inferq.workers.engines.onnx_edit import (
     keep_outputs,
     read,
     take_maps_out,
+)
+from inferq.workers.engines.onnx_options import (
+    Table,
+    check,
+    cuda_options,
+    lacks_operators,
+    run_options,
+    session_options,
 )
 from inferq.workers.models.engine import (
     Batch,
@@ -56,7 +61,7 @@ from inferq.workers.models.engine import (
 from inferq.workers.models.ranges import told_inputs
 from inferq.workers.models.signatures import Declared, named
 from inferq.workers.models.spec import ModelSpec
-from inferq.workers.models.validation import TomlTable, validate
+from inferq.workers.models.validation import validate
 
 logger = logging.getLogger(__name__)
 
@@ -68,17 +73,9 @@ MAX_PROBE_S: Final = 30.0
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _Providers = Sequence[str | tuple[str, Mapping[str, str]]]
-#: Log errors only; warnings about every unused initialiser are of no use to who serves the model.
-_LOG_ERRORS: Final = 3
 _LOG_FATAL: Final = 4
 #: ONNX Runtime's names of element types, where they are not NumPy's.
 _ORT_NAMES: Final = {"float": "float32", "double": "float64"}
-
-
-class _Table(TomlTable):
-    """``[onnxruntime]``."""
-
-    provider: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 class OnnxRuntimeEngine(Engine):
@@ -89,12 +86,13 @@ class OnnxRuntimeEngine(Engine):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec)
-        self._table = validate(_Table, spec.engine_table, "onnxruntime.")
+        self._table = _checked(spec.engine_table)
 
     @classmethod
     def read(cls, path: Path | None, table: Mapping[str, Any]) -> Declared:
-        validate(_Table, table, "onnxruntime.")
-        options = _session_options()
+        options = session_options(_checked(table), path)
+        # Examples run one by one.
+        options.intra_op_num_threads = 1
         # What it does not take is told by what it raises.
         options.log_severity_level = _LOG_FATAL
         # Examples take the memory that they need, and give it back.
@@ -120,7 +118,8 @@ class OnnxRuntimeEngine(Engine):
         return Declared(declared, probe, unserved, labels)
 
     def load(self) -> LoadedModel:
-        spec, provider = self.spec, self._table.provider
+        spec, table = self.spec, self._table
+        provider = table.provider
         available = ort.get_available_providers()
         if provider == "cuda" and _CUDA not in available:
             raise ConfigError(
@@ -128,9 +127,14 @@ class OnnxRuntimeEngine(Engine):
                 f"{', '.join(available)}; expected the package onnxruntime-gpu"
             )
         cuda = provider != "cpu" and _CUDA in available
-        providers: _Providers = [(_CUDA, _cuda_options()), _CPU] if cuda else [_CPU]
+        providers: _Providers = [(_CUDA, cuda_options(table)), _CPU] if cuda else [_CPU]
         try:
-            session, _ = _open(spec.path, _session_options(), providers, spec.config.outputs)
+            session, _ = _open(
+                spec.path,
+                session_options(table, spec.path),
+                providers,
+                spec.config.outputs,
+            )
         except ConfigError as problem:
             if cuda and (failure := context_failure()) is not None:
                 raise _beyond_use(failure, problem.message) from problem
@@ -142,11 +146,12 @@ class OnnxRuntimeEngine(Engine):
         if provider == "cuda" and not on_cuda:
             raise ConfigError("onnxruntime.provider is 'cuda', but no CUDA device could be used")
         names = [output.name for output in spec.signature.outputs]
-        count = spec.config.lanes or (LANES if on_cuda else usable_cores())
+        options = run_options(table, on_cuda=on_cuda)
+        count = spec.config.lanes or (LANES if on_cuda else max(1, usable_cores() // table.threads))
         return LoadedModel(
             spec,
             "cuda" if on_cuda else "cpu",
-            [OnnxRuntimeLane(session, names, on_cuda=on_cuda) for _ in range(count)],
+            [OnnxRuntimeLane(session, names, options, on_cuda=on_cuda) for _ in range(count)],
             buckets=gpu_buckets(spec) if on_cuda else spec.config.buckets,
             usual=told_inputs(spec),
             parallel_lanes=not on_cuda,
@@ -158,11 +163,17 @@ class OnnxRuntimeLane(Lane):
     """A caller of the shared session."""
 
     def __init__(
-        self, session: ort.InferenceSession, names: Sequence[str] = (), *, on_cuda: bool = False
+        self,
+        session: ort.InferenceSession,
+        names: Sequence[str] = (),
+        options: ort.RunOptions | None = None,
+        *,
+        on_cuda: bool = False,
     ) -> None:
         """`names`: the outputs to compute; by default all."""
         self._session = session
         self._on_cuda = on_cuda
+        self._options = options
         every = [output.name for output in session.get_outputs()]
         self._names = list(names) or every
 
@@ -170,7 +181,7 @@ class OnnxRuntimeLane(Lane):
         inputs = gather(batch)
         names = self._names if batch.outputs is None else batch.outputs
         try:
-            arrays: list[Array] = self._session.run(names, inputs)
+            arrays: list[Array] = self._session.run(names, inputs, self._options)
         except Exception as problem:
             raise self._judged(f"onnxruntime: {reason(problem)}") from problem
         return without_padding(batch, dict(zip(names, arrays, strict=True)))
@@ -181,33 +192,14 @@ class OnnxRuntimeLane(Lane):
         return EngineError(text) if failure is None else _beyond_use(failure, text)
 
 
+def _checked(table: Mapping[str, Any]) -> Table:
+    checked = validate(Table, table, "onnxruntime.")
+    check(checked)
+    return checked
+
+
 def _beyond_use(failure: str, text: str) -> FatalEngineError:
     return FatalEngineError(f"CUDA is beyond use: {failure} ({text})")
-
-
-def _session_options() -> ort.SessionOptions:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.inter_op_num_threads = 1
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = _LOG_ERRORS
-    # A plan of memory for each shape is no faster here, keeps a block of its own for each batch
-    # size (a third of all memory in service), and is never forgotten.
-    options.enable_mem_pattern = False
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-    return options
-
-
-def _cuda_options() -> dict[str, str]:
-    """Of the CUDA provider, which takes as much memory as it likes where it is not told.
-
-    Its own choice of algorithms, EXHAUSTIVE, tries all of cuDNN's out whenever a convolution meets
-    a new shape: while a request waits, and with the memory that the greediest of them takes.
-    """
-    limit = memory_share.limit()
-    limited = {} if limit is None else {"gpu_mem_limit": str(limit)}
-    return {"cudnn_conv_algo_search": "HEURISTIC", **limited}
 
 
 def _open(
@@ -245,6 +237,7 @@ def _open(
     except Exception as problem:
         raise ConfigError(
             f"{path} cannot be loaded by ONNX Runtime: {reason(problem)}"
+            f"{lacks_operators(str(problem))}"
         ) from problem
 
 

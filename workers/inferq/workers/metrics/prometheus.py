@@ -73,6 +73,8 @@ _GAUGES: Final = (
     ("max_batch_size", "inferq_batch_max_rows", "Most rows of a batch."),
     ("unbatched", "inferq_model_unbatched",
      "1: an audit found that answers depend on their batch, and ended batches."),
+    ("off_gpu", "inferq_model_off_gpu",
+     "1: it runs on the CPU, though its worker is pinned to a GPU."),
 )  # fmt: skip
 #: Of `WorkerStats.gpu`: what it is multiplied with, its name and what it says.
 _GPU: Final = (
