@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import pytest
 from helpers import real_models
 from helpers.worker import Worker
 
-from inferq.producer import Client, Result
-from inferq.shared.errors import InvalidInput
+from inferq.producer import AsyncClient, Client, Result
+from inferq.shared.errors import DeadlineExceeded, InvalidInput
 from inferq.shared.schema import Array
 from inferq.workers.process.embedded import EmbeddedRedis
 
@@ -229,3 +230,49 @@ def test_a_fixed_batch_whose_rows_depend_on_each_other_takes_no_fewer(client: Cl
     np.testing.assert_allclose(result.outputs["y"].sum(axis=0), np.ones(4), rtol=1e-5)
     with pytest.raises(InvalidInput, match="1 at dim 0; expected 8"):
         client.infer("fixed8-mixed", {"x": x[:1]})
+
+
+def test_more_rows_than_a_batch_may_have_are_split_and_joined(client: Client) -> None:
+    x = np.arange(400, dtype="f4").reshape(100, 4) - 200
+    result = client.infer("scalar-out", {"x": x}, timeout=TIMEOUT_S)
+    np.testing.assert_array_equal(result.outputs["y"], np.maximum(x, 0))
+    requests = [{"x": x[: 1 + 33 * (n % 4)] + n} for n in range(12)]
+    for inputs, each in zip(requests, client.map("scalar-out", requests), strict=True):
+        np.testing.assert_array_equal(each.outputs["y"], np.maximum(inputs["x"], 0))
+    rng = np.random.default_rng(0)
+    states = {name: rng.standard_normal((1, 70, 3)).astype("f4") for name in ("h0", "c0")}
+    inputs = {"x": rng.standard_normal((70, 4, 2)).astype("f4"), **states}
+    joined = client.infer("lstm", inputs, timeout=TIMEOUT_S).outputs
+    assert {name: array.shape for name, array in joined.items()} == {
+        "y": (70, 4, 3),
+        "hn": (1, 70, 3),
+        "cn": (1, 70, 3),
+    }
+    last = {"x": inputs["x"][69:], **{name: each[:, 69:] for name, each in states.items()}}
+    alone = client.infer("lstm", last, timeout=TIMEOUT_S).outputs
+    np.testing.assert_allclose(joined["hn"][:, 69:], alone["hn"], atol=1e-5)
+
+
+def test_a_split_request_is_one_pending_that_fails_as_its_first_part(client: Client) -> None:
+    pending = client.submit("scalar-out", {"x": np.zeros((90, 4), "f4")}, timeout_ms=0.001)
+    with pytest.raises(DeadlineExceeded):
+        pending.result(TIMEOUT_S)
+    pending = client.submit("scalar-out", {"x": np.zeros((90, 4), "f4")})
+    cancelled = pending.cancel()
+    if cancelled:
+        assert pending.state == "cancelled"
+    else:
+        assert len(pending.result(TIMEOUT_S).outputs["y"]) == 90
+
+
+async def _split(url: str) -> Array:
+    async with AsyncClient(url) as client:
+        x = np.arange(400, dtype="f4").reshape(100, 4)
+        return (await client.infer("scalar-out", {"x": x}, timeout=TIMEOUT_S)).outputs["y"]
+
+
+def test_the_asyncio_client_splits_and_joins_alike(
+    client: Client, redis_server: EmbeddedRedis
+) -> None:
+    y = asyncio.run(_split(redis_server.url))
+    np.testing.assert_array_equal(y, np.arange(400, dtype="f4").reshape(100, 4))

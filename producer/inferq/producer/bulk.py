@@ -13,7 +13,7 @@ from typing import TypeVar
 from inferq.producer.async_session import AsyncSession
 from inferq.producer.core import Core
 from inferq.producer.dialogue import Dialogue, look_up, push
-from inferq.producer.outgoing import Inputs
+from inferq.producer.outgoing import PUSH_BLOCK, Inputs
 from inferq.producer.pending import AsyncPending, Pending, PendingRequest, Result
 from inferq.producer.session import Session
 from inferq.producer.window import BLOCK_AGE_S, BLOCK_BYTES, Window
@@ -125,7 +125,9 @@ def _submit(  # noqa: C901 - one loop; each error has its own consequence for th
     while items and window.room > 0:
         try:
             view = yield from look_up(core, job.model)
-            pending = core.build(view, items[0], job.priority, job.timeout_ms, make, job.outputs)
+            whole, parts = core.build_parts(
+                view, items[0], job.priority, job.timeout_ms, make, job.outputs
+            )
         except QueueFull as problem:
             if window.unresolved:
                 break
@@ -144,10 +146,10 @@ def _submit(  # noqa: C901 - one loop; each error has its own consequence for th
             window.fail(problem)
         else:
             items.popleft()
-            window.enter(pending)
-            ready.append(pending)
-            size += pending.nbytes
-            if size > BLOCK_BYTES:
+            window.enter(whole)
+            ready += parts
+            size += sum(part.nbytes for part in parts) if whole.parts else whole.nbytes
+            if size > BLOCK_BYTES or len(ready) > PUSH_BLOCK:
                 yield from push(core, ready, view)
                 ready, size = [], 0
     if ready:

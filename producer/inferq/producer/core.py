@@ -21,6 +21,7 @@ from inferq.producer.admission import Admission, ModelView
 from inferq.producer.outcome import outcome_of
 from inferq.producer.outgoing import Encoder, Inputs, Outgoing, arrays_of
 from inferq.producer.pending import Outcome, PendingRequest
+from inferq.producer.splitting import Joiner, is_beyond_a_batch, pieces
 from inferq.shared import codec
 from inferq.shared.connect import judge_server, parse_info
 from inferq.shared.errors import (
@@ -111,6 +112,41 @@ class Core:
         self._table[pending.request_id] = pending
         return pending
 
+    def build_parts(
+        self,
+        view: ModelView,
+        inputs: Inputs,
+        priority: int | None,
+        timeout_ms: float | None,
+        make: Callable[[Outgoing, float], P],
+        outputs: Sequence[str] | None = None,
+    ) -> tuple[P, list[P]]:
+        """As `build`; a request of more rows than a batch may have as several. It, and these."""
+        try:
+            pending = self.build(view, inputs, priority, timeout_ms, make, outputs)
+        except InvalidInput as problem:
+            if not is_beyond_a_batch(view.advert, problem.detail):
+                raise
+        else:
+            return pending, [pending]
+        arrays = arrays_of(view.dtypes, inputs)
+        parts: list[P] = []
+        try:
+            for piece in pieces(view.advert, arrays):
+                parts.append(self.build(view, piece, priority, timeout_ms, make, outputs))
+        except BaseException:
+            for part in parts:
+                self.drop(part)
+            raise
+        first = parts[0].outgoing
+        assert first is not None
+        whole = make(first, parts[0].submitted_at)
+        whole.outgoing, whole.parts = None, parts
+        joiner = Joiner(whole, parts, view.advert.signature)
+        for part in parts:
+            part.watcher = joiner
+        return whole, parts
+
     def check_open(self) -> None:
         """ClientClosed after `end`."""
         if self.ended:
@@ -136,7 +172,12 @@ class Core:
 
         Of several threads that do, the first one resolves it: who takes it out.
         """
-        if self._table.pop(pending.request_id, None) is not None and outcome is not None:
+        if pending.parts:
+            for part in pending.parts:
+                self._table.pop(part.request_id, None)
+            if outcome is not None:
+                pending.resolve(outcome)
+        elif self._table.pop(pending.request_id, None) is not None and outcome is not None:
             pending.resolve(outcome)
 
     def is_served(self, model: str) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Final, TypeVar
 
@@ -18,6 +18,7 @@ from inferq.producer.admission import ModelView
 from inferq.producer.core import Core, P
 from inferq.producer.outgoing import PUSH_BLOCK, Inputs, Outgoing, Push
 from inferq.producer.pending import PendingRequest
+from inferq.producer.window import BLOCK_BYTES
 from inferq.shared.errors import Cancelled, ClientClosed, InferqError, RedisUnavailable
 from inferq.shared.resp import Command, Reply
 
@@ -84,11 +85,23 @@ def submit(
 ) -> Dialogue[P]:
     """Check one request, encode it, push it; see `Client.submit`."""
     view = yield from look_up(core, model)
-    pending = core.build(view, inputs, priority, timeout_ms, make, outputs)
-    refused = yield from push(core, [pending], view)
-    if refused:
-        raise refused[0]
-    return pending
+    whole, parts = core.build_parts(view, inputs, priority, timeout_ms, make, outputs)
+    for block in in_blocks(parts):
+        refused = yield from push(core, block, view)
+        if refused:
+            core.drop(whole)
+            raise refused[0]
+    return whole
+
+
+def in_blocks(parts: Sequence[P]) -> Iterator[Sequence[P]]:
+    """`parts` of a request in portions that are pushed at once."""
+    begin = size = 0
+    for end, part in enumerate(parts, start=1):
+        size += part.nbytes
+        if size > BLOCK_BYTES or end - begin == PUSH_BLOCK or end == len(parts):
+            yield parts[begin:end]
+            begin, size = end, 0
 
 
 def push(
@@ -126,7 +139,9 @@ def _push(
 
 def cancel(core: Core, pending: PendingRequest) -> Dialogue[bool]:
     """Cancel a request unless its result is stored; whether it is cancelled now."""
-    if not pending.done():
+    for part in pending.parts:
+        yield from cancel(core, part)
+    if not pending.done() and not pending.parts:
         tell = core.revoked(pending, (yield core.revoke(pending)))
         if tell:
             yield tell

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import Final, Protocol
 
@@ -75,7 +75,7 @@ class PendingRequest:
     """A request that was handed over. Made by a client, not by its users."""
 
     __slots__ = (
-        "_host", "_outcome", "_waiters", "accepted", "model", "outgoing", "request_id",
+        "_host", "_outcome", "_waiters", "accepted", "model", "outgoing", "parts", "request_id",
         "submitted_at", "watcher",
     )  # fmt: skip
 
@@ -90,6 +90,8 @@ class PendingRequest:
         #: `time.monotonic` seconds.
         self.submitted_at = submitted_at
         self.watcher: Watcher | None = None
+        #: What it was split into, for it has more rows than a batch; empty: it was not.
+        self.parts: Sequence[PendingRequest] = ()
         #: Whether Redis has answered its push.
         self.accepted = False
 

@@ -317,6 +317,17 @@ def check_inputs(advert: ModelAdvert, inputs: Tensors) -> int:
     for spec in advert.signature.optional:
         if spec.name in inputs:
             _check_tensor(advert, spec, inputs[spec.name], symbols)
+    rows = 1
+    if advert.batchable:
+        rows = inputs[specs[0].name].shape[specs[0].batch_axis]
+        if not 1 <= rows <= advert.max_batch_size:
+            raise InvalidInput(
+                f"inputs of model {advert.name!r} have {rows} rows; "
+                f"expected 1 to {advert.max_batch_size} (max_batch_size)",
+                model=advert.name,
+                rows=int(rows),
+                limit=advert.max_batch_size,
+            )
     size = nbytes(inputs)
     if size > advert.max_request_bytes:
         raise PayloadTooLarge(
@@ -325,15 +336,6 @@ def check_inputs(advert: ModelAdvert, inputs: Tensors) -> int:
             model=advert.name,
             size=size,
             limit=advert.max_request_bytes,
-        )
-    if not advert.batchable:
-        return 1
-    rows = inputs[specs[0].name].shape[specs[0].batch_axis]
-    if not 1 <= rows <= advert.max_batch_size:
-        raise InvalidInput(
-            f"inputs of model {advert.name!r} have {rows} rows; "
-            f"expected 1 to {advert.max_batch_size} (max_batch_size)",
-            model=advert.name,
         )
     return int(rows)
 

@@ -15,6 +15,7 @@ from inferq.workers.cuda import memory_share
 from inferq.workers.data_plane.budget import budget_bytes
 from inferq.workers.engines import torch
 from inferq.workers.engines.cores import usable_cores
+from inferq.workers.engines.onnx_options import Table, cuda_options
 from inferq.workers.process import shares
 from inferq.workers.warmup.forecast import Forecast
 from inferq.workers.warmup.limits import Gauge, Limit, Usage

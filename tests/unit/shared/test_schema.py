@@ -91,7 +91,8 @@ def test_inputs_that_do_not_fit_are_named_with_value_and_expectation(
         InputCheck(model)(inputs)
     for word in words:
         assert word in str(caught.value)
-    assert caught.value.detail == {"model": "m"}
+    rows = {"rows": 5, "limit": 4} if "5 rows" in words else {}
+    assert caught.value.detail == {"model": "m", **rows}
 
 
 def test_too_large_a_request_names_size_and_limit() -> None:
