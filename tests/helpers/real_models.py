@@ -125,6 +125,7 @@ OTHERS: Final[Mapping[str, Callable[[Path, str], Path]]] = {
     "out66": lambda root, name: many(root, name, 1, 66),
     "in512out512": lambda root, name: many(root, name, 512, 512),
     "default-input": lambda root, name: onnx_models.default_input(_file(root, name)),
+    "casts": lambda root, name: onnx_models.lookup(_file(root, name)),
     "zipmap": lambda root, name: onnx_models.classifier(_file(root, name)),
     "lstm": lambda root, name: lstm(_file(root, name)),
     "fixed8": lambda root, name: onnx_models.double(_file(root, name), (8, 3)),

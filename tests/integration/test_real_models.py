@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -10,10 +11,14 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from helpers import real_models
+from helpers.envelopes import body, envelope, tensor
+from helpers.results import meta_of, outputs_of
 from helpers.worker import Worker
+from redis import Redis
 
 from inferq.producer import AsyncClient, Client, Result
 from inferq.shared.errors import DeadlineExceeded, InvalidInput
+from inferq.shared.names import Names
 from inferq.shared.schema import Array
 from inferq.workers.process.embedded import EmbeddedRedis
 
@@ -24,6 +29,7 @@ TOMLS = {
     "scalar-out": 'outputs = ["y"]',
     "seqout": 'outputs = ["y"]',
     "lstm": "batch_axis = { h0 = 1, c0 = 1, hn = 1, cn = 1 }\nmax_queue_delay_ms = 20",
+    "casts": 'cast = "safe"',
     "fixed8": "max_queue_delay_ms = 200",
     "default-input": "max_queue_delay_ms = 20",
 }
@@ -57,6 +63,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(redis_server: EmbeddedRedis, root: Path) -> Iterator[Client]:
     with Worker(redis_server.url, root), Client(redis_server.url) as client:
         yield client
+
+
+@pytest.fixture
+def queues(redis_server: EmbeddedRedis) -> Iterator[Redis]:
+    """The server as it is, with what the worker announces."""
+    with Redis.from_url(redis_server.url) as redis:
+        yield redis
 
 
 @pytest.fixture
@@ -276,3 +289,45 @@ def test_the_asyncio_client_splits_and_joins_alike(
 ) -> None:
     y = asyncio.run(_split(redis_server.url))
     np.testing.assert_array_equal(y, np.arange(400, dtype="f4").reshape(100, 4))
+
+
+def test_integers_of_another_dtype_are_taken_where_the_model_says_so(
+    client: Client, queues: Redis
+) -> None:
+    for ids in (np.array([1, 3], np.int32), np.array([1, 3], np.uint8), [1, 3], np.array([1, 3])):
+        assert client.infer("casts", {"ids": ids}).outputs["y"].tolist() == [[2, 3], [6, 7]]
+    with pytest.raises(InvalidInput, match="dtype float64; expected int64"):
+        client.infer("casts", {"ids": np.array([1.0])})
+    # As a program sends it that has not asked what the model takes.
+    raw = body({"inputs": {"ids": tensor(np.array([2], np.int16))}})
+    request_id = str(uuid.uuid4())
+    queues.lpush(Names().queue("casts"), envelope(raw, request_id=request_id))
+    assert outputs_of(queues, request_id)["y"].tolist() == [[4, 5]]
+
+
+def test_the_largest_of_each_row_have_their_labels(client: Client) -> None:
+    x = np.log(np.array([[1, 2, 5], [6, 1, 1]], "f4"))
+    result = client.infer("zipmap", {"x": x})
+    assert result.labels == ("cat", "dog", "owl")
+    first, second = result.top(2)
+    assert [label for label, _ in first] == ["owl", "dog"]
+    assert first[0][1] == pytest.approx(5 / 8)
+    assert second[0][0] == "cat"
+    assert second[0][1] == pytest.approx(6 / 8)
+    with pytest.raises(ValueError, match="expected one with a column for each of 3 labels"):
+        result.top(1, "output_label")
+    with pytest.raises(ValueError, match="the model tells no labels"):
+        client.infer("nan", {"x": np.ones((1, 4), "f4")}).top()
+
+
+@pytest.mark.usefixtures("client")
+def test_another_program_names_the_outputs_that_it_wants(queues: Redis) -> None:
+    inputs = {"x0": tensor(np.ones((1, 2), "f4"))}
+    request_id, wrong = str(uuid.uuid4()), str(uuid.uuid4())
+    queue = Names().queue("out66")
+    queues.lpush(
+        queue, envelope(body({"inputs": inputs, "outputs": ["y1"]}), request_id=request_id)
+    )
+    assert list(outputs_of(queues, request_id)) == ["y1"]
+    queues.lpush(queue, envelope(body({"inputs": inputs, "outputs": "y1"}), request_id=wrong))
+    assert "outputs is 'y1'; expected a list of names" in str(meta_of(queues, wrong)["result"])

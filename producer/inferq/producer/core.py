@@ -23,6 +23,7 @@ from inferq.producer.outgoing import Encoder, Inputs, Outgoing, arrays_of
 from inferq.producer.pending import Outcome, PendingRequest
 from inferq.producer.splitting import Joiner, is_beyond_a_batch, pieces
 from inferq.shared import codec
+from inferq.shared.casting import cast_safely
 from inferq.shared.connect import judge_server, parse_info
 from inferq.shared.errors import (
     ClientClosed,
@@ -96,6 +97,8 @@ class Core:
         priority = _checked_priority(advert.default_priority if priority is None else priority)
         timeout_ms = _checked_timeout(timeout_ms) or advert.default_timeout_ms
         arrays = arrays_of(view.dtypes, inputs)
+        if advert.casts:
+            arrays = cast_safely(advert, arrays)
         wanted = None if outputs is None else check_outputs(advert, outputs)
         rows = check_inputs(advert, arrays)
         self.admission.admit(view, rows, now)
@@ -109,6 +112,7 @@ class Core:
         )
         self.admission.weigh(view, outgoing.nbytes)
         pending = make(outgoing, now)
+        pending.labels = advert.labels
         self._table[pending.request_id] = pending
         return pending
 
@@ -141,7 +145,7 @@ class Core:
         first = parts[0].outgoing
         assert first is not None
         whole = make(first, parts[0].submitted_at)
-        whole.outgoing, whole.parts = None, parts
+        whole.outgoing, whole.parts, whole.labels = None, parts, view.advert.labels
         joiner = Joiner(whole, parts, view.advert.signature)
         for part in parts:
             part.watcher = joiner

@@ -30,7 +30,7 @@ def outcome_of(pending: PendingRequest, raw: bytes) -> Outcome | None:
         return read
     outputs, receipt = read
     latency_ms = (time.monotonic() - pending.submitted_at) * 1000
-    return Result(outputs, receipt, pending.request_id, latency_ms)
+    return Result(outputs, receipt, pending.request_id, latency_ms, pending.labels)
 
 
 def _read_slowly(

@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Final, Protocol
 
 import msgspec
+import numpy as np
 
 from inferq.producer.outgoing import Outgoing
 from inferq.shared.errors import Cancelled, InferqError, ResultTimeout
@@ -50,6 +51,39 @@ class Result(msgspec.Struct, frozen=True, eq=False):
     request_id: str
     #: Milliseconds from the call of submit to the decoded result, at this client.
     latency_ms: float
+    #: What the classes of the outputs are called, if the model says so.
+    labels: tuple[str, ...] = ()
+
+    def top(self, k: int = 5, output: str | None = None) -> list[list[tuple[str, float]]]:
+        """Of each row the `k` classes with the largest values, the largest first: label, value.
+
+        `output`: the one that has a value for each label; by default the first that does. Raises
+        ValueError: the model has no labels, or no such output.
+        """
+        if not self.labels:
+            raise ValueError("the model tells no labels; expected labels in its model.toml")
+        if k < 1:
+            raise ValueError(f"k is {k}; expected at least 1")
+        names = list(self.outputs) if output is None else [output]
+        for name in names:
+            scores = self.outputs.get(name)
+            if (
+                scores is not None
+                and scores.ndim == 2
+                and scores.shape[1] == len(self.labels)
+                and scores.dtype.kind in "fiu"
+            ):
+                # NaN is sorted behind all else.
+                best = np.argsort(-scores.astype(np.float64), axis=1, kind="stable")[:, :k]
+                return [
+                    [(self.labels[place], float(row[place])) for place in places]
+                    for row, places in zip(scores, best, strict=True)
+                ]
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in self.outputs.items())
+        raise ValueError(
+            f"output is {output!r}; expected one with a column for each of {len(self.labels)} "
+            f"labels (there are {shapes})"
+        )
 
 
 Outcome = Result | InferqError
@@ -75,8 +109,8 @@ class PendingRequest:
     """A request that was handed over. Made by a client, not by its users."""
 
     __slots__ = (
-        "_host", "_outcome", "_waiters", "accepted", "model", "outgoing", "parts", "request_id",
-        "submitted_at", "watcher",
+        "_host", "_outcome", "_waiters", "accepted", "labels", "model", "outgoing", "parts",
+        "request_id", "submitted_at", "watcher",
     )  # fmt: skip
 
     def __init__(self, host: Host, outgoing: Outgoing, submitted_at: float) -> None:
@@ -90,6 +124,8 @@ class PendingRequest:
         #: `time.monotonic` seconds.
         self.submitted_at = submitted_at
         self.watcher: Watcher | None = None
+        #: What the classes of the model's outputs are called.
+        self.labels: tuple[str, ...] = ()
         #: What it was split into, for it has more rows than a batch; empty: it was not.
         self.parts: Sequence[PendingRequest] = ()
         #: Whether Redis has answered its push.

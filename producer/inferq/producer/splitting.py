@@ -70,7 +70,7 @@ class Joiner:
                 f"request {self._whole.request_id}: its {len(results)} parts have outputs that "
                 f"cannot be joined: {problem}"
             )
-        return Result(outputs, last.receipt, self._whole.request_id, last.latency_ms)
+        return Result(outputs, last.receipt, self._whole.request_id, last.latency_ms, last.labels)
 
 
 def _concatenated(arrays: Sequence[Array], axis: int) -> Array:

@@ -108,6 +108,10 @@ class ModelAdvert(msgspec.Struct, frozen=True, kw_only=True):
     max_queue_bytes: int = 0
     #: True if results live for `result_expires_s` seconds after they are stored.
     result_expires_s: int = 600
+    #: True if inputs of another dtype are taken, where the model's holds all that they hold.
+    casts: bool = False
+    #: What the classes of its outputs are called; empty also if they are many (see the worker).
+    labels: tuple[str, ...] = ()
 
 
 class GpuTimes(msgspec.Struct, frozen=True, kw_only=True):

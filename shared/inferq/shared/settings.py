@@ -105,6 +105,10 @@ class Settings(BaseSettings):
     #: Whether a worker runs other tasks than inferq's that lie in its queues, as far as they are
     #: registered in its app. Otherwise they fail with NotRegistered.
     foreign_tasks: bool = False
+    #: What stands for NaN and infinity in nested lists of a JSON result. ``bare``: `NaN`,
+    #: `Infinity`, as Python writes and reads them, which is no JSON; ``null``; ``string``: the same
+    #: words in quotes.
+    json_nan: Literal["bare", "null", "string"] = "bare"
     #: Whether a worker takes part in Celery's remote control.
     remote_control: bool = True
     #: Most requests a second of which a worker sends task events. Those that fail come on top.

@@ -338,3 +338,25 @@ def test_the_short_repr_of_hundreds_of_inputs_is_short() -> None:
     inputs = {f"past_key_values.{n}.decoder.key": np.zeros((1, 8), "f4") for n in range(512)}
     assert len(codec.shown("m", inputs)) < 1_024
     assert "… 496 more" in codec.shown("m", inputs)
+
+
+@pytest.mark.parametrize(
+    ("nan", "expected"),
+    [
+        ("null", [[1.5, None], [None, None]]),
+        ("string", [[1.5, "NaN"], ["Infinity", "-Infinity"]]),
+    ],
+)
+def test_nan_and_infinity_in_lists_are_strict_json_by_setting(
+    nan: str, expected: list[list[object]]
+) -> None:
+    outputs = {"y": np.array([[1.5, np.nan], [np.inf, -np.inf]], "f4"), "n": np.array([1])}
+    meta = codec.encode_success("id", outputs, {}, "now", JSON, lists=True, nan=nan)
+
+    def refuse(text: str) -> None:
+        raise AssertionError(f"{text} is no JSON")
+
+    result = json.loads(meta, parse_constant=refuse)["result"]
+    assert (result["y"]["data"], result["n"]["data"]) == (expected, [1])
+    bare = json.loads(codec.encode_success("id", outputs, {}, "now", JSON, lists=True))
+    assert math.isnan(bare["result"]["y"]["data"][0][1])

@@ -25,8 +25,12 @@ def encode_success(
     *,
     lists: bool = False,
     extra: Mapping[str, Any] | None = None,
+    nan: str = "bare",
 ) -> bytes:
-    """A SUCCESS meta as Celery's Redis backend writes it; ``result`` maps outputs to tensors."""
+    """A SUCCESS meta as Celery's Redis backend writes it; ``result`` maps outputs to tensors.
+
+    `nan`: how NaN and infinity stand in nested lists (`Settings.json_nan`).
+    """
     result: dict[str, Any]
     if content_type == MSGPACK:
         result = {name: encode_tensor(array) for name, array in outputs.items()}
@@ -35,17 +39,23 @@ def encode_success(
             name: {
                 "dtype": array.dtype.str,
                 "shape": array.shape,
-                "data": _json_data(array, lists),
+                "data": _json_data(array, lists, nan),
             }
             for name, array in outputs.items()
         }
     return encode_meta("SUCCESS", request_id, result, date_done, content_type, receipt, extra)
 
 
-def _json_data(array: Array, lists: bool) -> object:
+def _json_data(array: Array, lists: bool, nan: str) -> object:
     """Nested lists if wanted; JSON has no complex numbers, so theirs are bytes in any case."""
     if lists and array.dtype.kind != "c":
-        return array.tolist()
+        if nan == "bare" or array.dtype.kind != "f" or (finite := np.isfinite(array)).all():
+            return array.tolist()
+        written = np.array(array.tolist(), dtype=object)
+        for place in np.argwhere(~finite):
+            value = array[tuple(place)]
+            written[tuple(place)] = None if nan == "null" else json.dumps(float(value))
+        return written.tolist()
     return pybase64.b64encode_as_string(array.tobytes())
 
 

@@ -179,6 +179,7 @@ class Service:
                         on_begun=self._observers.started,
                         wake=self._look,
                         result_expires_s=self._settings.result_expires_s,
+                        json_nan=self._settings.json_nan,
                         foreign=self._foreign,
                         links=LinkQueues(self._names, self._settings.link_queues),
                     )

@@ -13,6 +13,7 @@ from typing import Any, Final
 from msgspec.structs import replace
 
 from inferq.shared import codec
+from inferq.shared.casting import cast_safely
 from inferq.shared.errors import (
     DeadlineExceeded,
     InferqError,
@@ -204,7 +205,7 @@ class Intake:
             pass  # nobody can tell what follows on it
         return ticket
 
-    def admit(
+    def admit(  # noqa: C901 - what is done to each request, in its order: a call costs more
         self, opened: Opened, payloads: Mapping[str, bytes | memoryview | None]
     ) -> Waiting | Failed:
         """Read the tensors and check them against the signature. Never raises."""
@@ -224,6 +225,8 @@ class Intake:
                 elif ticket.content_type == codec.JSON:
                     lists = lists or codec.is_lists(tensor)
                 arrays[name] = codec.decode_tensor(name, tensor, self._dtypes.get(name))
+            if self._advert.casts:
+                arrays = cast_safely(self._advert, arrays)
             rows = self._check(arrays)
             shared = None
             if self._optional and len(arrays) > len(self._required):

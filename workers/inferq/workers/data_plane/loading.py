@@ -30,7 +30,7 @@ from inferq.workers.models.chosen_outputs import chosen_lanes
 from inferq.workers.models.engine import LoadedModel
 from inferq.workers.models.off_gpu import PINNED, off_gpu
 from inferq.workers.models.registry import engine_class
-from inferq.workers.models.spec import ModelSpec
+from inferq.workers.models.spec import MAX_LABEL_CHARS, ModelSpec
 from inferq.workers.pad_probe.probe import probe_padding
 from inferq.workers.warmup.prepare import Preparation, Prepared
 
@@ -85,6 +85,7 @@ class LoadingModel:
         wake: Callable[[], None] = lambda: None,
         foreign: ForeignTasks | None = None,
         links: LinkQueues | None = None,
+        json_nan: str = "bare",
     ) -> ServedModel:
         """Load the engine, warm it up, start the lanes' threads. ConfigError if it cannot be; then
         all is freed again.
@@ -137,7 +138,12 @@ class LoadingModel:
                 advert=advert,
                 intake=intake,
                 results=Results(
-                    worker, config.engine, spec.version, padding, _axes(advert.signature.outputs)
+                    worker,
+                    config.engine,
+                    spec.version,
+                    padding,
+                    _axes(advert.signature.outputs),
+                    json_nan,
                 ),
                 counts=counts,
                 audit=audit,
@@ -170,6 +176,14 @@ class LoadingModel:
 
     def _tell_of_rows(self) -> None:
         """Say why requests do not share batches, or what is known of those that do."""
+        if not self.spec.tells_labels:
+            logger.warning(
+                "model %s: clients are not told of its %d labels; expected at most %d characters",
+                self.name,
+                len(self.spec.labels),
+                MAX_LABEL_CHARS,
+                extra=about(model=self.name),
+            )
         why, remark = self.spec.why_not_batchable, self.spec.remark
         told = about(model=self.name)
         if why is not None:

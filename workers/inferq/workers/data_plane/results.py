@@ -77,6 +77,8 @@ class Results:
     padding: Padding
     #: Output → the dim that its rows are, where that is not dim 0.
     axes: Mapping[str, int] = field(default_factory=dict)
+    #: See `Settings.json_nan`.
+    nan: str = "bare"
 
     def computed(self, outcome: Outcome) -> Settlement:
         """The settlement of a request that was computed, or failed being computed."""
@@ -99,6 +101,7 @@ class Results:
                 ticket.content_type,
                 lists=ticket.lists,
                 extra=ticket.extra,
+                nan=self.nan,
             )
         except PayloadTooLarge as too_large:
             return self.failed(item.slot, ticket, too_large, running=True, run=outcome.run)

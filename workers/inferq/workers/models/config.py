@@ -145,6 +145,8 @@ class ModelConfig(TomlTable):
     on_mismatch: Literal["unbatch", "warn"] = "unbatch"
     #: Run every bucket once before claiming, and measure which is best.
     warm_up: Flag = True
+    #: ``safe``: inputs of another dtype are cast, where the model's holds all that they hold.
+    cast: Literal["none", "safe"] = "none"
     #: Input or output → the dim that its rows are, where that is not dim 0.
     batch_axis: dict[str, BatchAxis] = Field(default_factory=dict, max_length=MAX_TENSORS)
     #: The outputs that are computed and served, in this order; empty: all.

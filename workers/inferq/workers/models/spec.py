@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from inferq.shared.schema import ModelAdvert, Signature, TensorSpec
 from inferq.workers.models.config import ModelConfig
 from inferq.workers.models.not_served import NotServed
+
+#: Characters of all labels of a model, up to which its advert has them.
+MAX_LABEL_CHARS: Final = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,14 @@ class ModelSpec:
             seconds_per_row=seconds_per_row,
             padded=tuple(config.pad),
             result_expires_s=result_expires_s,
+            casts=config.cast == "safe",
+            labels=self.labels if self.tells_labels else (),
         )
+
+    @property
+    def tells_labels(self) -> bool:
+        """Whether clients are told of the labels: they ask for the advert again and again."""
+        return sum(len(label) + 5 for label in self.labels) <= MAX_LABEL_CHARS
 
 
 def _in_file(spec: TensorSpec, axis: int) -> TensorSpec:
