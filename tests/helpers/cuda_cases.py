@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
@@ -19,8 +19,9 @@ from helpers.fakecuda.control import Control, on_device
 from inferq.shared.errors import EngineError, FatalEngineError
 from inferq.shared.schema import Array
 from inferq.workers.cuda import device
+from inferq.workers.cuda.executor import Shape
 from inferq.workers.cuda.graphs import Graph
-from inferq.workers.cuda.lane import KEPT_SHAPES, CudaLane, RowLimit, Shape
+from inferq.workers.cuda.lane import KEPT_SHAPES, CudaLane, RowLimit
 from inferq.workers.cuda.libcuda import current_context
 from inferq.workers.models.engine import Batch, OutOfDeviceMemory
 
@@ -69,8 +70,8 @@ class Doubler:
     def _at(self, name: str, shape: Shape, dtype: str) -> Array:
         return on_device(self.addresses[name], shape, dtype)
 
-    def capture(self, stream: int) -> Graph:
-        return Graph(stream, lambda: self.enqueue(stream))
+    def capture(self, stream: int, work: Callable[[], None]) -> Graph:
+        return Graph(stream, work)
 
     def close(self) -> None:
         self.addresses.clear()

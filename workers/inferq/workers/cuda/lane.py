@@ -18,7 +18,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 from pycuda import driver
@@ -27,6 +27,7 @@ from inferq.shared.errors import RequestError
 from inferq.shared.schema import Array, GpuTimes, Tensors
 from inferq.workers.cuda.buffers import Buffer, nbytes
 from inferq.workers.cuda.device import Device
+from inferq.workers.cuda.executor import Executor, Replay, Shape
 from inferq.workers.cuda.graphs import CaptureFailed
 from inferq.workers.models.engine import Batch, OutOfDeviceMemory, without_padding
 
@@ -36,50 +37,6 @@ logger = logging.getLogger(__name__)
 #: take any size.
 KEPT_SHAPES: Final = 64
 _NON_BLOCKING: Final = 1
-
-Shape = tuple[int, ...]
-
-
-class Replay(Protocol):
-    """A captured run."""
-
-    def launch(self) -> None:
-        """Put it on the stream that it was captured on. Errors are any Exception."""
-        ...
-
-    def close(self) -> None:
-        """Free it; nothing of it is running."""
-        ...
-
-
-class Executor(Protocol):
-    """What computes on the device's memory; each belongs to one lane. Errors are any Exception."""
-
-    def rows(self, shapes: Mapping[str, Shape]) -> int:
-        """At how many rows a batch of inputs of these shapes runs: as many; or more, to which it is
-        padded; or fewer, so that it has to be split. RequestError: at none.
-        """
-        ...
-
-    def set_shapes(self, shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
-        """The next runs' inputs have these shapes; return the outputs'. RequestError: too large."""
-        ...
-
-    def set_address(self, name: str, address: int) -> None:
-        """Where this input or output stands, from now on."""
-        ...
-
-    def enqueue(self, stream: int) -> None:
-        """Put one run on the stream of this handle."""
-        ...
-
-    def capture(self, stream: int) -> Replay:
-        """One run as it would be enqueued now, after it was once. CaptureFailed: the reason."""
-        ...
-
-    def close(self) -> None:
-        """Free it; nothing of it is running."""
-        ...
 
 
 class RowLimit:
@@ -324,7 +281,9 @@ class CudaLane:
     def _capture(self, bound: _Bound) -> None:
         """What a first run prepares cannot be captured; what runs once only is not worth it."""
         try:
-            bound.graph = self._executor.capture(self._stream.handle)
+            bound.graph = self._executor.capture(
+                self._stream.handle, lambda: self._executor.enqueue(self._stream.handle)
+            )
         except CaptureFailed as problem:
             self._graphs = False
             logger.info("runs without CUDA graphs: %s", problem)

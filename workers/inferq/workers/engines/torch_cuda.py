@@ -6,7 +6,7 @@ stand in the lane's buffers; what lies between is in memory of PyTorch's allocat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch.export.passes import move_to_device_pass
 
 from inferq.shared.schema import DTYPES
 from inferq.workers.cuda import device
+from inferq.workers.cuda.executor import Shape
 from inferq.workers.cuda.graphs import CaptureFailed
-from inferq.workers.cuda.lane import CudaLane, RowLimit, Shape
+from inferq.workers.cuda.lane import CudaLane, RowLimit
 from inferq.workers.engines.torch_program import FlatFunction, Layout, flat_function
 from inferq.workers.models.engine import OutOfDeviceMemory
 from inferq.workers.models.ranges import input_ranges, profile_sizes
@@ -101,9 +102,9 @@ class _Executor:
         with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
             self._compute()
 
-    def capture(self, stream: int) -> _Graph:
+    def capture(self, stream: int, work: Callable[[], None]) -> _Graph:
         try:
-            return _Graph(torch.cuda.ExternalStream(stream), self._compute)
+            return _Graph(torch.cuda.ExternalStream(stream), work)
         except Exception as problem:
             raise CaptureFailed(str(problem)) from problem
 
@@ -149,11 +150,11 @@ class _Memory:
 class _Graph:
     """PyTorch's own: its allocator has to know what belongs to a graph."""
 
-    def __init__(self, stream: Any, compute: Any) -> None:
+    def __init__(self, stream: Any, work: Callable[[], None]) -> None:
         self._stream = stream
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-            compute()
+            work()
 
     def launch(self) -> None:
         with torch.cuda.stream(self._stream):

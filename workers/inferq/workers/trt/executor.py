@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from pycuda import driver
@@ -68,9 +68,8 @@ class ProfileExecutor:
     def enqueue(self, stream: int) -> None:
         self._current.execute(stream)
 
-    def capture(self, stream: int) -> Graph:
-        context = self._current
-        return Graph(stream, lambda: context.execute(stream))
+    def capture(self, stream: int, work: Callable[[], None]) -> Graph:
+        return Graph(stream, work)
 
     def close(self) -> None:
         for context in self.contexts:
