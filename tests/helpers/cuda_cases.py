@@ -18,11 +18,12 @@ from pycuda import driver
 from helpers.fakecuda.control import Control, on_device
 from inferq.shared.errors import EngineError, FatalEngineError
 from inferq.shared.schema import Array
-from inferq.workers.cuda import device
+from inferq.workers.cuda import calls, device
 from inferq.workers.cuda.executor import Shape
-from inferq.workers.cuda.graphs import Graph
-from inferq.workers.cuda.lane import KEPT_SHAPES, CudaLane, RowLimit
+from inferq.workers.cuda.graphs import Graph, Graphs
+from inferq.workers.cuda.lane import KEPT_SHAPES, CudaLane
 from inferq.workers.cuda.libcuda import current_context
+from inferq.workers.cuda.splitting import RowLimit
 from inferq.workers.models.engine import Batch, OutOfDeviceMemory
 
 BUCKETS = (1, 2, 4, 8)
@@ -56,19 +57,17 @@ class Doubler:
         self.addresses[name] = address
 
     def enqueue(self, stream: int) -> None:
-        shapes = self.shapes
+        shapes, addresses = self.shapes, dict(self.addresses)
         if self.fails_above is not None and shapes["x"][0] > self.fails_above[0]:
             raise self.fails_above[1]
 
         def kernel() -> int:
-            x, k = self._at("x", shapes["x"], "f4"), self._at("k", shapes["k"], "i1")
-            self._at("y", shapes["x"], "f4")[...] = 2 * x + k
+            x = on_device(addresses["x"], shapes["x"], "f4")
+            k = on_device(addresses["k"], shapes["k"], "i1")
+            on_device(addresses["y"], shapes["x"], "f4")[...] = 2 * x + k
             return 0
 
         CONTROL.launch(stream, kernel, self.us)
-
-    def _at(self, name: str, shape: Shape, dtype: str) -> Array:
-        return on_device(self.addresses[name], shape, dtype)
 
     def capture(self, stream: int, work: Callable[[], None]) -> Graph:
         return Graph(stream, work)
@@ -84,7 +83,7 @@ def lane(
     limit: RowLimit | None = None,
     rows: int = 8,
     width: int = WIDTH,
-    graphs: bool = True,
+    graphs: Graphs | bool = True,
 ) -> CudaLane:
     return CudaLane(
         gpu,
@@ -94,7 +93,7 @@ def lane(
         [{"x": (rows, width), "k": (rows, 1)}],
         limit or RowLimit(),
         buckets=BUCKETS,
-        graphs=graphs,
+        graphs=Graphs(graphs) if isinstance(graphs, bool) else graphs,
     )
 
 
@@ -175,7 +174,7 @@ def runs_without_graphs_where_none_can_be_captured() -> None:
             raise RuntimeError("not this")
         original(stream)
 
-    executor.enqueue = enqueue  # type: ignore[method-assign]
+    executor.enqueue = enqueue  # type: ignore
     for seed in range(4):
         check(one, batch(4, seed=seed))
     assert CONTROL.count("graph_launches") == 0
@@ -261,16 +260,11 @@ def an_error_that_only_the_events_tell_is_judged_too() -> None:
     gpu = device.acquire()
     one = lane(gpu, Doubler(), graphs=False)
 
-    class Event:
-        def __getattr__(self, name: str) -> object:
-            return getattr(events[1], name)
+    def ms_since(this: calls.Event, earlier: calls.Event) -> float:
+        CONTROL.fail(700)
+        return original(this, earlier)
 
-        def time_since(self, _other: object) -> float:
-            CONTROL.fail(700)
-            return float(events[1].time_since(events[0]))
-
-    events = list(one._events)
-    one._events[1] = Event()
+    original, calls.Event.ms_since = calls.Event.ms_since, ms_since  # type: ignore
     with pytest.raises(FatalEngineError, match="beyond use"):
         one.run(batch(2))
     one.close()
@@ -335,8 +329,8 @@ def short_memory_counts_the_rows_that_are_run() -> None:
         limit.lower(ROW, 4)
         return gpu_of_others(shapes)
 
-    one._limit = limit = RowLimit()
-    executor.set_shapes = another_lane_is_short_meanwhile  # type: ignore[method-assign]
+    one._splitter._limit = limit = RowLimit()
+    executor.set_shapes = another_lane_is_short_meanwhile  # type: ignore
     check(one, batch(7, bucket=8))
     assert limit.rows(ROW) == 4
     one.close()
@@ -369,7 +363,7 @@ def pieces_are_padded_up_to_the_smallest_run() -> None:
     assert limit.rows(ROW) == 3
     check(one, batch(1, 2, 1, 3, 1, bucket=8))
     executor.fails_above = (2, OutOfDeviceMemory("cuMemAlloc failed"))
-    one._limit = limit = RowLimit()
+    one._splitter._limit = limit = RowLimit()
     with pytest.raises(OutOfDeviceMemory):
         one.run(batch(2, bucket=4))
     assert limit.rows(ROW) == 3, "less cannot be asked of it"
@@ -393,7 +387,7 @@ def any_of_the_largest_shapes_has_room() -> None:
         shapes,
         RowLimit(),
         buckets=(),
-        graphs=True,
+        graphs=Graphs(True),
     )
     assert CONTROL.count("device_bytes") >= 2 * 200 * 4 + 32
     for seed in range(3):

@@ -27,7 +27,7 @@ def test_without_a_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_missing_library_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(libcuda, "_LIBRARY", "libcuda.so.that.is.nowhere")
+    monkeypatch.setattr(libcuda, "LIBRARY", "libcuda.so.that.is.nowhere")
     libcuda._driver.cache_clear()
     try:
         assert libcuda.compute_capability() is None

@@ -6,7 +6,7 @@ import ctypes
 import functools
 from typing import Final
 
-_LIBRARY: Final = "libcuda.so.1"
+LIBRARY: Final = "libcuda.so.1"
 #: Of enum CUdevice_attribute.
 _MAJOR, _MINOR = 75, 76
 
@@ -60,6 +60,6 @@ def pop_context() -> None:
 @functools.cache
 def _driver() -> ctypes.CDLL | None:
     try:
-        return ctypes.CDLL(_LIBRARY)
+        return ctypes.CDLL(LIBRARY)
     except OSError:
         return None

@@ -16,8 +16,9 @@ from torch.export.passes import move_to_device_pass
 from inferq.shared.schema import DTYPES
 from inferq.workers.cuda import device
 from inferq.workers.cuda.executor import Shape
-from inferq.workers.cuda.graphs import CaptureFailed
-from inferq.workers.cuda.lane import CudaLane, RowLimit
+from inferq.workers.cuda.graphs import CaptureFailed, Graphs
+from inferq.workers.cuda.lane import CudaLane
+from inferq.workers.cuda.splitting import RowLimit
 from inferq.workers.engines.torch_program import FlatFunction, Layout, flat_function
 from inferq.workers.models.engine import OutOfDeviceMemory
 from inferq.workers.models.ranges import input_ranges, profile_sizes
@@ -42,7 +43,7 @@ def opened(
         gpu = stack.enter_context(device.acquired())
         profiles = [input_ranges(spec, each) for each in profile_sizes(spec)]
         largest = [{span.name: span.max for span in ranges} for ranges in profiles]
-        signature, limit = layout.signature, RowLimit()
+        signature, limit, captures = layout.signature, RowLimit(), Graphs(graphs)
         lanes: list[CudaLane] = []
         with gpu:
             function = flat_function(move_to_device_pass(program, "cuda"))
@@ -55,7 +56,7 @@ def opened(
                     largest,
                     limit,
                     buckets=buckets,
-                    graphs=graphs,
+                    graphs=captures,
                 )
                 stack.callback(lane.close)
                 lanes.append(lane)

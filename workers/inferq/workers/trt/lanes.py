@@ -12,7 +12,9 @@ from inferq.shared.errors import ConfigError
 from inferq.shared.schema import Array, Tensors
 from inferq.workers.cuda import device, memory_share
 from inferq.workers.cuda.device import Device
-from inferq.workers.cuda.lane import CudaLane, RowLimit, tensor_bytes
+from inferq.workers.cuda.graphs import Graphs
+from inferq.workers.cuda.lane import CudaLane, block_bytes
+from inferq.workers.cuda.splitting import RowLimit
 from inferq.workers.models.engine import Batch, Lane
 from inferq.workers.trt.executor import ProfileExecutor
 from inferq.workers.trt.flavours import Flavour
@@ -114,13 +116,13 @@ def _open_lanes(
         return made
 
     largest = [{span.name: span.max for span in ranges} for ranges in profiles]
-    limit = RowLimit()
+    limit, graphs = RowLimit(), Graphs(cuda_graphs)
     context_bytes = len(profiles) * loaded.context_bytes
     check_memory(gpu, count, context_bytes, buckets)
     # Only a context can tell how large the outputs are.
     first = executor()
     try:
-        buffers = sum(tensor_bytes(first, {**inputs, **outputs}, largest).values())
+        buffers = sum(block_bytes(first, inputs, outputs, largest))
         free, total = gpu.memory()
         logger.info(
             "%d lanes of %.1f MB of GPU memory each (%.1f MB for tensors, %.1f MB for %d of "
@@ -150,7 +152,7 @@ def _open_lanes(
                 largest,
                 limit,
                 buckets=buckets,
-                graphs=cuda_graphs,
+                graphs=graphs,
             )
         )
     return first.contexts
