@@ -7,8 +7,10 @@ Each function without parameters is a case.
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -16,9 +18,11 @@ import pytest
 from pycuda import driver
 
 from helpers.fakecuda.control import Control, on_device
+from helpers.wait import until
 from inferq.shared.errors import EngineError, FatalEngineError
 from inferq.shared.schema import Array
 from inferq.workers.cuda import calls, device
+from inferq.workers.cuda.captures import CAPTURES
 from inferq.workers.cuda.executor import Shape
 from inferq.workers.cuda.graphs import Graph, Graphs
 from inferq.workers.cuda.lane import KEPT_SHAPES, CudaLane
@@ -84,6 +88,7 @@ def lane(
     rows: int = 8,
     width: int = WIDTH,
     graphs: Graphs | bool = True,
+    spin: bool = False,
 ) -> CudaLane:
     return CudaLane(
         gpu,
@@ -94,6 +99,7 @@ def lane(
         limit or RowLimit(),
         buckets=BUCKETS,
         graphs=Graphs(graphs) if isinstance(graphs, bool) else graphs,
+        spin=spin,
     )
 
 
@@ -159,25 +165,213 @@ def results_stay_as_they_were() -> None:
     device.release()
 
 
-def runs_without_graphs_where_none_can_be_captured() -> None:
+def a_batch_is_one_launch_and_one_copy_each_way() -> None:
     gpu = device.acquire()
-    executor = Doubler()
+    one = lane(gpu, Doubler())
+    for seed in range(3):
+        check(one, batch(1, 2, bucket=4, seed=seed))
+    names = ("graph_launches", "copies_h2d", "copies_d2h", "kernels")
+    before = {name: CONTROL.count(name) for name in names}
+    for seed in range(5):
+        check(one, batch(1, 2, bucket=4, seed=seed))
+    assert [CONTROL.count(name) - before[name] for name in names] == [5, 5, 5, 5]
+    assert CONTROL.count("graph_uploads") == CONTROL.count("graph_execs") == 1
+    one.close()
+    device.release()
+
+
+def times_of_a_graph_hold_no_pause_of_the_host() -> None:
+    class Pausing(Doubler):
+        def enqueue(self, stream: int) -> None:
+            time.sleep(0.2)
+            super().enqueue(stream)
+
+    gpu = device.acquire()
+    one = lane(gpu, Pausing(us=1000))
+    check(one, batch(4))
+    assert one.gpu_times is not None
+    assert one.gpu_times.compute_ms >= 200, "submitted one by one, the card waits for the host"
+    check(one, batch(4))
+    check(one, batch(4))
+    assert CONTROL.count("graph_launches") == 1
+    assert 1 <= one.gpu_times.compute_ms < 200
+    one.close()
+    device.release()
+
+
+def a_lane_sleeps_or_spins_until_its_run_has_ended() -> None:
+    gpu = device.acquire()
+    for spin, count in ((False, "blocking_waits"), (True, "spinning_waits")):
+        one = lane(gpu, Doubler(), spin=spin)
+        before = CONTROL.count(count)
+        for _ in range(4):
+            check(one, batch(2))
+        assert CONTROL.count(count) == before + 4
+        one.close()
+    device.release()
+
+
+class InCapture(Doubler):
+    """Does `meanwhile` while it is captured, once; it may raise."""
+
+    def __init__(self, meanwhile: Callable[[], object]) -> None:
+        super().__init__()
+        self.meanwhile: Callable[[], object] | None = meanwhile
+        self.captures = 0
+
+    def capture(self, stream: int, work: Callable[[], None]) -> Graph:
+        meanwhile, self.meanwhile = self.meanwhile, None
+        self.captures += 1
+
+        def both() -> None:
+            work()
+            if meanwhile is not None:
+                meanwhile()
+
+        return Graph(stream, both)
+
+
+def _during_a_capture(gpu: device.Device, act: Callable[[], object]) -> None:
+    """Have `act` done by another thread while a lane captures: the capture succeeds."""
+    thread = threading.Thread(target=act)
+
+    def meanwhile() -> None:
+        thread.start()
+        until(lambda: not thread.is_alive() or CAPTURES._changed._waiters)  # type: ignore
+
+    executor = InCapture(meanwhile)
     one = lane(gpu, executor)
-
-    original = executor.enqueue
-    calls = 0
-
-    def enqueue(stream: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 3:  # the capture, after the second run
-            raise RuntimeError("not this")
-        original(stream)
-
-    executor.enqueue = enqueue  # type: ignore
     for seed in range(4):
         check(one, batch(4, seed=seed))
-    assert CONTROL.count("graph_launches") == 0
+    thread.join()
+    assert executor.captures == 1
+    assert CONTROL.count("graph_launches") == 2, "it was captured, whatever the other did meanwhile"
+    one.close()
+
+
+def an_error_that_is_judged_during_a_capture_spoils_nothing() -> None:
+    gpu = device.acquire()
+    executor = Doubler()
+    other = lane(gpu, executor, graphs=False)
+    executor.fails_above = (0, RuntimeError("an ordinary error of one batch"))
+    raised: list[Exception] = []
+
+    def act() -> None:
+        try:
+            other.run(batch(2))
+        except Exception as problem:  # noqa: BLE001 - looked at below
+            raised.append(problem)
+
+    _during_a_capture(gpu, act)
+    (problem,) = raised
+    assert isinstance(problem, EngineError)
+    assert not isinstance(problem, FatalEngineError), problem
+    executor.fails_above = None
+    check(other, batch(2))
+    other.close()
+    device.release()
+
+
+def a_first_run_during_a_capture_spoils_nothing() -> None:
+    """It waits for the whole context, as libraries do that load kernels or choose among them."""
+
+    class Loading(Doubler):
+        def set_shapes(self, shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
+            driver.Context.synchronize()
+            return super().set_shapes(shapes)
+
+        def enqueue(self, stream: int) -> None:
+            driver.Context.synchronize()
+            super().enqueue(stream)
+
+    gpu = device.acquire()
+    raised: list[Exception] = []
+
+    def act() -> None:
+        try:
+            other = lane(gpu, Loading(), graphs=False)
+            for rows in (1, 2, 1):
+                check(other, batch(rows))
+            other.close()
+        except Exception as problem:  # noqa: BLE001 - looked at below
+            raised.append(problem)
+
+    _during_a_capture(gpu, act)
+    assert not raised
+    device.release()
+
+
+def what_somebody_elses_capture_answers_is_not_sticky() -> None:
+    """TensorRT-RTX captures by itself, and so may what a user installs: nobody can wait for it."""
+    gpu = device.acquire()
+    executor = Doubler()
+    one = lane(gpu, executor, graphs=False)
+    with gpu:
+        foreign = driver.Stream()
+        calls.begin_capture(foreign.handle)
+    executor.fails_above = (0, RuntimeError("an ordinary error of one batch"))
+    with pytest.raises(EngineError, match="an ordinary error") as raised:
+        one.run(batch(2))
+    assert not isinstance(raised.value, FatalEngineError), raised.value
+    executor.fails_above = None
+    check(one, batch(2))
+    with gpu:
+        with pytest.raises(calls.DriverError, match="INVALIDATED"):
+            calls.end_capture(foreign.handle)
+        del foreign
+    one.close()
+    device.release()
+
+
+def after_a_capture_that_failed_all_lanes_of_the_model_go_on_without() -> None:
+    """One run is thrown away, which TensorRT answers with the error that broke the capture."""
+
+    class Remembering(InCapture):
+        failed = False
+
+        def enqueue(self, stream: int) -> None:
+            if self.failed:
+                self.failed = False
+                raise RuntimeError("the last error")
+            super().enqueue(stream)
+
+    def broken() -> None:
+        failing.failed = True
+        raise RuntimeError("not this")
+
+    gpu = device.acquire()
+    graphs = Graphs(True)
+    failing = Remembering(broken)
+    one, other = lane(gpu, failing, graphs=graphs), lane(gpu, Doubler(), graphs=graphs)
+    for seed in range(3):
+        check(other, batch(8, seed=seed))
+    assert CONTROL.count("graph_launches") == 1
+    check(other, batch(4))
+    for seed in range(6):
+        check(one, batch(4, seed=seed))
+        check(other, batch(4, seed=seed))
+    check(other, batch(8))
+    assert failing.captures == 1, "it is not tried again"
+    # What was captured before: the other lane's for 8 rows, and nothing since.
+    assert CONTROL.count("graph_launches") == 1
+    for each in (one, other):
+        each.close()
+    device.release()
+
+
+def graphs_and_single_commands_take_turns() -> None:
+    """Each run has its own shapes and addresses, whatever ran before it."""
+    gpu = device.acquire()
+    one = lane(gpu, Doubler(), graphs=(graphs := Graphs(True)))
+    for seed in range(3):
+        check(one, batch(8, seed=seed))
+    for rows in (2, 8, 3, 8, 2, 3, 1, 8):
+        check(one, batch(rows, seed=rows))
+    assert CONTROL.count("graph_launches") == 4
+    graphs.on = False
+    for rows in (8, 3, 8):
+        check(one, batch(rows, seed=rows))
+    assert CONTROL.count("graph_launches") == 4
     one.close()
     device.release()
 
@@ -256,6 +450,70 @@ def a_sticky_error_is_fatal_and_another_is_not() -> None:
     one.close()
 
 
+def a_sticky_error_is_fatal_wherever_it_is_told() -> None:
+    """By the push of the context, or first by what the lane waits for and then by the pop. The
+    thread ends as any other, and nothing is freed, nor asked of CUDA."""
+    names = ("calls", "streams", "events", "device_bytes", "pinned_bytes", "contexts")
+
+    def counts() -> list[int]:
+        return [CONTROL.count(name) for name in names]
+
+    before = _lose(counts)
+    gc.collect()
+    assert counts() == before
+    assert CONTROL.count("pinned_bytes") > 0
+
+
+def _lose(counts: Callable[[], list[int]]) -> list[int]:
+    """What was counted when CUDA was found to be beyond use, before all is closed."""
+    CONTROL.set("switch_fails", 1)
+    gpu = device.acquire()
+    executor = Doubler()
+    one, other = lane(gpu, executor, graphs=False), lane(gpu, Doubler())
+    check(one, batch(2))
+    check(other, batch(2))
+    original = executor.enqueue
+    raised: list[BaseException] = []
+
+    def enqueue(stream: int) -> None:
+        original(stream)
+        CONTROL.fail(700)
+
+    def work() -> None:
+        executor.enqueue = enqueue  # type: ignore[method-assign]
+        for each in (one, one, other):
+            try:
+                each.run(batch(2))
+            except BaseException as problem:  # noqa: BLE001 - looked at below
+                raised.append(problem)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert [type(problem) for problem in raised] == [FatalEngineError] * 3, raised
+    before = counts()
+    one.close()
+    other.close()
+    device.release()
+    return before
+
+
+def a_sticky_error_that_closing_meets_frees_nothing_more() -> None:
+    gpu = device.acquire()
+    one = lane(gpu, Doubler())
+    for _ in range(3):
+        check(one, batch(2))
+    pinned = CONTROL.count("pinned_bytes")
+    CONTROL.fail(700)
+    one.close()
+    assert gpu.lost is not None
+    before = CONTROL.count("calls")
+    one.close()
+    device.release()
+    assert CONTROL.count("calls") == before
+    assert CONTROL.count("pinned_bytes") == pinned
+
+
 def an_error_that_only_the_events_tell_is_judged_too() -> None:
     gpu = device.acquire()
     one = lane(gpu, Doubler(), graphs=False)
@@ -291,6 +549,22 @@ def short_memory_splits_the_batch_and_those_after_it() -> None:
         one.run(batch(8))
     for opened in (one, other):
         opened.close()
+    device.release()
+
+
+def memory_that_is_short_when_a_graph_is_launched_splits_the_batch() -> None:
+    gpu = device.acquire()
+    limit = RowLimit()
+    one = lane(gpu, Doubler(), limit=limit)
+    for rows in (8, 4, 2):
+        for seed in range(3):
+            check(one, batch(rows, seed=seed))
+    CONTROL.set("graph_bytes", 400)  # eight rows copy 456 both ways, four 356
+    launches = CONTROL.count("graph_launches")
+    check(one, batch(3, 3, 2, seed=9))
+    assert limit.rows(ROW) == 4
+    assert CONTROL.count("graph_launches") == launches + 2
+    one.close()
     device.release()
 
 
