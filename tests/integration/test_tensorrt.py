@@ -200,15 +200,36 @@ def test_a_sticky_error_ends_the_process_and_its_successor_serves_everything(
 
 @pytest.mark.parametrize("fails", [{"fail_kernel": 40}, {"fail_call": 7}, {"fail_call": 16}])
 def test_a_sticky_error_while_it_loads_is_no_matter_of_configuration(
-    redis_url: str, models: Path, on_gpu: Environment, fails: dict[str, int]
+    redis_url: str, models: Path, tmp_path: Path, on_gpu: Environment, fails: dict[str, int]
 ) -> None:
     """In a kernel, when memory is asked for, when a lane takes it."""
-    worker = Worker(redis_url, models, ["double"], env=on_gpu(**fails))
+    stats = tmp_path / "stats.json"
+    worker = Worker(redis_url, models, ["double"], env=on_gpu(**fails, stats=stats))
     worker.start()
     assert worker.process.wait(TIMEOUT_S) == EX_FATAL_ENGINE
     assert "CUDA is beyond use" in worker.log
     assert "Traceback" not in worker.log
+    assert not stats.exists(), "no library's own clean-up runs: it might not end"
     worker.close()
+
+
+def test_after_a_sticky_error_in_service_the_process_ends_without_freeing_anything(
+    redis_url: str, redis: Redis, models: Path, tmp_path: Path, on_gpu: Environment
+) -> None:
+    stats = tmp_path / "stats.json"
+    knobs = "warm_up = false\npreferred_batch_sizes = [8]\nmax_queue_delay_ms = 500\n"
+    (models / "double" / "model.toml").write_text(TOML + knobs)
+    with Worker(redis_url, models, ["double"], env=on_gpu()):
+        pass  # the plan is built and verified
+    env = on_gpu(fail_kernel=3, stats=stats)
+    with Worker(redis_url, models, ["double"], env=env) as worker, Client(redis_url) as client:
+        for n in range(60):
+            client.submit("double", {"x": _rows(n, 1, 3)})
+        assert worker.process.wait(TIMEOUT_S) == EX_FATAL_ENGINE
+        assert "CUDA is beyond use" in worker.log
+        assert "Traceback" not in worker.log
+        assert not stats.exists(), "no library's own clean-up runs: it might not end"
+    assert nothing_is_held(redis)
 
 
 def test_lanes_that_do_not_fit_are_refused_with_what_would(

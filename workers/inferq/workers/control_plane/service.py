@@ -130,6 +130,8 @@ class Service:
         self._host = socket.gethostname()
         self._started_at = time.time()
         self._stopping = False
+        #: While it was loaded.
+        self._engine_failed = False
         self.plane: DataPlane | None = None
         #: Our queues as kombu declares them, by name, for ``inspect active_queues``.
         self.queues: dict[str, Any] = {}
@@ -154,6 +156,7 @@ class Service:
             self._when_redis_answers(self._serve)
         except FatalEngineError as problem:
             logger.critical("%s", problem)
+            self._engine_failed = True
             self._give_up(EX_FATAL_ENGINE)
         except InferqError as problem:
             logger.critical("%s", problem)
@@ -230,8 +233,7 @@ class Service:
                 time.sleep(RETRY_S)
 
     def _give_up(self, status: int) -> None:
-        for model in self._models:
-            model.close(timeout=1.0)
+        self._close_models()
         celery_private.stop_worker(status)
         self._side.wake()
 
@@ -364,12 +366,19 @@ class Service:
             self._heartbeat.stop()
         if self._gpu is not None:
             self._gpu.close()
-        if self._is_busy():
-            end_at_once(self._is_busy, lambda: int(self._worker.exitcode or 0))
+        if self._must_end_at_once():
+            end_at_once(self._must_end_at_once, lambda: int(self._worker.exitcode or 0))
 
     def _told_to_end(self) -> None:
         for model in self._models:
             model.told_to_end()
+
+    def _must_end_at_once(self) -> bool:
+        return self._is_busy() or self._is_beyond_use()
+
+    def _is_beyond_use(self) -> bool:
+        """Whether an engine has said that nothing can run in this process any more."""
+        return self._engine_failed or (self.plane is not None and self.plane.engine_failed)
 
     def _is_busy(self) -> bool:
         """Whether a thread loads a model, or is a lane's."""
@@ -388,8 +397,12 @@ class Service:
         self._later.stop()
         self._canvas.stop()
         self._events.stop()
+        self._close_models()
+
+    def _close_models(self) -> None:
+        free = not self._is_beyond_use()
         for model in self._models:
-            model.close(timeout=1.0)
+            model.close(timeout=1.0, free=free)
 
     def stats(self) -> WorkerStats:
         """What this worker has done so far, and how it is. For any thread; may ask the GPU."""

@@ -58,7 +58,7 @@ class LoadingModel:
         """Whatever ends this process from now on, no batch is to blame. For any thread."""
         self._preparation.told_to_end()
 
-    def close(self, timeout: float) -> None:
+    def close(self, timeout: float, *, free: bool = True) -> None:
         """As a served model's: there is nothing to free, or `load` has freed it."""
         self.told_to_end()
 

@@ -111,6 +111,8 @@ class DataPlane:
         self._claiming = True
         self._drain_by: float | None = None
         self._fatal = False
+        #: Whether an engine is beyond use, and with it the process.
+        self.engine_failed = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="inferq-data-plane", daemon=True)
         #: When Redis last answered (monotonic s); 0: never yet.
@@ -308,7 +310,7 @@ class DataPlane:
                 self._incarnation.mark_all(ledger)
             fatal = settling.collect()
             if fatal is not None:
-                self._fatal = True
+                self._fatal = self.engine_failed = True
                 self._control.end_process()
             if self._held.unfetched and self._claiming:
                 admission.fetch()

@@ -242,9 +242,11 @@ class ServedModel:
         """Whatever ends this process from now on, no batch is to blame."""
         self._prepared.told_to_end()
 
-    def close(self, timeout: float) -> None:
-        """End the lanes and free the model, unless a lane does not end in time."""
+    def close(self, timeout: float, *, free: bool = True) -> None:
+        """End the lanes and free the model, unless a lane does not end in time. `free` is False
+        where an engine is beyond use: what would free meets the same error, and may not return.
+        """
         self.target.keep()
         self.told_to_end()
-        if self._lanes.stop(timeout):
+        if self._lanes.stop(timeout) and free:
             self._loaded.close()
