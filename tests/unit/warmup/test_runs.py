@@ -136,10 +136,48 @@ def test_what_was_measured_on_a_busy_machine_is_measured_anew() -> None:
     assert tuning.seconds[32] < known[32] / 2
 
 
-def test_a_lane_runs_each_size_as_often_as_it_needs_to_be_warm() -> None:
-    lanes = [Timed(lambda rows: 0.001) for _ in range(2)]
-    _run(lanes, SIZES, known=dict.fromkeys(SIZES, 0.001), times=2)
-    assert all(lane.ran.count(size) >= 2 for lane in lanes for size in SIZES)
+class Alone(Lane):
+    """A lane that must be alone in its process for its first three runs of each size."""
+
+    running = 0
+    lock = threading.Lock()
+
+    def __init__(self, seconds: float = 0.001) -> None:
+        self.ran: list[int] = []
+        self.seconds = seconds
+
+    def run(self, batch: Batch) -> Mapping[str, Array]:
+        first = self.ran.count(batch.bucket) < 3
+        self.ran.append(batch.bucket)
+        with Alone.lock:
+            Alone.running += 1
+            assert not first or Alone.running == 1, "another lane runs meanwhile"
+        time.sleep(self.seconds)
+        with Alone.lock:
+            Alone.running -= 1
+        return {"y": np.zeros((batch.rows, 3), np.float32)}
+
+
+@pytest.mark.parametrize("known", [{}, dict.fromkeys(SIZES, 0.001)], ids=["new", "known"])
+def test_lanes_run_each_size_alone_until_they_are_warm_and_then_together(
+    known: Mapping[int, float],
+) -> None:
+    """A first run, or a capture, on one lane may break what another one captures."""
+    lanes = [Alone() for _ in range(3)]
+    runs_ = Runs("m", lanes, _make, SIZES, forecast=Forecast(left=list), known=known, times=3)
+    runs_.run()
+    runs_.also(lambda size: _make(100 + size), [1, 2])
+    assert all(lane.ran.count(size) > 3 for lane in lanes for size in [*SIZES, 101, 102])
+
+
+def test_a_size_that_takes_long_is_not_run_more_often_than_its_first_run_asks_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first run may load and compile; the second one tells."""
+    monkeypatch.setattr(runs, "SLOW_S", 0.02)
+    lane = Alone(0.05)
+    _run([lane], [1], times=3)
+    assert lane.ran == [1, 1, 1], "on one lane that is all lanes: twice alone, once to measure"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from inferq.workers.models.spec import ModelSpec
 LANES: Final = 2
 #: `Engine.rounding` there: 1e-3 of an output's largest value. Not measured on a card yet.
 ROUNDING: Final = 50.0
+#: The second run of a size is captured as a CUDA graph, the third is the first launch of it.
+WARM_RUNS: Final = 3
 
 
 def gpu_buckets(spec: ModelSpec) -> tuple[int, ...]:

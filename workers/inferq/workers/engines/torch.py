@@ -31,7 +31,7 @@ import torch
 from inferq.shared.errors import ConfigError, EngineError
 from inferq.shared.schema import DTYPES, Array, Tensors
 from inferq.workers.engines.cores import usable_cores
-from inferq.workers.engines.on_gpu import LANES, ROUNDING, gpu_buckets
+from inferq.workers.engines.on_gpu import LANES, ROUNDING, WARM_RUNS, gpu_buckets
 from inferq.workers.engines.pt2 import check_archive
 from inferq.workers.engines.torch_program import FlatFunction, Layout, flat_function, read_layout
 from inferq.workers.models.engine import (
@@ -127,7 +127,7 @@ class TorchEngine(Engine):
                 buckets=buckets,
                 usual=usual,
                 rounding=ROUNDING,
-                runs_to_be_warm=2,  # the second is captured as a CUDA graph
+                runs_to_be_warm=WARM_RUNS,
                 free=stack.pop_all().close,
             )
 

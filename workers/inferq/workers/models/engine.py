@@ -92,7 +92,8 @@ class LoadedModel:
     #: How many times as much as on a CPU two runs of other shapes may differ by rounding: a card
     #: multiplies float32 as TF32, whose mantissa is float16's.
     rounding: float = 1.0
-    #: How often a lane runs a size until the next run is as fast as any.
+    #: How often a lane runs a size until the next run is as fast as any. Beyond 1 it does so while
+    #: no other lane runs.
     runs_to_be_warm: int = 1
     #: Frees all that the last reference does not free. Idempotent.
     free: Callable[[], None] = _free_nothing

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from inferq.shared.errors import ConfigError
-from inferq.workers.engines.on_gpu import LANES, ROUNDING, gpu_buckets
+from inferq.workers.engines.on_gpu import LANES, ROUNDING, WARM_RUNS, gpu_buckets
 from inferq.workers.models.engine import Engine, LoadedModel
 from inferq.workers.models.ranges import usual_inputs
 from inferq.workers.models.signatures import Declared
@@ -82,6 +82,6 @@ class TensorRTEngine(Engine):
                 buckets=buckets,
                 usual=usual_inputs(spec),
                 rounding=ROUNDING,
-                runs_to_be_warm=2,  # the second is captured as a CUDA graph
+                runs_to_be_warm=WARM_RUNS,
                 free=stack.pop_all().close,
             )

@@ -1,6 +1,7 @@
 """Runs a model's sizes on all its lanes before the first request: what fits, and how long it takes.
 
     1 row, on one lane, then on all at once     what a row takes
+    (of a card: each size on lane after lane    until each is warm, before it runs on all at once)
     the largest size                            if memory and time clearly suffice,
     or the next ones, up to it                  each only if what the last ones took lets it fit
     what lies between                           as long as there is time
@@ -93,7 +94,7 @@ class Runs:
         self._notes = notes
         self._known = dict(known or {})
         self._refused = refused
-        #: How often a lane runs a size until it is warm.
+        #: How often a lane runs a size until it is warm. 1: all run it at once from the start.
         self._times = times
         #: Size → seconds of a batch, all lanes at work.
         self._seconds: dict[int, float] = {}
@@ -133,7 +134,11 @@ class Runs:
         for size in sizes:
             batch = make(size)
             if self._forecast.short(self._at_once(batch)) is None:
-                self._note(batch, lambda batch=batch: self._together(batch))  # type: ignore[misc]
+                self._note(batch, lambda batch=batch: self._again(batch))  # type: ignore[misc]
+
+    def _again(self, batch: Batch) -> None:
+        self._warm(batch)
+        self._together(batch)
 
     # --- what is tried ----------------------------------------------------------------------
 
@@ -240,12 +245,9 @@ class Runs:
             run()
 
     def _run_once(self, batch: Batch) -> None:
-        """On all lanes at once; as often as they need to be warm, unless it takes long."""
-        for _ in range(self._times):
-            seconds = self._together(batch)
-            self._seconds[batch.rows] = seconds
-            if seconds >= SLOW_S:
-                break
+        """On all lanes, warm, at once."""
+        self._warm(batch)
+        self._seconds[batch.rows] = seconds = self._together(batch)
         if seconds >= TOLD_S:
             logger.info(
                 "model %s warms up: a batch of %d rows took %.1f s",
@@ -254,6 +256,19 @@ class Runs:
                 seconds,
                 extra=about(model=self._name),
             )
+
+    def _warm(self, batch: Batch) -> None:
+        """One lane after the other, as often as it needs to be warm, unless it takes long.
+
+        A lane on a card captures graphs meanwhile, which another's first run would spoil. What the
+        first run takes tells nothing: it may load and compile.
+        """
+        for lane in self._lanes if self._times > 1 else ():
+            for number in range(self._times):
+                started = time.monotonic()
+                lane.run(batch)
+                if number and time.monotonic() - started >= SLOW_S:
+                    break
 
     def _measure(self) -> None:
         """Those that are fast, from the faster end on, until they fall behind for good."""
