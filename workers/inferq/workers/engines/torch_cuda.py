@@ -57,6 +57,7 @@ def opened(
                     limit,
                     buckets=buckets,
                     graphs=captures,
+                    spin=spec.config.gpu_wait == "spin",
                 )
                 stack.callback(lane.close)
                 lanes.append(lane)

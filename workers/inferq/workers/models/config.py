@@ -135,6 +135,9 @@ class ModelConfig(TomlTable):
     #: What the outputs' classes are called: a list, or a file in the model's folder, one a line.
     labels: Labels = ()
     pad: dict[str, PadTable] = Field(default_factory=dict, max_length=64)
+    #: How a lane waits for its card: asleep, or asking it in a loop, which takes a core and saves
+    #: the time that it takes to wake up.
+    gpu_wait: Literal["sleep", "spin"] = "sleep"
     #: Symbol → its smallest, usual and largest size: what TensorRT builds for; ``[profile]``, or
     #: several of them, ``[[profile]]``. Where one is silent the batch knobs and `pad` say it
     #: (`ranges`).

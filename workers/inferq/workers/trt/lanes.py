@@ -49,14 +49,15 @@ def opened(
     buckets: Sequence[int],
     own_graphs: bool = False,
     cuda_graphs: bool = False,
+    spin: bool = False,
     runtime_cache: Callable[[int], bytes | None] = _no_cache,
 ) -> Iterator[Opened]:
     """`plan`, loaded, with `count` lanes, until the end.
 
     `buckets`: the batch sizes that it runs at, ascending; empty: any. `own_graphs`: TensorRT
-    captures CUDA graphs by itself; `cuda_graphs`: the lanes do. `runtime_cache`: by profile, see
-    `Loaded.context`. Raises ConfigError, saying what would fit, if the GPU's memory does not
-    suffice; EngineError.
+    captures CUDA graphs by itself; `cuda_graphs`: the lanes do. `spin`: see `Submission`.
+    `runtime_cache`: by profile, see `Loaded.context`. Raises ConfigError, saying what would fit, if
+    the GPU's memory does not suffice; EngineError.
     """
     lanes: list[CudaLane] = []
     with gpu:
@@ -75,6 +76,7 @@ def opened(
                 buckets=buckets,
                 own_graphs=own_graphs,
                 cuda_graphs=cuda_graphs,
+                spin=spin,
                 runtime_cache=runtime_cache,
             )
         yield Opened(lanes, contexts)
@@ -96,6 +98,7 @@ def _open_lanes(
     buckets: Sequence[int],
     own_graphs: bool,
     cuda_graphs: bool,
+    spin: bool,
     runtime_cache: Callable[[int], bytes | None],
 ) -> Sequence[Context]:
     """Add them to `lanes`; what it takes is logged before it is taken. Returns the first one's
@@ -153,6 +156,7 @@ def _open_lanes(
                 limit,
                 buckets=buckets,
                 graphs=graphs,
+                spin=spin,
             )
         )
     return first.contexts

@@ -52,6 +52,7 @@ def opened_session(
                 buckets=buckets,
                 own_graphs=graphs and own,
                 cuda_graphs=graphs and not own,
+                spin=spec.config.gpu_wait == "spin",
                 runtime_cache=lambda profile: folder.read_cache(_cache_name(plan, profile)),
             )
         )
