@@ -70,6 +70,14 @@ class Lane(Protocol):
         ...
 
 
+class FurtherLane(Lane, Protocol):
+    """One that is opened while the model warms up, and closed again if nothing is gained by it."""
+
+    def close(self) -> None:
+        """Free it. Nothing of it is running. Idempotent."""
+        ...
+
+
 def _free_nothing() -> None:
     """What is freed with its last reference."""
 
@@ -95,6 +103,10 @@ class LoadedModel:
     #: How often a lane runs a size until the next run is as fast as any. Beyond 1 it does so while
     #: no other lane runs.
     runs_to_be_warm: int = 1
+    #: Each opens one lane more, which `free` frees, too, if it was not closed. Warm-up asks them,
+    #: the first one first, as long as another lane makes the model faster. Whatever they raise but
+    #: FatalEngineError says that it does not fit.
+    further_lanes: Sequence[Callable[[], FurtherLane]] = ()
     #: Frees all that the last reference does not free. Idempotent.
     free: Callable[[], None] = _free_nothing
 

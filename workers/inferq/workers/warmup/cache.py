@@ -64,6 +64,8 @@ class Record(msgspec.Struct):
     #: Rows → seconds of a batch, all lanes at work.
     seconds: dict[int, float] = {}
     killed: list[Killed] = []
+    #: How many those were; 0: not known.
+    lanes: int = 0
 
     @property
     def is_sound(self) -> bool:

@@ -58,6 +58,7 @@ class Prepared:
         """Keep what was measured, for the next start."""
         if self.notes is not None:
             self.notes.record.seconds = dict(learnt.seconds)
+            self.notes.record.lanes = learnt.lanes
             self.notes.save()
 
     def told_to_end(self) -> None:
@@ -114,6 +115,8 @@ class Preparation:
             known=known,
             refused=(killed.elements, refused) if killed is not None and refused else None,
             times=model.runs_to_be_warm,
+            further=model.further_lanes,
+            lanes_known=self._notes.record.lanes if self._notes is not None and known else 0,
         )
         try:
             warmed = runs.run()
@@ -126,7 +129,7 @@ class Preparation:
             raise self._cannot_run(problem) from problem
         self._tell(warmed, len(model.lanes))
         prepared = Prepared(
-            model.lanes[: warmed.lanes],
+            warmed.lanes,
             warmed.rows,
             self._fit(warmed.elements if warmed.why else math.inf),
             warmed.tuning,
@@ -242,10 +245,10 @@ class Preparation:
             logger.warning(
                 "model %s: %d of %d lanes, since %s; in model.toml, lanes = %d says so",
                 self._spec.name,
-                warmed.lanes,
+                len(warmed.lanes),
                 lanes,
                 warmed.why_lanes,
-                warmed.lanes,
+                len(warmed.lanes),
                 extra=about(model=self._spec.name),
             )
         if warmed.why:

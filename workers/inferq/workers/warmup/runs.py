@@ -5,6 +5,7 @@
     the largest size                            if memory and time clearly suffice,
     or the next ones, up to it                  each only if what the last ones took lets it fit
     what lies between                           as long as there is time
+    the best size on one lane more              as long as that makes it faster
 
 Sizes that are fast are measured, those next to the faster end first. One that takes long is
 measured by its one run. What was not run is never taken for slow: the line through the others
@@ -24,7 +25,7 @@ from typing import Final
 from inferq.shared.errors import FatalEngineError
 from inferq.workers.engines.tuning import Tuning, fitted
 from inferq.workers.logs.fields import about
-from inferq.workers.models.engine import Batch, Lane
+from inferq.workers.models.engine import Batch, FurtherLane, Lane
 from inferq.workers.warmup.fit import lacks_memory, row_elements
 from inferq.workers.warmup.forecast import UNSEEN, Forecast
 from inferq.workers.warmup.notes import Notes, Size
@@ -47,6 +48,12 @@ OUTDATED: Final = 0.8
 #: How many of the fastest are measured again, and how often: what else runs on the machine can
 #: only make a size look slow, so the best of its measurements counts.
 AGAIN, ROUNDS = 3, 2
+#: A lane more is kept if it serves so much as many rows as without it; else it only takes memory.
+GAIN: Final = 1.05
+#: Batches that take longer hide their copies with the lanes that there are.
+SHORT_S: Final = 0.02
+#: How many batches end while lanes are compared with one lane more, about, and how often.
+COMPARED, COMPARISONS = 50, 2
 #: A run that takes so many seconds is told.
 TOLD_S: Final = 1.0
 
@@ -59,8 +66,8 @@ class Warmed:
     #: The most rows, and elements of the inputs, of a batch that fits.
     rows: int
     elements: int
-    #: How many lanes fit, with one row at least.
-    lanes: int
+    #: Those that fit, with one row at least, and those that were opened besides.
+    lanes: Sequence[Lane]
     #: Why not all rows do, and why not all lanes; empty: they do.
     why: str = ""
     why_lanes: str = ""
@@ -71,6 +78,7 @@ class Runs:
 
     `make`: a batch of so many rows. `known`: seconds of sizes that need not be measured.
     `refused`: the fewest elements of a batch that ended a process, and what is to be said of it.
+    `further`: see `LoadedModel`; `lanes_known`: how many lanes are enough, 0: that is not known.
     """
 
     def __init__(
@@ -85,6 +93,8 @@ class Runs:
         known: Mapping[int, float] | None = None,
         refused: tuple[int, str] | None = None,
         times: int = 1,
+        further: Sequence[Callable[[], FurtherLane]] = (),
+        lanes_known: int = 0,
     ) -> None:
         self._name = name
         self._lanes = list(lanes)
@@ -96,6 +106,10 @@ class Runs:
         self._refused = refused
         #: How often a lane runs a size until it is warm. 1: all run it at once from the start.
         self._times = times
+        self._further = further
+        self._lanes_known = lanes_known
+        #: Sizes that lanes have run.
+        self._ran: list[int] = []
         #: Size → seconds of a batch, all lanes at work.
         self._seconds: dict[int, float] = {}
         self._why = self._why_lanes = ""
@@ -118,13 +132,15 @@ class Runs:
         fits = self._fits(tried[-1])
         self._between([size for size in self._sizes if size < tried[-1] and size not in tried])
         self._measure()
+        if not self._why and not self._why_lanes:
+            self._add_lanes()
         usable = tuple(size for size in self._sizes if size <= fits)
         seconds = {size: taken for size, taken in self._seconds.items() if size <= fits}
         return Warmed(
             Tuning(seconds, usable, len(self._lanes)),
             fits,
             self._elements(fits),
-            len(self._lanes),
+            tuple(self._lanes),
             self._why,
             self._why_lanes,
         )
@@ -247,6 +263,7 @@ class Runs:
     def _run_once(self, batch: Batch) -> None:
         """On all lanes, warm, at once."""
         self._warm(batch)
+        self._ran.append(batch.rows)
         self._seconds[batch.rows] = seconds = self._together(batch)
         if seconds >= TOLD_S:
             logger.info(
@@ -319,6 +336,64 @@ class Runs:
             if len(rates) > 1:
                 rate(size)
         return rates.keys()
+
+    def _add_lanes(self) -> None:
+        """One after the other, as long as each makes the best size faster, or as many as did so at
+        an earlier start.
+        """
+        for opens in self._further:
+            if self._lanes_known and len(self._lanes) >= self._lanes_known:
+                return
+            size = Tuning(self._seconds, tuple(sorted(self._seconds)), len(self._lanes)).best
+            if self._seconds[size] >= SHORT_S:
+                return
+            try:
+                lane = opens()
+            except FatalEngineError:
+                raise
+            except Exception as problem:  # noqa: BLE001 - it is one that nobody asked for
+                logger.info("model %s: no lane more: %s", self._name, problem)
+                return
+            if not self._gains(lane, size):
+                self._lanes.pop()
+                lane.close()
+                return
+
+    def _gains(self, lane: Lane, size: int) -> bool:
+        """Add `lane`, warm. False: it serves hardly more rows than the others without it do."""
+        alone, self._lanes = self._lanes, [lane]
+        for each in dict.fromkeys([size, *self._ran]):
+            self._warm(self._make(each))
+        self._lanes = [*alone, lane]
+        if self._lanes_known:
+            return True
+        before, after = 0.0, 0.0
+        for _ in range(COMPARISONS):
+            before = max(before, self._served(size, alone))
+            after = max(after, self._served(size, self._lanes))
+        if after < GAIN * before:
+            return False
+        # What was measured with fewer lanes at work takes longer now, all of it alike.
+        grown = before / after * len(self._lanes) / len(alone)
+        self._seconds = {rows: taken * grown for rows, taken in self._seconds.items()}
+        return True
+
+    def _served(self, size: int, lanes: Sequence[Lane]) -> float:
+        """Batches of `size` that end in a second, `lanes` at work."""
+        batch = self._make(size)
+        lasts = max(PER_SIZE_S, COMPARED * self._seconds[size] / len(lanes))
+        until = time.monotonic() + lasts
+        counts = [0] * len(lanes)
+
+        def drive(number: int) -> None:
+            while True:
+                lanes[number].run(batch)
+                if time.monotonic() >= until:
+                    return
+                counts[number] += 1
+
+        _at_once(drive, len(lanes))
+        return sum(counts) / lasts
 
     def _rate(self, size: int) -> float:
         """Seconds of a batch of `size`, all lanes at work."""
