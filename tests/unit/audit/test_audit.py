@@ -25,6 +25,7 @@ from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims.runs import Finished, Job
 from inferq.workers.data_plane.lanes import Lanes
 from inferq.workers.models.engine import Batch, Lane, gather, without_padding
+from inferq.workers.models.lane_threads import LaneThreads
 
 KNOBS = Knobs(max_batch_size=16, spread=True)
 
@@ -140,7 +141,9 @@ class Driven:
             wake=lambda: self.woken.put(None),
         )
         never_late = lambda _slot, _ticket: None  # noqa: E731
-        self.lanes = Lanes("m", lanes, knobs, never_late, self.done.put, audit=self.audit)
+        self.lanes = Lanes(
+            "m", lanes, LaneThreads("m"), knobs, never_late, self.done.put, audit=self.audit
+        )
         self.lanes.start()
 
     def compute(self, *values: float) -> Finished:

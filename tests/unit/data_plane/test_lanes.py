@@ -17,6 +17,7 @@ from inferq.workers.claims.runs import Finished, Job, Outcome
 from inferq.workers.claims.verdicts import Failed, Revoked
 from inferq.workers.data_plane.lanes import Lanes, execute
 from inferq.workers.models.engine import Batch, Lane, gather
+from inferq.workers.models.lane_threads import LaneThreads
 
 KNOBS = Knobs(max_batch_size=16)
 
@@ -177,7 +178,7 @@ def started(
     *lanes: Echo, too_late: Callable[[Any, Ticket], Failed | Revoked | None] = never_late
 ) -> tuple[Lanes, SimpleQueue[Finished]]:
     done: SimpleQueue[Finished] = SimpleQueue()
-    driven = Lanes("lane", lanes, KNOBS, too_late, done.put)
+    driven = Lanes("lane", lanes, LaneThreads("lane"), KNOBS, too_late, done.put)
     driven.start()
     return driven, done
 

@@ -13,6 +13,7 @@ import pytest
 
 from inferq.shared.schema import Array
 from inferq.workers.models.engine import Batch, Lane
+from inferq.workers.models.lane_threads import LaneThreads
 from inferq.workers.warmup import runs
 from inferq.workers.warmup.cache import Cache
 from inferq.workers.warmup.forecast import Forecast
@@ -88,7 +89,11 @@ def _make(size: int, buckets: Sequence[int] = ()) -> Batch:
 
 def _run(lanes: Sequence[Lane], sizes: Sequence[int], **given: Any) -> Warmed:
     given.setdefault("forecast", Forecast(left=list))
-    return Runs("m", lanes, given.pop("make", _make), sizes, **given).run()
+    threads = LaneThreads("m")
+    try:
+        return Runs("m", lanes, threads, given.pop("make", _make), sizes, **given).run()
+    finally:
+        threads.end()
 
 
 @pytest.mark.parametrize(
@@ -164,9 +169,13 @@ def test_lanes_run_each_size_alone_until_they_are_warm_and_then_together(
 ) -> None:
     """A first run, or a capture, on one lane may break what another one captures."""
     lanes = [Alone() for _ in range(3)]
-    runs_ = Runs("m", lanes, _make, SIZES, forecast=Forecast(left=list), known=known, times=3)
+    threads = LaneThreads("m")
+    runs_ = Runs(
+        "m", lanes, threads, _make, SIZES, forecast=Forecast(left=list), known=known, times=3
+    )
     runs_.run()
     runs_.also(lambda size: _make(100 + size), [1, 2])
+    threads.end()
     assert all(lane.ran.count(size) > 3 for lane in lanes for size in [*SIZES, 101, 102])
 
 

@@ -7,11 +7,12 @@ audited (see audit.py), once it was handed back.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from queue import Empty, SimpleQueue
 
@@ -27,6 +28,7 @@ from inferq.workers.claims.runs import Finished, Job, Outcome, Run
 from inferq.workers.claims.verdicts import Failed, Revoked
 from inferq.workers.logs.fields import about
 from inferq.workers.models.engine import Batch, Lane, RowsDiffer, check_rows
+from inferq.workers.models.lane_threads import LaneThread, LaneThreads
 from inferq.workers.warmup.fit import Fit, lacks_memory
 
 logger = logging.getLogger(__name__)
@@ -142,7 +144,7 @@ def _engine_error(ticket: Ticket, problem: Exception) -> InferqError:
 
 
 class Lanes:
-    """One model's lanes, each driven by a thread of its own.
+    """One model's lanes, each driven by its thread of `threads`, which end with `stop`.
 
     Whichever lane is free takes the next batch, so a batch that is put while all are busy costs no
     pause between two. `too_late` tells of a request whether it needs no computing any more;
@@ -154,6 +156,7 @@ class Lanes:
         self,
         name: str,
         lanes: Sequence[Lane],
+        threads: LaneThreads,
         knobs: Knobs,
         too_late: Callable[[Slot, Ticket], Failed | Revoked | None],
         on_finished: Callable[[Finished], None],
@@ -175,18 +178,24 @@ class Lanes:
         self.enough_ahead = math.inf
         #: What each lane computes, and since when (monotonic ms).
         self._computing: list[tuple[Job, float] | None] = [None] * len(lanes)
-        self._threads = [
-            threading.Thread(target=self._run, args=place, name=f"{name}-{n}", daemon=True)
-            for n, place in enumerate(enumerate(lanes))
-        ]
+        self._lanes = list(lanes)
+        self._all_threads = threads
+        self._threads: list[LaneThread] = []
 
     def __len__(self) -> int:
-        return len(self._threads)
+        return len(self._lanes)
 
     def start(self) -> None:
         """Drive the lanes from now on."""
-        for thread in self._threads:
-            thread.start()
+        self._threads = [self._all_threads.of(lane) for lane in self._lanes]
+        for number, (lane, thread) in enumerate(zip(self._lanes, self._threads, strict=True)):
+            thread.call(functools.partial(self._run, number, lane)).add_done_callback(self._tell)
+        self._all_threads.end()
+
+    def _tell(self, ended: Future[None]) -> None:
+        problem = ended.exception()
+        if problem is not None:
+            logger.critical("a lane of %s drives no more batches", self._name, exc_info=problem)
 
     def put(self, job: Job) -> None:
         """The next batch, for the first lane that is free."""
@@ -219,7 +228,7 @@ class Lanes:
     @property
     def is_alive(self) -> bool:
         """Whether one of the threads has not ended."""
-        return any(thread.is_alive() for thread in self._threads)
+        return any(thread.is_alive for thread in self._threads)
 
     def _run(self, number: int, lane: Lane) -> None:
         audit, budget = self._audit, self._audit.budget

@@ -24,6 +24,7 @@ from inferq.workers.data_plane.served_model import ServedModel
 from inferq.workers.data_plane.target import Target
 from inferq.workers.logs.fields import about
 from inferq.workers.models.engine import LoadedModel
+from inferq.workers.models.lane_threads import LaneThreads
 from inferq.workers.models.registry import engine_class
 from inferq.workers.models.spec import ModelSpec
 from inferq.workers.pad_probe.probe import probe_padding
@@ -91,7 +92,9 @@ class LoadingModel:
             undo.callback(self.told_to_end)
             with self._named():
                 padding = probe_padding(loaded)
-            prepared = self._preparation.prepare(loaded)
+            threads = LaneThreads(f"inferq-{spec.name}")
+            undo.callback(threads.end)
+            prepared = self._preparation.prepare(loaded, threads)
             target = self._target(loaded, prepared)
             advert = spec.advert(
                 seconds_per_row=prepared.tuning.seconds_per_row if prepared.tuning else 0.0,
@@ -112,6 +115,7 @@ class LoadingModel:
             lanes = Lanes(
                 f"inferq-{spec.name}",
                 prepared.lanes,
+                threads,
                 target.knobs,
                 intake.too_late,
                 on_finished,

@@ -21,6 +21,7 @@ from inferq.workers.engines.cores import usable_cores
 from inferq.workers.engines.tuning import Tuning, sample, sizes
 from inferq.workers.logs.fields import about
 from inferq.workers.models.engine import Batch, Lane, LoadedModel
+from inferq.workers.models.lane_threads import LaneThreads
 from inferq.workers.models.ranges import Usual
 from inferq.workers.models.spec import ModelSpec
 from inferq.workers.process.versions import installed_versions
@@ -92,8 +93,8 @@ class Preparation:
         if self._notes is not None:
             self._notes.close()
 
-    def prepare(self, model: LoadedModel) -> Prepared:
-        """Warm up `model`. ConfigError: it cannot run one row."""
+    def prepare(self, model: LoadedModel, threads: LaneThreads) -> Prepared:
+        """Warm up `model`, its lanes in their `threads`. ConfigError: it cannot run one row."""
         spec = self._spec
         tried = sizes(spec.max_batch_size, model.buckets) if spec.batchable else [1]
         killed = self._open(model) if len(tried) > 1 else None
@@ -108,6 +109,7 @@ class Preparation:
         runs = Runs(
             spec.name,
             model.lanes,
+            threads,
             lambda size: self._batch(model, size, first),
             tried,
             forecast=Forecast(),

@@ -15,7 +15,6 @@ tells.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import nullcontext
@@ -26,6 +25,7 @@ from inferq.shared.errors import FatalEngineError
 from inferq.workers.engines.tuning import Tuning, fitted
 from inferq.workers.logs.fields import about
 from inferq.workers.models.engine import Batch, FurtherLane, Lane
+from inferq.workers.models.lane_threads import LaneThreads
 from inferq.workers.warmup.fit import lacks_memory, row_elements
 from inferq.workers.warmup.forecast import UNSEEN, Forecast
 from inferq.workers.warmup.notes import Notes, Size
@@ -53,7 +53,7 @@ GAIN: Final = 1.05
 #: Batches that take longer hide their copies with the lanes that there are.
 SHORT_S: Final = 0.02
 #: How many batches end while lanes are compared with one lane more, about, and how often.
-COMPARED, COMPARISONS = 50, 2
+COMPARED, COMPARISONS = 50, 3
 #: A run that takes so many seconds is told.
 TOLD_S: Final = 1.0
 
@@ -76,15 +76,17 @@ class Warmed:
 class Runs:
     """One model's warm-up. `run` does it; whatever the engine raises on one row is raised.
 
-    `make`: a batch of so many rows. `known`: seconds of sizes that need not be measured.
-    `refused`: the fewest elements of a batch that ended a process, and what is to be said of it.
-    `further`: see `LoadedModel`; `lanes_known`: how many lanes are enough, 0: that is not known.
+    `threads`: those of the lanes. `make`: a batch of so many rows. `known`: seconds of sizes that
+    need not be measured. `refused`: the fewest elements of a batch that ended a process, and what
+    is to be said of it. `further`: see `LoadedModel`; `lanes_known`: how many lanes are enough, 0:
+    that is not known.
     """
 
     def __init__(
         self,
         name: str,
         lanes: Sequence[Lane],
+        threads: LaneThreads,
         make: Callable[[int], Batch],
         sizes: Sequence[int],
         *,
@@ -98,6 +100,7 @@ class Runs:
     ) -> None:
         self._name = name
         self._lanes = list(lanes)
+        self._threads = threads
         self._make = make
         self._sizes = list(sizes)
         self._forecast = forecast
@@ -283,7 +286,7 @@ class Runs:
         for lane in self._lanes if self._times > 1 else ():
             for number in range(self._times):
                 started = time.monotonic()
-                lane.run(batch)
+                self._threads.each([lane], lambda _, lane=lane: lane.run(batch))  # type: ignore[misc]
                 if number and time.monotonic() - started >= SLOW_S:
                     break
 
@@ -367,14 +370,14 @@ class Runs:
         self._lanes = [*alone, lane]
         if self._lanes_known:
             return True
-        before, after = 0.0, 0.0
+        before, after = len(alone) / self._seconds[size], 0.0
         for _ in range(COMPARISONS):
             before = max(before, self._served(size, alone))
             after = max(after, self._served(size, self._lanes))
         if after < GAIN * before:
             return False
         # What was measured with fewer lanes at work takes longer now, all of it alike.
-        grown = before / after * len(self._lanes) / len(alone)
+        grown = len(self._lanes) / after / self._seconds[size]
         self._seconds = {rows: taken * grown for rows, taken in self._seconds.items()}
         return True
 
@@ -392,7 +395,7 @@ class Runs:
                     return
                 counts[number] += 1
 
-        _at_once(drive, len(lanes))
+        self._threads.each(lanes, drive)
         return sum(counts) / lasts
 
     def _rate(self, size: int) -> float:
@@ -406,14 +409,14 @@ class Runs:
                 self._lanes[number].run(batch)
                 counts[number] += 1
 
-        _at_once(drive, len(self._lanes))
+        self._threads.each(self._lanes, drive)
         count = sum(counts)
         return (time.monotonic() - started) * len(self._lanes) / count
 
     def _together(self, batch: Batch) -> float:
         """Run `batch` once on every lane, all at once; the seconds that took."""
         started = time.monotonic()
-        _at_once(lambda number: self._lanes[number].run(batch), len(self._lanes))
+        self._threads.each(self._lanes, lambda number: self._lanes[number].run(batch))
         return time.monotonic() - started
 
     def _elements(self, size: int) -> int:
@@ -428,28 +431,3 @@ class Runs:
         if factor is None:
             return self._forecast.short(elements)
         return self._forecast.short(elements, factor)
-
-
-def _at_once(drive: Callable[[int], object], count: int) -> None:
-    """Call `drive` with 0 to `count` - 1, each in a thread. Raises what the first one raised."""
-    if count == 1:
-        drive(0)
-        return
-    problems: list[BaseException] = []
-    # What each takes is there at the same time only if none has ended before the last one begins.
-    together = threading.Barrier(count)
-
-    def run(number: int) -> None:
-        try:
-            together.wait()
-            drive(number)
-        except Exception as problem:  # noqa: BLE001 - raised below, in the caller's thread
-            problems.append(problem)
-
-    threads = [threading.Thread(target=run, args=(n,), daemon=True) for n in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if problems:
-        raise problems[0]
