@@ -43,6 +43,8 @@ class Doubler:
         self.addresses: dict[str, int] = {}
         self.shapes: Mapping[str, Shape] = {}
         self.set_count = 0
+        #: Seconds until a kernel computes.
+        self.late_s = 0.0
         #: The fewest and the most rows of a run.
         self.least, self.most = 1, 1 << 20
         #: Raised by the next runs of more rows than that.
@@ -66,6 +68,7 @@ class Doubler:
             raise self.fails_above[1]
 
         def kernel() -> int:
+            time.sleep(self.late_s)
             x = on_device(addresses["x"], shapes["x"], "f4")
             k = on_device(addresses["k"], shapes["k"], "i1")
             on_device(addresses["y"], shapes["x"], "f4")[...] = 2 * x + k
@@ -208,6 +211,18 @@ def a_lane_sleeps_or_spins_until_its_run_has_ended() -> None:
             check(one, batch(2))
         assert CONTROL.count(count) == before + 4
         one.close()
+    device.release()
+
+
+def a_lane_waits_for_its_own_launch_and_not_for_the_one_before() -> None:
+    gpu = device.acquire()
+    executor = Doubler()
+    one = lane(gpu, executor)
+    executor.late_s = 0.05
+    for seed in range(6):
+        check(one, batch(4, seed=seed))
+    assert CONTROL.count("graph_launches") == 4
+    one.close()
     device.release()
 
 
@@ -736,6 +751,7 @@ def nothing_is_left_after_a_thousand_lanes() -> None:
             thread.join()
         assert len(lanes) == 10
         for one in lanes:
+            one.close()
             one.close()
         device.release()
     left = {name: CONTROL.count(name) for name in names}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -230,6 +231,26 @@ def test_after_a_sticky_error_in_service_the_process_ends_without_freeing_anythi
         assert "Traceback" not in worker.log
         assert not stats.exists(), "no library's own clean-up runs: it might not end"
     assert nothing_is_held(redis)
+
+
+def test_a_third_lane_is_opened_where_copies_take_as_long_as_computing_and_waits_as_it_is_told(
+    redis_url: str, models: Path, tmp_path: Path, on_gpu: Environment
+) -> None:
+    """Both ways 3 ms for eight rows, and 3 ms between; the threads spin until a batch is done."""
+    stats = tmp_path / "stats.json"
+    toml = TOML + 'buckets = [8]\ngpu_wait = "spin"\n'
+    (models / "double" / "model.toml").write_text(toml)
+    env = on_gpu(kernel_us=3000, ns_per_byte=3e6 / (8 * 3 * 4), stats=stats)
+    with Worker(redis_url, models, ["double"], env=env) as worker, Client(redis_url) as client:
+        assert re.search("tensorrt on cuda, [34] lanes", worker.log), worker.log
+        items = [{"x": _rows(n, 1, 3)} for n in range(60)]
+        for item, result in zip(items, client.map("double", items), strict=True):
+            assert np.array_equal(result.outputs["y"], 2 * item["x"])
+    counts = json.loads(stats.read_text())
+    assert counts["blocking_waits"] == 0
+    assert counts["spinning_waits"] > 0
+    left = ("streams", "events", "graph_execs", "device_bytes", "pinned_bytes", "contexts")
+    assert not any(counts[name] for name in left), counts
 
 
 def test_lanes_that_do_not_fit_are_refused_with_what_would(

@@ -111,6 +111,7 @@ class CudaLane:
         self.gpu_times: GpuTimes | None = None
         self._dtypes = dict(inputs), dict(outputs)
         self._blocks: list[Block] = []
+        self._is_closed = False
         self._submission: Submission | None = None
         with device:
             try:
@@ -266,11 +267,14 @@ class CudaLane:
             logger.info("a run after a capture that failed: %s", problem)
 
     def close(self) -> None:
-        """Free all of it. Nothing is running. Whatever CUDA answers, it is not raised.
+        """Free all of it. Nothing is running. Whatever CUDA answers, it is not raised. Idempotent.
 
         Once CUDA is beyond use nothing is freed: the process is about to end, and what frees would
         meet the error again, in destructors that end the process at a place of their own.
         """
+        if self._is_closed:
+            return
+        self._is_closed = True
         try:
             with self._device:
                 self._free()

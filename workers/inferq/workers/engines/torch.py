@@ -31,7 +31,7 @@ import torch
 from inferq.shared.errors import ConfigError, EngineError
 from inferq.shared.schema import DTYPES, Array, Tensors
 from inferq.workers.engines.cores import usable_cores
-from inferq.workers.engines.on_gpu import LANES, ROUNDING, WARM_RUNS, gpu_buckets
+from inferq.workers.engines.on_gpu import LANES, ROUNDING, WARM_RUNS, further_lanes, gpu_buckets
 from inferq.workers.engines.pt2 import check_archive
 from inferq.workers.engines.torch_program import FlatFunction, Layout, flat_function, read_layout
 from inferq.workers.models.engine import (
@@ -110,7 +110,7 @@ class TorchEngine(Engine):
         spec, graphs = self.spec, self._table.cuda_graphs
         buckets, usual = gpu_buckets(spec), usual_inputs(spec)
         with ExitStack() as stack:
-            lanes = stack.enter_context(
+            lanes, another = stack.enter_context(
                 opened(
                     program,
                     layout,
@@ -128,6 +128,7 @@ class TorchEngine(Engine):
                 usual=usual,
                 rounding=ROUNDING,
                 runs_to_be_warm=WARM_RUNS,
+                further_lanes=further_lanes(spec, another),
                 free=stack.pop_all().close,
             )
 

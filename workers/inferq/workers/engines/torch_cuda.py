@@ -34,8 +34,8 @@ def opened(
     count: int,
     buckets: tuple[int, ...],
     graphs: bool,
-) -> Iterator[Sequence[CudaLane]]:
-    """`program`, on the device, with `count` lanes, until the end.
+) -> Iterator[tuple[Sequence[CudaLane], Callable[[], CudaLane]]]:
+    """`program`, on the device, with `count` lanes, until the end, and what opens one lane more.
 
     ConfigError, EngineError, FatalEngineError or what PyTorch raises.
     """
@@ -44,24 +44,25 @@ def opened(
         profiles = [input_ranges(spec, each) for each in profile_sizes(spec)]
         largest = [{span.name: span.max for span in ranges} for ranges in profiles]
         signature, limit, captures = layout.signature, RowLimit(), Graphs(graphs)
-        lanes: list[CudaLane] = []
         with gpu:
             function = flat_function(move_to_device_pass(program, "cuda"))
-            for _ in range(count):
-                lane = CudaLane(
-                    gpu,
-                    _Executor(function, layout),
-                    {tensor.name: tensor.dtype for tensor in signature.inputs},
-                    {tensor.name: tensor.dtype for tensor in signature.outputs},
-                    largest,
-                    limit,
-                    buckets=buckets,
-                    graphs=captures,
-                    spin=spec.config.gpu_wait == "spin",
-                )
-                stack.callback(lane.close)
-                lanes.append(lane)
-        yield lanes
+
+        def another() -> CudaLane:
+            lane = CudaLane(
+                gpu,
+                _Executor(function, layout),
+                {tensor.name: tensor.dtype for tensor in signature.inputs},
+                {tensor.name: tensor.dtype for tensor in signature.outputs},
+                largest,
+                limit,
+                buckets=buckets,
+                graphs=captures,
+                spin=spec.config.gpu_wait == "spin",
+            )
+            stack.callback(lane.close)
+            return lane
+
+        yield [another() for _ in range(count)], another
 
 
 class _Executor:

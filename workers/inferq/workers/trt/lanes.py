@@ -33,6 +33,8 @@ class Opened:
     lanes: Sequence[CudaLane]
     #: The first lane's, one for each profile.
     contexts: Sequence[Context]
+    #: Opens one lane more, which is closed with the others. ConfigError: it does not fit.
+    another: Callable[[], CudaLane]
 
 
 def _no_cache(_profile: int) -> None:
@@ -67,7 +69,7 @@ def opened(
     del plan  # gigabytes, maybe
     try:
         with gpu:
-            contexts = _open_lanes(
+            contexts, another = _open_lanes(
                 gpu,
                 loaded,
                 lanes,
@@ -79,7 +81,7 @@ def opened(
                 spin=spin,
                 runtime_cache=runtime_cache,
             )
-        yield Opened(lanes, contexts)
+        yield Opened(lanes, contexts, another)
     finally:
         for lane in lanes:
             lane.close()
@@ -100,9 +102,9 @@ def _open_lanes(
     cuda_graphs: bool,
     spin: bool,
     runtime_cache: Callable[[int], bytes | None],
-) -> Sequence[Context]:
+) -> tuple[Sequence[Context], Callable[[], CudaLane]]:
     """Add them to `lanes`; what it takes is logged before it is taken. Returns the first one's
-    contexts.
+    contexts, and what opens another lane.
     """
     inputs = {tensor.name: tensor.dtype.name for tensor in loaded.tensors if tensor.is_input}
     outputs = {tensor.name: tensor.dtype.name for tensor in loaded.tensors if not tensor.is_input}
@@ -145,21 +147,30 @@ def _open_lanes(
     except BaseException:
         first.close()
         raise
-    for number in range(count):
-        lanes.append(
-            CudaLane(
-                gpu,
-                executor() if number else first,
-                inputs,
-                outputs,
-                largest,
-                limit,
-                buckets=buckets,
-                graphs=graphs,
-                spin=spin,
-            )
+
+    def add(executor: ProfileExecutor) -> CudaLane:
+        lane = CudaLane(
+            gpu,
+            executor,
+            inputs,
+            outputs,
+            largest,
+            limit,
+            buckets=buckets,
+            graphs=graphs,
+            spin=spin,
         )
-    return first.contexts
+        lanes.append(lane)
+        return lane
+
+    def another() -> CudaLane:
+        with gpu:
+            check_memory(gpu, 1, context_bytes + buffers, buckets)
+            return add(executor())
+
+    for number in range(count):
+        add(executor() if number else first)
+    return first.contexts, another
 
 
 def check_memory(

@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from inferq.workers.cuda import device
-from inferq.workers.cuda.lane import CudaLane
 from inferq.workers.models.spec import ModelSpec
 from inferq.workers.trt.builder import BuildRequest, ensure_plan
 from inferq.workers.trt.flavours import Flavour
-from inferq.workers.trt.lanes import opened, runs_on
+from inferq.workers.trt.lanes import Opened, opened, runs_on
 from inferq.workers.trt.plans import Plan, PlanFolder, runtime_cache_name
 from inferq.workers.trt.running import Context
 from inferq.workers.trt.verify import verify_plan
@@ -28,8 +27,8 @@ def opened_session(
     lanes: int,
     buckets: Sequence[int],
     graphs: bool,
-) -> Iterator[Sequence[CudaLane]]:
-    """The lanes of `spec`'s plan, which is built if it is not yet, until the end.
+) -> Iterator[Opened]:
+    """`spec`'s plan, which is built if it is not yet, on its lanes, until the end.
 
     ConfigError: no plan of the model can be had, or it does not fit, or answers wrongly.
     EngineError, FatalEngineError: CUDA failed meanwhile.
@@ -66,7 +65,7 @@ def opened_session(
             )
         _keep_compiled(folder, plan, made.contexts)
         stack.callback(_keep_compiled, folder, plan, made.contexts)
-        yield made.lanes
+        yield made
 
 
 def _keep_compiled(folder: PlanFolder, plan: Plan, contexts: Sequence[Context]) -> None:
