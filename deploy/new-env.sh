@@ -1,5 +1,6 @@
 #!/bin/sh
-# Writes .env from .env.example, for its owner alone, with a random value for every empty one.
+# Writes .env from .env.example, for its owner alone, with a random value for every empty one, and
+# the memory of worker-gpu for as many GPUs as the driver lists.
 set -eu
 umask 077
 cd "$(dirname "$0")/.."
@@ -8,6 +9,7 @@ if [ -e .env ]; then
     exit 1
 fi
 trap 'rm -f .env.new' EXIT
+gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || :)
 while IFS= read -r line; do
     case "$line" in
         *=)
@@ -17,6 +19,10 @@ while IFS= read -r line; do
                 exit 1
             fi
             echo "$line$value"
+            ;;
+        INFERQ_GPU_WORKER_MEMORY=*g)
+            each=${line#*=}
+            echo "${line%%=*}=$((${each%g} * (${gpus:-0} > 1 ? ${gpus:-0} : 1)))g"
             ;;
         *) echo "$line" ;;
     esac

@@ -16,6 +16,7 @@ NVML_CLOCK_SM = 1
 NVML_MEMORY_ERROR_TYPE_UNCORRECTED = 1
 NVML_VOLATILE_ECC = 0
 NVML_AGGREGATE_ECC = 1
+NVML_DEVICE_MIG_ENABLE = 1
 nvmlEventTypeXidCriticalError = 8  # noqa: N816
 nvmlClocksEventReasonGpuIdle = 0x1  # noqa: N816
 nvmlClocksEventReasonApplicationsClocksSetting = 0x2  # noqa: N816
@@ -44,8 +45,24 @@ class NVMLError_NotSupported(NVMLError):  # noqa: N801
     """The card does not tell."""
 
 
+class NVMLError_NoPermission(NVMLError):  # noqa: N801
+    """Not of this card, from this container."""
+
+
+class NVMLError_NotFound(NVMLError):  # noqa: N801
+    """No MIG device has that number."""
+
+
 class NVMLError_Timeout(NVMLError):  # noqa: N801
     """No event has come."""
+
+
+@dataclass
+class Mig:
+    """A MIG device: one part of a card. It tells its memory, and no load, heat or power."""
+
+    uuid: str
+    memory: int = 10 << 30
 
 
 @dataclass
@@ -55,6 +72,10 @@ class Card:
     number: int
     #: Functions that it does not support.
     silent: set[str] = field(default_factory=set)
+    #: Functions that this process has no permission for.
+    forbidden: set[str] = field(default_factory=set)
+    #: Its MIG devices by their numbers; None: it is not in MIG mode.
+    mig: dict[int, Mig] | None = None
     events: deque[SimpleNamespace] = field(default_factory=deque)
     load: int = 40
     reasons: int = 0
@@ -73,10 +94,30 @@ ASKED: list[str] = []
 OPEN = 0
 
 
-def _asked(function: str, card: Card | None = None) -> None:
+def divide(card: Card, *uuids: str) -> None:
+    """Put `card` into MIG mode, as a container sees it that was given these MIG devices.
+
+    What it answers then is from public reports: the load is not supported (nvitop, issue 5), the
+    card's own memory is refused (nvidia-container-toolkit, issue 842).
+    """
+    card.mig = {1 + 2 * number: Mig(uuid) for number, uuid in enumerate(uuids)}
+    card.silent.add("nvmlDeviceGetUtilizationRates")
+    card.forbidden.add("nvmlDeviceGetMemoryInfo")
+
+
+def _asked(function: str, card: Card | Mig | None = None) -> None:
     ASKED.append(function)
-    if card is not None and function in card.silent:
+    if isinstance(card, Card) and function in card.silent:
         raise NVMLError_NotSupported("Not Supported")
+    if isinstance(card, Card) and function in card.forbidden:
+        raise NVMLError_NoPermission("Insufficient Permissions")
+
+
+def _whole(function: str, card: Card | Mig) -> Card:
+    _asked(function, card)
+    if isinstance(card, Mig):
+        raise NVMLError_NotSupported("Not Supported")
+    return card
 
 
 def nvmlInit() -> None:  # noqa: N802
@@ -100,11 +141,30 @@ def nvmlDeviceGetHandleByIndex(index: int) -> Card:  # noqa: N802
     return CARDS[index]
 
 
-def nvmlDeviceGetUUID(card: Card) -> str:  # noqa: N802
+def nvmlDeviceGetMigMode(card: Card) -> list[int]:  # noqa: N802
+    _asked("nvmlDeviceGetMigMode", card)
+    return [0, 0] if card.mig is None else [NVML_DEVICE_MIG_ENABLE, NVML_DEVICE_MIG_ENABLE]
+
+
+def nvmlDeviceGetMaxMigDeviceCount(card: Card) -> int:  # noqa: N802
+    _asked("nvmlDeviceGetMaxMigDeviceCount", card)
+    return 0 if card.mig is None else 7
+
+
+def nvmlDeviceGetMigDeviceHandleByIndex(card: Card, index: int) -> Mig:  # noqa: N802
+    _asked("nvmlDeviceGetMigDeviceHandleByIndex", card)
+    found = (card.mig or {}).get(index)
+    if found is None:
+        raise NVMLError_NotFound("Not Found")
+    return found
+
+
+def nvmlDeviceGetUUID(card: Card | Mig) -> str:  # noqa: N802
     return card.uuid
 
 
 def nvmlDeviceGetName(card: Card) -> str:  # noqa: N802
+    _asked("nvmlDeviceGetName", card)
     return f"No Card {card.number}"
 
 
@@ -116,43 +176,45 @@ def nvmlDeviceGetCudaComputeCapability(_card: Card) -> tuple[int, int]:  # noqa:
     return 9, 0
 
 
-def nvmlDeviceGetMemoryInfo(card: Card) -> SimpleNamespace:  # noqa: N802
+def nvmlDeviceGetMemoryInfo(card: Card | Mig) -> SimpleNamespace:  # noqa: N802
     _asked("nvmlDeviceGetMemoryInfo", card)
+    if isinstance(card, Mig):
+        return SimpleNamespace(total=card.memory, used=1 << 30, free=card.memory - (1 << 30))
     return SimpleNamespace(total=80 << 30, used=3 << 30, free=77 << 30)
 
 
-def nvmlDeviceGetUtilizationRates(card: Card) -> SimpleNamespace:  # noqa: N802
-    _asked("nvmlDeviceGetUtilizationRates", card)
+def nvmlDeviceGetUtilizationRates(card: Card | Mig) -> SimpleNamespace:  # noqa: N802
+    card = _whole("nvmlDeviceGetUtilizationRates", card)
     return SimpleNamespace(gpu=card.load, memory=1)
 
 
-def nvmlDeviceGetTemperature(card: Card, _sensor: int) -> int:  # noqa: N802
-    _asked("nvmlDeviceGetTemperature", card)
+def nvmlDeviceGetTemperature(card: Card | Mig, _sensor: int) -> int:  # noqa: N802
+    card = _whole("nvmlDeviceGetTemperature", card)
     return 61
 
 
-def nvmlDeviceGetPowerUsage(card: Card) -> int:  # noqa: N802
-    _asked("nvmlDeviceGetPowerUsage", card)
+def nvmlDeviceGetPowerUsage(card: Card | Mig) -> int:  # noqa: N802
+    card = _whole("nvmlDeviceGetPowerUsage", card)
     return 312_500
 
 
-def nvmlDeviceGetClockInfo(card: Card, _clock: int) -> int:  # noqa: N802
-    _asked("nvmlDeviceGetClockInfo", card)
+def nvmlDeviceGetClockInfo(card: Card | Mig, _clock: int) -> int:  # noqa: N802
+    card = _whole("nvmlDeviceGetClockInfo", card)
     return 1980
 
 
-def nvmlDeviceGetCurrentClocksEventReasons(card: Card) -> int:  # noqa: N802
-    _asked("nvmlDeviceGetCurrentClocksEventReasons", card)
+def nvmlDeviceGetCurrentClocksEventReasons(card: Card | Mig) -> int:  # noqa: N802
+    card = _whole("nvmlDeviceGetCurrentClocksEventReasons", card)
     return card.reasons
 
 
-def nvmlDeviceGetCurrentClocksThrottleReasons(card: Card) -> int:  # noqa: N802
-    _asked("nvmlDeviceGetCurrentClocksThrottleReasons", card)
+def nvmlDeviceGetCurrentClocksThrottleReasons(card: Card | Mig) -> int:  # noqa: N802
+    card = _whole("nvmlDeviceGetCurrentClocksThrottleReasons", card)
     return card.reasons
 
 
-def nvmlDeviceGetTotalEccErrors(card: Card, _kind: int, counter: int) -> int:  # noqa: N802
-    _asked("nvmlDeviceGetTotalEccErrors", card)
+def nvmlDeviceGetTotalEccErrors(card: Card | Mig, _kind: int, counter: int) -> int:  # noqa: N802
+    card = _whole("nvmlDeviceGetTotalEccErrors", card)
     return 2 if counter == NVML_AGGREGATE_ECC else 0
 
 

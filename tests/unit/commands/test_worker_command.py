@@ -23,7 +23,9 @@ from helpers.repository import fake_model
 
 from inferq.workers.cli import inferq
 from inferq.workers.cuda import mps
+from inferq.workers.supervision import memory_for_each
 from inferq.workers.supervision.supervisor import Child
+from inferq.workers.warmup.limits import Limit
 
 HOST = socket.gethostname()
 UUIDS = [f"GPU-0000000{n}-0000-0000-0000-000000000000" for n in range(2)]
@@ -68,6 +70,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Commanded:
         return commanded
 
     monkeypatch.setattr("inferq.workers.supervision.supervisor.Supervisor", supervisor)
+    monkeypatch.setattr(memory_for_each, "limits", list)
     return commanded
 
 
@@ -98,6 +101,21 @@ def test_all_gpus_are_a_child_each(worker: _Commanded, nvml: Any) -> None:
         # As two stacks may have workers of one name, its Redis is in the name, too.
         assert re.fullmatch(rf"{child.node}-[0-9a-f]{{8}}\.json", child.heartbeat.name)
         assert child.environment["INFERQ_HEARTBEAT_FILE"] == str(child.heartbeat)
+
+
+def test_memory_that_is_too_little_for_a_process_on_each_gpu_is_told_of(
+    worker: _Commanded,
+    nvml: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    cgroup = Limit("the cgroup /", 3 << 30, 0)
+    monkeypatch.setattr(memory_for_each, "limits", lambda: [cgroup])
+    worker("--gpu", "0")
+    worker("--cpu")
+    assert "worker processes share" not in caplog.text
+    worker("--gpu", "all")
+    assert "2 worker processes share 3.2 GB of memory, the limit of the cgroup /" in caplog.text
 
 
 def test_remote_shutdown_ends_it_only_where_that_is_allowed(worker: _Commanded) -> None:

@@ -186,6 +186,20 @@ def test_it_closes_though_the_driver_hangs(nvml: Any, hung: threading.Event) -> 
     until(lambda: nvml.OPEN == 0, what="the thread gives NVML back as soon as it can")
 
 
+def test_of_a_divided_card_it_tells_the_memory_of_its_own_device(
+    nvml: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvml.divide(nvml.CARDS[0], "MIG-aa01", "MIG-aa02")
+    nvml.CARDS[0].mig[3].memory = 20 << 30
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-aa02")
+    gpu = GpuTelemetry(0)
+    reading = gpu.read()
+    assert (reading.memory_used_bytes, reading.memory_total_bytes) == (1 << 30, 20 << 30)
+    assert reading.utilisation_percent is None
+    assert reading.temperature_c == 61
+    assert gpu.info()["inferq_gpu_uuid"] == "MIG-aa02"
+
+
 def test_there_is_none_without_its_gpu(nvml: Any) -> None:
     with pytest.raises(ConfigError, match="gpu is 2; expected 0 to 1 on this host"):
         GpuTelemetry(2)

@@ -112,6 +112,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     [
         ("NVMLError_LibraryNotFound", "no NVIDIA driver is found (libnvidia-ml.so.1); install it"),
         ("NVMLError_DriverNotLoaded", "the NVIDIA driver is not loaded; load it"),
+        ("NVMLError_NoPermission", "this process may not talk to the NVIDIA driver; let its user"),
         ("NVMLError", "the NVIDIA driver does not answer (why); see what nvidia-smi says"),
     ],
 )
@@ -207,6 +208,87 @@ def test_a_mig_device_that_is_named_already_is_left_alone(
     assert visible_as(gpu) == gpu.uuid
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-7")
     assert visible_as(gpu) == "MIG-7"
+
+
+# --- MIG: a card that is divided into devices of their own ---------------------------------------
+
+MIG = "MIG-aa01", "MIG-aa02"
+
+
+def test_a_card_that_is_divided_answers_though_its_own_memory_may_not_be_asked(nvml: Any) -> None:
+    nvml.divide(nvml.CARDS[0], *MIG)
+    gpu = gpu_at(0)
+    assert gpu.memory_bytes is None
+    assert gpu.mig == MIG
+    assert gpu_at(1).mig is None
+    assert [each.index for each in select("all")] == [0, 1]
+
+
+def test_what_may_not_be_asked_is_not_called_silent(nvml: Any) -> None:
+    nvml.CARDS[1].forbidden.add("nvmlDeviceGetName")
+    with pytest.raises(ConfigError) as caught:
+        gpu_at(1)
+    assert caught.value.message == (
+        "GPU 1 may not be asked (Insufficient Permissions); expected a user or a container that "
+        f"was given it; {INSTEAD}"
+    )
+
+
+def test_a_process_is_pinned_to_a_device_of_a_card_that_is_divided(nvml: Any) -> None:
+    """CUDA cannot use such a card as a whole, and shows a process no more than one part."""
+    nvml.divide(nvml.CARDS[0], *MIG)
+    assert visible_as(gpu_at(0)) == "MIG-aa01"
+    assert visible_as(gpu_at(1)) == gpu_at(1).uuid
+
+
+@pytest.mark.parametrize(
+    ("given", "pinned"),
+    [
+        ("MIG-aa02", "MIG-aa02"),
+        ("MIG-aa02,MIG-aa01", "MIG-aa02"),
+        ("MIG-bb01,MIG-aa01", "MIG-aa01"),  # of another card, and of this one
+        ("MIG-aa", "MIG-aa01"),
+        ("0", "MIG-aa01"),
+        ("GPU-00000000", "MIG-aa01"),
+        ("MIG-GPU-00000000-0000-0000-0000-000000000000/1/0", None),  # drivers before R470
+        ("MIG-unknown", None),
+    ],
+)
+def test_of_the_devices_that_are_named_it_gets_the_first_of_its_card(
+    nvml: Any, monkeypatch: pytest.MonkeyPatch, given: str, pinned: str | None
+) -> None:
+    nvml.divide(nvml.CARDS[0], *MIG)
+    nvml.divide(nvml.CARDS[1], "MIG-bb01")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert visible_as(gpu_at(0)) == (pinned or given)
+
+
+def test_a_device_that_is_named_is_of_one_card(nvml: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a process for each card would serve on it."""
+    nvml.divide(nvml.CARDS[1], "MIG-bb01")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-bb01")
+    assert [gpu.index for gpu in select("all")] == [1]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-GPU-00000001-0000-0000-0000-000000000000/3/0")
+    assert [gpu.index for gpu in select("all")] == [1]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-bb01")
+    with pytest.raises(ConfigError, match="is 'MIG-bb01', which leaves out GPU 0"):
+        select("0")
+
+
+def test_a_card_in_mig_mode_without_a_device_is_refused(nvml: Any) -> None:
+    nvml.divide(nvml.CARDS[0])
+    with pytest.raises(ConfigError) as caught:
+        visible_as(gpu_at(0))
+    assert caught.value.message == (
+        "GPU 0 is in MIG mode and has no MIG device here; expected one (`nvidia-smi mig -cgi … -C`,"
+        f" or a container that was given one); {INSTEAD}"
+    )
+
+
+@pytest.mark.parametrize("error", ["silent", "forbidden"])
+def test_a_card_that_does_not_tell_its_mode_is_not_divided(nvml: Any, error: str) -> None:
+    getattr(nvml.CARDS[0], error).add("nvmlDeviceGetMigMode")
+    assert gpu_at(0).mig is None
 
 
 def test_the_fake_answers_what_the_real_one_would(

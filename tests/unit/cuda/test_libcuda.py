@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.fakecuda import run_python
 
 from inferq.workers.cuda import libcuda
 
@@ -23,6 +25,7 @@ def test_without_a_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(libcuda, "_driver", lambda: None)
     assert libcuda.compute_capability() is None
     assert libcuda.current_context() is None
+    assert libcuda.context_failure() is None
     libcuda.pop_context()
 
 
@@ -82,3 +85,62 @@ def test_contexts_are_asked_for_and_popped(monkeypatch: pytest.MonkeyPatch) -> N
     assert libcuda.current_context() == 0x2000
     libcuda.pop_context()
     assert libcuda.current_context() == 0x1000
+
+
+#: Prints what CUDA answers before it is used, used, and once it answers `CODE` to every call.
+_FAILURE = """
+import ctypes
+from helpers.fakecuda.control import Control
+from inferq.workers.cuda.libcuda import context_failure
+control, context = Control(), ctypes.c_void_p()
+print(context_failure())
+cuda = ctypes.CDLL("libcuda.so.1")
+cuda.cuInit(0)
+cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0)
+print(context_failure())
+control.fail({code})
+print(context_failure())
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "failure"),
+    [
+        (700, "CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered"),
+        (2, "None"),
+        (901, "None"),
+    ],
+)
+def test_what_stays_is_told_from_what_passes(fake_driver: Path, code: int, failure: str) -> None:
+    said = run_python(_FAILURE.format(code=code), fake_driver).splitlines()
+    assert said == ["None", "None", failure]
+
+
+def test_a_driver_without_a_device_has_no_failure(fake_driver: Path) -> None:
+    said = run_python(_FAILURE.format(code=100), fake_driver, devices=0).splitlines()
+    assert said == ["None"] * 3
+
+
+#: Asks in one thread what CUDA answers while another captures a graph, and prints how that ended.
+_CAPTURE = """
+import ctypes, threading
+from helpers.fakecuda.control import Control
+from inferq.workers.cuda.libcuda import context_failure
+control, context = Control(), ctypes.c_void_p()
+stream, graph = ctypes.c_void_p(), ctypes.c_void_p()
+cuda = ctypes.CDLL("libcuda.so.1")
+assert not cuda.cuInit(0)
+assert not cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0)
+assert not cuda.cuCtxPushCurrent_v2(context)
+assert not cuda.cuStreamCreate(ctypes.byref(stream), 1)
+assert not cuda.cuStreamBeginCapture_v2(stream, 0)  # of mode global
+control.launch(stream)
+asking = threading.Thread(target=lambda: print(context_failure()))
+asking.start()
+asking.join()
+print(cuda.cuStreamEndCapture(stream, ctypes.byref(graph)))
+"""
+
+
+def test_asking_breaks_no_capture_of_another_thread(fake_driver: Path) -> None:
+    assert run_python(_CAPTURE, fake_driver).splitlines() == ["None", "0"]

@@ -55,6 +55,17 @@ def test_a_mig_device_stays(nvml: Any) -> None:
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "MIG-5"
 
 
+def test_a_divided_card_is_pinned_by_the_uuid_of_its_mig_device(
+    nvml: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    nvml.divide(nvml.CARDS[1], "MIG-bb01", "MIG-bb02")
+    caplog.set_level("INFO")
+    for _ in range(2):  # its supervisor, and then it itself
+        pin(_settings(gpu=1))
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "MIG-bb01"
+    assert "pinned to GPU 1, No Card 1, MIG-bb01 of its 2 MIG devices; " in caplog.text
+
+
 def test_another_gpu_there_is_refused(nvml: Any) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = "0"
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES is '0', which leaves out GPU 1"):

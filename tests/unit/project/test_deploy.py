@@ -292,6 +292,33 @@ def test_new_env_writes_random_passwords_for_the_owner_alone(tmp_path: Path) -> 
     assert written.read_text() == before
 
 
+_EIGHT_GPUS = """#!/bin/sh
+for n in 0 1 2 3 4 5 6 7; do
+    echo "GPU $n: No Card (UUID: GPU-$n)"
+    echo "  MIG 1g.10gb     Device  0: (UUID: MIG-$n)"
+done
+"""
+
+
+@pytest.mark.parametrize(("smi", "memory"), [(_EIGHT_GPUS, "32g"), ("#!/bin/sh\nexit 9\n", "4g")])
+def test_a_container_of_many_gpus_has_memory_for_a_worker_process_on_each(
+    tmp_path: Path, smi: str, memory: str
+) -> None:
+    (tmp_path / "deploy").mkdir()
+    script = tmp_path / "deploy" / "new-env.sh"
+    script.write_bytes((ROOT / "deploy" / "new-env.sh").read_bytes())
+    (tmp_path / ".env.example").write_bytes(ENV_EXAMPLE.read_bytes())
+    (tmp_path / "nvidia-smi").write_text(smi)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    subprocess.run(["sh", script], env={**os.environ, "PATH": path}, check=True, timeout=30)
+    told = read_env(tmp_path / ".env")
+    services = yaml.safe_load(interpolate(COMPOSE_FILE.read_text(), told))["services"]
+    limits = {name: services[name]["deploy"]["resources"]["limits"] for name in WORKERS}
+    assert limits["worker-gpu"]["memory"] == memory
+    assert limits["worker-cpu"]["memory"] == "4g", "it holds one process"
+
+
 # --- commands ------------------------------------------------------------------------------------
 
 

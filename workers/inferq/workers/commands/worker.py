@@ -129,6 +129,7 @@ def worker(
     from inferq.workers.process.visible_passwords import visible_password  # noqa: PLC0415
     from inferq.workers.supervision import celery_files, devices, runtime_folder  # noqa: PLC0415
     from inferq.workers.supervision.health import forget_the_dead  # noqa: PLC0415
+    from inferq.workers.supervision.memory_for_each import too_little  # noqa: PLC0415
     from inferq.workers.supervision.redis_identity import place_of  # noqa: PLC0415
     from inferq.workers.supervision.supervisor import Child, Supervisor  # noqa: PLC0415
 
@@ -188,8 +189,7 @@ def worker(
         children.append(Child(node, command, environment, heartbeat, folder))
     if log_format == "text":
         _log_text()
-    if (told := visible_password(sys.argv[1:])) is not None:
-        logger.warning("%s", told)
+    _warn(visible_password(sys.argv[1:]), too_little(sum(each.gpu is not None for each in places)))
     devices.log_sharing(places, os.environ)
     supervisor = Supervisor(
         children, client, settings.names(), allow_remote_shutdown=allow_remote_shutdown
@@ -199,6 +199,12 @@ def worker(
         with suppress(OSError):  # others' heartbeats are in it
             folder.rmdir()
     raise SystemExit(status)
+
+
+def _warn(*told: str | None) -> None:
+    for warning in told:
+        if warning is not None:
+            logger.warning("%s", warning)
 
 
 def _log_text() -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from inferq.shared.errors import ConfigError
+from inferq.workers.cuda import mig
+from inferq.workers.cuda.mig import text
 
 #: How each message about a GPU that cannot be had ends.
 INSTEAD: Final = "`inferq worker --cpu` serves on the CPU"
@@ -28,11 +30,13 @@ class Gpu:
     name: str
     #: As the kernel writes it: ``0000:3b:00.0``.
     pci_bus_id: str
-    #: None: not told, as where it shares the host's memory.
+    #: None: not told, as where it shares the host's memory, or a container was given a part of it.
     memory_bytes: int | None
     compute_capability: tuple[int, int]
     #: Cores of the NUMA node that it is attached to; empty: not known.
     cores: frozenset[int]
+    #: UUIDs of the MIG devices that it is divided into; None: it is not divided.
+    mig: tuple[str, ...] | None = None
 
 
 def gpu_at(index: int) -> Gpu:
@@ -67,15 +71,31 @@ def select(given: str) -> list[Gpu]:
 def visible_as(gpu: Gpu) -> str:
     """What CUDA_VISIBLE_DEVICES must be in a process that is pinned to `gpu`: its UUID.
 
-    A MIG device that is already named there stays. ConfigError if what is there leaves `gpu` out.
+    Of a GPU that is divided it is a MIG device's: the first that is named there already, or else
+    its first. ConfigError if what is there leaves `gpu` out, or there is no such device.
     """
     if not _is_visible(gpu):
         raise ConfigError(
             f"{VISIBLE} is {os.environ[VISIBLE]!r}, which leaves out GPU {gpu.index}; "
             f"expected it unset or {gpu.uuid}; {INSTEAD}"
         )
-    given = os.environ.get(VISIBLE, "").strip()
-    return given if given.startswith("MIG-") else gpu.uuid
+    devices = gpu.mig or ()
+    entries = [entry.strip() for entry in os.environ.get(VISIBLE, "").split(",")]
+    named = [entry for entry in entries if entry.startswith(mig.PREFIX)]
+    for entry in named:
+        for device in devices:
+            if device.startswith(entry):
+                return device
+    if named:  # as drivers before R470 have it, or as NVML does not tell it here
+        return next((entry for entry in named if mig.is_of(entry, gpu.uuid, ())), named[0])
+    if gpu.mig is None:
+        return gpu.uuid
+    if not devices:
+        raise ConfigError(
+            f"GPU {gpu.index} is in MIG mode and has no MIG device here; expected one "
+            f"(`nvidia-smi mig -cgi … -C`, or a container that was given one); {INSTEAD}"
+        )
+    return devices[0]
 
 
 def open_nvml() -> Any:
@@ -111,6 +131,11 @@ def _missing(nvml: Any, problem: Exception) -> str:
         )
     if isinstance(problem, nvml.NVMLError_DriverNotLoaded):
         return "the NVIDIA driver is not loaded; load it (modprobe nvidia)"
+    if isinstance(problem, nvml.NVMLError_NoPermission):
+        return (
+            "this process may not talk to the NVIDIA driver; let its user use /dev/nvidiactl "
+            "(or start the container with its GPUs: --gpus all)"
+        )
     return f"the NVIDIA driver does not answer ({problem}); see what nvidia-smi says"
 
 
@@ -145,13 +170,19 @@ def _read(nvml: Any, index: int, count: int) -> Gpu:
         major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
         return Gpu(
             index=index,
-            uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
-            name=_text(nvml.nvmlDeviceGetName(handle)),
+            uuid=text(nvml.nvmlDeviceGetUUID(handle)),
+            name=text(nvml.nvmlDeviceGetName(handle)),
             pci_bus_id=bus_id,
             memory_bytes=_memory_bytes(nvml, handle),
             compute_capability=(int(major), int(minor)),
             cores=_near_cores(bus_id),
+            mig=mig.uuids(nvml, handle),
         )
+    except nvml.NVMLError_NoPermission as problem:
+        raise ConfigError(
+            f"GPU {index} may not be asked ({problem}); expected a user or a container that was "
+            f"given it; {INSTEAD}"
+        ) from None
     except nvml.NVMLError as problem:
         raise ConfigError(
             f"GPU {index} does not answer ({problem}); see what nvidia-smi says; {INSTEAD}"
@@ -161,17 +192,13 @@ def _read(nvml: Any, index: int, count: int) -> Gpu:
 def _memory_bytes(nvml: Any, handle: Any) -> int | None:
     try:
         return int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
-    except nvml.NVMLError_NotSupported:
+    except (nvml.NVMLError_NotSupported, nvml.NVMLError_NoPermission):
         return None
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value
 
 
 def _kernels_bus_id(bus_id: str | bytes) -> str:
     """NVML writes the domain with 8 digits, and all of it in capitals."""
-    domain, _, rest = _text(bus_id).lower().partition(":")
+    domain, _, rest = text(bus_id).lower().partition(":")
     return f"{int(domain, 16):04x}:{rest}"
 
 
@@ -197,21 +224,25 @@ def _is_visible(gpu: Gpu) -> bool:
     if given is None:
         return True
     with _nvml() as nvml:
-        uuids = [_uuid(nvml, index) for index in range(_count(nvml))]
-    return gpu.index in visible_indices(given, uuids)
+        uuids, parts = zip(*(_uuids(nvml, index) for index in range(_count(nvml))), strict=True)
+    return gpu.index in visible_indices(given, uuids, parts)
 
 
-def visible_indices(given: str, uuids: Sequence[str]) -> frozenset[int]:
+def visible_indices(
+    given: str, uuids: Sequence[str], parts: Sequence[Sequence[str]] = ()
+) -> frozenset[int]:
     """The GPUs that CUDA_VISIBLE_DEVICES = `given` leaves, of those with `uuids`, in PCI order.
 
     As the CUDA programming guide has it ("CUDA Environment Variables"): numbers, or UUIDs, of which
     the beginning will do if no other GPU's begins alike; the first entry that is neither ends the
-    list. A MIG device may be of any GPU.
+    list. `parts`: the UUIDs of each GPU's MIG devices. One that is none of these may be of any GPU.
     """
     found: set[int] = set()
+    each = list(zip(uuids, parts or [()] * len(uuids), strict=True))
     for entry in (part.strip() for part in given.split(",")):
-        if entry.startswith("MIG-"):
-            found.update(range(len(uuids)))
+        if entry.startswith(mig.PREFIX):
+            owners = {n for n, (uuid, own) in enumerate(each) if mig.is_of(entry, uuid, own)}
+            found |= owners or set(range(len(uuids)))
         elif (index := _index_of(entry, uuids)) is not None:
             found.add(index)
         else:
@@ -227,9 +258,10 @@ def _index_of(entry: str, uuids: Sequence[str]) -> int | None:
     return int(entry) if is_number and int(entry) < len(uuids) else None
 
 
-def _uuid(nvml: Any, index: int) -> str:
-    """Empty for a card that does not answer, which can be named by its number."""
+def _uuids(nvml: Any, index: int) -> tuple[str, tuple[str, ...]]:
+    """Its own, and its MIG devices'; empty if it does not answer: its number names it then."""
     try:
-        return _text(nvml.nvmlDeviceGetUUID(nvml.nvmlDeviceGetHandleByIndex(index)))
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        return text(nvml.nvmlDeviceGetUUID(handle)), mig.uuids(nvml, handle) or ()
     except nvml.NVMLError:
-        return ""
+        return "", ()

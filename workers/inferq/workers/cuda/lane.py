@@ -12,7 +12,6 @@ lane's thread does both, submits and waits, so nothing is handed over between th
 from __future__ import annotations
 
 import logging
-import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -29,7 +28,8 @@ from inferq.workers.cuda.executor import Executor, Replay, Shape
 from inferq.workers.cuda.graphs import CaptureFailed, Graphs
 from inferq.workers.cuda.splitting import RowLimit, Splitter
 from inferq.workers.cuda.submitting import Copies, Submission
-from inferq.workers.models.engine import Batch, without_padding
+from inferq.workers.models.engine import Batch, gather_into, without_padding
+from inferq.workers.models.joining import copied
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ class CudaLane:
         try:
             with self._device.entered():
                 bound = self._bind(batch)
-                _gather(batch, bound.inputs)
+                gather_into(batch, bound.inputs)
                 self._submit(bound, submission)
                 self.gpu_times = submission.finish()
                 self._last = bound
@@ -177,7 +177,7 @@ class CudaLane:
         except Exception as problem:
             raise self._device.judge(problem) from problem
         outputs = without_padding(batch, bound.outputs)
-        return {name: array.copy() for name, array in outputs.items()}
+        return {name: copied(array) for name, array in outputs.items()}
 
     def _bind(self, batch: Batch) -> _Bound:
         if batch.batchable:
@@ -302,25 +302,3 @@ class CudaLane:
         self._set = self._last = self._submission = None
         self._blocks.clear()
         del self._stream
-
-
-def _gather(batch: Batch, into: Mapping[str, Array]) -> None:
-    """Each request's rows to their place in the batch; padding repeats the last row."""
-    began = time.perf_counter()
-    if batch.batchable:
-        _join(batch, into)
-    else:
-        for name, array in batch.parts[0].items():
-            into[name][...] = array
-    batch.gather_ms = (time.perf_counter() - began) * 1000
-
-
-def _join(batch: Batch, into: Mapping[str, Array]) -> None:
-    for name, rows in into.items():
-        at = 0
-        for part in batch.parts:
-            array = part[name]
-            rows[at : at + len(array)] = array
-            at += len(array)
-        if at < batch.bucket:
-            rows[at:] = rows[at - 1]

@@ -9,6 +9,13 @@ from typing import Final
 LIBRARY: Final = "libcuda.so.1"
 #: Of enum CUdevice_attribute.
 _MAJOR, _MINOR = 75, 76
+#: Of CUresult: what passes. Memory is short, work has not ended, or the capture of a graph was
+#: broken (900 to 908); and that there is no device. All else is answered to every call until the
+#: process ends.
+_PASSING: Final = frozenset({2, 600, *range(900, 909), 100, 101})
+_NON_BLOCKING: Final = 1
+#: Of enum CUstreamCaptureMode: this thread's calls are not held against other threads' captures.
+_RELAXED: Final = 2
 
 
 def compute_capability(device: int = 0) -> str | None:
@@ -55,6 +62,54 @@ def pop_context() -> None:
     driver = _driver()
     if driver is not None:
         driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+
+
+def context_failure(device: int = 0) -> str | None:
+    """Why CUDA is beyond use in this process until it ends; None: it is well, or nobody uses it.
+
+    Asks the primary context of GPU `device`, which all libraries of a process share. It waits for
+    no work but that of a new stream, which has none: a hung kernel does not keep it, and another
+    thread's capture of a graph goes on.
+    """
+    driver, handle = _driver(), ctypes.c_int()
+    flags, is_active = ctypes.c_uint(), ctypes.c_int()
+    if driver is None or driver.cuInit(0):
+        return None
+    code = (
+        driver.cuDeviceGet(ctypes.byref(handle), device)
+        or driver.cuDevicePrimaryCtxGetState(handle, ctypes.byref(flags), ctypes.byref(is_active))
+        or (_answer_of(driver, handle) if is_active.value else 0)
+    )
+    return None if code == 0 or code in _PASSING else _said(driver, code)
+
+
+def _answer_of(driver: ctypes.CDLL, device: ctypes.c_int) -> int:
+    """What the device's primary context answers to a call that does nothing; 0: all is well."""
+    context, stream, mode = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int(_RELAXED)
+    code: int = driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+    if code:
+        return code
+    code = driver.cuCtxPushCurrent_v2(context)
+    if not code:
+        driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+        code = driver.cuStreamCreate(
+            ctypes.byref(stream), _NON_BLOCKING
+        ) or driver.cuStreamSynchronize(stream)
+        if stream:
+            driver.cuStreamDestroy_v2(stream)
+        driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+        pop_context()
+    driver.cuDevicePrimaryCtxRelease_v2(device)
+    return code
+
+
+def _said(driver: ctypes.CDLL, code: int) -> str:
+    texts = []
+    for function in (driver.cuGetErrorName, driver.cuGetErrorString):
+        text = ctypes.c_char_p()
+        if not function(code, ctypes.byref(text)) and text.value:
+            texts.append(text.value.decode(errors="replace"))
+    return ": ".join(texts) or f"error {code}"
 
 
 @functools.cache

@@ -58,7 +58,8 @@ def pin(settings: Settings) -> None:
     if cores:
         _bind(cores)
     near = f"bound to {len(cores)} cores near it" if cores else "the cores near it are not known"
-    logger.info("pinned to GPU %d, %s; %s", gpu.index, gpu.name, near)
+    part = f", {wanted[VISIBLE]} of its {len(gpu.mig)} MIG devices" if gpu.mig else ""
+    logger.info("pinned to GPU %d, %s%s; %s", gpu.index, gpu.name, part, near)
 
 
 def _bind(cores: Set[int]) -> None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from inferq.workers.cuda.gpus import gpu_at, open_nvml
+from inferq.workers.cuda import mig
+from inferq.workers.cuda.gpus import VISIBLE, gpu_at, open_nvml
 from inferq.workers.process.periodic import Periodic
 
 logger = logging.getLogger(__name__)
@@ -70,6 +72,12 @@ class GpuTelemetry:
         self.gpu = gpu_at(index)
         self._nvml: Any = open_nvml()
         self._handle: Any = self._ask("nvmlDeviceGetHandleByIndex", index)
+        # A MIG device tells its own memory, and the GPU all else.
+        visible = os.environ.get(VISIBLE, "")
+        whole = self._handle if self.gpu.mig else None
+        part = None if whole is None else mig.handle_of(self._nvml, whole, visible)
+        self._memory_of: Any = self._handle if part is None else part
+        self._uuid = self.gpu.uuid if part is None else visible
         self._events: Any = self._register()
         self._xid: int | None = None
         self._reading = Reading()
@@ -116,7 +124,7 @@ class GpuTelemetry:
         if reading["throttled_by"] is not None:
             reading["throttled_by"] = ", ".join(reading["throttled_by"])
         gpu = self.gpu
-        known = {"index": gpu.index, "name": gpu.name, "uuid": gpu.uuid}
+        known = {"index": gpu.index, "name": gpu.name, "uuid": self._uuid}
         return {f"inferq_gpu_{key}": value for key, value in {**known, **reading}.items()}
 
     def numbers(self) -> dict[str, float]:
@@ -157,7 +165,7 @@ class GpuTelemetry:
 
     def _read(self, nvml: Any) -> Reading:
         load = self._of("nvmlDeviceGetUtilizationRates")
-        memory = self._of("nvmlDeviceGetMemoryInfo")
+        memory = self._ask("nvmlDeviceGetMemoryInfo", self._memory_of)
         milliwatts = self._of("nvmlDeviceGetPowerUsage")
         uncorrected = "nvmlDeviceGetTotalEccErrors", nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED
         return Reading(

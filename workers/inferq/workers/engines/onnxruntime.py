@@ -4,7 +4,8 @@
     provider = "auto"                # "cpu", "cuda"; auto: CUDA where there is one
 
 On a CPU one session is shared by all lanes, one lane a usable core, one thread a lane, no spinning:
-measured to be the best of the combinations. `InferenceSession.run` releases the GIL.
+measured to be the best of the combinations. `InferenceSession.run` releases the GIL. On CUDA an
+error that stays (an illegal address, an assert) ends the process: nothing runs after it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime as ort
 
-from inferq.shared.errors import ConfigError, EngineError
+from inferq.shared.errors import ConfigError, EngineError, FatalEngineError
 from inferq.shared.schema import (
     DTYPES,
     MAX_DIMS,
@@ -32,8 +33,9 @@ from inferq.shared.schema import (
     TensorSpec,
 )
 from inferq.workers.cuda import memory_share
+from inferq.workers.cuda.libcuda import context_failure
 from inferq.workers.engines.cores import usable_cores
-from inferq.workers.engines.on_gpu import LANES, ROUNDING
+from inferq.workers.engines.on_gpu import LANES, ROUNDING, gpu_buckets
 from inferq.workers.models.engine import (
     Batch,
     Engine,
@@ -57,6 +59,7 @@ MAX_ONNX_BYTES: Final = (1 << 31) - 1
 MAX_PROBE_S: Final = 30.0
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+_Providers = Sequence[str | tuple[str, Mapping[str, str]]]
 #: Log errors only; warnings about every unused initialiser are of no use to who serves the model.
 _LOG_ERRORS: Final = 3
 _LOG_FATAL: Final = 4
@@ -116,18 +119,25 @@ class OnnxRuntimeEngine(Engine):
                 f"{', '.join(available)}; expected the package onnxruntime-gpu"
             )
         cuda = provider != "cpu" and _CUDA in available
-        providers = [(_CUDA, _cuda_options()), _CPU] if cuda else [_CPU]
-        session = _open(spec.path, _session_options(), providers)
+        providers: _Providers = [(_CUDA, _cuda_options()), _CPU] if cuda else [_CPU]
+        try:
+            session = _open(spec.path, _session_options(), providers)
+        except ConfigError as problem:
+            if cuda and (failure := context_failure()) is not None:
+                raise _beyond_use(failure, problem.message) from problem
+            raise
         # Where CUDA cannot be started ONNX Runtime quietly falls back.
         on_cuda = _CUDA in session.get_providers()
+        if cuda and not on_cuda and (failure := context_failure()) is not None:
+            raise _beyond_use(failure, "onnxruntime: the session fell back to the CPU")
         if provider == "cuda" and not on_cuda:
             raise ConfigError("onnxruntime.provider is 'cuda', but no CUDA device could be used")
         count = spec.config.lanes or (LANES if on_cuda else usable_cores())
         return LoadedModel(
             spec,
             "cuda" if on_cuda else "cpu",
-            [OnnxRuntimeLane(session) for _ in range(count)],
-            buckets=spec.config.buckets,
+            [OnnxRuntimeLane(session, on_cuda=on_cuda) for _ in range(count)],
+            buckets=gpu_buckets(spec) if on_cuda else spec.config.buckets,
             usual=told_inputs(spec),
             parallel_lanes=not on_cuda,
             rounding=ROUNDING if on_cuda else 1.0,
@@ -137,8 +147,9 @@ class OnnxRuntimeEngine(Engine):
 class OnnxRuntimeLane(Lane):
     """A caller of the shared session."""
 
-    def __init__(self, session: ort.InferenceSession) -> None:
+    def __init__(self, session: ort.InferenceSession, *, on_cuda: bool = False) -> None:
         self._session = session
+        self._on_cuda = on_cuda
         self._names = [output.name for output in session.get_outputs()]
 
     def run(self, batch: Batch) -> Mapping[str, Array]:
@@ -146,8 +157,17 @@ class OnnxRuntimeLane(Lane):
         try:
             arrays: list[Array] = self._session.run(self._names, inputs)
         except Exception as problem:
-            raise EngineError(f"onnxruntime: {reason(problem)}") from problem
+            raise self._judged(f"onnxruntime: {reason(problem)}") from problem
         return without_padding(batch, dict(zip(self._names, arrays, strict=True)))
+
+    def _judged(self, text: str) -> EngineError:
+        """ONNX Runtime tells an error that stays from others by its text alone: CUDA is asked."""
+        failure = context_failure() if self._on_cuda else None
+        return EngineError(text) if failure is None else _beyond_use(failure, text)
+
+
+def _beyond_use(failure: str, text: str) -> FatalEngineError:
+    return FatalEngineError(f"CUDA is beyond use: {failure} ({text})")
 
 
 def _session_options() -> ort.SessionOptions:
@@ -165,13 +185,18 @@ def _session_options() -> ort.SessionOptions:
 
 
 def _cuda_options() -> dict[str, str]:
-    """Of the CUDA provider, which takes as much memory as it likes where it is not told."""
+    """Of the CUDA provider, which takes as much memory as it likes where it is not told.
+
+    Its own choice of algorithms, EXHAUSTIVE, tries all of cuDNN's out whenever a convolution meets
+    a new shape: while a request waits, and with the memory that the greediest of them takes.
+    """
     limit = memory_share.limit()
-    return {} if limit is None else {"gpu_mem_limit": str(limit)}
+    limited = {} if limit is None else {"gpu_mem_limit": str(limit)}
+    return {"cudnn_conv_algo_search": "HEURISTIC", **limited}
 
 
 def _open(
-    path: Path | None, options: ort.SessionOptions, providers: Sequence[Any]
+    path: Path | None, options: ort.SessionOptions, providers: _Providers
 ) -> ort.InferenceSession:
     if path is None:
         raise ConfigError("engine 'onnxruntime' has no model file; expected model.onnx")

@@ -20,6 +20,7 @@ import numpy as np
 
 from inferq.shared.errors import EngineError
 from inferq.shared.schema import Array, GpuTimes, Tensors
+from inferq.workers.models.joining import copy, join
 from inferq.workers.models.ranges import Usual
 from inferq.workers.models.signatures import Declared
 from inferq.workers.models.spec import ModelSpec
@@ -140,19 +141,28 @@ def gather(batch: Batch) -> dict[str, Array]:
     Without copying where one part needs no padding.
     """
     first = batch.parts[0]
-    padding = batch.bucket - batch.rows
-    if len(batch.parts) == 1 and padding == 0:
+    if len(batch.parts) == 1 and batch.bucket == batch.rows:
         return dict(first)
-    began = time.perf_counter()
-    joined: dict[str, Array] = {}
-    for name, array in first.items():
-        pieces = [part[name] for part in batch.parts]
-        if padding:
-            last = pieces[-1][-1:]
-            pieces.append(np.broadcast_to(last, (padding, *array.shape[1:])))
-        joined[name] = np.concatenate(pieces)
-    batch.gather_ms = (time.perf_counter() - began) * 1000
+    joined: dict[str, Array] = {
+        name: np.empty((batch.bucket, *array.shape[1:]), array.dtype)
+        for name, array in first.items()
+    }
+    gather_into(batch, joined)
     return joined
+
+
+def gather_into(batch: Batch, into: Mapping[str, Array]) -> None:
+    """The same into arrays of `bucket` rows; one part's as it is if the model is not batchable.
+
+    ValueError, TypeError: it has another shape or dtype than they have.
+    """
+    began = time.perf_counter()
+    for name, rows in into.items():
+        if batch.batchable:
+            join([part[name] for part in batch.parts], rows)
+        else:
+            copy(batch.parts[0][name], rows)
+    batch.gather_ms = (time.perf_counter() - began) * 1000
 
 
 def check_inputs(inputs: Tensors, dtypes: Mapping[str, np.dtype[Any]]) -> None:
