@@ -93,7 +93,7 @@ def build(
     precision is taken from the cache. Where there is a GPU it is compared with ONNX Runtime on
     zeros, random and given inputs; one that differs too much fails.
     """
-    from inferq.workers.cuda.libcuda import compute_capability  # noqa: PLC0415
+    from inferq.workers.cuda.libcuda import gpu_kind  # noqa: PLC0415
     from inferq.workers.models.repository import load_model  # noqa: PLC0415 (heavy)
     from inferq.workers.trt import logs, network, running  # noqa: PLC0415
     from inferq.workers.trt.builder import BuildRequest, ensure_plan  # noqa: PLC0415
@@ -118,7 +118,7 @@ def build(
                     flavour=find_flavour(flavour_name or table.get("flavour", "auto")),
                     precision=precision or table.get("precision", "fp32"),
                     batch=None if batch is None else parse_batch(batch),
-                    capability=compute_capability(),
+                    gpu=gpu_kind(),
                 )
                 given = _given(samples, spec)
                 plan = ensure_plan(order, folder, progress=progress, force=force)
@@ -177,7 +177,7 @@ def _verified(
     """`plan`, compared with ONNX Runtime if that can be done here and was not before."""
     from inferq.workers.trt.verify import verify_plan  # noqa: PLC0415
 
-    if order.capability is None or (plan.record.verified and not samples):
+    if order.gpu is None or (plan.record.verified and not samples):
         return plan
     try:
         from inferq.workers.trt.lanes import loaded_once  # noqa: PLC0415

@@ -18,7 +18,7 @@ from pycuda import driver
 from inferq.shared.errors import ConfigError, EngineError, FatalEngineError
 from inferq.workers.cuda import calls
 from inferq.workers.cuda.captures import CAPTURES
-from inferq.workers.cuda.libcuda import current_context, pop_context
+from inferq.workers.cuda.libcuda import GpuKind, current_context, pop_context
 from inferq.workers.models.engine import OutOfDeviceMemory
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class Device:
             self._context = self._device.retain_primary_context()
             self.name: Final[str] = self._device.name()
             major, minor = self._device.compute_capability()
+            processors = self._device.get_attribute(driver.device_attribute.MULTIPROCESSOR_COUNT)
         except driver.Error as problem:
             raise ConfigError(
                 f"no CUDA device could be used ({problem}); expected a GPU and its driver "
@@ -47,6 +48,7 @@ class Device:
         self.lost: FatalEngineError | None = None
         #: As "9.0".
         self.capability: Final = f"{major}.{minor}"
+        self.kind: Final = GpuKind(self.name, self.capability, processors)
 
     def __enter__(self) -> None:
         if self.lost is not None:

@@ -14,7 +14,7 @@ from inferq.workers.models.ranges import InputRange
 from inferq.workers.process import trusted_files
 
 #: Raised when the same model comes to be built otherwise: older plans do not match any more.
-FORMAT: Final = 1
+FORMAT: Final = 2
 MAX_RECORD_BYTES: Final = 1 << 20
 
 
@@ -27,6 +27,8 @@ class PlanKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     flavour_version: str
     #: Of the GPU that it was built for, as "9.0"; "any": bound to none.
     capability: str
+    #: The kind of that GPU: kernels are chosen by measuring them. "any": bound to none.
+    gpu: str
     precision: str
     #: The shapes of all inputs, of each optimization profile.
     profiles: tuple[tuple[InputRange, ...], ...]

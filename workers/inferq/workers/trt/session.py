@@ -37,7 +37,7 @@ def opened_session(
         gpu = stack.enter_context(device.acquired())
         folder = PlanFolder()
         stack.callback(folder.close)
-        order = BuildRequest(spec, flavour, precision, capability=gpu.capability)
+        order = BuildRequest(spec, flavour, precision, gpu=gpu.kind)
         with gpu:  # a build measures kernels on it
             plan = ensure_plan(order, folder)
         # With both, TensorRT would capture what is being captured.
