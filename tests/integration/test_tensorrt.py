@@ -148,6 +148,18 @@ def test_the_second_worker_takes_the_plan_from_the_cache_and_refuses_an_altered_
     worker.close()
 
 
+def test_what_rtx_compiled_is_kept_once_the_model_is_warm(
+    redis_url: str, models: Path, tmp_path: Path, on_gpu: Environment
+) -> None:
+    """A worker that is killed while it serves would leave all of it to its successor."""
+    rtx = TOML + '[tensorrt]\nflavour = "tensorrt-rtx"\n'
+    (models / "double" / "model.toml").write_text(rtx)
+    with Worker(redis_url, models, ["double"], env=on_gpu()):
+        (cache,) = (tmp_path / "plans").glob("runtime.*.cache")
+        kept = json.loads(cache.read_bytes()[32:])
+    assert {json.loads(shapes)["x"][0] for shapes in kept} == {1, 2, 4, 8}
+
+
 def test_a_worker_says_whose_build_it_waits_for_and_then_serves(
     redis_url: str, models: Path, tmp_path: Path, on_gpu: Environment
 ) -> None:
@@ -293,10 +305,8 @@ def test_several_profiles_take_contexts_of_their_own_and_hold_together(
     toml = TOML + "preferred_batch_sizes = [8]\nmax_queue_delay_ms = 50\n" + profiles
     (models / "wide" / "model.toml").write_text(toml)
     with Worker(redis_url, models, ["wide"], env=on_gpu()) as worker, Client(redis_url) as client:
-        # x and y of 2 x 400 or 8 x 8 float32 each; a context takes 1 MB.
-        assert "2 lanes of 2.0 MB of GPU memory each (0.0 MB for tensors, 2.0 MB for 2 of" in (
-            worker.log
-        )
+        # x and y of 2 x 400 or 8 x 8 float32 each; a lane's contexts share 1 MB.
+        assert "2 lanes of 1.0 MB of GPU memory each (0.0 MB for tensors, 1.0 MB that" in worker.log
         items = [{"x": _rows(n, 1 + n % 3, (4, 8, 200, 400)[n % 4])} for n in range(80)]
         results = list(client.map("wide", items, in_flight=40))
         for item, result in zip(items, results, strict=True):
@@ -324,12 +334,13 @@ def test_memory_that_is_short_in_tensorrt_splits_batches_and_loses_none(
         assert "out of GPU memory at 8 rows: runs are of at most 4 now" in worker.log
 
 
-def test_contexts_that_do_not_fit_are_counted_with_the_lanes(
+def test_what_contexts_share_is_counted_once_with_each_lane(
     redis_url: str, models: Path, on_gpu: Environment
 ) -> None:
     profiles = "".join(f"[[profile]]\nbatch = [1, {n}, 8]\n" for n in range(1, 9))
     (models / "double" / "model.toml").write_text(TOML + "lanes = 8\n" + profiles)
-    worker = Worker(redis_url, models, ["double"], env=on_gpu(memory_mb=50))
+    env = on_gpu(memory_mb=50) | {"DOUBLE_TRT_CONTEXT_MB": "8"}
+    worker = Worker(redis_url, models, ["double"], env=env)
     worker.start()
     assert worker.process.wait(TIMEOUT_S) == os.EX_CONFIG
     assert "model 'double': 8 lanes take 8.0 MB of GPU memory each, " in worker.log

@@ -57,7 +57,9 @@ def test_the_kind_is_read_from_the_driver(monkeypatch: pytest.MonkeyPatch) -> No
     assert str(kind) == "NVIDIA L40, 142 SMs"
 
 
-@pytest.mark.parametrize("fails", ["cuInit", "cuDeviceGet", "cuDeviceGetName", "cuDeviceGetAttribute"])
+@pytest.mark.parametrize(
+    "fails", ["cuInit", "cuDeviceGet", "cuDeviceGetName", "cuDeviceGetAttribute"]
+)
 def test_a_driver_that_fails_is_no_gpu(monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
     names = ["cuInit", "cuDeviceGet", "cuDeviceGetName", "cuDeviceGetAttribute"]
     _driver(monkeypatch, **{name: lambda *_, code=100 * (name == fails): code for name in names})

@@ -95,6 +95,7 @@ class LoadingModel:
             threads = LaneThreads(f"inferq-{spec.name}")
             undo.callback(threads.end)
             prepared = self._preparation.prepare(loaded, threads)
+            loaded.warmed_up()
             target = self._target(loaded, prepared)
             advert = spec.advert(
                 seconds_per_row=prepared.tuning.seconds_per_row if prepared.tuning else 0.0,

@@ -79,8 +79,8 @@ class FurtherLane(Lane, Protocol):
         ...
 
 
-def _free_nothing() -> None:
-    """What is freed with its last reference."""
+def _nothing() -> None:
+    """Nothing is to be done."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,10 @@ class LoadedModel:
     #: the first one first, as long as another lane makes the model faster. Whatever they raise but
     #: FatalEngineError says that it does not fit.
     further_lanes: Sequence[Callable[[], FurtherLane]] = ()
+    #: Called once all sizes have run, before requests come: what was compiled can be kept.
+    warmed_up: Callable[[], None] = _nothing
     #: Frees all that the last reference does not free. Idempotent.
-    free: Callable[[], None] = _free_nothing
+    free: Callable[[], None] = _nothing
 
     def close(self) -> None:
         """Free everything. No lane is running by then. Idempotent."""

@@ -84,5 +84,6 @@ class TensorRTEngine(Engine):
                 rounding=ROUNDING,
                 runs_to_be_warm=WARM_RUNS,
                 further_lanes=further_lanes(spec, session.another),
+                warmed_up=session.keep_compiled,
                 free=stack.pop_all().close,
             )

@@ -18,7 +18,7 @@ from inferq.workers.cuda.splitting import RowLimit
 from inferq.workers.models.engine import Batch, Lane
 from inferq.workers.trt.executor import ProfileExecutor
 from inferq.workers.trt.flavours import Flavour
-from inferq.workers.trt.running import Context, Loaded, deserialize
+from inferq.workers.trt.running import Loaded, deserialize
 from inferq.workers.trt.verify import Run
 
 logger = logging.getLogger(__name__)
@@ -31,14 +31,9 @@ class Opened:
     """A plan on the GPU."""
 
     lanes: Sequence[CudaLane]
-    #: The first lane's, one for each profile.
-    contexts: Sequence[Context]
+    loaded: Loaded
     #: Opens one lane more, which is closed with the others. ConfigError: it does not fit.
     another: Callable[[], CudaLane]
-
-
-def _no_cache(_profile: int) -> None:
-    return None
 
 
 @contextmanager
@@ -52,24 +47,24 @@ def opened(
     own_graphs: bool = False,
     cuda_graphs: bool = False,
     spin: bool = False,
-    runtime_cache: Callable[[int], bytes | None] = _no_cache,
+    runtime_cache: bytes | None = None,
 ) -> Iterator[Opened]:
     """`plan`, loaded, with `count` lanes, until the end.
 
     `buckets`: the batch sizes that it runs at, ascending; empty: any. `own_graphs`: TensorRT
     captures CUDA graphs by itself; `cuda_graphs`: the lanes do. `spin`: see `Submission`.
-    `runtime_cache`: by profile, see `Loaded.context`. Raises ConfigError, saying what would fit, if
-    the GPU's memory does not suffice; EngineError.
+    `runtime_cache`: see `deserialize`. Raises ConfigError, saying what would fit, if the GPU's
+    memory does not suffice; EngineError.
     """
     lanes: list[CudaLane] = []
     with gpu:
-        loaded = deserialize(flavour, plan)
+        loaded = deserialize(flavour, plan, runtime_cache)
     held = memory_share.Held()
     held.add(len(plan))  # about its weights
     del plan  # gigabytes, maybe
     try:
         with gpu:
-            contexts, another = _open_lanes(
+            another = _open_lanes(
                 gpu,
                 loaded,
                 lanes,
@@ -79,9 +74,8 @@ def opened(
                 own_graphs=own_graphs,
                 cuda_graphs=cuda_graphs,
                 spin=spin,
-                runtime_cache=runtime_cache,
             )
-        yield Opened(lanes, contexts, another)
+        yield Opened(lanes, loaded, another)
     finally:
         for lane in lanes:
             lane.close()
@@ -101,20 +95,19 @@ def _open_lanes(
     own_graphs: bool,
     cuda_graphs: bool,
     spin: bool,
-    runtime_cache: Callable[[int], bytes | None],
-) -> tuple[Sequence[Context], Callable[[], CudaLane]]:
-    """Add them to `lanes`; what it takes is logged before it is taken. Returns the first one's
-    contexts, and what opens another lane.
+) -> Callable[[], CudaLane]:
+    """Add them to `lanes`; what they take is logged before it is taken.
+
+    Returns what opens one more.
     """
     inputs = {tensor.name: tensor.dtype.name for tensor in loaded.tensors if tensor.is_input}
     outputs = {tensor.name: tensor.dtype.name for tensor in loaded.tensors if not tensor.is_input}
     profiles = [[loaded.range(name, n) for name in inputs] for n in range(loaded.profiles)]
-    caches = [runtime_cache(profile) for profile in range(loaded.profiles)]
 
     def executor() -> ProfileExecutor:
-        made = ProfileExecutor(profiles, list(outputs))
+        made = ProfileExecutor(loaded, profiles, list(outputs), own_graphs=own_graphs)
         try:
-            made.open(loaded, own_graphs, caches)
+            made.open()
         except BaseException:
             made.close()
             raise
@@ -122,7 +115,7 @@ def _open_lanes(
 
     largest = [{span.name: span.max for span in ranges} for ranges in profiles]
     limit, graphs = RowLimit(), Graphs(cuda_graphs)
-    context_bytes = len(profiles) * loaded.context_bytes
+    context_bytes = loaded.context_bytes  # a lane's contexts share it
     check_memory(gpu, count, context_bytes, buckets)
     # Only a context can tell how large the outputs are.
     first = executor()
@@ -130,14 +123,12 @@ def _open_lanes(
         buffers = sum(block_bytes(first, inputs, outputs, largest))
         free, total = gpu.memory()
         logger.info(
-            "%d lanes of %.1f MB of GPU memory each (%.1f MB for tensors, %.1f MB for %d of "
-            "TensorRT's contexts), and %.1f MB of pinned memory; %.0f of %.0f MB of the GPU are "
-            "free",
+            "%d lanes of %.1f MB of GPU memory each (%.1f MB for tensors, %.1f MB that TensorRT's "
+            "contexts share), and %.1f MB of pinned memory; %.0f of %.0f MB of the GPU are free",
             count,
             (context_bytes + buffers) / _MB,
             buffers / _MB,
             context_bytes / _MB,
-            len(profiles),
             buffers / _MB,
             (free + context_bytes) / _MB,
             total / _MB,
@@ -166,11 +157,13 @@ def _open_lanes(
     def another() -> CudaLane:
         with gpu:
             check_memory(gpu, 1, context_bytes + buffers, buckets)
-            return add(executor())
+            lane = add(executor())
+        held.add(context_bytes + buffers)
+        return lane
 
     for number in range(count):
         add(executor() if number else first)
-    return first.contexts, another
+    return another
 
 
 def check_memory(
@@ -181,7 +174,7 @@ def check_memory(
     What a smaller batch would take is estimated: in proportion to its rows.
     """
     free, total = gpu.memory()
-    free += taken  # a context may take its memory later than it says
+    free += taken
     free = min(free, memory_share.left(total))
     if count * each <= free:
         return

@@ -14,7 +14,7 @@ from inferq.workers.models.ranges import InputRange
 from inferq.workers.process import trusted_files
 
 #: Raised when the same model comes to be built otherwise: older plans do not match any more.
-FORMAT: Final = 2
+FORMAT: Final = 1
 MAX_RECORD_BYTES: Final = 1 << 20
 
 
