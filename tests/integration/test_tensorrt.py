@@ -420,7 +420,7 @@ def test_a_shape_beyond_the_profile_is_the_requests_fault_and_others_are_served(
     (models / "wide" / "model.toml").write_text(TOML + "[profile]\nwidth = [2, 4, 8]\n")
     with Worker(redis_url, models, ["wide"], env=on_gpu()), Client(redis_url) as client:
         known = decode_advert(bytes(redis.get(Names().model("wide")) or b""))  # type: ignore[arg-type]
-        assert known.seconds_per_row > 0, "its usual shape was measured"
+        assert known.seconds_per_row > 0, "its optimum shape was measured"
         for width in (9, 1):
             with pytest.raises(InvalidInput, match=rf"'x': dim 1 is {width}; expected 2 to 8, for"):
                 client.infer("wide", {"x": _rows(0, 2, width)}, timeout=TIMEOUT_S)

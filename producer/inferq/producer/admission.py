@@ -104,7 +104,7 @@ class Admission:
         ]
 
     def learn(
-        self, model: str, replies: Sequence[Reply], asked_at: float, told_at: float
+        self, model: str, replies: Sequence[Reply], asked_at: float, answered_at: float
     ) -> ModelView:
         """Take the replies to `questions`. ModelNotFound if nobody announces `model`."""
         refusal = first_error(replies)
@@ -112,7 +112,7 @@ class Admission:
             raise RedisUnavailable(f"Redis refused to tell about model {model!r}: {refusal}")
         (seconds, micros), announced, serving, *depths = replies
         redis_ms = int(seconds) * 1000 + int(micros) / 1000
-        self._offset_ms = redis_ms - (asked_at + told_at) * 500
+        self._offset_ms = redis_ms - (asked_at + answered_at) * 500
         if announced is None:
             self._views.pop(model, None)
             raise ModelNotFound(

@@ -56,7 +56,7 @@ class AsyncSession:
         self._task: asyncio.Task[None] | None = None
         #: Resolved with the next attempt to connect: None, or why it failed.
         self._attempt: asyncio.Future[InferqError | None] | None = None
-        self._told: list[str] = []
+        self._settled: list[str] = []
         self._news = asyncio.Event()
 
     async def carry(self, dialogue: Dialogue[T]) -> T:
@@ -163,22 +163,22 @@ class AsyncSession:
             with suppress(TimeoutError):
                 async with asyncio.timeout(sweep_at - time.monotonic()):
                     await self._news.wait()
-            patience = self.core.patience_s(len(self._told)) if self._told else 0.0
+            patience = self.core.patience_s(len(self._settled)) if self._settled else 0.0
             if patience:
                 await asyncio.sleep(patience)
             self._news.clear()
             wire.check()
-            told, self._told = self._told, []
-            await carry_async(read(self.core, told), wire.call)
+            settled, self._settled = self._settled, []
+            await carry_async(read(self.core, settled), wire.call)
             if time.monotonic() >= sweep_at:
                 await carry_async(sweep(self.core), wire.call)
                 await carry_async(ask_about_models(self.core), wire.call)
                 sweep_at = time.monotonic() + SWEEP_S
 
     def _on_push(self, push: Sequence[Any]) -> None:
-        told = self.core.told(push)
-        if told:
-            self._told += told
+        settled = self.core.settled_ids(push)
+        if settled:
+            self._settled += settled
             self._news.set()
 
     def _on_broken(self) -> None:

@@ -69,7 +69,7 @@ class Core:
         self._why_ended = ""
         self._run_id = ""
         #: Ids that a restart may have cost Redis, oldest first.
-        self._suspects: dict[str, None] = {}
+        self._maybe_lost: dict[str, None] = {}
         #: By then (monotonic seconds) every stored result had been read.
         self._complete_at = time.monotonic()
         self._mean_bytes = 4096.0
@@ -143,7 +143,7 @@ class Core:
 
     # --- reading results ------------------------------------------------------------------------
 
-    def told(self, push: Sequence[Any]) -> list[str]:
+    def settled_ids(self, push: Sequence[Any]) -> list[str]:
         """The ids of ours that a RESP3 push says are settled; none if it is about else."""
         if len(push) != 3 or push[0] != b"message" or push[1] != self._channel_bytes:
             return []
@@ -156,13 +156,13 @@ class Core:
         known = [one for one in ids if isinstance(one, str) and one in self._table]
         return list(dict.fromkeys(known))
 
-    def patience_s(self, told: int) -> float:
-        """Seconds to wait for more news before reading what `told` requests came to.
+    def patience_s(self, settled: int) -> float:
+        """Seconds to wait for more news before reading what `settled` requests came to.
 
         Where results come one by one and hundreds are awaited, reading each by itself costs most
         of a client's CPU, and a millisecond does not matter to any of them.
         """
-        return _PATIENCE_S if told * _PATIENT_SHARE < len(self._table) else 0.0
+        return _PATIENCE_S if settled * _PATIENT_SHARE < len(self._table) else 0.0
 
     def unresolved(self) -> list[str]:
         """The ids of all requests without an outcome."""
@@ -233,18 +233,18 @@ class Core:
             sections.append(parse_info(reply))
         known, self._run_id = self._run_id, judge_server(*sections).run_id
         if known not in ("", self._run_id):
-            self._suspects.update(dict.fromkeys(list(self._table)))
+            self._maybe_lost.update(dict.fromkeys(list(self._table)))
             self._complete_at = time.monotonic()
 
     def lost(self) -> list[Outgoing]:
         """What must be pushed again: a restart of Redis may have cost it these requests."""
-        found = [self._table.get(request_id) for request_id in self._suspects]
+        found = [self._table.get(request_id) for request_id in self._maybe_lost]
         kept = [pending.outgoing for pending in found if pending is not None]
         return [outgoing for outgoing in kept if outgoing is not None]
 
     def pushed_again(self) -> None:
         """Redis has taken all that was `lost`."""
-        self._suspects.clear()
+        self._maybe_lost.clear()
 
     # --- taking back ----------------------------------------------------------------------------
 

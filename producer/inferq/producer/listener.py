@@ -36,7 +36,7 @@ class Listener:
         self._core = core
         self._client = client
         self._stopped = threading.Event()
-        self._told: list[str] = []
+        self._settled: list[str] = []
         self._wire: Wire | None = None
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="inferq-results", daemon=True)
@@ -96,18 +96,18 @@ class Listener:
     def _serve(self, wire: Wire) -> None:
         sweep_at = time.monotonic() + SWEEP_S
         while not self._stopped.is_set():
-            if not self._told:
+            if not self._settled:
                 wire.listen(sweep_at - time.monotonic())
-            patience = self._core.patience_s(len(self._told)) if self._told else 0.0
+            patience = self._core.patience_s(len(self._settled)) if self._settled else 0.0
             if patience:
                 time.sleep(patience)
                 wire.listen(0.0)
-            told, self._told = self._told, []
-            carry(read(self._core, told), wire.call)
+            settled, self._settled = self._settled, []
+            carry(read(self._core, settled), wire.call)
             if time.monotonic() >= sweep_at:
                 carry(sweep(self._core), wire.call)
                 carry(ask_about_models(self._core), wire.call)
                 sweep_at = time.monotonic() + SWEEP_S
 
     def _on_push(self, push: Sequence[Any]) -> None:
-        self._told += self._core.told(push)
+        self._settled += self._core.settled_ids(push)

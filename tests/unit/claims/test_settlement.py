@@ -109,7 +109,10 @@ def test_what_was_computing_its_attempts_and_its_payload_are_gone(
     redis.hset(NAMES.attempts("m"), mapping={"id0": 1, "#hash": 2, "other": 1})
     redis.mset({"payload": 1, "payload2": 2, "kept": 3})
     keys = ("payload", "payload2")
-    apply(redis, [settled(claim, 0, running=True, attempts=1, suspect="#hash", payload_keys=keys)])
+    apply(
+        redis,
+        [settled(claim, 0, running=True, attempts=1, attempts_field="#hash", payload_keys=keys)],
+    )
     assert redis.smembers(NAMES.running(I)) == {b"m/id1"}
     assert redis.hgetall(NAMES.attempts("m")) == {b"other": b"1"}
     assert redis.exists("payload", "payload2") == 0
@@ -356,7 +359,7 @@ def test_what_was_given_up_is_answered_if_the_bytes_name_who_asked(
     claim: Claim, message: bytes, request_id: str | None, kind: str | None
 ) -> None:
     done = RESULTS.undecodable(Slot(claim, 0), message, "#hash", 3, 7.0)
-    assert (done.request_id, done.suspect) == (request_id, "#hash")
+    assert (done.request_id, done.attempts_field) == (request_id, "#hash")
     assert done.dead_letter is not None
     letter = msgpack.unpackb(done.dead_letter)
     assert (letter["id"], letter["message"]) == (request_id, message)

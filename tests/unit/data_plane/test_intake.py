@@ -32,12 +32,12 @@ from inferq.workers.canvas.following import MAX_FOLLOWING
 from inferq.workers.canvas.link_queues import LinkQueues
 from inferq.workers.claims.claim import Claim, Slot
 from inferq.workers.claims.verdicts import (
-    Early,
     Failed,
     Foreign,
     Opened,
     Quarantined,
     Revoked,
+    ScheduledRequest,
     retried,
 )
 from inferq.workers.data_plane.foreign_tasks import MAX_BYTES, ForeignTasks
@@ -262,7 +262,7 @@ def test_another_task_is_celerys_where_it_is_registered_and_may_be() -> None:
     assert made["properties"]["delivery_info"] == {"exchange": "", "routing_key": "inferq.m"}
     assert made["properties"]["priority"] == 3
     assert len(made["properties"]["delivery_tag"]) == 36
-    assert isinstance(handed(task="mine", eta="2040-01-01T00:00:00"), Early)
+    assert isinstance(handed(task="mine", eta="2040-01-01T00:00:00"), ScheduledRequest)
     for task in ("other", "celery.mine"):
         assert isinstance(failure(handed(task=task)), NotRegistered)
     for odd in ({"eta": "x"}, {"expires": "x"}, {"compression": "x-bz2"}):
@@ -273,7 +273,7 @@ def test_another_task_is_celerys_where_it_is_registered_and_may_be() -> None:
 def test_a_request_waits_for_its_eta_only_if_it_is_good_and_early() -> None:
     ahead = "2030-01-01T00:00:00"
     early = intake().open(SLOT, message(eta=ahead))
-    assert isinstance(early, Early)
+    assert isinstance(early, ScheduledRequest)
     assert early.due_ms == datetime(2030, 1, 1, tzinfo=UTC).timestamp() * 1000
     assert isinstance(intake().open(SLOT, message(eta="2020-01-01T00:00:00+02:00")), Opened)
     bad = [message(eta="some day"), message(eta=ahead, kwargs={}), message(eta=ahead, kind="yaml")]
@@ -480,7 +480,7 @@ def test_no_headers_make_it_raise(headers: dict[str, Any], kind: str) -> None:
         assert found.ticket.id == headers.get("id", "one")
         assert found.ticket.reply is None or NAMES.is_reply(found.ticket.reply)
     else:
-        assert isinstance(found, Quarantined | Early)
+        assert isinstance(found, Quarantined | ScheduledRequest)
 
 
 # --- headers and properties ------------------------------------------------------------------

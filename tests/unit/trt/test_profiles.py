@@ -107,7 +107,10 @@ def test_a_profile_covers_all_that_can_occur(tmp_path: Path, toml: str, problem:
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("batch = [8, 4, 1]", "profile.batch is .*; expected the smallest, the usual and the larg"),
+        (
+            "batch = [8, 4, 1]",
+            "profile.batch is .*; expected the smallest, the optimum and the larg",
+        ),
         ("batch = [1, 4]", "profile.batch"),
         ("batch = [0, 4, 32]", "profile.batch.0 is 0; expected at least 1"),
         ("batch = [1.0, 4, 32]", "profile.batch.0 is 1.0; expected an integer"),

@@ -23,7 +23,7 @@ def _prepare(spec: ModelSpec) -> Prepared:
     preparation.start()
     loaded = engine_class(spec.config.engine)(spec).load()
     prepared = preparation.prepare(loaded, LaneThreads("m"))
-    preparation.told_to_end()
+    preparation.stop_blaming()
     loaded.close()
     return prepared
 

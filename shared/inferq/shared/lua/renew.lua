@@ -24,7 +24,7 @@ if ARGV[3] == '1' then
 elseif redis.call('EXISTS', KEYS[1]) == 0 then
   return {0, stamp, 0, {}}
 end
-local amiss = {}
+local wrong_type = {}
 local added = 0
 for n = 2, #KEYS do
   if n > 2 then
@@ -35,9 +35,9 @@ for n = 2, #KEYS do
     if not string.find(reply.err, 'WRONGTYPE', 1, true) then
       return reply
     end
-    amiss[#amiss + 1] = n
+    wrong_type[#wrong_type + 1] = n
   elseif n == 2 then
     added = reply
   end
 end
-return {1, stamp, added, amiss}
+return {1, stamp, added, wrong_type}

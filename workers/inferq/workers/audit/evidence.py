@@ -185,12 +185,14 @@ class _Company:
         if own is None or math.isinf(own.share) or own.cosine is None:
             return own
         found = (
-            difference({name: array}, _sample({name: self._answer[name]}), scale, self._usual(name))
+            difference(
+                {name: array}, _sample({name: self._answer[name]}), scale, self._typical_max(name)
+            )
             for name, array in _sample(outputs).items()
         )
         return max(filter(None, found), key=lambda each: each.share, default=None)
 
-    def _usual(self, name: str) -> float:
+    def _typical_max(self, name: str) -> float:
         return max(typical(_sample({name: answer[name]})[name]) for answer in self._answers)
 
 

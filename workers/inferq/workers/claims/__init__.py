@@ -6,5 +6,5 @@ lease         that the worker lives; `recovery` is what others do once it does n
 scheduled     requests with an ETA
 rollback      what is stored again where Redis went back in time
 payloads      large tensors, which travel beside their messages
-oom, amiss    a full Redis, and keys that hold something else
+oom, wrong_type  a full Redis, and keys that hold something else
 """

@@ -13,9 +13,9 @@ from inferq.shared.lua import source
 from inferq.shared.names import Names
 from inferq.shared.resp import Command
 from inferq.workers.claims import replies
-from inferq.workers.claims.amiss import NO_ANNOUNCEMENT, ZSET, Told, type_of
 from inferq.workers.claims.clock import RedisClock
 from inferq.workers.claims.oom import pipelined
+from inferq.workers.claims.wrong_type import NO_ANNOUNCEMENT, ZSET, WrongTypeReports, type_of
 from inferq.workers.process.periodic import Periodic
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Lease:
         self._may_renew = may_renew
         self._on_lost = on_lost
         self._on_missing = on_missing
-        self._told = Told()
+        self._wrong_types = WrongTypeReports()
         self._renew = client.register_script(source("renew"))
         # However it fails: it is tried again in time, or others take this worker for dead.
         self.loop = Periodic(
@@ -92,9 +92,9 @@ class Lease:
         asked = time.monotonic()
         args = [*self._args(incarnation), 1, before]
         keys = self._keys(incarnation)
-        _, stamp, _, amiss = self._renew(keys=keys, args=args)
+        _, stamp, _, wrong_type = self._renew(keys=keys, args=args)
         self._clock.set(float(stamp), asked)
-        self._tell(keys, amiss)
+        self._tell(keys, wrong_type)
         # kill point: born
         self.incarnation = incarnation
 
@@ -128,10 +128,10 @@ class Lease:
         asked = time.monotonic()
         incarnation = self.incarnation
         keys = self._keys(incarnation)
-        alive, stamp, added, amiss = self._renew(keys=keys, args=self._args(incarnation))
+        alive, stamp, added, wrong_type = self._renew(keys=keys, args=self._args(incarnation))
         self._clock.set(float(stamp), asked)
-        if alive and (amiss or self._told):
-            self._tell(keys, amiss)
+        if alive and (wrong_type or self._wrong_types):
+            self._tell(keys, wrong_type)
         if added:
             self._on_missing()
         if not alive and incarnation == self.incarnation:
@@ -139,16 +139,16 @@ class Lease:
         elif time.monotonic() - self._announced > ADVERT_EVERY_S:
             self._announce()
 
-    def _tell(self, keys: Sequence[str], amiss: Sequence[int]) -> None:
-        """Of serving:<m> that are of another type, or were; `amiss` are places, from 1.
+    def _tell(self, keys: Sequence[str], wrong_type: Sequence[int]) -> None:
+        """Of serving:<m> that are of another type, or were; `wrong_type` are places, from 1.
 
         Of `leases` the recoverer tells.
         """
         for place, key in enumerate(keys[2:], 3):
-            if place in amiss:
-                self._told.amiss(key, type_of(self._client, key), ZSET, NO_ANNOUNCEMENT)
+            if place in wrong_type:
+                self._wrong_types.report(key, type_of(self._client, key), ZSET, NO_ANNOUNCEMENT)
             else:
-                self._told.right(key)
+                self._wrong_types.resolve(key)
 
     def stop(self) -> None:
         """Stop renewing. What is still held must have been settled or given back before."""
@@ -157,7 +157,7 @@ class Lease:
     def retire(self) -> None:
         """The end of an incarnation: drop its fence and, if it holds nothing, its lease.
 
-        What could not be given back, as a queue is amiss, others look after once that runs out.
+        Claims whose queue has the wrong type are left. Others recover them once the lease ran out.
         """
         names, i = self._names, self.incarnation
         with self._client.pipeline(transaction=True) as pipe:

@@ -24,18 +24,18 @@ from redis.exceptions import RedisError
 
 from inferq.shared.names import Names
 from inferq.shared.resp import Command, Packed, Reply, ReplyError, pack, unpack
-from inferq.workers.claims.amiss import (
-    HASH,
-    LIST,
-    NO_ATTEMPTS,
-    NOTHING_CLAIMED,
-    Told,
-    is_wrong_type,
-)
 from inferq.workers.claims.claim import Claim, Claimed, Slot, Want
 from inferq.workers.claims.link import Link
 from inferq.workers.claims.oom import forced
 from inferq.workers.claims.settlement import Settle, Settlement, without_scripts
+from inferq.workers.claims.wrong_type import (
+    HASH,
+    LIST,
+    NO_ATTEMPTS,
+    NOTHING_CLAIMED,
+    WrongTypeReports,
+    is_wrong_type,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Ledger:
     `numbers` outlives the link: a claim's number is never used twice by one incarnation, or a claim
     whose reply was lost would pass for one that is known. So does `settles`, which numbers the
     MULTIs that settle: the last one's number stands in the fence, which tells if Redis went back;
-    and `told`, for what was said of keys that are amiss.
+    and `wrong_types`, which remembers the keys of the wrong type that were reported.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Ledger:
         numbers: Iterator[int],
         settles: Iterator[int],
         result_ttl_s: int,
-        told: Told,
+        wrong_types: WrongTypeReports,
     ) -> None:
         self._link = link
         self._names = names
@@ -117,9 +117,9 @@ class Ledger:
         self._full_until = 0.0
         #: Requests waiting in each queue; None: unknown, as it was not looked at.
         self.depths: dict[QueueId, int | None] = {}
-        self._told = told
+        self._wrong_types = wrong_types
         #: Queues whose key holds something else than a list: nothing is claimed from them.
-        self._amiss: set[QueueId] = set()
+        self._wrong_queues: set[QueueId] = set()
 
     def take_over(self) -> None:
         """Have done with earlier links of this incarnation; the first thing on a new one.
@@ -166,7 +166,7 @@ class Ledger:
         self._tell_refused(settle, done)
         offset = len(done) - len(claiming)  # what settles comes first
         self.depths.update((place, None) for place in self._queues if place not in listen)
-        self.depths.update(dict.fromkeys(self._amiss, 0))
+        self.depths.update(dict.fromkeys(self._wrong_queues, 0))
         claimed: list[Claimed] = []
         empty: list[str] = []
         missed = False
@@ -177,7 +177,7 @@ class Ledger:
                 if type(reply) is bytes
             ]
             if done[offset].__class__ is ReplyError:  # HSET: nobody would find this claim
-                raise self._own_amiss()
+                raise self._own_keys_changed()
             if len(got) < want.count and is_wrong_type(done[offset + 1 + len(got)]):
                 self._set_aside((want.model, want.step))
             offset += 1 + want.count
@@ -263,14 +263,15 @@ class Ledger:
     def forgot(self) -> bool:
         """Whether Redis was too full to take what was noted: `mark` it all again, then.
 
-        Raises LeaseLost if it cannot be marked, as a key of this incarnation's own is amiss.
+        Raises LeaseLost if it cannot be marked since one of this incarnation's own keys has the
+        wrong type.
         """
-        if self._link.amiss is not None:
-            self._link.amiss = None
+        if self._link.wrong_type is not None:
+            self._link.wrong_type = None
             own = {self._claims: b"hash", self._names.running(self._incarnation): b"set"}
             kinds = self._link.call([("TYPE", key) for key in own])
             if any(kind not in (b"none", own[key]) for key, kind in zip(own, kinds, strict=True)):
-                raise self._own_amiss()
+                raise self._own_keys_changed()
         if self._link.refused is None:
             return False
         self._now_full(str(self._link.refused))
@@ -312,7 +313,9 @@ class Ledger:
                 continue
             items = self._messages(key)
             if items is None:
-                self._is_amiss(key, LIST, "The requests of this claim, if it is one, are not seen")
+                self._report_wrong_type(
+                    key, LIST, "The requests of this claim, if it is one, are not seen"
+                )
                 continue
             if not any(items):
                 self._note(("UNLINK", key))
@@ -345,7 +348,7 @@ class Ledger:
         """The keys of our claims, as Redis has them."""
         (held,) = self._link.call([("HKEYS", self._claims)])
         if isinstance(held, ReplyError):
-            raise self._own_amiss()
+            raise self._own_keys_changed()
         keys = [key.decode(errors="replace") for key in held or ()]
         return [key for key in keys if self._is_ours(key)]
 
@@ -382,7 +385,7 @@ class Ledger:
         keys = self._by_key.keys() if self._link.all_changed else self._link.changed
         for key in keys:
             place = self._by_key.get(key)
-            if place is not None and place not in self._amiss:
+            if place is not None and place not in self._wrong_queues:
                 self.depths[place] = max(self.depths.get(place) or 0, HINT)
         self._link.forget_changes()
 
@@ -427,20 +430,20 @@ class Ledger:
         for reply in replies[:2]:
             if isinstance(reply, ReplyError):
                 if is_wrong_type(reply):
-                    raise self._own_amiss()
+                    raise self._own_keys_changed()
                 raise RedisError(f"while arming: {reply}")
         if replies[1] is None:
             raise LeaseLost
         try:
             self.settles_known = int(replies[1])
         except ValueError:
-            raise self._own_amiss() from None
+            raise self._own_keys_changed() from None
         for place, depth in zip(listen, replies[2:], strict=True):
             if depth.__class__ is int:
                 self.depths[place] = depth
-                if self._told:
-                    self._amiss.discard(place)
-                    self._told.right(self._queues[place])
+                if self._wrong_types:
+                    self._wrong_queues.discard(place)
+                    self._wrong_types.resolve(self._queues[place])
             elif is_wrong_type(depth):
                 self._set_aside(place)
             else:
@@ -451,19 +454,21 @@ class Ledger:
     def _set_aside(self, place: QueueId) -> None:
         """Claim nothing from this queue, until its length can be told again."""
         self.depths[place] = 0
-        if place not in self._amiss and self._is_amiss(self._queues[place], LIST, NOTHING_CLAIMED):
-            self._amiss.add(place)
+        if place not in self._wrong_queues and self._report_wrong_type(
+            self._queues[place], LIST, NOTHING_CLAIMED
+        ):
+            self._wrong_queues.add(place)
 
-    def _is_amiss(self, key: str, expected: str, until: str) -> bool:
+    def _report_wrong_type(self, key: str, expected: str, effect: str) -> bool:
         """Whether `key` is of another type now; that is told, once."""
         (kind,) = self._link.call([("TYPE", key)])
         found = kind.decode()
         if found in (expected, "none"):
             return False
-        self._told.amiss(key, found, expected, until)
+        self._wrong_types.report(key, found, expected, effect)
         return True
 
-    def _own_amiss(self) -> LeaseLost:
+    def _own_keys_changed(self) -> LeaseLost:
         """Why this incarnation must end: what it holds cannot be told from its keys any more.
 
         Whoever recovers it finds its claims all the same.
@@ -481,11 +486,11 @@ class Ledger:
         """Whether attempts:<m> is no hash, by what it answered: nobody is suspect then."""
         key = self._names.attempts(model)
         if isinstance(reply, ReplyError):
-            if key not in self._told:
-                self._is_amiss(key, HASH, NO_ATTEMPTS)
+            if key not in self._wrong_types:
+                self._report_wrong_type(key, HASH, NO_ATTEMPTS)
             return True
-        if self._told:
-            self._told.right(key)
+        if self._wrong_types:
+            self._wrong_types.resolve(key)
         return False
 
     def _is_ours(self, key: str) -> bool:

@@ -26,7 +26,7 @@ from inferq.shared.resp import (
     pack,
     send_all,
 )
-from inferq.workers.claims.amiss import is_wrong_type
+from inferq.workers.claims.wrong_type import is_wrong_type
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Link:
         #: clears it.
         self.refused: ReplyError | None = None
         #: The same of a key of another type.
-        self.amiss: ReplyError | None = None
+        self.wrong_type: ReplyError | None = None
         #: Keys that Redis has reported as changed since the last `forget_changes`.
         self.changed: set[bytes] = set()
         #: Changes with every start of Redis, and with a failover.
@@ -149,7 +149,7 @@ class Link:
             if "OOM " in str(reply):
                 self.refused = reply
             elif is_wrong_type(reply):
-                self.amiss = reply
+                self.wrong_type = reply
             else:
                 logger.error("Redis refused what was noted: %s", reply)
 

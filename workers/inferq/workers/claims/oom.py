@@ -10,7 +10,7 @@ import redis
 from inferq.shared.lua import source
 from inferq.shared.names import Names
 from inferq.shared.resp import Command, ReplyError
-from inferq.workers.claims.amiss import is_wrong_type
+from inferq.workers.claims.wrong_type import is_wrong_type
 
 
 def forced(commands: Sequence[Command], names: Names) -> Command:
@@ -38,7 +38,7 @@ def pipelined(client: redis.Redis, names: Names, commands: Sequence[Command]) ->
 
 
 def attempted(client: redis.Redis, names: Names, commands: Sequence[Command]) -> list[Any]:
-    """As `pipelined`, with WRONGTYPE errors among the replies: such a key is amiss, not Redis."""
+    """As `pipelined`, with WRONGTYPE errors among the replies: the key is at fault, not Redis."""
     with client.pipeline(transaction=False) as pipe:
         for command in commands:
             pipe.execute_command(*command)  # type: ignore[no-untyped-call]

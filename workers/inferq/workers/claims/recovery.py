@@ -16,18 +16,18 @@ from redis.exceptions import RedisError
 from inferq.shared.lua import source
 from inferq.shared.names import ClaimName, Names, glob_of
 from inferq.shared.resp import Command
-from inferq.workers.claims.amiss import (
+from inferq.workers.claims.oom import attempted
+from inferq.workers.claims.wrong_type import (
     HASH,
     LIST,
     NO_ATTEMPTS,
     NO_RECOVERY,
     NOTHING_CLAIMED,
     ZSET,
-    Told,
+    WrongTypeReports,
     is_wrong_type,
     type_of,
 )
-from inferq.workers.claims.oom import attempted
 from inferq.workers.logs.fields import about
 from inferq.workers.process.periodic import Periodic, Sayings
 
@@ -44,25 +44,27 @@ ATTEMPTS_TTL_S = 24 * 3600
 _MOVES_PER_TRIP = 64
 
 
-def suspect(message: bytes) -> str:
+def decoding_field(message: bytes) -> str:
     """The field of attempts:<m> that counts deaths while decoding these bytes."""
     return f"#{hashlib.sha1(message, usedforsecurity=False).hexdigest()}"
 
 
-def linking(request_id: str) -> str:
+def linking_field(request_id: str) -> str:
     """The field of attempts:<m> that counts deaths while what follows on it was published."""
     return f"@{request_id}"
 
 
 @dataclass(frozen=True)
 class GivenBack:
-    """So many requests were moved; `left`: claims that could not be, as their queue is amiss."""
+    """How many requests were moved; `left`: claims left, as their queue has the wrong type."""
 
     moved: int
     left: int
 
 
-def give_back(client: redis.Redis, names: Names, incarnation: str, told: Told) -> GivenBack:
+def give_back(
+    client: redis.Redis, names: Names, incarnation: str, wrong_types: WrongTypeReports
+) -> GivenBack:
     """Move all that `incarnation` holds back to its queues.
 
     Newest claim first and, within a claim, newest request first, each to the queue's right end:
@@ -86,11 +88,11 @@ def give_back(client: redis.Redis, names: Names, incarnation: str, told: Told) -
             else:
                 left += 1
                 queue = names.queue(claim.model, claim.step)
-                told.amiss(queue, type_of(client, queue), LIST, NOTHING_CLAIMED)
+                wrong_types.report(queue, type_of(client, queue), LIST, NOTHING_CLAIMED)
                 continue
         else:
-            if told:
-                told.right(names.queue(claim.model, claim.step))
+            if wrong_types:
+                wrong_types.resolve(names.queue(claim.model, claim.step))
         # kill point: giveback-claim-moved
         client.hdel(names.claims(incarnation), key)
     return GivenBack(moved, left)
@@ -159,7 +161,7 @@ class Recoverer:
         #: The Redis that answers, and since when (monotonic s).
         self._run_id = ""
         self._up_since: float | None = None
-        self._told = Told()
+        self._wrong_types = WrongTypeReports()
         self._sayings = Sayings()
         #: Protocols whose leases were lost: whoever has a fence or claims is to have one again.
         self._lost: set[Names] = set()
@@ -201,9 +203,11 @@ class Recoverer:
         except RedisError as problem:
             if not is_wrong_type(problem):
                 raise
-            self._told.amiss(names.leases, type_of(self._client, names.leases), ZSET, NO_RECOVERY)
+            self._wrong_types.report(
+                names.leases, type_of(self._client, names.leases), ZSET, NO_RECOVERY
+            )
             return
-        if self._told and self._told.right(names.leases):
+        if self._wrong_types and self._wrong_types.resolve(names.leases):
             self._lost.add(names)
         if names in self._lost:
             self._lease_again(names)
@@ -256,7 +260,7 @@ class Recoverer:
         # kill point: recovery-granted
         self._accuse(incarnation, names)
         # kill point: recovery-accused
-        given = give_back(self._client, names, incarnation, self._told)
+        given = give_back(self._client, names, incarnation, self._wrong_types)
         moved = given.moved
         # kill point: recovery-moved
         if not given.left:  # else its lease stays, and runs out again
@@ -291,7 +295,7 @@ class Recoverer:
                 continue  # `give_back` tells of it
             attempts = self._names.attempts(claim.model)
             counted: list[Command] = [
-                ("HSETNX", attempts, suspect(message), 1)
+                ("HSETNX", attempts, decoding_field(message), 1)
                 for message in messages
                 if isinstance(message, bytes) and message
             ]
@@ -299,4 +303,4 @@ class Recoverer:
             replies = attempted(self._client, names, [*counted, expiry])
             if any(isinstance(reply, Exception) for reply in replies):
                 kind = type_of(self._client, attempts)
-                self._told.amiss(attempts, kind, HASH, NO_ATTEMPTS)
+                self._wrong_types.report(attempts, kind, HASH, NO_ATTEMPTS)

@@ -22,28 +22,28 @@ from inferq.shared import codec
 from inferq.shared.errors import InvalidInput
 from inferq.shared.names import Names, glob_of, is_model_name
 from inferq.shared.resp import Command
-from inferq.workers.claims.amiss import (
-    LIST,
-    NO_RETURN,
-    NOTHING_CLAIMED,
-    ZSET,
-    Told,
-    is_wrong_type,
-    type_of,
-)
 from inferq.workers.claims.claim import Slot
 from inferq.workers.claims.clock import RedisClock
 from inferq.workers.claims.message import unix_ms
 from inferq.workers.claims.oom import attempted
 from inferq.workers.claims.settlement import Settlement
+from inferq.workers.claims.wrong_type import (
+    LIST,
+    NO_RETURN,
+    NOTHING_CLAIMED,
+    ZSET,
+    WrongTypeReports,
+    is_wrong_type,
+    type_of,
+)
 from inferq.workers.process.periodic import Periodic
 
 logger = logging.getLogger(__name__)
 
 #: Seconds between looks at what other workers have put there.
 LOOK_EVERY_S = 1.0
-#: Ms until one whose queue, or whose own list, is amiss is looked at again.
-AMISS_AGAIN_MS = 10_000
+#: Ms until a request whose queue, or own list, has the wrong type is tried again.
+WRONG_TYPE_AGAIN_MS = 10_000
 #: Ms until what is postponed is looked at again, and from one such message to the next.
 POSTPONED_MS = 200
 POSTPONED_APART_MS = 5
@@ -66,7 +66,7 @@ def _parse(member: bytes) -> _Place | None:
         return None
 
 
-class Scheduled:
+class ScheduledKeeper:
     """Keeps requests until they are due. `start` spawns the thread that puts them back."""
 
     def __init__(self, client: redis.Redis, names: Names, clock: RedisClock) -> None:
@@ -77,7 +77,7 @@ class Scheduled:
         self._next_ms = 0.0
         #: Redis ms at which the last one that was postponed comes back.
         self._postponed_ms = 0.0
-        self._told = Told()
+        self._wrong_types = WrongTypeReports()
         self.loop = Periodic(
             "later",
             self._turn,
@@ -141,11 +141,11 @@ class Scheduled:
         except RedisError as problem:
             if not is_wrong_type(problem):
                 raise
-            self._told.amiss(
+            self._wrong_types.report(
                 names.scheduled, type_of(self._client, names.scheduled), ZSET, NO_RETURN
             )
             return float("inf")
-        if self._told and self._told.right(names.scheduled):
+        if self._wrong_types and self._wrong_types.resolve(names.scheduled):
             self._list_again(names)
             return now_ms
         due = [member for member, due_ms in found if due_ms <= now_ms]
@@ -172,11 +172,11 @@ class Scheduled:
         for member in stays:
             self._tell(names, member, places[member])
         if stays:  # or the first of them would keep others from being looked at
-            again = dict.fromkeys(stays, now_ms + AMISS_AGAIN_MS)
+            again = dict.fromkeys(stays, now_ms + WRONG_TYPE_AGAIN_MS)
             self._client.zadd(names.scheduled, again, xx=True)
-        if self._told:
+        if self._wrong_types:
             for queue in {names.queue(*places[member]) for member in places.keys() - stays}:
-                self._told.right(queue)
+                self._wrong_types.resolve(queue)
         for member in due:
             if member not in places:
                 logger.error(
@@ -195,10 +195,10 @@ class Scheduled:
             (names.queue(*place), NOTHING_CLAIMED),
         ):
             if (kind := type_of(self._client, key)) not in (LIST, "none"):
-                self._told.amiss(key, kind, LIST, until)
+                self._wrong_types.report(key, kind, LIST, until)
 
     def _list_again(self, names: Names) -> None:
-        """`later` was amiss: requests that were kept meanwhile, or before, may not stand in it."""
+        """`later` had the wrong type: add the scheduled requests that are missing from it."""
         head = names.scheduled_message("").encode()
         for key in self._client.scan_iter(
             match=f"{glob_of(names.scheduled_message(''))}*", count=1000, _type=LIST

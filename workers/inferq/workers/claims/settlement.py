@@ -66,7 +66,7 @@ class Settlement(msgspec.Struct, frozen=True, eq=False):
     running: bool = False
     attempts: int = 0
     #: Its field of attempts:<m>, if workers died decoding it or publishing its links.
-    suspect: str | None = None
+    attempts_field: str | None = None
     payload_keys: tuple[str, ...] = ()
     dead_letter: bytes | None = None
     #: The dead letter is of bytes that no worker can read: it goes before others do.
@@ -155,8 +155,8 @@ class Settle:
                 stopped.append(f"{done.model}/{done.request_id}")
             if done.attempts and done.request_id is not None:
                 absolved[done.model].append(done.request_id)
-            if done.suspect is not None:
-                absolved[done.model].append(done.suspect)
+            if done.attempts_field is not None:
+                absolved[done.model].append(done.attempts_field)
             done.slot.claim.settled.add(done.slot.index)
             touched[done.slot.claim].append(done.slot.index)
         storing += [_keep_letters(names, model, added) for model, added in letters.items()]

@@ -59,7 +59,7 @@ class Foreign(msgspec.Struct, frozen=True):
     handed: bytes
 
 
-class Early(msgspec.Struct, frozen=True):
+class ScheduledRequest(msgspec.Struct, frozen=True):
     """A good request whose ETA, `due_ms` in Redis ms, is ahead."""
 
     slot: Slot

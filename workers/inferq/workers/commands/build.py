@@ -45,8 +45,8 @@ UNVERIFIED = "unverified: no GPU here; the first worker that loads it verifies i
     "--batch",
     default=None,
     metavar="MIN,OPT,MAX",
-    help="Smallest, usual and largest batch, as 1,8,64. Default: [profile] in model.toml, or else "
-    "1, the preferred size and max_batch_size.",
+    help="Smallest, optimum and largest batch, as 1,8,64. Default: [profile] in model.toml, or "
+    "else 1, the preferred size and max_batch_size.",
 )
 @click.option(
     "--flavour",
@@ -127,7 +127,7 @@ def build(
         for each in spec.passed_over:
             say(f"inferq: passed over: {each}", err=True)
         if as_json:
-            say_json(_told(order, plan, others))
+            say_json(_as_json(order, plan, others))
         else:
             _print(order, plan)
             _print_pruned(others)
@@ -200,7 +200,7 @@ def _print_pruned(others: Sequence[Other]) -> None:
             say(f"deleted {other.path}: {size}")
 
 
-def _told(order: BuildRequest, plan: Plan, others: Sequence[Other]) -> dict[str, Any]:
+def _as_json(order: BuildRequest, plan: Plan, others: Sequence[Other]) -> dict[str, Any]:
     record = plan.record
     return {
         "model": order.spec.name,
@@ -215,7 +215,7 @@ def _told(order: BuildRequest, plan: Plan, others: Sequence[Other]) -> dict[str,
         "verified": record.verified,
         "max_error": record.max_error,
         # Lines that model.toml lacks for workers to take this plan.
-        "model_toml": _to_be_told(order),
+        "model_toml": _missing_knobs(order),
         # Those of the model's other plans that --prune deleted, or left as they are in use.
         "pruned": [
             {"path": str(other.path), "bytes": other.bytes, "deleted": not other.in_use}
@@ -233,13 +233,13 @@ def _print(order: BuildRequest, plan: Plan) -> None:
         f"{order.flavour.name} {order.flavour.version} as {record.key.precision}; {known}"
     )
     say("\n".join(_profile_lines(plan)))
-    told = _to_be_told(order)
+    told = _missing_knobs(order)
     if told:
         say("\n".join(["workers take this plan if model.toml says:", *told]))
 
 
 def _profile_lines(plan: Plan) -> list[str]:
-    """The shapes that it was built for: the smallest, the usual and the largest."""
+    """The shapes that it was built for: the smallest, the optimum and the largest."""
     profiles = plan.record.key.profiles
     shown = [
         ", ".join(f"{span.name} {_shapes(span.min, span.opt, span.max)}" for span in ranges)
@@ -256,7 +256,7 @@ def _shapes(*shapes: tuple[int, ...]) -> str:
     return " … ".join("x".join(map(str, shape)) or "scalar" for shape in different)
 
 
-def _to_be_told(order: BuildRequest) -> list[str]:
+def _missing_knobs(order: BuildRequest) -> list[str]:
     """What model.toml lacks that was an option here: workers know no options."""
     from inferq.workers.models.ranges import profile_sizes  # noqa: PLC0415
     from inferq.workers.trt.profiles import as_toml  # noqa: PLC0415

@@ -53,7 +53,7 @@ def health(path: Path | None, redis_url: str | None, as_json: bool) -> None:
         problem, remark = _judge(beat, redis_url)
         healthy = healthy and problem is None
         if as_json:
-            told.append(_told(each, beat, problem))
+            told.append(_as_json(each, beat, problem))
         else:
             _tell(each, beat, problem, remark)
     if as_json:
@@ -134,7 +134,7 @@ def _judge(beat: Beat | None, redis_url: str | None) -> tuple[str | None, str]:
     return problem, ""
 
 
-def _told(path: Path, beat: Beat | None, problem: str | None) -> dict[str, Any]:
+def _as_json(path: Path, beat: Beat | None, problem: str | None) -> dict[str, Any]:
     known = msgspec.to_builtins(beat) if beat is not None else {}
     return {"file": os.fspath(path), "healthy": problem is None, "problem": problem, **known}
 

@@ -82,7 +82,7 @@ def infer(
             result = client.infer(model, given, timeout=timeout, timeout_ms=timeout * 1000)
         if output is not None:
             write_npz(output, result.outputs)
-        told = _told(model, result, output) if as_json else None
+        told = _as_json(model, result, output) if as_json else None
     except InferqError as problem:
         raise click.ClickException(plain(problem.message)) from problem
     if told is not None:
@@ -111,7 +111,7 @@ def _inputs(arrays: str | None, inputs: tuple[str, ...]) -> dict[str, Array]:
     return found
 
 
-def _told(model: str, result: Result, output: Path | None) -> dict[str, Any]:
+def _as_json(model: str, result: Result, output: Path | None) -> dict[str, Any]:
     """ConfigError if the outputs are too many values for JSON, and are not written elsewhere."""
     count = sum(array.size for array in result.outputs.values())
     if count > MAX_VALUES and output is None:

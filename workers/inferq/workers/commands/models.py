@@ -30,7 +30,7 @@ def models(folder: Path, as_json: bool) -> None:
         raise click.ClickException(problem.message) from problem
     passed_over = [plain(name) for name in sorted((*folders.others, *folders.rest))]
     if as_json:
-        told = [_told(spec) for spec in good]
+        told = [_as_json(spec) for spec in good]
         told += [{"name": each.model, "problem": each.reason} for each in bad]
         say_json(sorted(told, key=lambda each: str(each["name"])))
     else:
@@ -49,7 +49,7 @@ def models(folder: Path, as_json: bool) -> None:
         raise SystemExit(1)
 
 
-def _told(spec: ModelSpec) -> dict[str, Any]:
+def _as_json(spec: ModelSpec) -> dict[str, Any]:
     changed = spec.config.changed()
     return {
         "name": spec.name,

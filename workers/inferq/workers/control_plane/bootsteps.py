@@ -14,8 +14,8 @@ from inferq.shared.errors import ConfigError
 from inferq.shared.names import model_of
 from inferq.shared.settings import Settings
 from inferq.workers.control_plane import celery_private
-from inferq.workers.control_plane.found import Found, find_models
 from inferq.workers.control_plane.main_loop import TICK_S
+from inferq.workers.control_plane.repository_scan import RepositoryScan, scan_repository
 from inferq.workers.control_plane.service import Service
 from inferq.workers.cuda.pinning import pin
 from inferq.workers.logs.printing import plain_lines
@@ -58,7 +58,7 @@ class DataPlaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
         share_with(self._settings.processes)
         self._found = self._read_models(worker)
 
-    def _read_models(self, worker: WorkController) -> Found:
+    def _read_models(self, worker: WorkController) -> RepositoryScan:
         queues = celery_private.selected_queues(worker.app)
         if queues is None:
             raise refuse("no queues: expected -Q inferq.<model>[,inferq.<model>…]")
@@ -68,7 +68,7 @@ class DataPlaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
         if self._settings.models is None:
             raise refuse("no model repository: set INFERQ_MODELS or use inferq worker --models DIR")
         try:
-            found = find_models(
+            found = scan_repository(
                 self._settings.models, models, on_cpu=self._settings.device == "cpu"
             )
             found.check(strict=self._settings.strict)

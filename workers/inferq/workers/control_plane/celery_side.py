@@ -9,7 +9,7 @@ from celery.worker import WorkController
 from inferq.shared.names import TASK, Names
 from inferq.workers.canvas.publisher import Canvas
 from inferq.workers.claims.claim import Slot
-from inferq.workers.claims.scheduled import Scheduled
+from inferq.workers.claims.scheduled import ScheduledKeeper
 from inferq.workers.claims.settlement import Settlement
 from inferq.workers.control_plane import celery_private
 from inferq.workers.control_plane.celery_inbox import CeleryInbox, Handed
@@ -22,11 +22,11 @@ class CelerySide(Control):
     """Does what the data plane asks of Celery's half of a worker."""
 
     def __init__(
-        self, worker: WorkController, canvas: Canvas, later: Scheduled, names: Names
+        self, worker: WorkController, canvas: Canvas, scheduled: ScheduledKeeper, names: Names
     ) -> None:
         self._worker = worker
         self._canvas = canvas
-        self._later = later
+        self._scheduled = scheduled
         self._names = names
         #: Other tasks, on their way to Celery's own handler.
         self.inbox = CeleryInbox(names.prefix)
@@ -37,7 +37,7 @@ class CelerySide(Control):
     def hand_over(self, slot: Slot, model: str, message: bytes, handed: bytes) -> Settlement:
         given = Handed(handed, self._names.queue(model, slot.claim.step))
         if not self.inbox.expect(given):
-            return self._later.postpone(slot, message)
+            return self._scheduled.postpone(slot, message)
         return Settlement(
             slot,
             model,

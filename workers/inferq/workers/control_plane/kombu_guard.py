@@ -21,7 +21,7 @@ from kombu.transport import redis as transport
 from kombu.utils.encoding import bytes_to_str
 from redis.exceptions import NoPermissionError, ResponseError
 
-from inferq.workers.claims.amiss import HASH, LIST, SET, ZSET, Told, is_wrong_type
+from inferq.workers.claims.wrong_type import HASH, LIST, SET, ZSET, WrongTypeReports, is_wrong_type
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ NOTHING_ROUTED: Final = "No answers to Celery's remote control go by it"
 NOT_SWEPT: Final = "Celery's old bindings stay"
 NOT_PUT_BACK: Final = "What dead workers held for Celery is not put back"
 
-_told = Told()
+_wrong_types = WrongTypeReports()
 #: Stock's own, which these go on to use.
 _queue_bind = transport.Channel._queue_bind
 _refresh_bindings = transport.Channel._refresh_bindings
@@ -179,12 +179,12 @@ def _get_table(self: Any, exchange: str) -> list[tuple[str, ...]]:
 def _tell(channel: Any, key: str, expected: str, until: str) -> None:
     with channel.conn_or_acquire() as client:
         kind = bytes_to_str(client.type(channel.global_keyprefix + key))
-    _told.amiss(channel.global_keyprefix + key, kind, expected, until)
+    _wrong_types.report(channel.global_keyprefix + key, kind, expected, until)
 
 
 def _say_once(key: str, member: str, what: str) -> None:
-    if (known := f"{member} in {key}") not in _told:
-        _told.note(known)
+    if (known := f"{member} in {key}") not in _wrong_types:
+        _wrong_types.note(known)
         logger.error("%s in %s is %s", member, key, what)
 
 
@@ -222,7 +222,7 @@ def _restore_visible(self: Any, start: int = 0, num: int | None = 10, interval: 
             _tell(self.channel, self.unacked_key, HASH, NOT_PUT_BACK)
         else:
             for key in (self.unacked_index_key, self.unacked_key):
-                _told.right(self.channel.global_keyprefix + key)
+                _wrong_types.resolve(self.channel.global_keyprefix + key)
 
 
 def _put_back(qos: Any, tag: bytes, client: Any) -> bool:

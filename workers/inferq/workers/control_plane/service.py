@@ -26,18 +26,18 @@ from inferq.shared.names import queue_of
 from inferq.shared.settings import Settings
 from inferq.workers.canvas.link_queues import LinkQueues
 from inferq.workers.canvas.publisher import Canvas
-from inferq.workers.claims.amiss import LIST, type_of
 from inferq.workers.claims.clock import RedisClock
 from inferq.workers.claims.lease import Lease
 from inferq.workers.claims.recovery import Recoverer
 from inferq.workers.claims.runs import Finished
-from inferq.workers.claims.scheduled import Scheduled
+from inferq.workers.claims.scheduled import ScheduledKeeper
 from inferq.workers.claims.settlement import Settlement
+from inferq.workers.claims.wrong_type import LIST, type_of
 from inferq.workers.control_plane import celery_private
 from inferq.workers.control_plane.celery_inbox import CeleryInbox
 from inferq.workers.control_plane.celery_side import CelerySide, TaskTotals
-from inferq.workers.control_plane.found import Found, log_not_served
 from inferq.workers.control_plane.main_loop import MainLoop
+from inferq.workers.control_plane.repository_scan import RepositoryScan, log_not_served
 from inferq.workers.control_plane.task_events import TaskEvents
 from inferq.workers.cuda.telemetry import GpuTelemetry
 from inferq.workers.data_plane import reporting
@@ -48,7 +48,7 @@ from inferq.workers.data_plane.loading import LoadingModel
 from inferq.workers.data_plane.observers import Observers
 from inferq.workers.data_plane.plane import DataPlane
 from inferq.workers.data_plane.served_model import ServedModel
-from inferq.workers.logs.slow import told_if_slow
+from inferq.workers.logs.slow import warn_if_slow
 from inferq.workers.metrics.published import StatsPublisher
 from inferq.workers.models.not_served import NotServed, listed, not_served
 from inferq.workers.process.memory import keep_freed_memory, keep_objects
@@ -84,13 +84,13 @@ EX_CONFIG = 78
 class Service:
     """Everything that serves requests in this process. `start` returns at once."""
 
-    def __init__(self, worker: WorkController, settings: Settings, found: Found) -> None:
+    def __init__(self, worker: WorkController, settings: Settings, found: RepositoryScan) -> None:
         self._worker = worker
         self._settings = settings
         self._names = settings.names()
         self._clock = RedisClock()
         self._client = redis_client(settings.redis_url, sentinel_master=settings.sentinel_master)
-        self._later = Scheduled(self._client, self._names, self._clock)
+        self._scheduled = ScheduledKeeper(self._client, self._names, self._clock)
         self._recoverer = Recoverer(self._client, self._names, settings.lease_s)
         self._lease: Lease | None = None
         self._canvas = Canvas(settings, self._client, self._on_ready)
@@ -107,7 +107,7 @@ class Service:
         self._not_served = found.not_served
         self._others = found.others
         self._events = TaskEvents(worker, settings, self._served)
-        self._side = CelerySide(worker, self._canvas, self._later, self._names)
+        self._side = CelerySide(worker, self._canvas, self._scheduled, self._names)
         counts = Counts({model.name: model.counts for model in self._models})
         self._observers = Observers([counts, self._events, TaskTotals(), BatchLog()])
         self._foreign = (
@@ -172,7 +172,7 @@ class Service:
         """
         for model in [each for each in self._models if isinstance(each, LoadingModel)]:
             try:
-                with told_if_slow(logger, model.name, "loading it and warming it up"):
+                with warn_if_slow(logger, model.name, "loading it and warming it up"):
                     served = model.load(
                         self._worker.hostname,
                         self._names,
@@ -259,7 +259,7 @@ class Service:
             models,
             lease=lease,
             recoverer=self._recoverer,
-            later=self._later,
+            scheduled=self._scheduled,
             control=self._side,
             observers=self._observers,
             result_expires_s=settings.result_expires_s,
@@ -268,7 +268,7 @@ class Service:
         lease.start()
         self._canvas.start()
         self._recoverer.start()
-        self._later.start()
+        self._scheduled.start()
         self._events.start()
         self.plane = plane
         if self._heartbeat is not None:
@@ -344,7 +344,7 @@ class Service:
 
     def stop_claiming(self) -> None:
         self._stopping = True
-        self._told_to_end()
+        self._stop_blaming()
         if self._heartbeat is not None:
             self._heartbeat.stopping = True
         if self.plane is not None:
@@ -356,7 +356,7 @@ class Service:
         Waits in short steps, so that a cold shutdown asked for meanwhile takes effect.
         """
         self._stopping = True
-        self._told_to_end()
+        self._stop_blaming()
         if self.plane is not None:
             self._drain(self.plane, grace_s)
         self._publisher.stop()
@@ -369,9 +369,9 @@ class Service:
         if self._must_end_at_once():
             end_at_once(self._must_end_at_once, lambda: int(self._worker.exitcode or 0))
 
-    def _told_to_end(self) -> None:
+    def _stop_blaming(self) -> None:
         for model in self._models:
-            model.told_to_end()
+            model.stop_blaming()
 
     def _must_end_at_once(self) -> bool:
         return self._is_busy() or self._is_beyond_use()
@@ -394,7 +394,7 @@ class Service:
                 plane.drain(self._worker.app.conf.worker_soft_shutdown_timeout)
         self.inbox.put_back(self._client)
         self._recoverer.stop()
-        self._later.stop()
+        self._scheduled.stop()
         self._canvas.stop()
         self._events.stop()
         self._close_models()
@@ -458,7 +458,7 @@ class Service:
     def _loops(self) -> list[Loop]:
         """Those that run in this worker, and those that are to."""
         found: list[Loop] = [
-            self.main_loop, self._later.loop, self._recoverer.loop, self._publisher.loop,
+            self.main_loop, self._scheduled.loop, self._recoverer.loop, self._publisher.loop,
             self._events.loop, self._canvas.loop,
         ]  # fmt: skip
         some = (self._lease, self._gpu, self._endpoint)

@@ -46,7 +46,7 @@ class _Open(msgspec.Struct):
 
     received: float
     #: False while nothing was sent yet: it was not chosen, and fails.
-    told: bool = True
+    sent: bool = True
     started: float | None = None
     #: Seconds.
     runtime: float | None = None
@@ -135,7 +135,7 @@ class TaskEvents(Observer):
                 behind = time.time() - time.monotonic()
                 received = behind + outcome.item.arrived_mono_ms / 1000
                 told[outcome.item.ticket.id] = _Open(
-                    received, told=False, started=behind + finished.began
+                    received, sent=False, started=behind + finished.began
                 )
 
     def _note(self, known: _Open, outcome: Outcome) -> None:
@@ -157,10 +157,10 @@ class TaskEvents(Observer):
             known = told.pop(done.request_id, None)  # type: ignore[arg-type]
             if done.ended is not None:
                 events += self._ended_badly(done.ended, known, now)
-            elif known is not None and known.told and done.ending == FAILURE:
+            elif known is not None and known.sent and done.ending == FAILURE:
                 reason = f"{done.error_code}: its links could not be published"
                 events.append(_failed(done.request_id, reason, reason, now))
-            elif known is not None and known.told and done.outcome:
+            elif known is not None and known.sent and done.outcome:
                 events.append(
                     {
                         "type": "task-succeeded",
@@ -177,7 +177,7 @@ class TaskEvents(Observer):
         """The end of a request that has no outputs, behind what was not told of it so far."""
         ticket = ended.ticket
         events: list[Event] = []
-        if known is None or not known.told:
+        if known is None or not known.sent:
             if not self._is_on():
                 return []
             known = known or _Open(now)

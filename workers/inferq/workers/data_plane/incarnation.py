@@ -15,11 +15,11 @@ import redis
 from redis.exceptions import RedisError
 
 from inferq.shared.names import Names
-from inferq.workers.claims.amiss import Told
 from inferq.workers.claims.lease import Lease
 from inferq.workers.claims.ledger import Ledger
 from inferq.workers.claims.link import Link
 from inferq.workers.claims.recovery import Recoverer
+from inferq.workers.claims.wrong_type import WrongTypeReports
 from inferq.workers.data_plane.admission import Admission
 from inferq.workers.data_plane.held import Held, running
 from inferq.workers.data_plane.served_model import ServedModel
@@ -59,7 +59,7 @@ class Incarnation:
         self._reply_timeout_s = reply_timeout_s
         self._claim_numbers = count(1)
         self._settle_numbers = count(1)
-        self._told = Told()
+        self._wrong_types = WrongTypeReports()
         #: Of the Redis that last knew this incarnation, and all that it had settled; empty: none.
         self.run_id = ""
         #: Whether Redis went back in time, and it was not looked yet for what it took back.
@@ -86,7 +86,7 @@ class Incarnation:
             numbers=self._claim_numbers,
             settles=self._settle_numbers,
             result_ttl_s=self._result_expires_s,
-            told=self._told,
+            wrong_types=self._wrong_types,
         )
 
     def catch_up(self, link: Link, ledger: Ledger, admission: Admission) -> None:

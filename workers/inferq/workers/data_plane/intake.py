@@ -38,12 +38,12 @@ from inferq.workers.canvas.place import place_of
 from inferq.workers.claims.claim import Slot
 from inferq.workers.claims.message import arguments, references_in, unix_ms
 from inferq.workers.claims.verdicts import (
-    Early,
     Failed,
     Foreign,
     Opened,
     Quarantined,
     Revoked,
+    ScheduledRequest,
 )
 from inferq.workers.data_plane.foreign_tasks import MAX_BYTES, ForeignTasks, not_registered
 
@@ -92,7 +92,7 @@ class Intake:
 
     def open(  # noqa: C901, PLR0912 - the checks of one message, in their order
         self, slot: Slot, message: bytes
-    ) -> Opened | Failed | Revoked | Foreign | Early | Quarantined:
+    ) -> Opened | Failed | Revoked | Foreign | ScheduledRequest | Quarantined:
         """Read one message. Never raises."""
         if len(message) > self._most_message:
             told = (
@@ -153,14 +153,14 @@ class Intake:
             if headers.eta is not None:
                 due_ms = unix_ms("eta", headers.eta)
                 if due_ms > self._redis_ms():
-                    return Early(slot, message, due_ms)
+                    return ScheduledRequest(slot, message, due_ms)
         except InferqError as error:
             return Failed(slot, ticket, _bare(error))
         return Opened(slot, ticket, inputs, references)
 
     def _other_task(
         self, slot: Slot, envelope: codec.Envelope, message: bytes
-    ) -> Failed | Foreign | Early:
+    ) -> Failed | Foreign | ScheduledRequest:
         headers = envelope.headers
         try:
             if self._foreign is None:
@@ -172,7 +172,7 @@ class Intake:
             if headers.eta is not None:
                 due_ms = unix_ms("eta", headers.eta)
                 if due_ms > self._redis_ms():
-                    return Early(slot, message, due_ms)
+                    return ScheduledRequest(slot, message, due_ms)
         except InferqError as error:
             return Failed(slot, self._other_ticket(slot, envelope, message), _bare(error))
         return Foreign(slot, message, handed)

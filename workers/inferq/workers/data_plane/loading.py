@@ -55,13 +55,13 @@ class LoadingModel:
     def reserved(self) -> list[Waiting]:
         return []
 
-    def told_to_end(self) -> None:
+    def stop_blaming(self) -> None:
         """Whatever ends this process from now on, no batch is to blame. For any thread."""
-        self._preparation.told_to_end()
+        self._preparation.stop_blaming()
 
     def close(self, timeout: float, *, free: bool = True) -> None:
         """As a served model's: there is nothing to free, or `load` has freed it."""
-        self.told_to_end()
+        self.stop_blaming()
 
     def load(
         self,
@@ -89,7 +89,7 @@ class LoadingModel:
             with self._named():
                 loaded = engine.load()
             undo.callback(loaded.close)
-            undo.callback(self.told_to_end)
+            undo.callback(self.stop_blaming)
             with self._named():
                 padding = probe_padding(loaded)
             threads = LaneThreads(f"inferq-{spec.name}")

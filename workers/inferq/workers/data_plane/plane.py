@@ -33,7 +33,7 @@ from inferq.workers.claims.link import Link, Waker
 from inferq.workers.claims.payloads import PayloadReader
 from inferq.workers.claims.recovery import Recoverer
 from inferq.workers.claims.runs import Finished, Job
-from inferq.workers.claims.scheduled import Scheduled
+from inferq.workers.claims.scheduled import ScheduledKeeper
 from inferq.workers.claims.settlement import Settlement
 from inferq.workers.data_plane import scheduling
 from inferq.workers.data_plane.admission import Admission
@@ -78,7 +78,7 @@ class DataPlane:
         *,
         lease: Lease,
         recoverer: Recoverer,
-        later: Scheduled,
+        scheduled: ScheduledKeeper,
         control: Control,
         observers: Observers,
         result_expires_s: int,
@@ -87,7 +87,7 @@ class DataPlane:
         self._client = client
         self._clock = clock
         self._models = {model.name: model for model in models}
-        self._later = later
+        self._scheduled = scheduled
         self._control = control
         self._observers = observers
         self._reply_timeout_s = reply_timeout_s
@@ -268,7 +268,7 @@ class DataPlane:
         self._settling.incarnation = incarnation.id
         link = Link(self._client, self._waker, self._reply_timeout_s)
         payloads = PayloadReader(self._client, self._reply_timeout_s)
-        receiver = Receiver(self._models, self._clock, self._control, self._later, payloads)
+        receiver = Receiver(self._models, self._clock, self._control, self._scheduled, payloads)
         try:
             link.open()
             self._ledger = ledger = incarnation.ledger(link)

@@ -20,16 +20,16 @@ from inferq.workers.claims.claim import Claimed, Slot
 from inferq.workers.claims.clock import RedisClock
 from inferq.workers.claims.ledger import Ledger
 from inferq.workers.claims.payloads import PayloadReader
-from inferq.workers.claims.recovery import linking, suspect
-from inferq.workers.claims.scheduled import Scheduled
+from inferq.workers.claims.recovery import decoding_field, linking_field
+from inferq.workers.claims.scheduled import ScheduledKeeper
 from inferq.workers.claims.settlement import Settlement
 from inferq.workers.claims.verdicts import (
-    Early,
     Failed,
     Foreign,
     Opened,
     Quarantined,
     Revoked,
+    ScheduledRequest,
     retried,
 )
 from inferq.workers.data_plane.control import Control
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 class Dead(msgspec.Struct, frozen=True):
-    """Computing it, or publishing its links (`linking`), ended too many workers."""
+    """Computing it, or publishing its links (`linking_field`), ended too many workers."""
 
     slot: Slot
     ticket: Ticket
@@ -60,7 +60,7 @@ class Answered(msgspec.Struct, frozen=True):
     result: bytes
 
 
-Found = Opened | Failed | Revoked | Foreign | Early | Quarantined | Dead | Answered
+Verdict = Opened | Failed | Revoked | Foreign | ScheduledRequest | Quarantined | Dead | Answered
 
 
 class Received(msgspec.Struct, frozen=True):
@@ -87,13 +87,13 @@ class Receiver:
         models: Mapping[str, ServedModel],
         clock: RedisClock,
         control: Control,
-        later: Scheduled,
+        scheduled: ScheduledKeeper,
         payloads: PayloadReader,
     ) -> None:
         self._models = models
         self._clock = clock
         self._control = control
-        self._later = later
+        self._scheduled = scheduled
         self._payloads = payloads
 
     def receive(self, ledger: Ledger, claimed: Claimed, suspicious: bool, room: int) -> Received:
@@ -113,7 +113,7 @@ class Receiver:
             # kill point: claim-opened
             self._admit(model, found, received, room)
             return received
-        fields = [suspect(message) for _, message in places]
+        fields = [decoding_field(message) for _, message in places]
         deaths = ledger.attempts(model.name, fields)
         clear = [place for place, field in zip(places, fields, strict=True) if field not in deaths]
         adopted = claimed.adopted
@@ -142,7 +142,7 @@ class Receiver:
                 ledger.absolve(model.name, field)
         return received
 
-    def _open(self, model: ServedModel, slot: Slot, message: bytes) -> Found:
+    def _open(self, model: ServedModel, slot: Slot, message: bytes) -> Verdict:
         try:
             return model.intake.open(slot, message)
         except Exception as problem:
@@ -156,7 +156,7 @@ class Receiver:
         model: ServedModel,
         places: Sequence[tuple[Slot, bytes]],
         adopted: bool,
-    ) -> list[Found]:
+    ) -> list[Verdict]:
         """As `_open`; Dead are those that ended too many workers.
 
         Of one that ended any, a copy is Answered: with the first, the attempts are forgotten. So is
@@ -165,15 +165,15 @@ class Receiver:
         opened = [self._open(model, slot, message) for slot, message in places]
         tickets = [found.ticket for found in opened if isinstance(found, Opened | Failed | Revoked)]
         ids = [ticket.id for ticket in tickets]
-        links = [linking(ticket.id) for ticket in tickets if ticket.canvas is not None]
+        links = [linking_field(ticket.id) for ticket in tickets if ticket.canvas is not None]
         counts = ledger.attempts(model.name, ids + links) if ids else {}
         if not counts and not adopted:
             return opened
         stored = ledger.stored(ids if adopted else [each for each in ids if each in counts])
-        counted: list[Found] = []
+        counted: list[Verdict] = []
         for found, (slot, message) in zip(opened, places, strict=True):
             if isinstance(found, Opened | Failed | Revoked):
-                ended = counts.get(linking(found.ticket.id), 0)
+                ended = counts.get(linking_field(found.ticket.id), 0)
                 if found.ticket.canvas is not None and ended >= model.spec.config.max_attempts:
                     ticket = retried(found, ended).ticket
                     counted.append(Dead(slot, ticket, message, linking=True))
@@ -205,7 +205,7 @@ class Receiver:
         return received
 
     def _admit(
-        self, model: ServedModel, found: Sequence[Found], received: Received, room: float
+        self, model: ServedModel, found: Sequence[Verdict], received: Received, room: float
     ) -> None:
         sizes: dict[str, int] = {}
         for each in found:
@@ -249,7 +249,7 @@ class Receiver:
     def _end(
         self,
         model: ServedModel,
-        found: Failed | Revoked | Foreign | Early | Quarantined | Dead | Answered,
+        found: Failed | Revoked | Foreign | ScheduledRequest | Quarantined | Dead | Answered,
     ) -> tuple[Settlement, bytes | None]:
         results = model.results
         match found:
@@ -281,8 +281,8 @@ class Receiver:
                 return results.answered(slot, ticket, result), ticket.canvas if result else None
             case Foreign(slot=slot, message=message, handed=handed):
                 return self._control.hand_over(slot, model.name, message, handed), None
-            case Early(slot=slot, message=message, due_ms=due_ms):
-                return self._later.keep(slot, message, due_ms), None
+            case ScheduledRequest(slot=slot, message=message, due_ms=due_ms):
+                return self._scheduled.keep(slot, message, due_ms), None
             case Quarantined(reason=reason):
                 settlement = results.quarantined(found, self._clock.now())
                 told = about(settlement.request_id, model=model.name)

@@ -24,7 +24,7 @@ from inferq.shared.errors import (
 from inferq.shared.schema import Ticket
 from inferq.workers.batching.padding import Padding
 from inferq.workers.claims.claim import Slot
-from inferq.workers.claims.recovery import linking
+from inferq.workers.claims.recovery import linking_field
 from inferq.workers.claims.runs import Outcome, Run
 from inferq.workers.claims.settlement import DEAD_LETTER, FAILURE, REVOKED, SUCCESS, Settlement
 from inferq.workers.claims.verdicts import Failed, Quarantined, Revoked
@@ -169,12 +169,15 @@ class Results:
         """A dead letter: publishing what follows on it ended its worker too often."""
         reason = f"its worker died publishing what follows on it {ticket.attempts} times"
         done = self._dead(slot, ticket, message, reason, redis_ms)
-        return replace(done, suspect=linking(ticket.id))
+        return replace(done, attempts_field=linking_field(ticket.id))
 
     def undecodable(
-        self, slot: Slot, message: bytes, suspect: str, deaths: int, redis_ms: float
+        self, slot: Slot, message: bytes, attempts_field: str, deaths: int, redis_ms: float
     ) -> Settlement:
-        """A dead letter: decoding it ended its worker too often. `suspect`: see Settlement."""
+        """A dead letter: decoding it ended its worker too often.
+
+        `attempts_field`: see Settlement.
+        """
         reason = f"its worker died decoding it {deaths} times"
         ticket = codec.guess_ticket(message, slot.claim.model)
         if ticket is None:
@@ -182,7 +185,7 @@ class Results:
         else:
             ticket = replace(ticket, attempts=deaths)
             done = self._dead(slot, ticket, message, reason, redis_ms)
-        return replace(done, suspect=suspect)
+        return replace(done, attempts_field=attempts_field)
 
     def quarantined(self, found: Quarantined, redis_ms: float, attempts: int = 0) -> Settlement:
         """A dead letter: nobody can read it. Answered if it is an envelope that names its id."""

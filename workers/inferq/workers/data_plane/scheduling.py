@@ -19,11 +19,11 @@ def next_batches(
     A suspect computes while nothing else does, on no lane of any model, and no audit either: should
     it end this process once more, nobody else is blamed, nor is it blamed for others.
     """
-    suspect = next((model for model in models if model.suspect()), None)
+    suspect = next((model for model in models if model.is_suspect_first()), None)
     if suspect is not None:
         audited = [model.audit.hold() for model in models]
         busy = any(audited) or any(model.jobs for model in models)
-        return [] if busy else [(suspect, suspect.form_suspect())]
+        return [] if busy else [(suspect, suspect.form_alone())]
     if any(job.items[0].alone for model in models for job in model.jobs):
         return []
     for model in models:

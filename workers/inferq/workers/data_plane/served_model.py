@@ -109,11 +109,11 @@ class ServedModel:
         while (decision := self._decide(now_mono_ms)) is not None:
             yield self._form(decision)
 
-    def suspect(self) -> bool:
+    def is_suspect_first(self) -> bool:
         """Whether the first in line may have ended a worker: it is to compute all by itself."""
         return bool(self.waiting) and self.waiting.items[0].alone
 
-    def form_suspect(self) -> Job:
+    def form_alone(self) -> Job:
         """The suspect's own batch."""
         return self._form(Leave((0,), self.waiting.items[0].rows, 0))
 
@@ -127,7 +127,7 @@ class ServedModel:
         """The next batch for a free lane or, once all compute, the next full one for whichever
         lane is free first: requests that still lack company keep the chance to find it.
         """
-        if self.suspect():
+        if self.is_suspect_first():
             return None
         free = len(self._lanes) - len(self.jobs)
         if free > 0:
@@ -238,15 +238,15 @@ class ServedModel:
         """Whether a lane's thread is there."""
         return self._lanes.is_alive
 
-    def told_to_end(self) -> None:
+    def stop_blaming(self) -> None:
         """Whatever ends this process from now on, no batch is to blame."""
-        self._prepared.told_to_end()
+        self._prepared.stop_blaming()
 
     def close(self, timeout: float, *, free: bool = True) -> None:
         """End the lanes and free the model, unless a lane does not end in time. `free` is False
         where an engine is beyond use: what would free meets the same error, and may not return.
         """
         self.target.keep()
-        self.told_to_end()
+        self.stop_blaming()
         if self._lanes.stop(timeout) and free:
             self._loaded.close()

@@ -17,18 +17,18 @@ def audits(client: redis.Redis, names: Names) -> Iterator[Finding]:
     Raises redis' errors.
     """
     done = 0
-    amiss = False
+    wrong = False
     for worker in read_stats(client, names):
         for model in worker.models:
             done += sum(model.audits.values())
             if model.mismatch is None:
                 continue
-            amiss = True
+            wrong = True
             goes_on = "runs request by request now" if model.unbatched else "goes on in batches"
             yield warning(
                 f"model {model.model}",
                 f"on {worker.node}: {model.mismatch}; it {goes_on}",
                 "write batchable = false into its model.toml",
             )
-    if done and not amiss:
+    if done and not wrong:
         yield ok("audits", f"{done} answers looked at again; none depended on its batch")

@@ -14,7 +14,7 @@ from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from inferq.shared.connect import judge_server, redact, redis_client
 from inferq.shared.errors import ConfigError
 from inferq.shared.names import Names
-from inferq.workers.claims.amiss import find_amiss
+from inferq.workers.claims.wrong_type import find_wrong_types
 from inferq.workers.doctor.finding import Finding, error, ok, warning
 from inferq.workers.queues.depths import DepthReader
 
@@ -91,13 +91,13 @@ def examine(client: redis.Redis, url: str) -> Iterator[Finding]:
 
 
 def keys(client: redis.Redis, names: Names) -> Iterator[Finding]:
-    """The keys of all models that Redis knows, as far as they are amiss. Raises redis' errors."""
+    """The keys of all models that Redis knows, that have the wrong type. Raises redis' errors."""
     models = DepthReader(client, names).models()
-    amiss = find_amiss(client, names, models)
-    for each in amiss:
-        found = f"{each.key!r} is a {each.found}; expected a {each.expected}. {each.until} so long"
+    wrong = find_wrong_types(client, names, models)
+    for each in wrong:
+        found = f"{each.key!r} is a {each.found}; expected a {each.expected}. {each.effect} so long"
         yield error("keys", found, "DEL it, or RENAME it if it is needed")
-    if not amiss:
+    if not wrong:
         yield ok("keys", f"those of {len(models)} models are what they are to be")
 
 

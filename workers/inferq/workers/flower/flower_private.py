@@ -33,7 +33,7 @@ from inferq.shared.celery_app import PING_S
 from inferq.shared.connect import redact
 from inferq.workers.flower import rows
 from inferq.workers.flower.figures import WINDOW_S, Figures
-from inferq.workers.flower.readings import Readings, Told
+from inferq.workers.flower.readings import Latest, Readings
 
 #: The releases of Flower that this was tested with.
 TESTED: Final = "2.2"
@@ -148,7 +148,7 @@ class _Templates(Loader):
         return Template(text, name=name, loader=self)
 
 
-async def _latest(handler: Any) -> Told:
+async def _latest(handler: Any) -> Latest:
     readings: Readings = handler.settings["inferq_readings"]
     return await readings.latest({*_consumed(handler), handler.capp.conf.task_default_queue})
 

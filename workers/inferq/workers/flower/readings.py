@@ -64,7 +64,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Told:
+class Latest:
     """The last good reading (None: there was none yet), and why there is none of now."""
 
     reading: Reading | None
@@ -92,7 +92,7 @@ class Readings:
         self._look_at = -math.inf
         self._looking: asyncio.Future[None] | None = None
 
-    async def latest(self, queues: Collection[str] = ()) -> Told:
+    async def latest(self, queues: Collection[str] = ()) -> Latest:
         """What is known now; `queues` names others, foreign to inferq, to be counted too.
 
         Never raises for Redis' sake, and waits `PATIENCE_S` at most.
@@ -106,8 +106,8 @@ class Readings:
         if self._reading is not None:
             waited, _ = await asyncio.wait({self._reading}, timeout=PATIENCE_S)
             if not waited:
-                return Told(self._last, f"Redis has not answered for {PATIENCE_S:g} s")
-        return Told(self._last, self._problem)
+                return Latest(self._last, f"Redis has not answered for {PATIENCE_S:g} s")
+        return Latest(self._last, self._problem)
 
     async def _look(self) -> None:
         """Find all models, which may take long: readings go on with those known before."""

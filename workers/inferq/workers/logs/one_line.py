@@ -23,7 +23,9 @@ class OneLine(logging.Filter):
         elif args:
             record.args = tuple(map(_harmless, args))
         if record.exc_info and not record.exc_text:
-            record.exc_text = traces.told(record.exc_info)  # which formatters take as it is
+            record.exc_text = traces.format_traceback(
+                record.exc_info
+            )  # which formatters take as it is
         return True
 
 

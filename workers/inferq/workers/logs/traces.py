@@ -23,7 +23,7 @@ _WITHIN: Final = "\nThe above exception group holds this one:\n\n"
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
 
-def told(exc_info: ExcInfo) -> str:
+def format_traceback(exc_info: ExcInfo) -> str:
     """The traceback, as logging's own formatter tells it but for the exceptions' texts."""
     kind, problem, trace = exc_info
     if kind is None or problem is None:

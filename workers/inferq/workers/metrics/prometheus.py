@@ -246,7 +246,7 @@ class DepthCollector(Collector):
             yield GaugeMetricFamily(
                 "inferq_queues_unannounced",
                 "Queues of models that no worker announced, or that are too many to be told apart.",
-                value=reading.untold,
+                value=reading.not_listed,
             )
 
 
@@ -258,12 +258,12 @@ class _Reading(threading.Thread):
         self._reader = reader
         self.read = threading.Event()
         self.depths: Sequence[Depth] | None = None
-        self.untold = 0
+        self.not_listed = 0
 
     def run(self) -> None:
         try:
             found = self._reader.find()
-            self.untold = len(found.strays) + found.unlisted + len(found.known[MODELS:])
+            self.not_listed = len(found.strays) + found.unlisted + len(found.known[MODELS:])
             self.depths = self._reader.read(found.known[:MODELS]).models
         except (RedisError, OSError):
             pass

@@ -63,7 +63,7 @@ def _pad_value(value: object) -> object:
 
 def _from_least_to_most(sizes: tuple[int, int, int]) -> tuple[int, int, int]:
     if list(sizes) != sorted(sizes):
-        raise ValueError("the smallest, the usual and the largest size, in this order")
+        raise ValueError("the smallest, the optimum and the largest size, in this order")
     return sizes
 
 
@@ -138,7 +138,7 @@ class ModelConfig(TomlTable):
     #: How a lane waits for its card: asleep, or asking it in a loop, which takes a core and saves
     #: the time that it takes to wake up.
     gpu_wait: Literal["sleep", "spin"] = "sleep"
-    #: Symbol → its smallest, usual and largest size: what TensorRT builds for; ``[profile]``, or
+    #: Symbol → its smallest, optimum and largest size: what TensorRT builds for; ``[profile]``, or
     #: several of them, ``[[profile]]``. Where one is silent the batch knobs and `pad` say it
     #: (`ranges`).
     profile: Profiles = ()
@@ -150,10 +150,10 @@ class ModelConfig(TomlTable):
 
     @property
     def known_sizes(self) -> dict[str, int]:
-        """Symbol → a size that it may have: the usual one of the first profile, or a padded one."""
+        """Symbol → a size that it may have: the optimum of the first profile, or a padded one."""
         padded = {symbol: table.buckets[0] for symbol, table in self.pad.items()}
-        usual = {symbol: sizes[1] for table in self.profile[:1] for symbol, sizes in table.items()}
-        return padded | usual
+        optimum = {name: sizes[1] for table in self.profile[:1] for name, sizes in table.items()}
+        return padded | optimum
 
     def changed(self) -> dict[str, Any]:
         """The knobs, other than the engine, that differ from their defaults."""

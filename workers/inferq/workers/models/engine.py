@@ -21,7 +21,7 @@ import numpy as np
 from inferq.shared.errors import EngineError
 from inferq.shared.schema import Array, GpuTimes, Tensors
 from inferq.workers.models.joining import copy, join
-from inferq.workers.models.ranges import Usual
+from inferq.workers.models.ranges import Optimum
 from inferq.workers.models.signatures import Declared
 from inferq.workers.models.spec import ModelSpec
 
@@ -93,8 +93,8 @@ class LoadedModel:
     lanes: Sequence[Lane]
     #: Batch sizes at which it runs, ascending; empty: any.
     buckets: tuple[int, ...] = ()
-    #: Its usual inputs, those of the largest batches first; empty: nothing tells them.
-    usual: Sequence[Usual] = ()
+    #: Its optimum inputs, those of the largest batches first; empty: nothing tells them.
+    optimum: Sequence[Optimum] = ()
     #: Whether each lane has hardware of its own (CPU cores), so that two batches on two lanes end
     #: sooner than one of twice the size on one.
     parallel_lanes: bool = False

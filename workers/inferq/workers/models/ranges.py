@@ -1,6 +1,6 @@
 """How large the open dims of a model's inputs may be: by ``[profile]``, ``[pad]`` and batch knobs.
 
-A profile gives each symbol of the signature three sizes: the smallest, the usual one, for which an
+A profile gives each symbol of the signature three sizes: the smallest, the optimum, for which an
 engine is to be fastest, and the largest. model.toml may hold one, ``[profile]``, or several,
 ``[[profile]]``; of a symbol on which a profile is silent, the batch knobs and ``[pad]`` say it.
 """
@@ -18,7 +18,7 @@ from inferq.workers.models.signatures import how_to_name
 from inferq.workers.models.spec import ModelSpec
 
 Shape = tuple[int, ...]
-#: The smallest, the usual and the largest size of one symbol.
+#: The smallest, the optimum and the largest size of one symbol.
 Sizes = tuple[int, int, int]
 
 #: Elements of one input at its largest: TensorRT's own limit.
@@ -43,8 +43,8 @@ class InputRange:
 
 
 @dataclass(frozen=True)
-class Usual:
-    """The usual inputs of one profile."""
+class Optimum:
+    """The inputs at the optimum of one profile."""
 
     #: Of all symbols.
     sizes: Mapping[str, int]
@@ -81,12 +81,12 @@ def input_ranges(spec: ModelSpec, sizes: Mapping[str, Sizes]) -> tuple[InputRang
     return tuple(_range(tensor, sizes) for tensor in spec.signature.inputs)
 
 
-def usual_inputs(spec: ModelSpec) -> tuple[Usual, ...]:
+def optimum_inputs(spec: ModelSpec) -> tuple[Optimum, ...]:
     """Of each profile of `spec`, those of the largest batches first. ConfigError: as above."""
     batch = spec.batch_symbol
     found = [
-        Usual(
-            {symbol: usual for symbol, (_, usual, _) in sizes.items()},
+        Optimum(
+            {symbol: optimum for symbol, (_, optimum, _) in sizes.items()},
             1 if batch is None else sizes[batch][2],
         )
         for sizes in profile_sizes(spec)
@@ -94,10 +94,10 @@ def usual_inputs(spec: ModelSpec) -> tuple[Usual, ...]:
     return tuple(sorted(found, key=lambda each: -each.rows))
 
 
-def told_inputs(spec: ModelSpec) -> tuple[Usual, ...]:
+def given_optimum_inputs(spec: ModelSpec) -> tuple[Optimum, ...]:
     """The same, for an engine that takes any shape; empty if ``[profile]`` does not tell them."""
     try:
-        return usual_inputs(spec) if spec.config.profile else ()
+        return optimum_inputs(spec) if spec.config.profile else ()
     except ConfigError:  # only an engine that is built for its profiles needs all of them
         return ()
 
@@ -131,7 +131,7 @@ def _sizes(spec: ModelSpec, table: Mapping[str, Sizes], symbol: str, batch: Size
         return buckets[0], buckets[-1], buckets[-1]
     raise ConfigError(
         f"nothing says how large {symbol!r} of the inputs may be; expected in model.toml: "
-        f"[profile] {toml_key(symbol)} = [smallest, usual, largest]"
+        f"[profile] {toml_key(symbol)} = [smallest, optimum, largest]"
     )
 
 
@@ -189,11 +189,11 @@ def _shape(tensor: TensorSpec, sizes: Mapping[str, Sizes], which: int) -> Shape:
 
 
 def _range(tensor: TensorSpec, sizes: Mapping[str, Sizes]) -> InputRange:
-    least, usual, most = (_shape(tensor, sizes, which) for which in range(3))
+    least, optimum, most = (_shape(tensor, sizes, which) for which in range(3))
     elements = math.prod(most)
     if elements > MAX_ELEMENTS:
         raise ConfigError(
             f"input {tensor} has {elements} elements at its largest, {list(most)}; "
             f"expected at most {MAX_ELEMENTS}: lower max_batch_size or the sizes in [profile]"
         )
-    return InputRange(tensor.name, least, usual, most)
+    return InputRange(tensor.name, least, optimum, most)

@@ -17,7 +17,7 @@ from typing import Final
 from inferq.shared.errors import ConfigError
 from inferq.shared.names import is_model_name
 from inferq.workers.logs.fields import about
-from inferq.workers.logs.slow import told_if_slow
+from inferq.workers.logs.slow import warn_if_slow
 from inferq.workers.models.config import ModelConfig
 from inferq.workers.models.folders import TOML, inside, look_through, versions_of, why_no_name
 from inferq.workers.models.model_toml import ModelToml, check_pad, check_profile, read_toml
@@ -51,7 +51,7 @@ def load_models(
     bad: list[NotServed] = []
     for name in names:
         try:
-            with told_if_slow(logger, name, "reading it and running examples"):
+            with warn_if_slow(logger, name, "reading it and running examples"):
                 specs.append(load_model(root, name, on_cpu=on_cpu))
         except ConfigError as problem:
             bad.append(not_served(name, problem.message))

@@ -98,8 +98,8 @@ def examine(  # noqa: C901 - a table of cases
         apart = _why_apart(signature)
         return _unbatched(signature, apart, batchable) if apart else _batched(signature, symbol)
     signature = _with_ranks(signature, shown)
-    if shown.untold:
-        return _unbatched(*_without_untold(signature, shown), batchable)
+    if shown.unbatched:
+        return _unbatched(*_open_unbatched(signature, shown), batchable)
     varying = _varying(shown.varying) if shown.varying else None
     if not shown.differences:
         if varying is not None and not batchable:
@@ -195,10 +195,10 @@ def _with_ranks(signature: Signature, shown: Shown) -> Signature:
     return Signature(signature.inputs, outputs)
 
 
-def _without_untold(signature: Signature, shown: Shown) -> tuple[Signature, str]:
+def _open_unbatched(signature: Signature, shown: Shown) -> tuple[Signature, str]:
     """`signature` with dim 0 of outputs that do not follow the rows open, and why."""
     specs = {spec.name: spec for spec in signature.outputs}
-    name, seen = next(iter(shown.untold.items()))
+    name, seen = next(iter(shown.unbatched.items()))
     spec = specs[name]
     if not spec.shape:
         why = f"output {name!r} is a scalar, without a batch dim"
@@ -208,7 +208,7 @@ def _without_untold(signature: Signature, shown: Shown) -> tuple[Signature, str]
         why = f"the rows of output {name!r} do not follow those of the inputs: {seen}"
     outputs = tuple(
         _renamed(spec, None)
-        if spec.name in shown.untold and spec.shape and not isinstance(spec.shape[0], int)
+        if spec.name in shown.unbatched and spec.shape and not isinstance(spec.shape[0], int)
         else spec
         for spec in signature.outputs
     )

@@ -55,7 +55,7 @@ class Changed:
         return isinstance(self.by, Difference) and self.by.share < SMALL
 
     @property
-    def told(self) -> bool:
+    def is_measured(self) -> bool:
         """Whether it says by how much."""
         return isinstance(self.by, Difference) and self.by.cosine is not None
 
@@ -89,8 +89,8 @@ class Comparisons:
         self._kinds = self._examples.kinds()
         #: Whether an output is an index or a flag.
         self._labels = any(DTYPES[spec.dtype].kind not in "fc" for spec in signature.outputs)
-        #: Output → how large its values usually are, of inputs that are neither large nor small.
-        self._usual: dict[str, float] = {}
+        #: Output → the typical largest value, of inputs that are neither large nor small.
+        self._typical_max: dict[str, float] = {}
         #: Symbol → comparisons made in which it was padded.
         self.made = dict.fromkeys(rules, 0)
         #: Comparisons that time did not suffice for.
@@ -104,7 +104,7 @@ class Comparisons:
                 continue
             changed = self.compare(case)
             if changed is not None and (not changed.small or self._confirmed(changed)):
-                return self._told_best(changed)
+                return self._measured_best(changed)
         return None
 
     def _confirmed(self, changed: Changed) -> bool:
@@ -115,10 +115,10 @@ class Comparisons:
             if example is not changed.case.example
         )
 
-    def _told_best(self, changed: Changed) -> Changed:
+    def _measured_best(self, changed: Changed) -> Changed:
         """The same with inputs, if there are any, on which there is a number to tell."""
         for example in self._kinds:
-            if changed.told:
+            if changed.is_measured:
                 break
             changed = self.compare(replace(changed.case, example=example)) or changed
         return changed
@@ -130,7 +130,7 @@ class Comparisons:
         if inputs is None or alone is None:
             return None
         if case.example is self._kinds[0]:
-            self._note_usual(alone)
+            self._note_typical_max(alone)
         padded, sizes = self.padding.apply(inputs)
         buckets = {
             symbol: self.rules[symbol].bucket(case.sizes[symbol]) or 0 for symbol in case.padded
@@ -167,21 +167,21 @@ class Comparisons:
         return self._largest(steady, answer)
 
     def _largest(self, expected: Tensors, got: Tensors) -> Difference | None:
-        """Of the differences of all outputs, each held to what its values usually are."""
+        """Of the differences of all outputs, each held to its typical largest value."""
         found = [
-            difference({name: array}, got, self._rounding, self._usual.get(name, 0.0))
+            difference({name: array}, got, self._rounding, self._typical_max.get(name, 0.0))
             for name, array in expected.items()
         ]
         differing = [each for each in found if each is not None]
         return max(differing, key=lambda each: each.share, default=None)
 
-    def _note_usual(self, outputs: Mapping[str, Array]) -> None:
+    def _note_typical_max(self, outputs: Mapping[str, Array]) -> None:
         for name, array in outputs.items():
             if array.dtype.kind in "fc":
                 values = np.abs(array[np.isfinite(array) & (array != 0)])
                 if values.size:
-                    usual = min(float(np.median(values)), typical(values))
-                    self._usual[name] = max(usual, self._usual.get(name, 0.0))
+                    typical_max = min(float(np.median(values)), typical(values))
+                    self._typical_max[name] = max(typical_max, self._typical_max.get(name, 0.0))
 
     def _cases(self) -> Iterator[Case]:  # noqa: C901 - a list of loops
         taken, kinds = self._taken, self._kinds

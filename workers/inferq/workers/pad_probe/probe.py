@@ -92,7 +92,7 @@ def measured_padding(
         name,
         trials.runs,
         trials.took_s,
-        _growth_told(measured),
+        _describe_growth(measured),
         extra=about(model=name),
     )
     if comparisons.left_out:
@@ -112,7 +112,7 @@ def _padded_sizes(rule: PadRule) -> bool:
     return rule.buckets[-1] > len(rule.buckets)
 
 
-def _growth_told(measured: Measured) -> str:
+def _describe_growth(measured: Measured) -> str:
     told = [
         f"dim {axis} of {output} follows {symbol}"
         for output, growths in measured.growths.items()

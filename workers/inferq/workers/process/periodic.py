@@ -28,7 +28,8 @@ MAX_SAY_AGAIN_S: Final = 600.0
 MAX_KINDS: Final = 32
 _JOIN_S: Final = 5.0
 
-#: What turns raise while Redis is away, full or amiss: the next one may do better.
+#: What turns raise while Redis is away, is full or holds keys of the wrong type. The next turn may
+#: succeed.
 EXPECTED: Final = (RedisError, OSError)
 
 

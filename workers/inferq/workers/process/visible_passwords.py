@@ -36,18 +36,18 @@ def visible_password(arguments: Sequence[str]) -> str | None:
         name, _, value = argument.partition("=")
         option = name if value and name.startswith("--") else before
         if (found := _SECRETS.get(_spelt(option))) is not None:
-            return _told(option, found)
+            return _message(option, found)
         if any(map(_holds_password, _URL.findall(argument))):
             option = argument.partition("=")[0] if argument.startswith("--") else before
             if argument.startswith("-b"):
                 option = "-b"
             elsewhere = _ELSEWHERE.get(option)
-            return _told(option if elsewhere else "a URL", elsewhere or "INFERQ_REDIS_URL")
+            return _message(option if elsewhere else "a URL", elsewhere or "INFERQ_REDIS_URL")
         before = argument
     return None
 
 
-def _told(what: str, elsewhere: str) -> str:
+def _message(what: str, elsewhere: str) -> str:
     return (
         f"{what} holds a password, which every user of this host sees in the list of processes; "
         f"expected it in the environment: {elsewhere}"

@@ -18,7 +18,7 @@ from inferq.shared import codec
 from inferq.shared.errors import InferqError, PayloadExpired
 from inferq.shared.lua import source
 from inferq.shared.names import Names, is_model_name
-from inferq.workers.claims.recovery import suspect
+from inferq.workers.claims.recovery import decoding_field
 from inferq.workers.claims.settlement import DEAD_PAYLOAD_S
 from inferq.workers.queues.letter import Letter, in_time, payloads_in, priority_in, read_letter
 
@@ -128,7 +128,7 @@ class DeadLetters:
         again = in_time(letter.message, now)
         left_s = (again.deadline_ms - now) / 1000 if again.deadline_ms else 0
         ttl_s = max(DEAD_PAYLOAD_S, PAYLOAD_MARGIN_S + int(left_s))
-        fields = [suspect(letter.message), *([letter.id] if letter.id else [])]
+        fields = [decoding_field(letter.message), *([letter.id] if letter.id else [])]
         self._take_out(letter, ["replay", again.message, stored, ttl_s, *fields])
         return Replayed(self.step(letter), again.dropped)
 

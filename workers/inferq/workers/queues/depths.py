@@ -69,7 +69,7 @@ class Depths(msgspec.Struct, frozen=True, kw_only=True):
     unlisted: int = 0
 
 
-class Found(msgspec.Struct, frozen=True, kw_only=True):
+class KnownModels(msgspec.Struct, frozen=True, kw_only=True):
     """The models that Redis knows of, each list sorted."""
 
     #: A worker announces or announced them in the last day, or left something of them.
@@ -95,7 +95,7 @@ class DepthReader:
         found = self.find()
         return [*found.known, *found.strays]
 
-    def find(self) -> Found:
+    def find(self) -> KnownModels:
         """Look for all models, by every key's name (SCAN, twice).
 
         That takes about a second where there are a million keys.
@@ -119,7 +119,7 @@ class DepthReader:
                 strays.add(model)
             else:
                 unlisted += 1
-        return Found(
+        return KnownModels(
             known=sorted(filter(is_model_name, known)), strays=sorted(strays), unlisted=unlisted
         )
 

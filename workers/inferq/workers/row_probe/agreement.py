@@ -67,20 +67,20 @@ class Difference:
 
 
 def difference(
-    expected: Tensors, got: Tensors, scale: float = 1.0, usual: float = 0.0
+    expected: Tensors, got: Tensors, scale: float = 1.0, typical_max: float = 0.0
 ) -> Difference | None:
     """The largest difference of any output, beyond rounding; None if there is none.
 
     `scale`: multiplies what is taken for rounding; runs of equal shapes round alike (0.01, say).
-    `usual`: a usual largest value. Where all are smaller they may still differ by its rounding.
+    `typical_max`: the typical largest value. Smaller values may still differ by the rounding of it.
     """
-    found = [_compare(name, expected[name], got[name], scale, usual) for name in expected]
+    found = [_compare(name, expected[name], got[name], scale, typical_max) for name in expected]
     differing = [each for each in found if each is not None]
     return max(differing, key=lambda each: each.share, default=None)
 
 
 def _compare(
-    name: str, expected: Array, got: Array, scale: float, usual: float
+    name: str, expected: Array, got: Array, scale: float, typical_max: float
 ) -> Difference | None:
     if expected.shape != got.shape:
         what = f"in shape: {list(got.shape)} in place of {list(expected.shape)}"
@@ -102,7 +102,7 @@ def _compare(
     if not apart.any():
         return None
     sizes = np.abs(a)
-    beside = _beside(sizes, usual)
+    beside = _beside(sizes, typical_max)
     wrong = apart > scale * (rounding.of_value * sizes + rounding.of_largest * beside)
     if not wrong.any():
         return None
@@ -126,11 +126,11 @@ def typical(array: Array) -> float:
     return float(_tops(sizes)[0]) if sizes.size else 0.0
 
 
-def _beside(sizes: Array, usual: float) -> Array:
-    """For each of `sizes` the largest of its kind; of the smallest kind at least `usual`."""
+def _beside(sizes: Array, typical_max: float) -> Array:
+    """For each of `sizes` the largest of its kind; of the smallest kind at least `typical_max`."""
     tops = _tops(sizes)
     kinds = np.searchsorted(tops[:-1], sizes)
-    tops[0] = max(tops[0], usual)
+    tops[0] = max(tops[0], typical_max)
     return tops[kinds]
 
 

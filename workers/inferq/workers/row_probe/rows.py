@@ -56,7 +56,7 @@ class Shown:
     #: Output → number of dims.
     dims: Mapping[str, int]
     #: Output whose dim 0 does not follow the rows → how not.
-    untold: Mapping[str, str]
+    unbatched: Mapping[str, str]
     #: How rows differ by the company that they are in; empty: they do not.
     differences: Sequence[Difference]
     #: Outputs that vary from run to run: only their shapes were compared.
@@ -106,11 +106,11 @@ class _Study:
         #: What the model last raised.
         self.problem = ""
         self._dims: dict[str, int] = {}
-        self._untold: dict[str, str] = {}
+        self._unbatched: dict[str, str] = {}
         self._differences: list[Difference] = []
         self._varying: set[str] = set()
-        #: Output → its largest value on rows of the first kind, which is a usual one.
-        self._usual: dict[str, float] = {}
+        #: Output → its largest value on rows of the first kind, which is typical.
+        self._typical_max: dict[str, float] = {}
         #: Output → how a row by itself differs, and all answers to rows of that kind.
         self._alone: dict[str, list[tuple[Difference, Array]]] = defaultdict(list)
         #: Output → the largest value of each kind on which a row by itself does not differ.
@@ -125,13 +125,13 @@ class _Study:
     @property
     def is_settled(self) -> bool:
         """Whether nothing that is still to come could matter."""
-        return bool(self._untold)
+        return bool(self._unbatched)
 
     def shown(self) -> Shown:
         logger.debug("%d runs in %.2f s", self._runs, time.process_time() - self._began)
         found = self._differences + self._unexplained()
         differences = [each for each in found if each.output not in self._varying]
-        return Shown(self._dims, self._untold, differences, sorted(self._varying))
+        return Shown(self._dims, self._unbatched, differences, sorted(self._varying))
 
     def _unexplained(self) -> list[Difference]:
         """How rows differ by themselves, but for amplified rounding."""
@@ -165,7 +165,7 @@ class _Study:
         if self._differences:
             return True  # rows that cannot be told apart would still matter
         if kind is UNIT:
-            self._usual = {name: typical(array) for name, array in base.items()}
+            self._typical_max = {name: typical(array) for name, array in base.items()}
         others, last = range(width, 2 * width - 1), width - 1
         alone = [self._by_itself(rows, base, 0)]
         self._in_company(rows, base, (0, *others), 0)
@@ -202,7 +202,7 @@ class _Study:
             self._in_company(rows, larger, (2, 0, *(2,) * (size - 2)), 1)
 
     def _weigh(self, base: Tensors, alone: Sequence[Mapping[str, Difference | None]]) -> None:
-        for name in base.keys() - self._untold.keys() - self._varying:
+        for name in base.keys() - self._unbatched.keys() - self._varying:
             compared = [differences[name] for differences in alone if name in differences]
             found = [each for each in compared if each is not None]
             self._alone[name] += [(each, base[name]) for each in found]
@@ -225,7 +225,7 @@ class _Study:
         for name, array in outputs.items():
             self._dims[name] = array.ndim
             if array.ndim == 0 or len(array) != len(index):
-                self._untold.setdefault(name, f"{list(array.shape)} of {len(index)} rows")
+                self._unbatched.setdefault(name, f"{list(array.shape)} of {len(index)} rows")
         return outputs
 
     def _in_company(self, rows: Tensors, base: Tensors, chosen: Sequence[int], place: int) -> None:
@@ -268,7 +268,9 @@ class _Study:
     # --- comparing --------------------------------------------------------------------------
 
     def _comparable(self, outputs: Tensors) -> list[str]:
-        return [name for name in outputs if name not in self._untold and name not in self._varying]
+        return [
+            name for name in outputs if name not in self._unbatched and name not in self._varying
+        ]
 
     def _differs(
         self,
@@ -282,19 +284,19 @@ class _Study:
     ) -> Difference | None:
         """How `got` at `place` differs from `base` at `row`, and not from itself, run again."""
         right, seen = base[name][row : row + 1], got[name][place : place + 1]
-        usual = self._usual.get(name, 0.0)
-        found = difference({name: right}, {name: seen}, scale, usual)
+        typical_max = self._typical_max.get(name, 0.0)
+        found = difference({name: right}, {name: seen}, scale, typical_max)
         if found is None:
             return None
         repeated = again()
-        if repeated is None or name in self._untold:
+        if repeated is None or name in self._unbatched:
             return None
         same = repeated[name][place : place + 1]
-        if difference({name: seen}, {name: same}, scale, usual) is None:
+        if difference({name: seen}, {name: same}, scale, typical_max) is None:
             return found
-        if difference({name: seen}, {name: same}, 1.0, usual) is None:
+        if difference({name: seen}, {name: same}, 1.0, typical_max) is None:
             # It rounds otherwise from run to run.
-            return difference({name: right}, {name: seen}, 1.0, usual)
+            return difference({name: right}, {name: seen}, 1.0, typical_max)
         self._varying.add(name)
         return None
 

@@ -32,8 +32,8 @@ FILE: Final = "model.onnx"
 class BuildRequest:
     """What is to be built. `gpu` is of the kind at hand; None: there is none.
 
-    `batch`: the smallest, usual and largest batch in place of model.toml's. `workspace_bytes`: the
-    most device memory that a kernel may take for itself while it runs; None: all there is.
+    `batch`: the smallest, optimum and largest batch in place of model.toml's. `workspace_bytes`:
+    the most device memory that a kernel may take for itself while it runs; None: all there is.
     """
 
     spec: ModelSpec

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from inferq.shared.errors import ConfigError
 from inferq.workers.engines.on_gpu import LANES, ROUNDING, WARM_RUNS, further_lanes, gpu_buckets
 from inferq.workers.models.engine import Engine, LoadedModel
-from inferq.workers.models.ranges import usual_inputs
+from inferq.workers.models.ranges import optimum_inputs
 from inferq.workers.models.signatures import Declared
 from inferq.workers.models.spec import ModelSpec
 from inferq.workers.models.validation import Flag, TomlTable, validate
@@ -80,7 +80,7 @@ class TensorRTEngine(Engine):
                 "cuda",
                 session.lanes,
                 buckets=buckets,
-                usual=usual_inputs(spec),
+                optimum=optimum_inputs(spec),
                 rounding=ROUNDING,
                 runs_to_be_warm=WARM_RUNS,
                 further_lanes=further_lanes(spec, session.another),

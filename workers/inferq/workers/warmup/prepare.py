@@ -22,7 +22,7 @@ from inferq.workers.engines.tuning import Tuning, sample, sizes
 from inferq.workers.logs.fields import about
 from inferq.workers.models.engine import Batch, Lane, LoadedModel
 from inferq.workers.models.lane_threads import LaneThreads
-from inferq.workers.models.ranges import Usual
+from inferq.workers.models.ranges import Optimum
 from inferq.workers.models.spec import ModelSpec
 from inferq.workers.process.versions import installed_versions
 from inferq.workers.warmup import limits
@@ -62,7 +62,7 @@ class Prepared:
             self.notes.record.lanes = learnt.lanes
             self.notes.save()
 
-    def told_to_end(self) -> None:
+    def stop_blaming(self) -> None:
         """Whatever ends this process from now on, no batch is to blame. For any thread."""
         if self.notes is not None:
             self.notes.close()
@@ -88,7 +88,7 @@ class Preparation:
         except OSError as problem:
             logger.info("%s cannot be read: %s", path, problem.strerror)
 
-    def told_to_end(self) -> None:
+    def stop_blaming(self) -> None:
         """Whatever ends this process from now on, no batch is to blame."""
         if self._notes is not None:
             self._notes.close()
@@ -101,7 +101,7 @@ class Preparation:
         refused = self._refused(killed) if killed is not None else None
         if not spec.config.warm_up:
             return self._as_it_is(model, tried, killed, refused)
-        first, *others = model.usual or [Usual({}, tried[-1])]
+        first, *others = model.optimum or [Optimum({}, tried[-1])]
         if self._make(model, tried[0], first) is None:
             self._tell_untried()
             return self._as_it_is(model, tried, killed, refused)
@@ -156,7 +156,7 @@ class Preparation:
                 "batch": [spec.max_batch_size, list(model.buckets), spec.batch_symbol],
                 "lanes": len(model.lanes),
                 "pad": {symbol: repr(rule) for symbol, rule in spec.config.pad.items()},
-                "usual": [repr(usual) for usual in model.usual],
+                "optimum": [repr(optimum) for optimum in model.optimum],
                 "machine": _machine(),
             }
         )
@@ -199,15 +199,15 @@ class Preparation:
             total += math.prod(sizes_of)
         return max(1, total)
 
-    def _batch(self, model: LoadedModel, size: int, usual: Usual) -> Batch:
-        batch = self._make(model, size, usual)
+    def _batch(self, model: LoadedModel, size: int, optimum: Optimum) -> Batch:
+        batch = self._make(model, size, optimum)
         assert batch is not None
         return batch
 
-    def _make(self, model: LoadedModel, size: int, usual: Usual) -> Batch | None:
+    def _make(self, model: LoadedModel, size: int, optimum: Optimum) -> Batch | None:
         spec = self._spec
         arrays = sample(
-            spec.signature, size, spec.config.pad, usual.sizes, batchable=spec.batchable
+            spec.signature, size, spec.config.pad, optimum.sizes, batchable=spec.batchable
         )
         if arrays is None:
             return None
@@ -236,7 +236,7 @@ class Preparation:
         logger.warning(
             "model %s is not warmed up, and what fits the memory is not known, since nothing says "
             "how large %s is; expected its sizes in model.toml, as in "
-            "[profile] symbol = [smallest, usual, largest]",
+            "[profile] symbol = [smallest, optimum, largest]",
             self._spec.name,
             " or ".join(open_dims[:3]) or "an input",
             extra=about(model=self._spec.name),

@@ -55,7 +55,7 @@ SHORT_S: Final = 0.02
 #: How many batches end while lanes are compared with one lane more, about, and how often.
 COMPARED, COMPARISONS = 50, 3
 #: A run that takes so many seconds is told.
-TOLD_S: Final = 1.0
+LOGGED_S: Final = 1.0
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Runs:
         )
 
     def also(self, make: Callable[[int], Batch], sizes: Sequence[int]) -> None:
-        """Run further usual inputs, of `sizes`, as far as they fit. After `run`."""
+        """Run further optimum inputs, of `sizes`, as far as they fit. After `run`."""
         for size in sizes:
             batch = make(size)
             if self._forecast.short(self._at_once(batch)) is None:
@@ -268,7 +268,7 @@ class Runs:
         self._warm(batch)
         self._ran.append(batch.rows)
         self._seconds[batch.rows] = seconds = self._together(batch)
-        if seconds >= TOLD_S:
+        if seconds >= LOGGED_S:
             logger.info(
                 "model %s warms up: a batch of %d rows took %.1f s",
                 self._name,

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Found:
+class RepositoryScan:
     """Of the models that a worker was told to serve."""
 
     specs: Sequence[ModelSpec]
@@ -71,12 +71,12 @@ def log_not_served(each: NotServed) -> None:
     )
 
 
-def find_models(root: Path, names: Sequence[str], *, on_cpu: bool) -> Found:
+def scan_repository(root: Path, names: Sequence[str], *, on_cpu: bool) -> RepositoryScan:
     """Read the models `names` of the repository `root`. ConfigError if that is no folder."""
     folders = look_through(root)
     specs, bad = load_models(root, names, on_cpu=on_cpu)
     misnamed = [name for name in folders.models if not is_model_name(name)]
-    return Found(
+    return RepositoryScan(
         specs=specs,
         bad=bad,
         misnamed=[not_served(name, why_no_name(name)) for name in misnamed],
