@@ -64,7 +64,7 @@ def test_padded_dims_go_by_their_buckets(tmp_path: Path) -> None:
 
 
 def test_a_dim_of_unknown_size_wants_a_profile(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"how large 'seq'.*\[profile\] seq = \[smallest, us"):
+    with pytest.raises(ConfigError, match=r"how large 'seq'.*\[profile\] seq = \[smallest, op"):
         symbol_sizes(_pooled(tmp_path))
     spec = _pooled(tmp_path, "[profile]\nseq = [1, 64, 256]")
     assert symbol_sizes(spec)["seq"] == (1, 64, 256)

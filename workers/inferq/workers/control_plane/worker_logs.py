@@ -34,6 +34,7 @@ CLIENT_CAUSED: Final = (
     "inferq.workers.data_plane.incarnation",
     "inferq.workers.data_plane.lanes",
     "inferq.workers.data_plane.observers",
+    "inferq.workers.claims.fenced",
     "inferq.workers.claims.ledger",
     "inferq.workers.claims.link",
     "inferq.workers.canvas.patience",

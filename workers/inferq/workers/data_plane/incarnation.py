@@ -15,6 +15,7 @@ import redis
 from redis.exceptions import RedisError
 
 from inferq.shared.names import Names
+from inferq.workers.claims.fenced import FencedLink
 from inferq.workers.claims.lease import Lease
 from inferq.workers.claims.ledger import Ledger
 from inferq.workers.claims.link import Link
@@ -79,14 +80,12 @@ class Incarnation:
     def ledger(self, link: Link) -> Ledger:
         """This incarnation's claims on a new link."""
         return Ledger(
-            link,
+            FencedLink(link, self._names, self.id, list(self._models), self._wrong_types),
             self._names,
             self.id,
-            list(self._models),
             numbers=self._claim_numbers,
             settles=self._settle_numbers,
             result_ttl_s=self._result_expires_s,
-            wrong_types=self._wrong_types,
         )
 
     def catch_up(self, link: Link, ledger: Ledger, admission: Admission) -> None:
@@ -97,8 +96,8 @@ class Incarnation:
         is acknowledged if it has a result, and computed once more if not.
         """
         settling, claims = self._settling, self._held.claims
-        ledger.take_over()
-        ledger.arm()
+        ledger.link.take_over()
+        ledger.link.arm()
         if link.run_id != self.run_id:
             settling.publish_again()
         if settling.is_ahead_of(ledger):
@@ -109,12 +108,12 @@ class Incarnation:
         settling.store_again(ledger)
         models = frozenset(self._models)
         if self._went_back:
-            for claimed in ledger.unsettled(claims, {done.slot for done in settling.due}):
+            for claimed in ledger.records.unsettled(claims, {done.slot for done in settling.due}):
                 admission.take_on([claimed], models)
             self._went_back = False
-        for claimed in ledger.adopt(claims):
+        for claimed in ledger.records.adopt(claims):
             admission.take_on([claimed], models)
-        settling.settled_multis.last = ledger.settles_known
+        settling.settled_multis.last = ledger.link.settles_known
         self.run_id = link.run_id
 
     def mark_all(self, ledger: Ledger) -> None:

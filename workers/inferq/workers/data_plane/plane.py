@@ -27,8 +27,9 @@ from inferq.shared.names import Names
 from inferq.shared.resp import BROKEN
 from inferq.workers.claims.claim import Want
 from inferq.workers.claims.clock import RedisClock
+from inferq.workers.claims.fenced import LeaseLost, QueueId, RedisFull
 from inferq.workers.claims.lease import Lease
-from inferq.workers.claims.ledger import LeaseLost, Ledger, QueueId, RedisFull
+from inferq.workers.claims.ledger import Ledger
 from inferq.workers.claims.link import Link, Waker
 from inferq.workers.claims.payloads import PayloadReader
 from inferq.workers.claims.recovery import Recoverer
@@ -192,7 +193,7 @@ class DataPlane:
             return False
         claimable = {model.name for model in self._claimable() if model.consuming}
         return any(
-            depth and model in claimable for (model, _), depth in list(ledger.depths.items())
+            depth and model in claimable for (model, _), depth in list(ledger.link.depths.items())
         )
 
     def overdue(self) -> bool:
@@ -306,7 +307,7 @@ class DataPlane:
             if self._incarnation.is_lost:
                 raise LeaseLost
             self._calls.run()
-            if ledger.forgot():
+            if ledger.link.forgot():
                 self._incarnation.mark_all(ledger)
             fatal = settling.collect()
             if fatal is not None:
@@ -327,13 +328,13 @@ class DataPlane:
                 self.answered_at = time.monotonic()
                 continue
             if self._held.leaving:
-                ledger.flush()
+                ledger.link.flush()
                 # kill point: batch-flushed
                 self._dispatch()
             link.wait(self._sleep_s())
-            ledger.note_changes()
+            ledger.link.note_changes()
             if time.monotonic() - self.answered_at > IDLE_S:
-                ledger.arm()
+                ledger.link.arm()
                 settling.settled_multis.trim()
                 self.answered_at = time.monotonic()
 
@@ -385,7 +386,7 @@ class DataPlane:
         if not self._claiming:
             return [], []
         models, ending = self._claimable(), self._settling.ending()
-        return scheduling.wants(models, ledger.depths, ending, self._held.budget)
+        return scheduling.wants(models, ledger.link.depths, ending, self._held.budget)
 
     def _claimable(self) -> Collection[ServedModel]:
         """The models of which more may be claimed: few of their requests wait for links."""
@@ -406,10 +407,10 @@ class DataPlane:
             self._settling.settled(
                 sending,
                 exchange.storing,
-                ledger.settles_sent,
+                ledger.link.settles_sent,
                 exchange.overtaken,
                 self._clock.now(),
             )
         admission.take_on(exchange.claimed, exchange.suspicious)
         if exchange.missed:
-            ledger.arm()
+            ledger.link.arm()

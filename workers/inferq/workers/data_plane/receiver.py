@@ -114,7 +114,7 @@ class Receiver:
             self._admit(model, found, received, room)
             return received
         fields = [decoding_field(message) for _, message in places]
-        deaths = ledger.attempts(model.name, fields)
+        deaths = ledger.records.attempts(model.name, fields)
         clear = [place for place, field in zip(places, fields, strict=True) if field not in deaths]
         adopted = claimed.adopted
         found = self._open_counted(ledger, model, clear, adopted)
@@ -135,7 +135,7 @@ class Receiver:
             elif count:
                 # By itself: should this end the worker again, only the culprit is counted on.
                 ledger.mark([f"{model.name}/{field}"], [])
-                ledger.flush()
+                ledger.link.flush()
                 found = self._open_counted(ledger, model, [(slot, message)], adopted)
                 self._admit(model, found, received, math.inf)
                 # kill point: suspect-decoded
@@ -166,10 +166,10 @@ class Receiver:
         tickets = [found.ticket for found in opened if isinstance(found, Opened | Failed | Revoked)]
         ids = [ticket.id for ticket in tickets]
         links = [linking_field(ticket.id) for ticket in tickets if ticket.canvas is not None]
-        counts = ledger.attempts(model.name, ids + links) if ids else {}
+        counts = ledger.records.attempts(model.name, ids + links) if ids else {}
         if not counts and not adopted:
             return opened
-        stored = ledger.stored(ids if adopted else [each for each in ids if each in counts])
+        stored = ledger.records.stored(ids if adopted else [each for each in ids if each in counts])
         counted: list[Verdict] = []
         for found, (slot, message) in zip(opened, places, strict=True):
             if isinstance(found, Opened | Failed | Revoked):
@@ -196,7 +196,7 @@ class Receiver:
 
     def _answered(self, ledger: Ledger, slot: Slot, ticket: Ticket) -> Answered:
         of_use = ticket.canvas is not None or ticket.payload_keys
-        return Answered(slot, ticket, ledger.result(ticket.id) if of_use else b"")
+        return Answered(slot, ticket, ledger.records.result(ticket.id) if of_use else b"")
 
     def fetch(self, model: ServedModel, some: Sequence[Unfetched]) -> Received:
         """Fetch the payloads of requests that were left `unfetched`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from inferq.workers.claims.claim import Want
-from inferq.workers.claims.ledger import HINT, QueueId
+from inferq.workers.claims.fenced import HINT, QueueId
 from inferq.workers.claims.runs import Job
 from inferq.workers.data_plane.budget import Budget
 from inferq.workers.data_plane.served_model import ServedModel

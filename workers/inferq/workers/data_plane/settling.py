@@ -212,11 +212,11 @@ class Settling:
 
     def is_ahead_of(self, ledger: Ledger) -> bool:
         """Whether Redis went back in time: it knows less than it has answered for."""
-        return ledger.settles_known < self.settled_multis.last
+        return ledger.link.settles_known < self.settled_multis.last
 
     def store_again(self, ledger: Ledger) -> None:
         """Store results that were settled lately and that Redis does not know any more."""
-        for multi in self.settled_multis.after(ledger.settles_known):
+        for multi in self.settled_multis.after(ledger.link.settles_known):
             ledger.settle_again(multi.storing, multi.number)
             self.settled_multis.again(multi)
 
