@@ -112,7 +112,7 @@ def test_odd_members_among_the_scheduled_keep_none_of_the_others(
         request_id = later(redis, "a")
         until(lambda: is_answered(redis, request_id), what="the one with an ETA is answered")
         until(lambda: not redis.exists(NAMES.scheduled), what="nothing odd is left")
-        assert lines(worker, r"b'garbage' in inferq:1:later is no request of ours")
+        assert lines(worker, r"b'garbage' in inferq:1:later is no scheduled request")
 
 
 def test_odd_members_among_the_leases_end_no_recovery(
@@ -124,7 +124,7 @@ def test_odd_members_among_the_leases_end_no_recovery(
         (request_id,) = dead_worker(redis, "dead", "a")
         until(lambda: is_answered(redis, request_id), RECOVERED_S, "it is recovered")
         until(lambda: int(redis.zcard(NAMES.leases)) == 1, RECOVERED_S, "only one is left")
-        assert lines(worker, r"b'\xff0' in inferq:1:leases is no worker's")
+        assert lines(worker, r"b'\xff0' in inferq:1:leases is no worker's name")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from inferq.workers.flower.command import flower
 from inferq.workers.logs.printing import plain_failures
 from inferq.workers.process.visible_passwords import warn_of_visible_password
 
-#: Which extra brings a module that may be missing; all others come with `worker`.
+#: Module that may be missing → the extra that installs it; all others come with `worker`.
 EXTRAS = {
     "PIL": "demo",
     "flower": "flower",
@@ -34,7 +34,7 @@ EXTRAS = {
 
 
 class _Commands(click.Group):
-    """What a command fails with is told in plain text."""
+    """Shows the failure of a command as plain text."""
 
     def invoke(self, ctx: click.Context) -> Any:
         with plain_failures():
@@ -65,7 +65,7 @@ inferq.add_command(redis_command)
 
 
 def missing(module: ModuleNotFoundError) -> SystemExit:
-    """The end of a command that needs an extra."""
+    """The error of a command that needs an extra."""
     extra = EXTRAS.get(module.name or "", "worker")
     return SystemExit(
         f"inferq: {module.name} is not installed; expected: pip install 'inferq[{extra}]'"
@@ -73,7 +73,7 @@ def missing(module: ModuleNotFoundError) -> SystemExit:
 
 
 def main() -> None:
-    """The console script: a missing extra is one line that names it."""
+    """The console script. A missing extra is reported in one line that names it."""
     try:
         inferq()
     except ModuleNotFoundError as problem:

@@ -81,9 +81,10 @@ class FencedLink:
         #: The number of the last MULTI that settled, as sent, and as Redis knew it when last armed.
         self.settles_sent = 0
         self.settles_known = 0
-        #: Until then (monotonic s) everything is forced upon Redis, which is full.
+        #: When (monotonic s) Redis is no longer taken to be full; until then commands are forced
+        #: upon it.
         self._full_until = 0.0
-        #: Requests waiting in each queue; None: unknown, as it was not looked at.
+        #: Requests waiting in each queue; None: unknown, since it was not looked at.
         self.depths: dict[QueueId, int | None] = {}
         self._wrong_types = wrong_types
         #: Queues whose key has the wrong type: nothing is claimed from them.
@@ -92,8 +93,9 @@ class FencedLink:
     def take_over(self) -> None:
         """Put an end to earlier links of this incarnation; the first thing on a new one.
 
-        A network may deliver what one of them sent long after it was given up. It was watching the
-        fence, so touching that makes its EXEC fail; else it would claim what nobody then knows of.
+        A network may deliver what an earlier link sent long after it was given up. That link
+        watches the fence, so touching the fence makes its EXEC fail. Else it would claim requests
+        that nobody knows of.
         """
         touch: list[Command] = [("EXPIRE", self._fence, _YEAR_S), ("PERSIST", self._fence)]
         self._link.call(touch)  # these take no memory: they work on a full Redis too
@@ -190,7 +192,7 @@ class FencedLink:
         return self._link.call(commands)
 
     def note_changes(self) -> None:
-        """Take over what Redis pushed: queues that changed since they were last looked at."""
+        """Note which queues Redis has reported as changed since they were last looked at."""
         keys = self._by_key.keys() if self._link.all_changed else self._link.changed
         for key in keys:
             place = self._by_key.get(key)
@@ -205,15 +207,15 @@ class FencedLink:
         listen: Sequence[QueueId],
         sent: Callable[[], None] = lambda: None,
     ) -> tuple[list[Reply], list[Reply]]:
-        """The replies to what is `ahead` and to `commands`, and to what arms the next."""
+        """The replies to `ahead` and `commands`, and those to the commands that arm the next."""
         arming: list[Command] = [("WATCH", self._fence), ("GET", self._fence)]
         arming += [("LLEN", self.queues[place]) for place in listen]
         self._link.post(*ahead, pack([*commands, *arming]))
         # kill point: exchange-written
         sent()
         replies = self._link.read(sum(part.count for part in ahead) + len(commands))
-        # kill point: exchange-answered
-        # From here on the replies tell the depths; a change that is pushed after them is newer.
+        # kill point: exchange-answered The replies that follow give the depths. A change that is
+        # pushed after them is newer.
         self._link.forget_changes()
         return replies, self._link.read(len(arming))
 
@@ -276,11 +278,11 @@ class FencedLink:
     def own_keys_changed(self) -> LeaseLost:
         """Why this incarnation must end: its keys no longer say what it holds.
 
-        Whoever recovers it finds its claims all the same.
+        The worker that recovers it finds its claims all the same.
         """
         logger.error(
             "a key of this worker's own (%r, %r or %r) is not as it wrote it; expected nobody else "
-            "to write there: its requests are computed again",
+            "to write there. Its requests are computed again",
             self._fence,
             self._claims,
             self._running,

@@ -34,11 +34,11 @@ class Exchange:
     """What one round trip brought."""
 
     claimed: list[Claimed]
-    #: Models that have entries in attempts:<m>: ask before running their claimed requests.
+    #: Models with entries in attempts:<m>: read them before their claimed requests run.
     suspicious: frozenset[str]
-    #: A queue held less than was wanted, and was not looked at.
+    #: A queue held fewer requests than were wanted, and its length was not read.
     missed: bool
-    #: What stored results and dead letters, and told who waits.
+    #: The commands that stored results and dead letters and told who waits.
     storing: Packed
     #: Places of the settlements whose request had a result already.
     overtaken: frozenset[int]
@@ -82,12 +82,12 @@ class Ledger:
         listen: Sequence[QueueId],
         sent: Callable[[], None],
     ) -> Exchange:
-        """Settle and claim in one MULTI, and arm the next. At least one of both is not empty.
+        """Settle and claim in one MULTI, and arm the next. `settlements` or `wants` is not empty.
 
-        `listen`: the queues to look at, and to hear of, from then on.
+        `listen`: the queues whose length is read, and whose changes Redis reports from then on.
         `sent` is called between writing and waiting for the reply. Raises LeaseLost, RedisFull, or
-        one of resp.BROKEN: then whether it was applied is unknown and the same settlements are sent
-        again on the next link.
+        one of resp.BROKEN. In the last case it is unknown whether the MULTI was applied, and the
+        same settlements are sent again on the next link.
         """
         claims = [self._new_claim(want) for want in wants]
         claiming: list[Command] = []
@@ -180,7 +180,7 @@ class Ledger:
         return Claim(key, want.model, want.step, want.count)
 
     def _tell_refused(self, settle: Settle, done: Sequence[Reply]) -> None:
-        """What settles was applied but for these; results of others are not touched by it."""
+        """Log the commands of a settle that Redis refused. All others were applied."""
         if not any(reply.__class__ is ReplyError for reply in done):
             return
         for command, reply in zip(settle.commands, done, strict=False):
@@ -195,7 +195,7 @@ def _is_repeated(reply: ReplyError) -> bool:
 
 
 def _log_errors(replies: Sequence[Reply]) -> None:
-    """All the rest was applied."""
+    """Log the commands that Redis refused. All others were applied."""
     for reply in replies:
         if isinstance(reply, ReplyError) and not _is_repeated(reply):
             logger.error("Redis refused one command of a settle: %s", reply)

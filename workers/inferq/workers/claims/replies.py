@@ -10,7 +10,7 @@ from inferq.workers.claims.wrong_type import is_wrong_type
 
 
 def of_each(pipe: Pipeline) -> list[Any]:
-    """Execute `pipe`; None for what asked a key of another type than it is of.
+    """Execute `pipe`; None stands for a reply that the key has the wrong type.
 
     Raises redis' other errors.
     """

@@ -1,10 +1,10 @@
-"""Requests whose ETA is ahead wait in Redis, in no worker's care, and return to their queues.
+"""Keeps requests whose ETA is ahead in Redis, held by no worker, and puts them back when due.
 
-Celery's own handler would hold them: in one process' memory, for as long as an hour if that one is
-killed; and its event loop starts ten of them a second.
+Celery's own handler would hold them in one process' memory. If that process is killed they are back
+after an hour, and its event loop starts only ten of them a second.
 
-Each waits in a list of its own, moved there in the MULTI that settles its place in the claim, and
-moved on as it is. Any worker moves what is due, whichever model it serves.
+Each request waits in a list of its own. The MULTI that settles its place in the claim moves it
+there. Any worker moves requests that are due back to their queues, whichever models it serves.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from inferq.workers.process.periodic import Periodic
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between looks at what other workers have put there.
+#: Seconds between two looks for requests that other workers have put there.
 LOOK_EVERY_S = 1.0
 #: Ms until a request whose queue, or own list, has the wrong type is tried again.
 WRONG_TYPE_AGAIN_MS = 10_000
-#: Ms until what is postponed is looked at again, and from one such message to the next.
+#: Ms until a postponed message comes back, and between two such messages.
 POSTPONED_MS = 200
 POSTPONED_APART_MS = 5
 _MOVES_PER_TRIP = 100
@@ -58,7 +58,7 @@ class _Place(NamedTuple):
 
 
 def _parse(member: bytes) -> _Place | None:
-    """None: whoever put it there, it was none of ours."""
+    """The parts of a member; None: it is not inferq's."""
     try:
         model, step, _ = member.decode().split(":")
         return _Place(model, int(step)) if is_model_name(model) else None
@@ -73,7 +73,7 @@ class ScheduledKeeper:
         self._client = client
         self._names = names
         self._clock = clock
-        #: Redis ms at which the thread looks next.
+        #: Redis ms at which the thread looks for due requests next.
         self._next_ms = 0.0
         #: Redis ms at which the last one that was postponed comes back.
         self._postponed_ms = 0.0
@@ -94,7 +94,7 @@ class ScheduledKeeper:
         self.loop.stop()
 
     def keep(self, slot: Slot, message: bytes, due_ms: float) -> Settlement:
-        """The settlement that has `message` wait until `due_ms`, by Redis' clock."""
+        """The settlement that makes `message` wait until `due_ms`, by Redis' clock."""
         names, claim = self._names, slot.claim
         place = f"{claim.model}:{claim.step}:{secrets.token_hex(8)}"
         key = names.scheduled_message(place)
@@ -105,16 +105,16 @@ class ScheduledKeeper:
             b"",
             before=(
                 ("ZADD", names.scheduled, due_ms, place),
-                ("DEL", key),  # This MULTI may be sent again, its first answer lost.
+                ("DEL", key),  # The answer may be lost: then this MULTI is sent again.
                 ("RPUSH", key, message),
             ),
             after=partial(self._expect, due_ms),
         )
 
     def postpone(self, slot: Slot, message: bytes) -> Settlement:
-        """The settlement that has `message` come back in a while, one behind the other.
+        """The settlement that makes `message` come back after a while, after those before it.
 
-        So many that wait for something come back no faster than they can be looked at.
+        So even many messages come back no faster than they can be handled.
         """
         self._postponed_ms = max(
             self._postponed_ms + POSTPONED_APART_MS, self._clock.now() + POSTPONED_MS
@@ -156,10 +156,10 @@ class ScheduledKeeper:
         return now_ms if len(due) > _MOVES_PER_TRIP else float("inf")
 
     def _move(self, names: Names, due: Sequence[bytes], now_ms: float) -> None:
-        """Each to its queue, with its place in `later`; one that cannot be moved waits there."""
+        """Move each request that is `due` to its queue. One that cannot be moved stays."""
         places = {member: place for member in due if (place := _parse(member)) is not None}
         commands: list[Command] = []
-        # To the end that is claimed first: they have waited long enough. The first due last.
+        # To the end that is claimed first, since they have waited long enough; the first due last.
         for member, (model, step) in reversed(places.items()):
             waiting, queue = names.scheduled_message(member.decode()), names.queue(model, step)
             commands.append(("LMOVE", waiting, queue, "LEFT", "RIGHT"))
@@ -171,7 +171,7 @@ class ScheduledKeeper:
         }
         for member in stays:
             self._tell(names, member, places[member])
-        if stays:  # or the first of them would keep others from being looked at
+        if stays:  # else the first of them would hide later ones
             again = dict.fromkeys(stays, now_ms + WRONG_TYPE_AGAIN_MS)
             self._client.zadd(names.scheduled, again, xx=True)
         if self._wrong_types:
@@ -180,7 +180,7 @@ class ScheduledKeeper:
         for member in due:
             if member not in places:
                 logger.error(
-                    "%r in %s is no request of ours and is removed; expected "
+                    "%r in %s is no scheduled request and is removed; expected "
                     "<model>:<priority>:<random>. What is at %r stays there",
                     member,
                     names.scheduled,
@@ -191,7 +191,7 @@ class ScheduledKeeper:
 
     def _tell(self, names: Names, member: bytes, place: _Place) -> None:
         for key, until in (
-            (names.scheduled_message(member.decode()), "The request that it was for is gone"),
+            (names.scheduled_message(member.decode()), "The request that it held is gone"),
             (names.queue(*place), NOTHING_CLAIMED),
         ):
             if (kind := type_of(self._client, key)) not in (LIST, "none"):

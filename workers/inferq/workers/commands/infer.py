@@ -1,4 +1,4 @@
-"""``inferq infer MODEL``: one request from the command line, from array files to array files."""
+"""``inferq infer MODEL``: sends one request from array files, and prints or writes its outputs."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def infer(
 ) -> None:
     """Run MODEL on the arrays of a FILE.npz (-: standard input) and of each --input.
 
-    Each array is an input of the model, with its very dtype, and with rows in dim 0. Prints the
-    outputs, and where the time went. Exit status 1 if there is no result, with the error.
+    Each array is an input of the model, of exactly its dtype, with rows in dim 0. Prints the
+    outputs, and where the time went. Without a result it prints the error; exit status 1.
 
     --json writes values as nested lists: numbers that are not finite as "NaN", "Infinity" or
     "-Infinity", complex ones as [re, im].
@@ -112,7 +112,7 @@ def _inputs(arrays: str | None, inputs: tuple[str, ...]) -> dict[str, Array]:
 
 
 def _as_json(model: str, result: Result, output: Path | None) -> dict[str, Any]:
-    """ConfigError if the outputs are too many values for JSON, and are not written elsewhere."""
+    """ConfigError if the outputs have too many values for JSON and are not written to a file."""
     count = sum(array.size for array in result.outputs.values())
     if count > MAX_VALUES and output is None:
         raise ConfigError(
@@ -142,7 +142,7 @@ def _lists(array: Array) -> Any:
 
 
 def _finite(value: Any) -> Any:
-    """`value` in what JSON has."""
+    """`value` as JSON can hold it."""
     if isinstance(value, list):
         return [_finite(each) for each in value]
     if isinstance(value, complex):

@@ -1,4 +1,4 @@
-"""``inferq models DIR``: what is in a model repository, and what is wrong with it."""
+"""``inferq models DIR``: lists the models of a repository, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _as_json(spec: ModelSpec) -> dict[str, Any]:
         "problem": None,
         "version": spec.version,
         "versions": list(spec.versions),
-        # Newer versions than that which is served, whose files are not all there.
+        # Versions newer than the served one whose files are incomplete.
         "passed_over": [
             {"version": each.version, "reason": each.reason} for each in spec.passed_over
         ],
@@ -68,7 +68,7 @@ def _as_json(spec: ModelSpec) -> dict[str, Any]:
         "inputs": msgspec.to_builtins(spec.signature.inputs),
         "outputs": msgspec.to_builtins(spec.signature.outputs),
         "labels": len(spec.labels),
-        # What model.toml sets, and in the engine's own table.
+        # What model.toml sets, including the engine's own table.
         "knobs": msgspec.to_builtins(changed, str_keys=True),
         "engine_table": msgspec.to_builtins(dict(spec.engine_table), str_keys=True),
     }
@@ -108,7 +108,7 @@ def _knobs(spec: ModelSpec) -> list[str]:
     changed = spec.config.changed()
     if spec.labels:
         changed["labels"] = f"{len(spec.labels)} names"
-    # The column beside shows max_batch_size, and the fake engine's inputs are its signature.
+    # Another column shows max_batch_size, and the fake engine's inputs are its signature.
     lines = [f"{key} = {_toml(value)}" for key, value in changed.items() if key != "max_batch_size"]
     own = {key: value for key, value in spec.engine_table.items() if key != "inputs"}
     return lines + [f"{spec.config.engine}.{key} = {_toml(value)}" for key, value in own.items()]

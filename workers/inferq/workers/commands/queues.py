@@ -1,4 +1,4 @@
-"""``inferq queues``: how much waits where, and who serves it."""
+"""``inferq queues``: how many requests wait in each queue, and how many workers serve it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Celery's part in the data plane: canvas, hand-over of foreign messages, totals, the end."""
+"""What Celery's half does for the data plane: canvas, foreign messages, totals, the end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class CelerySide(Control):
         self._canvas = canvas
         self._scheduled = scheduled
         self._names = names
-        #: Other tasks, on their way to Celery's own handler.
+        #: Foreign tasks, on their way to Celery's own handler.
         self.inbox = CeleryInbox(names.prefix)
 
     def publish_canvas(self, incarnation: str, settlement: Settlement, message: bytes) -> None:
@@ -59,10 +59,10 @@ class CelerySide(Control):
 
 
 class TaskTotals(Observer):
-    """Keeps Celery's own total of tasks true, which ``inspect stats`` and Flower show."""
+    """Counts requests in Celery's own total of tasks, which ``inspect stats`` and Flower show."""
 
     def __init__(self) -> None:
-        # The entry is there before the data plane's thread counts in it and others read it.
+        # Make the entry before the data plane's thread adds to it and others read it.
         celery_private.count_tasks(TASK, 0)
 
     def settled(self, settled: Settled) -> None:

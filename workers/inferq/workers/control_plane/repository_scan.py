@@ -1,4 +1,4 @@
-"""What a worker finds in its repository at its start: models to serve, and what it does without."""
+"""Reads the repository at a worker's start: the models to serve, and what cannot be served."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RepositoryScan:
-    """Of the models that a worker was told to serve."""
+    """What was found of the models that a worker was told to serve."""
 
     specs: Sequence[ModelSpec]
     #: Those that cannot be served.
     bad: Sequence[NotServed]
-    #: Models in the repository whose names no queue can have, whatever it was told to serve.
+    #: All models in the repository with names that no queue can have.
     misnamed: Sequence[NotServed]
     #: Folders of the repository that hold no model.
     others: Sequence[str]
 
     @property
     def passed_over(self) -> list[NotServed]:
-        """Versions in whose place older ones are served."""
+        """Versions that cannot be served, for which older ones are served."""
         return [each for spec in self.specs for each in spec.passed_over]
 
     @property
@@ -47,7 +47,7 @@ class RepositoryScan:
             raise ConfigError("\n".join(each.reason for each in missing))
 
     def log(self) -> None:
-        """Say what is not served."""
+        """Log what is not served."""
         for each in (*self.bad, *self.misnamed):
             log_not_served(each)
         for spec in self.specs:
@@ -65,7 +65,7 @@ class RepositoryScan:
 
 
 def log_not_served(each: NotServed) -> None:
-    """One line that nobody overlooks."""
+    """Log it at CRITICAL."""
     logger.critical(
         "model %r is not served: %s", each.model, each.reason, extra=about(model=each.model)
     )

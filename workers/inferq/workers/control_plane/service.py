@@ -1,4 +1,4 @@
-"""All that serves requests in one worker process, put together: models, lease, data plane."""
+"""Puts together all that serves requests in one worker process: models, lease, data plane."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between tries while Redis cannot be reached at the start.
 RETRY_S = 2.0
-#: Exit status of a worker that cannot serve what it was told to (sysexits.h).
+#: Exit status of a worker that cannot serve its models (sysexits.h).
 EX_CONFIG = 78
 
 
@@ -94,14 +94,14 @@ class Service:
         self._recoverer = Recoverer(self._client, self._names, settings.lease_s)
         self._lease: Lease | None = None
         self._canvas = Canvas(settings, self._client, self._on_ready)
-        #: Replaced, never changed: other threads read it. A model that was loaded stands in place
-        #: of the one that was to be.
+        #: Replaced, never changed in place: other threads read it. A loaded model takes the place
+        #: of its LoadingModel.
         self._models: Sequence[LoadingModel | ServedModel] = [
             LoadingModel(spec) for spec in found.specs
         ]
-        #: Held while one takes the other's place.
+        #: Held while the list is replaced.
         self._replacing = threading.Lock()
-        #: Those that are loaded, by name.
+        #: The loaded models, by name.
         self._served: dict[str, ServedModel] = {}
         #: Replaced, never changed: other threads read it.
         self._not_served = found.not_served
@@ -133,7 +133,7 @@ class Service:
         #: While it was loaded.
         self._engine_failed = False
         self.plane: DataPlane | None = None
-        #: Our queues as kombu declares them, by name, for ``inspect active_queues``.
+        #: The models' queues as kombu declares them, by name, for ``inspect active_queues``.
         self.queues: dict[str, Any] = {}
 
     def start(self) -> None:
@@ -166,9 +166,10 @@ class Service:
             self._give_up(EX_CONFIG)
 
     def _load_models(self) -> None:
-        """Load one after the other; one that cannot be loaded is set aside.
+        """Load one model after the other; one that cannot be loaded is set aside.
 
-        FatalEngineError, which ends them all; ConfigError: there is none left, or all are wanted.
+        Raises FatalEngineError, after which none can be served; ConfigError: none is left, or
+        `strict`.
         """
         for model in [each for each in self._models if isinstance(each, LoadingModel)]:
             try:
@@ -204,7 +205,10 @@ class Service:
             self._models = [served if each is loading else each for each in self._models]
 
     def _set_aside(self, model: LoadingModel, reason: str) -> None:
-        """Serve the others; what is sent to this one waits in its queue. ConfigError if strict."""
+        """Serve the other models; requests for this one wait in its queue.
+
+        ConfigError if strict.
+        """
         if self._settings.strict:
             raise ConfigError(reason)
         found = not_served(model.name, reason)
@@ -223,7 +227,7 @@ class Service:
             )
 
     def _when_redis_answers(self, step: Callable[[], object]) -> None:
-        """Take `step`, again and again until Redis can be reached, as Celery's own side does."""
+        """Retry `step` until Redis can be reached, as Celery's own side does."""
         while not self._stopping:
             try:
                 step()
@@ -293,7 +297,7 @@ class Service:
 
     @property
     def status_of_shutdown(self) -> int:
-        """With which it ends when remote control says so: its supervisor decides what follows."""
+        """The exit status after `control shutdown`: by it the supervisor decides what follows."""
         return EX_SHUT_DOWN if self._settings.incarnation else 0
 
     @property
@@ -306,11 +310,11 @@ class Service:
         return self._models
 
     def not_served(self) -> list[NotServed]:
-        """What it was to serve and does not. For any thread."""
+        """Models that it was told to serve and does not. For any thread."""
         return self._not_served
 
     def active_queues(self) -> list[Any]:
-        """Our queues that requests are claimed from."""
+        """The models' queues from which requests are claimed."""
         return [
             self.queues[q]
             for m in self._models
@@ -318,7 +322,7 @@ class Service:
         ]
 
     def consume(self, queue: str, consuming: bool) -> bool:
-        """Claim from `queue`, or no longer; False if it is no queue of a model loaded here."""
+        """Begin or stop to claim from `queue`. False if no model loaded here has that queue."""
         with self._replacing:
             found = [model for model in self._models if queue_of(model.name) == queue]
             for model in found:
@@ -328,7 +332,7 @@ class Service:
         return bool(found)
 
     def why_not_consume(self, queue: str) -> str | None:
-        """Why Celery's own handler is not to consume `queue`, no model's; None: it may."""
+        """Why Celery's own handler may not consume `queue`, which is no model's; None: it may."""
         if self._foreign is None:
             return "other tasks than inferq's are not run; expected INFERQ_FOREIGN_TASKS=1"
         if queue.startswith("inferq"):
@@ -353,7 +357,7 @@ class Service:
     def stop(self, grace_s: float) -> None:
         """Finish what computes within `grace_s` seconds, hand back the rest, free the engines.
 
-        Waits in short steps, so that a cold shutdown asked for meanwhile takes effect.
+        Waits in short steps, so that a request for a cold shutdown takes effect meanwhile.
         """
         self._stopping = True
         self._stop_blaming()
@@ -381,7 +385,7 @@ class Service:
         return self._engine_failed or (self.plane is not None and self.plane.engine_failed)
 
     def _is_busy(self) -> bool:
-        """Whether a thread loads a model, or is a lane's."""
+        """Whether a thread loads a model or drives a lane."""
         return self._loader.is_alive() or any(model.is_driven for model in self._models)
 
     def _drain(self, plane: DataPlane, grace_s: float) -> None:
@@ -405,7 +409,7 @@ class Service:
             model.close(timeout=1.0, free=free)
 
     def stats(self) -> WorkerStats:
-        """What this worker has done so far, and how it is. For any thread; may ask the GPU."""
+        """What this worker has done so far, and its state. For any thread; may query the GPU."""
         plane, gpu = self.plane, self._gpu
         state = LOADING if plane is None else SERVING
         return WorkerStats(
@@ -429,7 +433,7 @@ class Service:
         return "cpu" if self._gpu is None else f"gpu{self._gpu.gpu.index} {self._gpu.gpu.name}"
 
     def problem(self) -> str | None:
-        """Why it does not serve; None if it does, or waits for a Redis that is away."""
+        """Why it does not serve; None if it does, or if it waits for a Redis that is away."""
         plane = self.plane
         if self._stopping:
             return f"it is {STOPPING}"
@@ -444,19 +448,19 @@ class Service:
         return loops_problem(bad) if bad else None
 
     def _may_pause(self) -> bool:
-        """Whether Celery's event loop need not turn now."""
+        """Whether Celery's event loop need not run now."""
         return self._stopping or not self._answered() or celery_private.is_executing()
 
     def _answering_since(self) -> float:
         return 0.0 if self.plane is None else self.plane.answering_since
 
     def _answered(self) -> bool:
-        """Whether Redis answers the data plane; False: there is none yet."""
+        """Whether Redis answers the data plane; False if there is no data plane yet."""
         plane = self.plane
         return plane is not None and time.monotonic() - plane.answered_at < UNANSWERED_S
 
     def _loops(self) -> list[Loop]:
-        """Those that run in this worker, and those that are to."""
+        """The background loops that should run in this worker."""
         found: list[Loop] = [
             self.main_loop, self._scheduled.loop, self._recoverer.loop, self._publisher.loop,
             self._events.loop, self._canvas.loop,

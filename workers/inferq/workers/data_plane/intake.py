@@ -1,4 +1,4 @@
-"""Hop 3. Turns claimed messages into requests that may join a batch, or says why one may not.
+"""Hop 3. Turns claimed messages into requests that may join a batch, or into errors.
 
 Two steps, so that the claim-checked payloads of a whole claim are fetched in one round trip:
 `open` reads the message itself, `admit` its tensors.
@@ -47,11 +47,11 @@ from inferq.workers.claims.verdicts import (
 )
 from inferq.workers.data_plane.foreign_tasks import MAX_BYTES, ForeignTasks, not_registered
 
-#: A message body may have so many bytes for each of its inputs' (a number written out in JSON, in
-#: base64), and so many besides. What is decoded may take 40 times that: maps in maps.
+#: A message body may have so many bytes for each byte of its inputs (numbers as text in JSON, in
+#: base64), and so many in addition. Decoded, it may take 40 times that: maps in maps.
 WRITTEN_OUT: Final = 10
 BODY_BYTES: Final = 4 << 20
-#: Longest description of a request that is kept with it, in characters: Celery's own limit.
+#: Longest description that is kept with a request, in characters: Celery's own limit.
 MAX_REPR_CHARS: Final = 1_024
 _ARGUMENTS = frozenset({"inputs", "model"})
 
@@ -61,7 +61,7 @@ def _is_str(value: object) -> bool:
 
 
 class Intake:
-    """Reads the messages of one model's queues. Pure but for the two callables it is given."""
+    """Reads the messages of one model's queues. Pure, except for the two callables it is given."""
 
     def __init__(
         self,
@@ -78,14 +78,14 @@ class Intake:
         self._padding = padding
         self._is_revoked = is_revoked
         self._redis_ms = redis_ms
-        #: None: no other task than ours is run.
+        #: None: no foreign task is run.
         self._foreign = foreign
         self._links = links
         self._check = InputCheck(advert)
         self._most_body = BODY_BYTES + WRITTEN_OUT * most_bytes(advert)
         self._most_message = min(self._most_body + codec.MAX_HEAD_BYTES, codec.MAX_MESSAGE_BYTES)
         self._dtypes = {spec.name: spec.dtype for spec in advert.signature.inputs}
-        #: Requests always fit together if no dim but the batch may vary.
+        #: If no dim but the batch may vary, all requests may share a batch.
         self._varies = any(
             not isinstance(dim, int) for spec in advert.signature.inputs for dim in spec.shape[1:]
         )
@@ -178,7 +178,7 @@ class Intake:
         return Foreign(slot, message, handed)
 
     def _other_ticket(self, slot: Slot, envelope: codec.Envelope, message: bytes) -> Ticket:
-        """Whom another task that is not run is answered to, and what follows on it."""
+        """The ticket of a foreign task that is not run: who is answered, which tasks follow it."""
         ticket = replace(self._ticket(slot, envelope), task=envelope.headers.task)
         if ticket.reply is not None and not self._names.is_reply(ticket.reply):
             ticket = replace(ticket, reply=None)
@@ -191,7 +191,7 @@ class Intake:
                 check_few(body.embed, len(message), self._links)
                 ticket = replace(ticket, canvas=message)
         except InferqError:
-            pass  # nobody can tell what follows on it
+            pass  # the tasks that follow it cannot be read
         return ticket
 
     def admit(
@@ -235,7 +235,7 @@ class Intake:
         )
 
     def too_late(self, slot: Slot, ticket: Ticket) -> Failed | Revoked | None:
-        """Whether its deadline or expiry has passed, or it was revoked: asked before it runs."""
+        """Whether its deadline or expiry has passed, or it was revoked; checked before it runs."""
         if ticket.deadline_ms is not None and self._redis_ms() > ticket.deadline_ms:
             late = self._redis_ms() - ticket.deadline_ms
             return Failed(
@@ -248,7 +248,7 @@ class Intake:
         return None
 
     def _too_large(self, slot: Slot, message: bytes, told: str) -> Failed | Quarantined:
-        """What is not even looked at, but for who asked."""
+        """The verdict on a message that is too large: only who sent it is read."""
         ticket = codec.guess_ticket(message, self._advert.name)
         if ticket is None:
             return Quarantined(slot, message, told)
@@ -302,9 +302,9 @@ class Intake:
 
 
 def _bare(error: InferqError) -> InferqError:
-    """The same without the frames in which it came up, and all that was decoded there.
+    """The same error without its traceback, whose frames hold all that was decoded.
 
-    Frames and errors hold each other, so only a garbage collection would let go of that.
+    Frames and errors refer to each other, so only a garbage collection would free that memory.
     """
     error.__traceback__ = error.__context__ = error.__cause__ = None
     return error

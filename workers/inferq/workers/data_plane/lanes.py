@@ -1,8 +1,8 @@
-"""Hop 5. One thread per lane: takes a batch, runs it, hands back one outcome per request.
+"""Hop 5. One thread per lane takes a batch, runs it, and hands back one outcome per request.
 
-A bad request fails alone: a batch that raises is run again in halves until the culprit is by
-itself. Batches do not depend on each other, so nothing here needs a lock. What has run may be
-audited (see audit.py), once it was handed back.
+A bad request fails alone: a batch that raises is run again in halves until the bad request runs by
+itself. Batches do not depend on each other, so nothing here needs a lock. Once a batch was handed
+back it may be audited (see audit.py).
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def execute(  # noqa: C901, PLR0912 - each way in which a batch may fail, in the
     odd: OddRows | None = None,
     fit: Fit | None = None,
 ) -> list[Outcome]:
-    """Run `items` as one batch on `lane`; in halves where that fails, or is more than fits.
+    """Run `items` as one batch on `lane`, or in halves if that fails or does not fit.
 
     Raises FatalEngineError.
 
-    Of a model that is not batchable each runs by itself, at its own rows. `odd` takes note of
-    outputs whose rows are not those of the inputs.
+    If the model is not batchable, each request runs by itself, with its own rows. `odd` notes
+    outputs with another number of rows than the inputs.
     """
     if not knobs.batchable and len(items) > 1:
         return [outcome for item in items for outcome in execute(lane, [item], knobs)]
@@ -78,7 +78,9 @@ def execute(  # noqa: C901, PLR0912 - each way in which a batch may fail, in the
             return [Outcome(items[0], None, None, EngineError(problem.message))]
         outputs = None
     except Exception as problem:  # noqa: BLE001 - whatever an engine raises fails its request
-        if not knobs.batchable and knobs.bucket(rows) > rows:  # it may take no fewer than its first
+        if (
+            not knobs.batchable and knobs.bucket(rows) > rows
+        ):  # it may take no fewer rows than its first bucket
             return execute(lane, items, replace(knobs, batchable=True), odd, fit)
         ran = min(bucket, fit.rows(batch.parts[0])) if rows > 1 and knobs.batchable else 1
         if ran > 1 and lacks_memory(problem):
@@ -86,9 +88,9 @@ def execute(  # noqa: C901, PLR0912 - each way in which a batch may fail, in the
             return execute(lane, items, knobs, odd, fit)
         if len(items) == 1:
             return [Outcome(items[0], None, None, _engine_error(items[0].ticket, problem))]
-        outputs = None  # what its parts raise does not follow from this
+        outputs = None  # errors of its parts do not have this one as their context
     if outputs is None:
-        if len(items) == 1:  # without the padding, perhaps
+        if len(items) == 1:  # perhaps it succeeds without padding
             return execute(lane, items, replace(knobs, buckets=()), odd, fit)
         return _in_halves(lane, items, knobs, odd, fit)
     run = Run(
@@ -123,7 +125,7 @@ def _in_halves(
 
 
 def _in_pieces(lane: Lane, batch: Batch, most: int, knobs: Knobs) -> Tensors:
-    """One request of more rows than fit, run `most` at a time: its rows are independent."""
+    """Run one request with more rows than fit, `most` rows at a time: its rows are independent."""
     most = max((size for size in knobs.buckets if size <= most), default=most)
     (inputs,) = batch.parts
     pieces: list[Tensors] = []
@@ -146,10 +148,9 @@ def _engine_error(ticket: Ticket, problem: Exception) -> InferqError:
 class Lanes:
     """One model's lanes, each driven by its thread of `threads`, which end with `stop`.
 
-    Whichever lane is free takes the next batch, so a batch that is put while all are busy costs no
-    pause between two. `too_late` tells of a request whether it needs no computing any more;
-    `on_begun` (of what starts to compute) and `on_finished` must only take note. All are called
-    from the lanes' threads.
+    A free lane takes the next batch. So a batch that is put while all are busy starts without a
+    pause. `too_late` returns why a request need not be computed any more. `on_begun` (a batch
+    starts) and `on_finished` may only take note. The lanes' threads call all three.
     """
 
     def __init__(
@@ -174,9 +175,9 @@ class Lanes:
         self._on_finished = on_finished
         self._on_begun = on_begun
         self._inbox: SimpleQueue[Job | None] = SimpleQueue()
-        #: So many batches that wait for the lanes are ample: nothing is in a hurry then.
+        #: If so many batches wait for the lanes, results may wait for those of the next batch.
         self.enough_ahead = math.inf
-        #: What each lane computes, and since when (monotonic ms).
+        #: The batch that each lane computes, and since when (monotonic ms).
         self._computing: list[tuple[Job, float] | None] = [None] * len(lanes)
         self._lanes = list(lanes)
         self._all_threads = threads
@@ -198,11 +199,11 @@ class Lanes:
             logger.critical("a lane of %s drives no more batches", self._name, exc_info=problem)
 
     def put(self, job: Job) -> None:
-        """The next batch, for the first lane that is free."""
+        """Queue a batch for the first lane that is free."""
         self._inbox.put(job)
 
     def take_back(self) -> list[Job]:
-        """The batches that no lane has begun."""
+        """Take back the batches that no lane has begun."""
         taken: list[Job] = []
         while True:
             try:
@@ -238,7 +239,7 @@ class Lanes:
             # kill point: lane-begun
             try:
                 finished = self._compute(number, lane, job)
-            except Exception as problem:  # or nobody would ever hear of this batch
+            except Exception as problem:  # else this batch would never end
                 logger.critical("a lane of %s failed", self._name, exc_info=True)
                 reason = f"its lane failed: {type(problem).__name__}: {problem}"
                 finished = Finished(job, (), fatal=FatalEngineError(reason))
@@ -257,7 +258,7 @@ class Lanes:
                 except FatalEngineError as fatal:
                     self._on_finished(Finished(job, (), fatal=fatal, audited=True))
                     return
-            del job, finished  # its arrays are another's now, who drops them
+            del job, finished  # do not keep its arrays: the receiver frees them
 
     def _compute(self, number: int, lane: Lane, job: Job) -> Finished:
         items: list[Waiting] = []

@@ -1,4 +1,4 @@
-"""Loads one model: its engine, its warm-up, its lanes. What comes of it is a `ServedModel`."""
+"""Loads one model: its engine, its warm-up, its lanes. The result is a `ServedModel`."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ logger = logging.getLogger(__name__)
 
 
 class LoadingModel:
-    """One model that a worker is to serve, as long as it is not loaded: it has no requests."""
+    """A model that a worker is to serve and that is not loaded yet: it has no requests."""
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
         self.name = spec.name
         #: Whether requests will be claimed once it is loaded.
         self.consuming = True
-        #: What will become of its requests.
+        #: Counts of its requests, all 0 so far.
         self.counts = ModelCounts()
         self.audit: Audit | None = None
         self.lanes = 0
@@ -56,7 +56,7 @@ class LoadingModel:
         return []
 
     def stop_blaming(self) -> None:
-        """Whatever ends this process from now on, no batch is to blame. For any thread."""
+        """Note that if this process ends from now on, no batch caused it. For any thread."""
         self._preparation.stop_blaming()
 
     def close(self, timeout: float, *, free: bool = True) -> None:
@@ -153,7 +153,7 @@ class LoadingModel:
         return served
 
     def _tell_of_rows(self) -> None:
-        """Say why requests do not share batches, or what is known of those that do."""
+        """Log why requests do not share batches, or what was found about batches."""
         why, remark = self.spec.why_not_batchable, self.spec.remark
         told = about(model=self.name)
         if why is not None:
@@ -176,7 +176,7 @@ class LoadingModel:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Make what is raised a ConfigError that names the model, which may be one of many."""
+        """Turn errors into a ConfigError that names the model, which may be one of many."""
         try:
             yield
         except FatalEngineError:

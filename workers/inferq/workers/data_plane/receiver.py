@@ -1,8 +1,8 @@
-"""From claimed bytes to waiting requests, with what must be asked of Redis on the way.
+"""Turns claimed bytes into waiting requests, and asks Redis what must be known for that.
 
-A message that ended its worker while it was decoded, or while it was computed, is known by its
-entry in ``attempts:<m>``: it is then decoded by itself, runs alone, and after max_attempts is put
-among the dead letters. Where that hash is empty, which is the rule, none of this costs a thing.
+A message that ended its worker while it was decoded, or while it was computed, has an entry in
+``attempts:<m>``. It is then decoded by itself, runs alone, and after max_attempts becomes a dead
+letter. If that hash is empty, as it mostly is, none of this takes any time.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Dead(msgspec.Struct, frozen=True):
 
 
 class Answered(msgspec.Struct, frozen=True):
-    """It has a result already: a copy, which a client pushed again when Redis was restarted.
+    """It has a result already: a client pushed it again when Redis was restarted.
 
-    Or it was settled, and Redis went back in time. `result`: as stored, where that is of use.
+    Or it was settled, and Redis went back in time. `result`: as stored, if it is needed.
     """
 
     slot: Slot
@@ -71,16 +71,16 @@ class Received(msgspec.Struct, frozen=True):
 
     waiting: list[Waiting]
     ended: list[tuple[Settlement, bytes | None]]
-    #: Their payloads are not fetched yet, for want of room.
+    #: Requests whose payloads are not fetched yet, since there is no room for them.
     unfetched: list[Unfetched]
-    #: Place in the claim → bytes that a request with payloads takes whole, fetched or not.
+    #: Place in the claim → all bytes of a request with payloads, fetched or not.
     whole: dict[int, int]
-    #: Bytes of all payloads by their sizes.
+    #: Bytes of the payloads of each such request.
     payloads: list[int]
 
 
 class Receiver:
-    """Reads claims. What it asks of Redis may break off: then nothing was admitted or ended."""
+    """Reads claims. If a question to Redis breaks off, nothing was admitted or ended."""
 
     def __init__(
         self,
@@ -133,7 +133,8 @@ class Receiver:
                 )
                 received.ended.append((dead, None))
             elif count:
-                # By itself: should this end the worker again, only the culprit is counted on.
+                # Alone: if decoding ends the worker again, an attempt is counted only for this
+                # message.
                 ledger.mark([f"{model.name}/{field}"], [])
                 ledger.link.flush()
                 found = self._open_counted(ledger, model, [(slot, message)], adopted)
@@ -146,7 +147,7 @@ class Receiver:
         try:
             return model.intake.open(slot, message)
         except Exception as problem:
-            told = about(model=model.name)  # the line of its quarantine tells its id, if known
+            told = about(model=model.name)  # the line about its quarantine has its id, if known
             logger.exception("a message of %s cannot be read", model.name, extra=told)
             return Quarantined(slot, message, f"reading it raised {problem!r}")
 
@@ -157,10 +158,11 @@ class Receiver:
         places: Sequence[tuple[Slot, bytes]],
         adopted: bool,
     ) -> list[Verdict]:
-        """As `_open`; Dead are those that ended too many workers.
+        """As `_open`, with Dead for requests that ended too many workers.
 
-        Of one that ended any, a copy is Answered: with the first, the attempts are forgotten. So is
-        what has a result in an `adopted` claim.
+        A copy of a request that ended a worker is Answered if there is a result: when the first
+        copy was settled, its attempts were forgotten. In an `adopted` claim every request with a
+        result is Answered.
         """
         opened = [self._open(model, slot, message) for slot, message in places]
         tickets = [found.ticket for found in opened if isinstance(found, Opened | Failed | Revoked)]
@@ -186,7 +188,7 @@ class Receiver:
                     isinstance(again, Opened)
                     and again.ticket.attempts >= model.spec.config.max_attempts
                 ):
-                    stored.add(again.ticket.id)  # as far as copies in this very claim go
+                    stored.add(again.ticket.id)  # further copies in this claim are answered
                     counted.append(Dead(slot, again.ticket, message))
                 else:
                     counted.append(again)
@@ -216,7 +218,7 @@ class Receiver:
                 received.payloads.append(size)
                 received.whole[each.slot.index] = whole
                 if whole > room:
-                    room = 0  # and those behind it stay behind it
+                    room = 0  # those behind it wait, too
                     received.unfetched.append(Unfetched(each, whole))
                 else:
                     room -= whole
@@ -277,7 +279,8 @@ class Receiver:
                     return results.unlinkable(slot, ticket, message, self._clock.now()), None
                 return results.dead(slot, ticket, message, self._clock.now()), ticket.canvas
             case Answered(slot=slot, ticket=ticket, result=result):
-                # What follows on it may be forgotten, or was never published: then it is twice.
+                # The tasks that follow it may have been lost or never published; so they may be
+                # published twice.
                 return results.answered(slot, ticket, result), ticket.canvas if result else None
             case Foreign(slot=slot, message=message, handed=handed):
                 return self._control.hand_over(slot, model.name, message, handed), None

@@ -1,4 +1,4 @@
-"""Check of what audits found in service: answers that depend on who shares their batch."""
+"""Checks what audits found while serving: answers that depend on their batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from inferq.workers.metrics.published import read_stats
 
 
 def audits(client: redis.Redis, names: Names) -> Iterator[Finding]:
-    """One line for each model and worker that found something, or one for all that went well.
+    """One line for each model and worker with a mismatch, or one line if there is none.
 
     Raises redis' errors.
     """

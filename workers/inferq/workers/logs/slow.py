@@ -1,4 +1,4 @@
-"""Says what takes long while it does: whoever waits for it, or it ends, is to know for what."""
+"""Logs that something takes long while it still runs, so that who waits knows for what."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Final
 
 from inferq.workers.logs.fields import about
 
-#: Seconds after which it is said.
+#: Seconds after which it is logged.
 SLOW_S: Final = 10.0
 
 
 @contextmanager
 def warn_if_slow(logger: logging.Logger, model: str, what: str) -> Iterator[None]:
-    """One line, once `what` of `model` has taken `SLOW_S` seconds inside and goes on."""
+    """Log one line if `what` of `model` has taken `SLOW_S` seconds in this context and goes on."""
     timer = threading.Timer(
         SLOW_S,
         logger.warning,
