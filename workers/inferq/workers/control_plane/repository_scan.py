@@ -41,7 +41,7 @@ class RepositoryScan:
         return [*self.bad, *self.misnamed, *self.passed_over]
 
     def check(self, *, strict: bool) -> None:
-        """ConfigError if nothing can be served; `strict`: or not all, in its newest version."""
+        """ConfigError if no model can be served; `strict`: if not all newest versions can be."""
         missing = [*self.bad, *(self.passed_over if strict else ())]
         if missing and (strict or not self.specs):
             raise ConfigError("\n".join(each.reason for each in missing))

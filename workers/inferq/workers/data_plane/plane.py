@@ -379,7 +379,7 @@ class DataPlane:
             held.leaving += leaving
 
     def _recall(self, ledger: Ledger, model: ServedModel) -> None:
-        """Let what waits for `model`'s lanes in formed batches be formed anew, or handed back."""
+        """Take back batches that no lane of `model` has begun, to form or hand them back anew."""
         recalled = model.recall()
         if recalled:
             ledger.unmark(running(recalled))

@@ -158,7 +158,10 @@ class ServedModel:
         return len(self.jobs) - len(self._lanes) >= self._lanes.enough_ahead
 
     def runs_ahead(self) -> bool:
-        """Whether batches are short and some are formed ahead: ends of batches may go untold."""
+        """Whether batches are short and some wait for lanes.
+
+        Then lanes need not report each end.
+        """
         return self._lanes.enough_ahead < math.inf and len(self.jobs) > len(self._lanes)
 
     def least_urgent(self) -> int:

@@ -15,7 +15,7 @@ import click
 
 
 def say(text: str, *, err: bool = False, mark: str = "", colour: str | None = None) -> None:
-    """Print lines to stdout, `err`: to stderr; before them `mark`, on a terminal in `colour`."""
+    """Print lines to stdout (`err`: to stderr), after `mark`; a terminal shows it in `colour`."""
     shown = click.style(plain(mark), fg=colour) if colour else plain(mark)
     click.echo(shown + plain_lines(text), err=err)
 

@@ -1,8 +1,9 @@
 """How large the open dims of a model's inputs may be: by ``[profile]``, ``[pad]`` and batch knobs.
 
 A profile gives each symbol of the signature three sizes: the smallest, the optimum, for which an
-engine is to be fastest, and the largest. model.toml may hold one, ``[profile]``, or several,
-``[[profile]]``; of a symbol on which a profile is silent, the batch knobs and ``[pad]`` say it.
+engine is tuned, and the largest. model.toml may hold one, ``[profile]``, or several,
+``[[profile]]``. For a symbol that a profile leaves out, the batch knobs and ``[pad]`` give the
+sizes.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class InputRange:
     max: Shape
 
     def holds(self, shape: Shape) -> bool:
-        """Whether `shape` is one of them."""
+        """Whether the profile includes `shape`."""
         return len(shape) == len(self.min) and all(
             least <= size <= most
             for least, size, most in zip(self.min, shape, self.max, strict=True)
@@ -46,17 +47,17 @@ class InputRange:
 class Optimum:
     """The inputs at the optimum of one profile."""
 
-    #: Of all symbols.
+    #: Symbol → its optimum size, for all symbols.
     sizes: Mapping[str, int]
     #: The largest batch.
     rows: int
 
 
 def profile_sizes(spec: ModelSpec, batch: Sizes | None = None) -> tuple[dict[str, Sizes], ...]:
-    """Symbol of the inputs of `spec` → its sizes, of each profile, the smallest profile first.
+    """For each profile, the smallest first: symbol of the inputs of `spec` → its sizes.
 
-    `batch` wins over model.toml in all of them. Raises ConfigError: nothing says how large a symbol
-    is, or what says it does not fit what the other knobs let pass.
+    `batch` wins over model.toml in all of them. ConfigError if nothing says how large a symbol is,
+    or if its sizes do not fit what the other knobs permit.
     """
     if batch is not None and not spec.batchable:
         raise ConfigError(
@@ -68,21 +69,21 @@ def profile_sizes(spec: ModelSpec, batch: Sizes | None = None) -> tuple[dict[str
         for table, sizes in zip(spec.config.profile or ({},), profiles, strict=True):
             sizes[symbol] = _sizes(spec, table, symbol, batch)
         _check(spec, symbol, [sizes[symbol] for sizes in profiles], batch)
-    # --batch may leave no difference.
+    # With --batch, profiles may become equal.
     found = [sizes for n, sizes in enumerate(profiles) if sizes not in profiles[:n]]
     return tuple(sorted(found, key=lambda sizes: _elements(spec, sizes)))
 
 
 def input_ranges(spec: ModelSpec, sizes: Mapping[str, Sizes]) -> tuple[InputRange, ...]:
-    """The shapes of all inputs of `spec` in one profile, open dims or not.
+    """The shapes of all inputs of `spec` in one profile, with or without open dims.
 
-    ConfigError: one is too large.
+    ConfigError if one is too large.
     """
     return tuple(_range(tensor, sizes) for tensor in spec.signature.inputs)
 
 
 def optimum_inputs(spec: ModelSpec) -> tuple[Optimum, ...]:
-    """Of each profile of `spec`, those of the largest batches first. ConfigError: as above."""
+    """The optimum of each profile of `spec`, largest batches first. ConfigError as above."""
     batch = spec.batch_symbol
     found = [
         Optimum(
@@ -95,10 +96,10 @@ def optimum_inputs(spec: ModelSpec) -> tuple[Optimum, ...]:
 
 
 def given_optimum_inputs(spec: ModelSpec) -> tuple[Optimum, ...]:
-    """The same, for an engine that takes any shape; empty if ``[profile]`` does not tell them."""
+    """The same for an engine that takes any shape; empty if ``[profile]`` lacks some sizes."""
     try:
         return optimum_inputs(spec) if spec.config.profile else ()
-    except ConfigError:  # only an engine that is built for its profiles needs all of them
+    except ConfigError:  # only an engine that is built for its profiles needs all sizes
         return ()
 
 
@@ -142,19 +143,19 @@ def toml_key(symbol: str) -> str:
 
 
 def _largest_batch(spec: ModelSpec) -> int:
-    """The size at which a batch of max_batch_size runs: that of its bucket."""
+    """The size at which a batch of max_batch_size runs: its bucket."""
     most = spec.max_batch_size
     return next((size for size in spec.config.buckets if size >= most), most)
 
 
 def _check(spec: ModelSpec, symbol: str, given: list[Sizes], batch: Sizes | None) -> None:
-    """ConfigError unless one of the sizes `given` to `symbol` holds each size that can occur."""
+    """ConfigError unless each size of `symbol` that can occur is within one of those `given`."""
     config = spec.config
     where = f"profile.{symbol} is {' and '.join(str(list(sizes)) for sizes in given)}"
     of = " of one" if len(given) > 1 else ""
     occurring: tuple[int, ...] = ()
     if symbol == spec.batch_symbol:
-        # What lies between is padded to a larger batch, or split.
+        # Sizes in between are padded to a larger batch, or split.
         occurring = (config.buckets[0] if config.buckets else 1, _largest_batch(spec))
         if batch is not None:
             where = f"--batch is {','.join(map(str, batch))}"
@@ -178,7 +179,7 @@ def _check(spec: ModelSpec, symbol: str, given: list[Sizes], batch: Sizes | None
 
 
 def _elements(spec: ModelSpec, sizes: Mapping[str, Sizes]) -> int:
-    """Of all inputs at their largest."""
+    """Elements of all inputs at their largest."""
     return sum(math.prod(_shape(tensor, sizes, 2)) for tensor in spec.signature.inputs)
 
 

@@ -1,10 +1,11 @@
 """Finds out whether a model is batchable, and writes its signature accordingly.
 
-Files often do not say: converters leave the batch dim of inputs and outputs unnamed, or give each
-a name of its own. So dim 0 is batch if all inputs share one symbol there (or leave it unnamed),
-and the outputs, by measurement, follow the rows: what is measured wins over what is written. Rows
-must be independent too, or one client's answer would depend on its neighbours in the batch
-(`rows`). What was not shown to be so runs request by request, unless model.toml says otherwise.
+Files often do not say: converters leave the batch dim of inputs and outputs unnamed, or give each a
+different name. So dim 0 is the batch if all inputs share one symbol there (or leave it unnamed),
+and if measurements show that the outputs follow the rows: measurements win over names. Rows must
+also be independent, or one client's answer would depend on its neighbours in the batch
+(`row_probe`). A model that was not shown to be so runs request by request, unless model.toml says
+otherwise.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from inferq.shared.schema import Signature, TensorSpec
 from inferq.workers.row_probe.agreement import Difference
 from inferq.workers.row_probe.rows import NotShown, Probe, Shown, show
 
-#: The batch's name where the file gives none.
+#: The batch's name if the file gives none.
 BATCH: Final = "batch"
 
-#: What stands for "no name": two dims that are called so need not be of one size. Signs alone and
-#: negative numbers do, too.
+#: Names that mean "no name": two dims with such a name need not have the same size. So do signs
+#: alone and negative numbers.
 _NAMELESS = re.compile(
     r"[\W_]*|[+-]?\d+|none|null|nil|nan|any|unk|unknown|undef|undefined|unnamed|unspecified"
     r"|dyn|dynamic|free|var|variable|variadic",
     re.IGNORECASE,
 )
-#: What tf2onnx calls a dim that has no name: a new number each time it meets one.
+#: tf2onnx's name for a dim without a name, with a new number each time.
 _UNKNOWN = re.compile(r"unk__\d+")
-#: The same of tf2onnx, PyTorch and Paddle. Where they differ, sizes need not.
+#: Such names of tf2onnx, PyTorch and Paddle. If two differ, their sizes may still be the same.
 _INVENTED = re.compile(r"unk__\d+|.*_dynamic_axes_\d+|DynamicDimension\.\d+")
 
 Dim = int | str | None
@@ -40,31 +41,31 @@ Dim = int | str | None
 
 @dataclass(frozen=True)
 class Declared:
-    """What a model's file says of itself, and a way to try the model."""
+    """What a model's file says of the model, and a function that runs it."""
 
     signature: Signature
-    #: Runs it; None: what is declared is so.
+    #: Runs the model; None: what the file says is true.
     probe: Probe | None = None
 
 
 @dataclass(frozen=True)
 class Examined:
-    """What a model is served by."""
+    """The result: the signature to serve a model by."""
 
     signature: Signature
     #: Why it runs request by request; None: requests share batches.
     why_not_batchable: str | None
-    #: What whoever serves it should know besides.
+    #: A remark for the operator.
     remark: str | None = None
 
 
 def named(dim: Dim) -> Dim:
-    """`dim` as a file has it, or None if its name says that it has none."""
+    """The dim `dim` of a file; None if its name means "no name"."""
     return None if isinstance(dim, str) and _NAMELESS.fullmatch(dim) else dim
 
 
 def how_to_name(name: str, axis: int) -> str:
-    """What to do about the dim `axis` of the input `name`, which has no name."""
+    """How to name the dim `axis` of the input `name`, which has no name."""
     return (
         f"dim {axis} of input {name!r} has no name; give it one in the file, by the package onnx: "
         f"model.graph.input[…].type.tensor_type.shape.dim[{axis}].dim_param = 'height'"
@@ -76,8 +77,8 @@ def examine(  # noqa: C901 - a table of cases
 ) -> Examined:
     """The signature of a model, with one symbol at dim 0 of all tensors if it is batchable.
 
-    `batchable`: what model.toml says; None: nothing. `known`: symbol → a size that it may have.
-    ConfigError if model.toml says that it is batchable, and rows cannot be told apart.
+    `batchable`: model.toml's value; None: it has none. `known`: symbol → a size that it may have.
+    ConfigError if model.toml says that it is batchable, and it has no rows.
     """
     signature = declared.signature
     if batchable is False:
@@ -145,7 +146,7 @@ def _renamed(spec: TensorSpec, first: Dim) -> TensorSpec:
 
 
 def _input_symbol(declared: Signature) -> str | None:
-    """The symbol of the batch that the inputs allow; None if they cannot be batched."""
+    """The batch symbol by the inputs; None if they cannot be batched."""
     firsts = {spec.shape[0] if spec.shape else 0 for spec in declared.inputs}
     invented = _INVENTED if len(firsts) > 1 else _UNKNOWN
     given = {
@@ -174,7 +175,7 @@ def _why_no_batch(signature: Signature) -> str:
 
 
 def _why_apart(signature: Signature) -> str | None:
-    """Why the outputs do not follow the rows, by what the file says; None if they may."""
+    """Why, by the file, the outputs cannot follow the rows; None if they may."""
     for spec in signature.outputs:
         if not spec.shape:
             return f"output {spec.name!r} is a scalar, without a batch dim"
@@ -187,7 +188,7 @@ def _why_apart(signature: Signature) -> str | None:
 
 
 def _with_ranks(signature: Signature, shown: Shown) -> Signature:
-    """`signature` with the ranks that outputs without any were seen to have."""
+    """`signature` with the measured ranks of outputs for which the file gives none."""
     outputs = tuple(
         spec if spec.shape else TensorSpec(spec.name, spec.dtype, (None,) * shown.dims[spec.name])
         for spec in signature.outputs

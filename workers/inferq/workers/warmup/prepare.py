@@ -1,7 +1,7 @@
-"""One model's warm-up: its sizes run on all lanes, within the memory that there is.
+"""One model's warm-up: runs its sizes on all lanes, within the available memory.
 
-What was measured is kept beside the digest of the model and what the machine is, so that the next
-start only runs the sizes, and what ended a process is not tried again.
+What was measured is kept under a key of the model's digest and the machine. So the next start only
+runs the sizes once, and does not try one that ended a process.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ logger = logging.getLogger(__name__)
 class Prepared:
     """A loaded model, ready for requests."""
 
-    #: Those that fit.
+    #: The lanes that fit.
     lanes: Sequence[Lane]
-    #: The most rows of a batch that is formed.
+    #: Most rows of a formed batch.
     rows: int
     fit: Fit
     #: None: nothing was measured.
     tuning: Tuning | None = None
-    #: Elements of the inputs of one row that was measured.
+    #: Elements of the inputs of one measured row.
     row_elements: int = 0
     notes: Notes | None = None
 
     def serve(self) -> None:
-        """Requests are served from now on."""
+        """Note that requests are served from now on."""
         if self.notes is not None:
             self.notes.serve()
 
@@ -69,7 +69,10 @@ class Prepared:
 
 
 class Preparation:
-    """Of one model. `start` before the engine loads: the files' digest takes time, too."""
+    """The warm-up of one model.
+
+    Call `start` before the engine loads: the files' digest takes time.
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
         self._spec = spec
@@ -177,7 +180,7 @@ class Preparation:
     def _as_it_is(
         self, model: LoadedModel, tried: Sequence[int], killed: Killed | None, refused: str | None
     ) -> Prepared:
-        """Without any run."""
+        """The result without any run."""
         rows, elements = tried[-1], math.inf
         if killed is not None and refused is not None:
             elements = max(1, killed.elements - 1)
@@ -270,7 +273,7 @@ class Preparation:
 
 
 def _machine() -> dict[str, Any]:
-    """What run times depend on."""
+    """Properties of the machine on which run times depend."""
     model = ""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""Runs a model's sizes on all its lanes before the first request: what fits, and how long it takes.
+"""Runs a model's sizes on all its lanes before the first request, to see what fits and how fast.
 
     1 row, on one lane, then on all at once     what a row takes
     (of a card: each size on lane after lane    until each is warm, before it runs on all at once)
@@ -7,9 +7,8 @@
     what lies between                           as long as there is time
     the best size on one lane more              as long as that makes it faster
 
-Sizes that are fast are measured, those next to the faster end first. One that takes long is
-measured by its one run. What was not run is never taken for slow: the line through the others
-tells.
+Fast sizes are measured, beginning at the faster end. A slow size is measured by its one run. A size
+that was not run does not count as slow: its time is interpolated from the others.
 """
 
 from __future__ import annotations
@@ -34,18 +33,18 @@ logger = logging.getLogger(__name__)
 
 #: Seconds spent on one measurement of one size, at least one run in any case.
 PER_SIZE_S: Final = 0.1
-#: A size whose first run took so long is measured by it.
+#: A size whose first run took so long is measured by that run.
 SLOW_S: Final = 0.5
-#: Seconds after which only sizes run that must, and none that is expected to end later.
+#: Seconds after which only required sizes run; other sizes must be expected to end before.
 BUDGET_S: Final = 30.0
 #: Seconds after which no size is measured any more: it only runs once.
 MEASURING_S: Final = 5.0
 #: Two sizes in a row below this share of the fastest end the search for faster ones.
 FALLING: Final = 0.9
-#: Share of what is known of a size, below which its first run shows that this was measured while
-#: something else ran on the machine: then all are measured anew.
+#: If a size's first run takes less than this share of the kept time, that was measured while
+#: something else ran on the machine: then all sizes are measured anew.
 OUTDATED: Final = 0.8
-#: How many of the fastest are measured again, and how often: what else runs on the machine can
+#: How many of the fastest sizes are measured again, and how often. Other load on the machine can
 #: only make a size look slow, so the best of its measurements counts.
 AGAIN, ROUNDS = 3, 2
 #: A lane more is kept if it serves so much as many rows as without it; else it only takes memory.
@@ -60,10 +59,10 @@ LOGGED_S: Final = 1.0
 
 @dataclass(frozen=True)
 class Warmed:
-    """What was found out."""
+    """The results of a warm-up."""
 
     tuning: Tuning
-    #: The most rows, and elements of the inputs, of a batch that fits.
+    #: The most rows, and the most elements of the inputs, of a batch that fits.
     rows: int
     elements: int
     #: Those that fit, with one row at least, and those that were opened besides.
@@ -74,7 +73,7 @@ class Warmed:
 
 
 class Runs:
-    """One model's warm-up. `run` does it; whatever the engine raises on one row is raised.
+    """One model's warm-up. `run` does it, and raises whatever the engine raises on one row.
 
     `threads`: those of the lanes. `make`: a batch of so many rows. `known`: seconds of sizes that
     need not be measured. `refused`: the fewest elements of a batch that ended a process, and what
@@ -116,13 +115,13 @@ class Runs:
         #: Size → seconds of a batch, all lanes at work.
         self._seconds: dict[int, float] = {}
         self._why = self._why_lanes = ""
-        #: What was tried and does not fit.
+        #: The smallest size that was tried and does not fit.
         self._too_large = self._sizes[-1] + 1
         #: When `run` was called (monotonic s).
         self._began = 0.0
 
     def run(self) -> Warmed:
-        """Take the time that it takes."""
+        """Do the warm-up, however long it takes."""
         self._began = time.monotonic()
         self._forecast.start()
         self._first()
@@ -194,7 +193,7 @@ class Runs:
         if short is not None:
             self._why = f"{larger[0]} would take {short}"
             return None
-        # Two points at least, or nothing would tell what a larger batch costs.
+        # At least two points are needed to estimate what a larger batch takes.
         return larger[0] if self._takes(larger[0]) or len(self._seconds) < 2 else None
 
     def _is_allowed(self, size: int) -> bool:
@@ -212,7 +211,7 @@ class Runs:
         return (known if known is not None else fitted(self._seconds).at(size)) <= left
 
     def _try(self, size: int) -> bool:
-        """Run `size` on all lanes for the first time; False if it turns out not to fit."""
+        """Run `size` on all lanes for the first time. False if it does not fit."""
         batch = self._make(size)
         try:
             self._note(batch, lambda: self._run_once(batch))
@@ -232,14 +231,14 @@ class Runs:
         return True
 
     def _between(self, sizes: Sequence[int]) -> None:
-        """Each once, as long as there is time."""
+        """Run each size once, as long as there is time."""
         for size in sizes:
             if self._takes(size):
                 batch = self._make(size)
                 self._note(batch, lambda batch=batch: self._run_once(batch))  # type: ignore[misc]
 
     def _fits(self, last: int) -> int:
-        """The largest size that fits, `last` having run: also what there was no time for."""
+        """The largest size that fits, after `last` ran. Sizes without time to run count, too."""
         if self._why:
             return last
         fits = last
@@ -291,7 +290,7 @@ class Runs:
                     break
 
     def _measure(self) -> None:
-        """Those that are fast, from the faster end on, until they fall behind for good."""
+        """Measure fast sizes, from the faster end on, until the rest is clearly slower."""
         fast = sorted(size for size, taken in self._seconds.items() if taken < SLOW_S)
         if any(taken < OUTDATED * self._known.get(n, 0.0) for n, taken in self._seconds.items()):
             logger.info(
@@ -300,7 +299,7 @@ class Runs:
                 extra=about(model=self._name),
             )
             self._known = {}
-        # What an earlier start left out among those that it knew is left out again.
+        # Sizes that an earlier start left out among those that it measured are left out again.
         seen = max(self._known, default=0)
         for size in fast:
             if size < seen and size not in self._known:
@@ -310,12 +309,12 @@ class Runs:
         if len(self._sizes) < 2 or not fast:
             return
         measured = self._rates(fast)
-        # First runs allocate and compile: they tell nothing of those that were left out.
+        # First runs allocate and compile, so they say nothing about sizes that were left out.
         for size in set(fast) - measured:
             del self._seconds[size]
 
     def _rates(self, fast: list[int]) -> Set[int]:
-        """Measure these sizes, ascending, as long as it is worth it: which of them were."""
+        """Measure these sizes, ascending, as long as it is worthwhile. Returns those measured."""
         until = time.monotonic() + MEASURING_S
         rates: dict[int, float] = {}
 
@@ -414,7 +413,7 @@ class Runs:
         return (time.monotonic() - started) * len(self._lanes) / count
 
     def _together(self, batch: Batch) -> float:
-        """Run `batch` once on every lane, all at once; the seconds that took."""
+        """Run `batch` once on every lane, all at once. Returns the seconds that took."""
         started = time.monotonic()
         self._threads.each(self._lanes, lambda number: self._lanes[number].run(batch))
         return time.monotonic() - started
