@@ -46,9 +46,9 @@ ROUNDING: Final[Mapping[str, Tolerance]] = {
 GAP: Final = 1e3
 FEW, FEW_GAP = 3, 1e5
 #: But there are two kinds only if the smaller values are at least this share of all values, or if
-#: the larger kind is all but one value.
+#: the larger values differ by at most this factor.
 PART: Final = 0.05
-ALL_BUT_ONE: Final = 2.0
+NEARLY_EQUAL: Final = 2.0
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _tops(sizes: Array) -> Array:
         int(end)
         for end in np.flatnonzero(ratios >= GAP)
         if ratios[end] >= (GAP if end + 1 >= FEW else FEW_GAP)
-        and (end + 1 >= PART * there.size or there[-1] <= ALL_BUT_ONE * there[end + 1])
+        and (end + 1 >= PART * there.size or there[-1] <= NEARLY_EQUAL * there[end + 1])
     ]
     return there[[*ends, there.size - 1]]
 

@@ -243,7 +243,7 @@ class _Study:
             ]
 
     def _elsewhere(self, rows: Tensors, base: Tensors, chosen: Sequence[int]) -> Tensors | None:
-        """Compare with `base`, which is of the first rows, those of them that are `chosen`."""
+        """Compare the answers to `chosen` rows with those in `base`, a batch of the first rows."""
         got = self._run(rows, chosen)
         if got is None:
             return None

@@ -52,7 +52,7 @@ class Learner:
         # The plain mean of the first ones, so that the very first does not count for more.
         self._ratios[place] += max(WEIGHT, 1 / count) * (ratio - self._ratios[place])
         if self._sizes[place] in self._tuning.seconds:
-            # A size that was not measured has no expected time of its own.
+            # Only measured sizes count here: others have no expected time of their own.
             self._common += COMMON_WEIGHT * (ratio - self._common)
         self._until_look -= 1
         if self._until_look:
