@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import shutil
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import pytest
 from helpers import onnx_models
-from helpers.bad_models import BAD, FOUND_LATE, NEWEST, OTHERS, write_others
+from helpers.refusals import onnx_model, refusal_of
 from helpers.repository import fake_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -23,31 +19,15 @@ from inferq.workers.batching.padding import PadRule
 from inferq.workers.demo.models import package_folder
 from inferq.workers.models import repository
 from inferq.workers.models.config import ModelConfig
-from inferq.workers.models.folders import Folders, look_through
 from inferq.workers.models.model_toml import MAX_TOML_BYTES, ModelToml, read_toml
 from inferq.workers.models.not_served import NotServed
 from inferq.workers.models.repository import load_model, load_models, model_names
-
-
-def _onnx(root: Path, name: str = "m", toml: str | None = None, version: int = 1) -> Path:
-    """A doubling ONNX model float32[batch, 3]; returns its file."""
-    if toml is not None:
-        (root / name).mkdir(exist_ok=True)
-        (root / name / "model.toml").write_text(toml)
-    return onnx_models.double(root / name / str(version) / "model.onnx")
-
-
-def _refusal(root: Path, name: str = "m") -> str:
-    with pytest.raises(ConfigError) as caught:
-        load_model(root, name)
-    return caught.value.message
-
 
 # --- served --------------------------------------------------------------------------------------
 
 
 def test_a_bare_onnx_file_is_a_model_with_defaults(tmp_path: Path) -> None:
-    path = _onnx(tmp_path)
+    path = onnx_model(tmp_path)
     spec = load_model(tmp_path, "m")
     assert (spec.name, spec.version, spec.path) == ("m", 1, path)
     assert spec.config.engine == "onnxruntime"
@@ -58,7 +38,9 @@ def test_a_bare_onnx_file_is_a_model_with_defaults(tmp_path: Path) -> None:
 
 
 def test_the_advert_carries_what_a_client_checks(tmp_path: Path) -> None:
-    _onnx(tmp_path, toml="max_batch_size = 8\nmax_queue_depth = 5\npriority = 3\ntimeout_ms = 250")
+    onnx_model(
+        tmp_path, toml="max_batch_size = 8\nmax_queue_depth = 5\npriority = 3\ntimeout_ms = 250"
+    )
     spec = load_model(tmp_path, "m")
     assert spec.advert(seconds_per_row=0.5, result_expires_s=60) == ModelAdvert(
         name="m",
@@ -80,7 +62,7 @@ def test_the_advert_carries_what_a_client_checks(tmp_path: Path) -> None:
 
 def test_the_highest_version_is_served(tmp_path: Path) -> None:
     for version in (2, 10, 9):
-        path = _onnx(tmp_path, version=version)
+        path = onnx_model(tmp_path, version=version)
         (tmp_path / "m" / f"v{version}").mkdir()
     (tmp_path / "m" / "011").mkdir()
     spec = load_model(tmp_path, "m")
@@ -105,7 +87,7 @@ def test_a_model_that_is_not_batchable_runs_one_by_one(tmp_path: Path) -> None:
 
 
 def test_the_last_bucket_is_the_default_max_batch_size(tmp_path: Path) -> None:
-    _onnx(tmp_path, toml="buckets = [1, 4, 16]")
+    onnx_model(tmp_path, toml="buckets = [1, 4, 16]")
     assert load_model(tmp_path, "m").max_batch_size == 16
 
 
@@ -124,7 +106,7 @@ def test_padding_rules_are_read_for_the_inputs_symbols(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("toml", ["labels = ['cat', 'dog']", "labels = 'names.txt'"])
 def test_labels_are_a_list_or_a_file_beside_model_toml(tmp_path: Path, toml: str) -> None:
-    _onnx(tmp_path, toml=toml)
+    onnx_model(tmp_path, toml=toml)
     (tmp_path / "m" / "names.txt").write_text("cat\ndog\n")
     assert load_model(tmp_path, "m").labels == ("cat", "dog")
 
@@ -156,7 +138,7 @@ def test_real_models_are_batchable_as_they_come(
 
 
 def test_a_repository_is_all_its_models(tmp_path: Path) -> None:
-    _onnx(tmp_path, "b")
+    onnx_model(tmp_path, "b")
     fake_model(tmp_path, "a")
     (tmp_path / ".git").mkdir()
     (tmp_path / "README").write_text("")
@@ -169,8 +151,8 @@ def test_a_repository_is_all_its_models(tmp_path: Path) -> None:
 
 
 def test_each_bad_model_is_told_and_the_good_ones_are_read(tmp_path: Path) -> None:
-    _onnx(tmp_path, "good")
-    _onnx(tmp_path, "bad", toml="lanes = -1")
+    onnx_model(tmp_path, "good")
+    onnx_model(tmp_path, "bad", toml="lanes = -1")
     (tmp_path / "empty" / "3").mkdir(parents=True)
     specs, bad = load_models(tmp_path, ["bad", "empty", "good", "none"])
     assert [spec.name for spec in specs] == ["good"]
@@ -266,10 +248,10 @@ def test_what_a_library_makes_of_one_models_files_harms_that_model_only(
 def test_a_bad_knob_is_refused_by_file_key_value_and_expectation(
     tmp_path: Path, toml: str, message: str
 ) -> None:
-    _onnx(tmp_path, toml="")
+    onnx_model(tmp_path, toml="")
     toml_path = tmp_path / "m" / "model.toml"
     toml_path.write_bytes(toml.encode(errors="surrogateescape"))
-    refusal = _refusal(tmp_path)
+    refusal = refusal_of(tmp_path)
     assert refusal.startswith(f"{toml_path}: ")
     assert message in refusal
 
@@ -278,7 +260,7 @@ def test_a_bad_knob_is_refused_by_file_key_value_and_expectation(
 def test_only_an_inputs_inner_symbols_can_be_padded(tmp_path: Path, symbol: str) -> None:
     onnx_models.pooled(tmp_path / "m" / "1" / "model.onnx")
     (tmp_path / "m" / "model.toml").write_text(f"[pad.{symbol}]\nbuckets = [4]")
-    assert _refusal(tmp_path).endswith(
+    assert refusal_of(tmp_path).endswith(
         f"pad.{symbol} names no dim that can be padded; "
         "expected a symbol of an input other than its first dim (seq)"
     )
@@ -332,7 +314,7 @@ def test_a_value_that_an_input_cannot_hold_is_refused_by_name(
     tmp_path: Path, dtype: str, value: str, expected: str
 ) -> None:
     _padded(tmp_path, dtype, value)
-    assert expected in _refusal(tmp_path)
+    assert expected in refusal_of(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -369,156 +351,13 @@ def test_batches_of_a_model_that_is_not_batchable_are_refused_with_the_reason(
     (tmp_path / "m" / "model.toml").write_text(toml)
     assert (
         "expected at most 1, since the model is not batchable: dim 0 of input 'x' is fixed at 1"
-        in (_refusal(tmp_path))
+        in (refusal_of(tmp_path))
     )
 
 
 def test_a_huge_model_toml_is_refused(tmp_path: Path) -> None:
-    _onnx(tmp_path, toml="#" * (MAX_TOML_BYTES + 1))
-    assert f"more than {MAX_TOML_BYTES} bytes" in _refusal(tmp_path)
-
-
-def test_a_model_of_which_no_version_is_whole_is_refused_with_all_reasons(tmp_path: Path) -> None:
-    for version in (1, 2):
-        (tmp_path / "m" / str(version)).mkdir(parents=True)
-    assert _refusal(tmp_path) == "; ".join(
-        f"no model in {tmp_path}/m/{version}; expected model.onnx or model.pt2 there"
-        for version in (2, 1)
-    )
-
-
-@pytest.mark.parametrize("name", NEWEST)
-def test_the_newest_version_that_is_whole_is_served(tmp_path: Path, name: str) -> None:
-    path = _onnx(tmp_path)
-    NEWEST[name].write(tmp_path, "m")
-    (tmp_path / "m" / "3").mkdir()
-    spec = load_model(tmp_path, "m")
-    assert (spec.version, spec.versions, spec.path) == (1, (1, 2, 3), path)
-    assert [(each.model, each.version) for each in spec.passed_over] == [("m", 3), ("m", 2)]
-    assert "no model in " in spec.passed_over[0].reason
-    assert NEWEST[name].reason in spec.passed_over[1].reason
-
-
-def test_a_version_of_another_engines_file_is_passed_over(tmp_path: Path) -> None:
-    _onnx(tmp_path, toml="engine = 'onnxruntime'")
-    (tmp_path / "m" / "2").mkdir()
-    (tmp_path / "m" / "2" / "model.pt2").write_bytes(b"PK")
-    spec = load_model(tmp_path, "m")
-    assert spec.version == 1
-    assert spec.passed_over[0].reason == f"no model in {tmp_path}/m/2; expected model.onnx there"
-
-
-def test_a_whole_version_that_the_engine_refuses_is_not_replaced_by_an_older_one(
-    tmp_path: Path,
-) -> None:
-    _onnx(tmp_path)
-    BAD["operator"].write(tmp_path, "other")
-    shutil.move(tmp_path / "other" / "1", tmp_path / "m" / "2")
-    assert "m/2/model.onnx cannot be loaded by ONNX Runtime" in _refusal(tmp_path)
-
-
-def test_a_newest_version_that_leads_out_of_the_repository_is_refused(tmp_path: Path) -> None:
-    root = tmp_path / "models"
-    _onnx(root)
-    outside = onnx_models.double(tmp_path / "outside" / "model.onnx")
-    (root / "m" / "2").mkdir()
-    (root / "m" / "2" / "model.onnx").symlink_to(outside)
-    assert f"leads to {outside}" in _refusal(root)
-
-
-@pytest.mark.parametrize("name", sorted(set(BAD) - FOUND_LATE))
-def test_each_kind_of_bad_model_is_refused_with_its_reason(tmp_path: Path, name: str) -> None:
-    BAD[name].write(tmp_path, name)
-    assert BAD[name].reason in _refusal(tmp_path, name)
-    assert model_names(tmp_path) == [name]
-
-
-def test_folders_that_hold_no_model_are_passed_over(tmp_path: Path) -> None:
-    _onnx(tmp_path, "good")
-    write_others(tmp_path)
-    assert look_through(tmp_path) == Folders(("good",), OTHERS, (".hidden", "README.md"))
-
-
-def test_a_link_that_leads_out_or_nowhere_is_no_folder_that_is_passed_over(tmp_path: Path) -> None:
-    root = tmp_path / "models"
-    root.mkdir()
-    (tmp_path / "docs").mkdir()
-    (root / "out").symlink_to(tmp_path / "docs")
-    (root / "nowhere").symlink_to(root / "gone")
-    (root / "loop").symlink_to(root / "loop")
-    (root / "file").symlink_to(__file__)
-    assert look_through(root) == Folders(("loop", "nowhere", "out"), (), ("file",))
-    _, bad = load_models(root, model_names(root))
-    assert [each.model for each in bad] == ["loop", "nowhere", "out"]
-
-
-def test_a_folder_that_may_not_be_read_is_a_model_if_it_is_called_like_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("closed", "lost+found"):
-        (tmp_path / name).mkdir()
-    iterdir = Path.iterdir
-
-    def refused(path: Path) -> Iterator[Path]:
-        if path.parent == tmp_path:
-            raise PermissionError(13, "Permission denied", str(path))
-        return iterdir(path)
-
-    monkeypatch.setattr(Path, "iterdir", refused)
-    assert look_through(tmp_path) == Folders(("closed",), ("lost+found",), ())
-
-
-def test_a_name_in_any_bytes_can_be_told_and_published(tmp_path: Path) -> None:
-    os.makedirs(os.fsencode(tmp_path) + b"/\xff\x1b[2J\n/1")
-    (name,) = model_names(tmp_path)
-    _, (bad,) = load_models(tmp_path, [name])
-    assert bad.model == r"\udcff\x1b[2J\n"
-    assert msgspec.msgpack.decode(msgspec.msgpack.encode(bad), type=NotServed) == bad
-    assert str(bad).isprintable()
-
-
-@pytest.mark.parametrize("name", ["..", "", "a/b", ".hidden", "-m", "x" * 101, "ä"])
-def test_a_name_that_is_none_is_refused(tmp_path: Path, name: str) -> None:
-    assert f"model name is {name!r}; expected letters" in _refusal(tmp_path, name)
-
-
-def test_an_unknown_model_or_repository_is_refused(tmp_path: Path) -> None:
-    assert "model 'm': no folder" in _refusal(tmp_path)
-    assert "model repository is" in _refusal(tmp_path / "none")
-
-
-@pytest.mark.parametrize("linked", ["m", "m/1", "m/1/model.onnx", "m/model.toml"])
-def test_a_link_out_of_the_repository_is_refused(tmp_path: Path, linked: str) -> None:
-    root, outside = tmp_path / "models", tmp_path / "outside"
-    root.mkdir()
-    _onnx(root, toml="")
-    shutil.move(root / linked, outside)
-    (root / linked).symlink_to(outside)
-    assert f"leads to {outside}" in _refusal(root)
-    assert "expected a place in the repository" in _refusal(root)
-
-
-def test_a_link_within_the_repository_is_followed(tmp_path: Path) -> None:
-    _onnx(tmp_path, "stored")
-    (tmp_path / "m").symlink_to(tmp_path / "stored")
-    assert load_model(tmp_path, "m").batchable
-
-
-def test_a_link_to_labels_outside_the_models_folder_is_refused(tmp_path: Path) -> None:
-    _onnx(tmp_path, toml="labels = 'names.txt'")
-    (tmp_path / "names.txt").write_text("cat\n")
-    (tmp_path / "m" / "names.txt").symlink_to(tmp_path / "names.txt")
-    assert "expected a file in the model's folder" in _refusal(tmp_path)
-
-
-def test_a_file_that_anyone_may_write_is_warned_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = _onnx(tmp_path)
-    path.chmod(0o666)
-    with caplog.at_level(logging.WARNING):
-        load_model(tmp_path, "m")
-    assert f"{path} may be written by any user" in caplog.text
+    onnx_model(tmp_path, toml="#" * (MAX_TOML_BYTES + 1))
+    assert f"more than {MAX_TOML_BYTES} bytes" in refusal_of(tmp_path)
 
 
 # --- anything ------------------------------------------------------------------------------------
