@@ -214,8 +214,8 @@ class FencedLink:
         # kill point: exchange-written
         sent()
         replies = self._link.read(sum(part.count for part in ahead) + len(commands))
-        # kill point: exchange-answered The replies that follow give the depths. A change that is
-        # pushed after them is newer.
+        # kill point: exchange-answered
+        # The replies that follow give the depths. A change that is pushed after them is newer.
         self._link.forget_changes()
         return replies, self._link.read(len(arming))
 
