@@ -1,0 +1,149 @@
+"""The cases of helpers.cuda_cases on a card, each in a process: ``python -m gpu.quick.cases NAME``.
+
+A kernel doubles in place of the double of TensorRT's context. What only the fake driver can do, to
+fail or to keep a simulated time, ends a case here, and it is named; what only it can count is not
+looked at. On the fake driver the cases run as they are.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+from gpu.quick.driver import is_fake
+from gpu.quick.report import CANNOT_RUN, Report
+
+HELPERS: Final = Path(__file__).parents[2] / "helpers"
+#: Not on a card, and why.
+NOT_ON_A_CARD: Final = {
+    "memory_that_is_short_at_the_start_is_said": "pins as much memory as the card has",
+}
+_CASE_S: Final = 25
+_AT_ONCE: Final = 4
+
+
+class NeedsFake(BaseException):
+    """Only the fake driver does that. No Exception: nobody is to judge it."""
+
+
+class _Uncounted:
+    """A count that nobody has: compared with anything it is as it is expected to be."""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def _agrees(self, _other: object) -> bool:
+        return True
+
+    def _stays(self, _other: object) -> _Uncounted:
+        return self
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _agrees
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _stays
+    __hash__ = None  # type: ignore[assignment]
+
+
+class NoControl:
+    """In place of the fake driver's Control."""
+
+    def count(self, _name: str) -> Any:
+        return _Uncounted()
+
+    def set(self, name: str, _value: float) -> None:
+        raise NeedsFake(f"sets {name}")
+
+    def __getattr__(self, name: str) -> Any:
+        def refuse(*_: object) -> None:
+            raise NeedsFake(f"asks it to {name}")
+
+        return refuse
+
+
+def names() -> list[str]:
+    """All cases, in order."""
+    source = (HELPERS / "cuda_cases.py").read_text()
+    return re.findall(r"^def ([a-z]\w*)\(\) -> None", source, re.MULTILINE)
+
+
+def run(report: Report) -> None:
+    """All of them, some at once."""
+    passed: list[str] = []
+    skipped, failed = dict[str, str](), dict[str, str]()
+    todo = [name for name in names() if is_fake() or name not in NOT_ON_A_CARD]
+    if not is_fake():
+        skipped.update(NOT_ON_A_CARD)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for name, (status, said) in zip(todo, pool.map(_run, todo), strict=True):
+            if status == 0:
+                passed.append(name)
+            elif status == CANNOT_RUN:
+                skipped[name] = said.splitlines()[-1]
+            else:
+                failed[name] = said[-600:]
+            report.add(passed=passed, skipped=skipped, failed=failed)
+    report.say(f"{len(passed)} passed, {len(failed)} failed, {len(skipped)} need the fake driver")
+    for name in failed:
+        report.say(f"failed: {name}")
+    if failed:
+        raise SystemExit(f"{len(failed)} cases failed")
+
+
+def command(name: str) -> list[str]:
+    """Runs one case."""
+    return [sys.executable, "-m", "gpu.quick.cases", name]
+
+
+def _run(name: str) -> tuple[int | None, str]:
+    try:
+        done = subprocess.run(command(name), capture_output=True, text=True, timeout=_CASE_S)
+    except subprocess.TimeoutExpired:
+        return None, f"not ended within {_CASE_S} s"
+    return done.returncode, (done.stdout + done.stderr).strip()
+
+
+def loaded() -> ModuleType:
+    """helpers.cuda_cases; on a card with a kernel in its double, and without the fake's Control."""
+    from helpers.fakecuda import control  # noqa: PLC0415
+
+    if is_fake():
+        from helpers import cuda_cases  # noqa: PLC0415
+
+        return cuda_cases
+    control.Control = NoControl  # type: ignore[misc, assignment]
+    from helpers import cuda_cases  # noqa: PLC0415
+
+    from gpu.quick.kernels import kernels  # noqa: PLC0415
+
+    class OnCard(cuda_cases.Doubler):
+        def set_shapes(self, shapes: Any) -> Any:
+            kernels()
+            return super().set_shapes(shapes)
+
+        def enqueue(self, stream: int) -> None:
+            rows, width = self.shapes["x"]
+            if self.fails_above is not None and rows > self.fails_above[0]:
+                raise self.fails_above[1]
+            x, k, y = (self.addresses[name] for name in ("x", "k", "y"))
+            kernels().twice(stream, x, k, y, rows, width)
+
+    cuda_cases.Doubler = OnCard  # type: ignore[misc]
+    return cuda_cases
+
+
+def main(name: str) -> int:
+    """One case."""
+    try:
+        getattr(loaded(), name)()
+    except NeedsFake as reason:
+        print(reason)
+        return CANNOT_RUN
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1]))

@@ -1,0 +1,93 @@
+"""How much of the card the lanes use: by kernel, batch and lanes.
+
+The share is the time that the kernels of all batches take back to back, by the time that was needed
+with gathering, copies, waiting and handing out. Rows are pictures of 150 KB; each batch's are
+looked at.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import Any, Final
+
+from gpu.quick.busy import busy_lane, pictures, wrong_rows
+from gpu.quick.driver import is_fake
+from gpu.quick.report import Report
+from inferq.workers.cuda import device
+from inferq.workers.cuda.lane import CudaLane, RowLimit
+
+KERNELS_MS: Final = (0.45, 1.0, 3.0)
+ROWS: Final = (32, 128)
+LANES: Final = (1, 2, 3, 4)
+#: Of one measurement.
+_S: Final = 0.8
+_WARM: Final = 3
+
+
+def run(report: Report) -> None:
+    """All combinations. SystemExit: rows were mixed up."""
+    seconds = 0.1 if is_fake() else _S
+    gpu = device.acquire()
+    rows_of_table: list[dict[str, Any]] = []
+    for kernel_ms in KERNELS_MS:
+        for rows in ROWS:
+            limit = RowLimit()
+            lanes = [
+                busy_lane(gpu, limit, us=kernel_ms * 1000, rows=rows) for _ in range(LANES[-1])
+            ]
+            for lane in lanes:
+                for _ in range(_WARM):
+                    lane.run(pictures(rows))
+            alone_ms = lanes[0].repeat(pictures(rows), 50)
+            for count in LANES:
+                measured = _measure(lanes[:count], rows, alone_ms, seconds)
+                rows_of_table.append({"kernel_ms": kernel_ms, "lanes": count, **measured})
+                report.add(shares=rows_of_table)
+            for lane in lanes:
+                lane.close()
+            told = " ".join(f"{each['share']:.3f}" for each in rows_of_table[-len(LANES) :])
+            report.say(f"{kernel_ms} ms, batch {rows}, 1 to {LANES[-1]} lanes: {told}")
+    if wrong := sum(each["wrong_rows"] for each in rows_of_table):
+        raise SystemExit(f"{wrong} rows were another row's")
+
+
+def _measure(lanes: list[CudaLane], rows: int, alone_ms: float, seconds: float) -> dict[str, Any]:
+    work = [pictures(rows, first=50 * n) for n in range(len(lanes))]
+    counts, wrong = [0] * len(lanes), [0] * len(lanes)
+    problems: list[Exception] = []
+    together = threading.Barrier(len(lanes) + 1)
+
+    def drive(n: int) -> None:
+        try:
+            together.wait()
+            until = time.monotonic() + seconds
+            while time.monotonic() < until:
+                wrong[n] += wrong_rows(work[n], lanes[n].run(work[n]))
+                counts[n] += 1
+        except Exception as problem:  # noqa: BLE001 - raised below, in the step's own thread
+            problems.append(problem)
+
+    threads = [threading.Thread(target=drive, args=(n,)) for n in range(len(lanes))]
+    for thread in threads:
+        thread.start()
+    together.wait()
+    began, cpu = time.monotonic(), os.times()
+    for thread in threads:
+        thread.join()
+    wall, after = time.monotonic() - began, os.times()
+    if problems:
+        raise problems[0]
+    batches = sum(counts)
+    used = after.user + after.system - cpu.user - cpu.system
+    return {
+        "rows": rows,
+        "share": batches * alone_ms / 1000 / wall,
+        "alone_ms": alone_ms,
+        "rows_per_s": batches * rows / wall,
+        "cpu_us_per_row": used / (batches * rows) * 1e6,
+        "gather_ms": work[0].gather_ms,
+        "batches": batches,
+        "wrong_rows": sum(wrong),
+    }

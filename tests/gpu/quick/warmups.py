@@ -1,0 +1,145 @@
+"""The torch engine as it is shipped, two lanes, warmed up five times, each in a new process.
+
+Each process loads the model, warms it up as a worker does, then both lanes run at once and every
+row is compared with what PyTorch answers on the CPU: ``python -m gpu.quick.warmups FOLDER``.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from gpu.quick.driver import is_fake
+from gpu.quick.report import CannotRun, Report
+
+TIMES: Final = 5
+LANES: Final = 2
+_CHILD_S: Final = 25
+_TOLERANCE: Final = 2e-2
+_TOML: Final = """engine = "torch"
+max_batch_size = 32
+lanes = 2
+[torch]
+device = "cuda"
+"""
+
+
+def run(report: Report) -> None:
+    """Five times. SystemExit: one of them failed."""
+    require_torch()
+    import torch  # noqa: PLC0415 - it was looked for just now
+    from helpers import torch_models  # noqa: PLC0415
+
+    with tempfile.TemporaryDirectory(prefix="inferq-quick-") as name:
+        root = Path(name)
+        torch.manual_seed(0)
+        torch_models.save(
+            root / "digits" / "1" / "model.pt2",
+            torch_models.Digits().eval(),
+            (torch.zeros(torch_models.ROWS, 1, 8, 8),),
+            {"image": torch_models.batch()},
+        )
+        (root / "digits" / "model.toml").write_text(_TOML)
+        warmed: list[dict[str, Any]] = []
+        for _ in range(TIMES):
+            warmed.append(_once(root))
+            report.add(warmed=warmed)
+    well = [each for each in warmed if each["status"] == 0 and not each.get("wrong_rows")]
+    seconds = ", ".join(f"{each.get('seconds', 0):.1f}" for each in warmed)
+    report.say(f"{len(well)} of {TIMES} were well; seconds {seconds}")
+    if len(well) < TIMES:
+        raise SystemExit(next(each["said"] for each in warmed if each not in well))
+
+
+def require_torch() -> None:
+    """CannotRun without PyTorch on a card."""
+    if is_fake():
+        raise CannotRun("PyTorch has no kernels for the fake driver")
+    try:
+        import torch  # noqa: PLC0415
+    except ImportError as problem:
+        raise CannotRun(f"PyTorch is not there: {problem}") from None
+    if not torch.cuda.is_available():
+        raise CannotRun("PyTorch finds no card")
+
+
+def _once(root: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "gpu.quick.warmups", str(root)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_CHILD_S)
+    except subprocess.TimeoutExpired:
+        return {"status": None, "said": f"not ended within {_CHILD_S} s"}
+    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    said = (done.stdout + done.stderr).strip()[-1500:]
+    return {"status": done.returncode, "said": said, **(told[-1] if told else {})}
+
+
+def child(root: Path) -> None:
+    """Load, warm up, run, compare; prints one line."""
+    import logging  # noqa: PLC0415
+
+    from inferq.workers.models.engine import Batch  # noqa: PLC0415
+    from inferq.workers.models.registry import engine_class  # noqa: PLC0415
+    from inferq.workers.models.repository import load_model  # noqa: PLC0415
+    from inferq.workers.warmup.prepare import Preparation  # noqa: PLC0415
+
+    logging.basicConfig(level=logging.INFO)
+    spec = load_model(root, "digits")
+    began = time.monotonic()
+    preparation = Preparation(spec)
+    preparation.start()
+    model = engine_class("torch")(spec).load()
+    prepared = preparation.prepare(model)
+    seconds = time.monotonic() - began
+
+    import torch  # noqa: PLC0415
+
+    program = torch.export.load(spec.path).module()
+    rng = np.random.default_rng(0)
+    images = rng.uniform(0, 16, (64, 1, 8, 8)).astype(np.float32)
+    with torch.inference_mode():
+        wanted = program(torch.from_numpy(images))["logits"].numpy()
+    wrong, problems = [0] * len(prepared.lanes), list[Exception]()
+
+    def drive(n: int) -> None:
+        try:
+            for turn in range(60):
+                rows = (1, 3, 8, 32)[turn % 4]
+                at = (7 * turn) % (len(images) - rows)
+                parts = [{"image": images[at + i : at + i + 1]} for i in range(rows)]
+                bucket = next((size for size in model.buckets if size >= rows), rows)
+                got = prepared.lanes[n].run(Batch(parts, rows, bucket))["logits"]
+                apart = np.abs(got - wanted[at : at + rows]).max(axis=1)
+                wrong[n] += int((apart > _TOLERANCE * np.abs(wanted).max()).sum())
+        except Exception as problem:  # noqa: BLE001 - raised below
+            problems.append(problem)
+
+    threads = [threading.Thread(target=drive, args=(n,)) for n in range(len(prepared.lanes))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if problems:
+        raise problems[0]
+    tuning = prepared.tuning.seconds if prepared.tuning is not None else {}
+    told = {
+        "seconds": seconds,
+        "lanes": len(prepared.lanes),
+        "wrong_rows": sum(wrong),
+        "batch_ms": {rows: taken * 1000 for rows, taken in tuning.items()},
+        "graphs": [getattr(lane, "_graphs", None) is True for lane in prepared.lanes],
+    }
+    model.close()
+    print(json.dumps(told), flush=True)
+
+
+if __name__ == "__main__":
+    child(Path(sys.argv[1]))
