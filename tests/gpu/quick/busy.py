@@ -11,7 +11,7 @@ A row's answer is its first byte.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
@@ -22,8 +22,10 @@ from helpers.installed import install
 from gpu.quick.kernels import kernels
 from inferq.shared.schema import Signature, TensorSpec
 from inferq.workers.cuda import device
-from inferq.workers.cuda.graphs import Graph
-from inferq.workers.cuda.lane import CudaLane, RowLimit, Shape
+from inferq.workers.cuda.executor import Shape
+from inferq.workers.cuda.graphs import Graph, Graphs
+from inferq.workers.cuda.lane import CudaLane
+from inferq.workers.cuda.splitting import RowLimit
 from inferq.workers.engines.on_gpu import LANES, gpu_buckets
 from inferq.workers.models.engine import Batch, Engine, LoadedModel
 from inferq.workers.models.ranges import usual_inputs
@@ -62,8 +64,8 @@ class Busy:
         rows, width = self._shape
         kernels().busy(stream, x, y, rows, width, self._us)
 
-    def capture(self, stream: int) -> Graph:
-        return Graph(stream, lambda: self.enqueue(stream))
+    def capture(self, stream: int, work: Callable[[], None]) -> Graph:
+        return Graph(stream, work)
 
     def close(self) -> None:
         self._addresses.clear()
@@ -77,7 +79,7 @@ def busy_lane(
     rows: int,
     width: int = WIDTH,
     buckets: Sequence[int] = (),
-    graphs: bool = True,
+    graphs: Graphs,
     ends_if: Path | None = None,
 ) -> CudaLane:
     """To be closed."""
@@ -134,6 +136,7 @@ class BusyEngine(Engine):
     def load(self) -> LoadedModel:
         spec, table = self.spec, self._table
         buckets, limit = gpu_buckets(spec), RowLimit()
+        graphs = Graphs(not table.ends_if)  # a graph would not look at the file
         with ExitStack() as stack:
             gpu = stack.enter_context(device.acquired())
             lanes: list[CudaLane] = []
@@ -145,7 +148,7 @@ class BusyEngine(Engine):
                     rows=spec.max_batch_size,
                     width=table.width,
                     buckets=buckets,
-                    graphs=not table.ends_if,  # a graph would not look at the file
+                    graphs=graphs,
                     ends_if=Path(table.ends_if) if table.ends_if else None,
                 )
                 stack.callback(lane.close)

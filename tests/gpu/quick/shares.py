@@ -16,7 +16,9 @@ from gpu.quick.busy import busy_lane, pictures, wrong_rows
 from gpu.quick.driver import is_fake
 from gpu.quick.report import Report
 from inferq.workers.cuda import device
-from inferq.workers.cuda.lane import CudaLane, RowLimit
+from inferq.workers.cuda.graphs import Graphs
+from inferq.workers.cuda.lane import CudaLane
+from inferq.workers.cuda.splitting import RowLimit
 
 KERNELS_MS: Final = (0.45, 1.0, 3.0)
 ROWS: Final = (32, 128)
@@ -33,9 +35,10 @@ def run(report: Report) -> None:
     rows_of_table: list[dict[str, Any]] = []
     for kernel_ms in KERNELS_MS:
         for rows in ROWS:
-            limit = RowLimit()
+            limit, graphs = RowLimit(), Graphs(on=True)
             lanes = [
-                busy_lane(gpu, limit, us=kernel_ms * 1000, rows=rows) for _ in range(LANES[-1])
+                busy_lane(gpu, limit, us=kernel_ms * 1000, rows=rows, graphs=graphs)
+                for _ in range(LANES[-1])
             ]
             for lane in lanes:
                 for _ in range(_WARM):
