@@ -1,8 +1,9 @@
 """The cases of helpers.cuda_cases on a card, each in a process: ``python -m gpu.quick.cases NAME``.
 
-A kernel doubles in place of the double of TensorRT's context. What only the fake driver can do, to
-fail or to keep a simulated time, ends a case here, and it is named; what only it can count is not
-looked at. On the fake driver some of them run as they are.
+A kernel doubles in place of the double of TensorRT's context, and another one ends the context
+where a case wants that. What only the fake driver can do, to answer one call with an error or to
+keep a simulated time, ends a case here, and it is named; what only it can count is not looked at.
+On the fake driver some of them run as they are.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from ctypes import byref, c_void_p
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from gpu.quick.driver import is_fake
+from gpu.quick.driver import Driver, is_fake
+from gpu.quick.kernels import ENDINGS, kernels
 from gpu.quick.report import CANNOT_RUN, Report
 
 HELPERS: Final = Path(__file__).parents[2] / "helpers"
@@ -58,6 +61,18 @@ class NoControl:
 
     def set(self, name: str, _value: float) -> None:
         raise NeedsFake(f"sets {name}")
+
+    def fail(self, code: int) -> None:
+        """As the fake does, but by a kernel."""
+        how = next((how for how, answer in ENDINGS.items() if answer == code), None)
+        if how is None:
+            raise NeedsFake(f"asks for error {code}")
+        driver = Driver()
+        driver.check("cuCtxPushCurrent_v2", driver.made("cuDevicePrimaryCtxRetain", 0))
+        stream = driver.stream()
+        kernels().end(stream, how)
+        driver.call("cuStreamSynchronize", stream)
+        driver.call("cuCtxPopCurrent_v2", byref(c_void_p()))
 
     def __getattr__(self, name: str) -> Any:
         def refuse(*_: object) -> None:
@@ -119,23 +134,23 @@ def loaded() -> ModuleType:
     control.Control = NoControl  # type: ignore[misc, assignment]
     from helpers import cuda_cases  # noqa: PLC0415
 
-    from gpu.quick.kernels import kernels  # noqa: PLC0415
+    doubler: Any = cuda_cases.Doubler
+    told = doubler.set_shapes
 
-    class OnCard(cuda_cases.Doubler):
-        def set_shapes(self, shapes: Any) -> Any:
-            kernels()
-            return super().set_shapes(shapes)
+    def set_shapes(self: Any, shapes: Any) -> Any:
+        kernels()  # compiled now: it cannot be while a graph is captured
+        return told(self, shapes)
 
-        def enqueue(self, stream: int) -> None:
-            rows, width = self.shapes["x"]
-            if self.fails_above is not None and rows > self.fails_above[0]:
-                raise self.fails_above[1]
-            if self.us > 0:
-                kernels().busy(stream, 0, 0, 0, 0, self.us)
-            x, k, y = (self.addresses[name] for name in ("x", "k", "y"))
-            kernels().twice(stream, x, k, y, rows, width)
+    def enqueue(self: Any, stream: int) -> None:
+        rows, width = self.shapes["x"]
+        if self.fails_above is not None and rows > self.fails_above[0]:
+            raise self.fails_above[1]
+        if self.us > 0:
+            kernels().busy(stream, 0, 0, 0, 0, self.us)
+        x, k, y = (self.addresses[name] for name in ("x", "k", "y"))
+        kernels().twice(stream, x, k, y, rows, width)
 
-    cuda_cases.Doubler = OnCard  # type: ignore[misc]
+    doubler.set_shapes, doubler.enqueue = set_shapes, enqueue
     return cuda_cases
 
 
