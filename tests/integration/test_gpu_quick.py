@@ -1,4 +1,4 @@
-"""`make gpu-quick` as a dry run on the fake driver: each step tells figures, or why there are none."""
+"""`make gpu-quick` as a dry run on the fake driver: a step tells figures, or why it has none."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,11 @@ from helpers.fakecuda import environment
 
 TESTS = Path(__file__).parents[1]
 NO_CARD = TESTS / "helpers" / "no_card"
-#: Steps that need a card, and what their line says instead.
-NEEDS_A_CARD = {
-    "sanitizer": "the fake driver has no kernels to be watched",
-    "warmups": "PyTorch has no kernels for the fake driver",
-    "resnet": "PyTorch has no kernels for the fake driver",
-}
-TIMEOUT_S = 170
+#: What the line of a step says that needs what is not here.
+WHY_NOT = {"sanitizer": "the fake driver has no kernels to be watched"}
+if find_spec("torch") is None:
+    WHY_NOT |= dict.fromkeys(("warmups", "resnet"), "PyTorch is not there")
+TIMEOUT_S = 340
 
 
 def _run(driver: Path, out: Path, steps: str) -> tuple[int, list[dict[str, Any]], str]:
@@ -38,6 +37,7 @@ def _run(driver: Path, out: Path, steps: str) -> tuple[int, list[dict[str, Any]]
     return done.returncode, [json.loads(line) for line in lines], done.stdout + done.stderr
 
 
+@pytest.mark.timeout(TIMEOUT_S + 10)
 @pytest.mark.parametrize("step", [step.name for step in STEPS])
 def test_each_step_of_a_dry_run_tells_figures_or_why_there_are_none(
     fake_driver: Path, tmp_path: Path, step: str
@@ -45,9 +45,9 @@ def test_each_step_of_a_dry_run_tells_figures_or_why_there_are_none(
     status, (line,), said = _run(fake_driver, tmp_path, step)
     assert status == 0, said
     assert (line["step"], line["fake"]) == (step, True)
-    if step in NEEDS_A_CARD:
+    if step in WHY_NOT:
         assert not line["ok"]
-        assert line["why_not"] == NEEDS_A_CARD[step]
+        assert line["why_not"].startswith(WHY_NOT[step])
     else:
         assert line["ok"]
         assert line["found"]["said"]

@@ -171,25 +171,21 @@ def show(path: Path) -> int:
         if not line["ok"]:
             said.append(line.get("why_not") or line.get("error", "").splitlines()[-1])
         rows.append((line["step"], _outcome(line), f"{line['seconds']:.0f}", "\n".join(said)))
-    title = (
-        "DRY RUN on the fake driver: the figures mean nothing"
-        if any(line["fake"] for line in lines)
-        else "gpu-quick"
-    )
-    _print(title, rows)
+    if any(line["fake"] for line in lines):
+        print("DRY RUN on the fake driver: the figures mean nothing")
+    _print(rows)
     return int(any(_outcome(line) == "FAILED" for line in lines))
 
 
-def _print(title: str, rows: list[tuple[str, ...]]) -> None:
+def _print(rows: list[tuple[str, ...]]) -> None:
     try:
         from rich.console import Console  # noqa: PLC0415
         from rich.table import Table  # noqa: PLC0415
     except ImportError:
-        print(title)
         for name, outcome, seconds, said in rows:
             print(f"{name:10} {outcome:8} {seconds:>4} s  " + said.replace("\n", "\n" + " " * 27))
         return
-    table = Table(title=title)
+    table = Table()
     for column in ("step", "", "s", "found"):
         table.add_column(column)
     for row in rows:

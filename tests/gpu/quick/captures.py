@@ -119,14 +119,15 @@ def _one(stage: _Stage, mode: int, name: str, call: Call, thread: ThreadPoolExec
     if executable.value:
         driver.call("cuGraphExecDestroy", executable)
     stage.drop()
-    driver.check("cuStreamSynchronize", stage.other)
-    driver.check("cuCtxSynchronize")
+    if driver.call("cuStreamSynchronize", stage.other):  # its own capture went wrong
+        stage.other = driver.stream()
+    driver.check("cuStreamSynchronize", stage.captured)
     return f"{answer}/{ended}"
 
 
 def _calls(stage: _Stage) -> dict[str, Call]:
     driver, call, host = stage.driver, stage.driver.call, c_void_p(stage.pinned)
-    device, other, captured = stage.device + _SIZE, stage.other, stage.captured
+    device, captured = stage.device + _SIZE, stage.captured
 
     def free(name: str) -> int:
         function, handle = stage.made.pop()
@@ -146,17 +147,17 @@ def _calls(stage: _Stage) -> dict[str, Call]:
         "cuEventSynchronize, other stream's": lambda: call("cuEventSynchronize", stage.past),
         "cuEventQuery, captured": lambda: call("cuEventQuery", stage.within),
         "cuEventSynchronize, captured": lambda: call("cuEventSynchronize", stage.within),
-        "cuStreamSynchronize, other": lambda: call("cuStreamSynchronize", other),
+        "cuStreamSynchronize, other": lambda: call("cuStreamSynchronize", stage.other),
         "cuStreamSynchronize, captured": lambda: call("cuStreamSynchronize", captured),
         "cuStreamQuery, captured": lambda: call("cuStreamQuery", captured),
         "cuMemcpyHtoDAsync, other": (
-            lambda: call("cuMemcpyHtoDAsync_v2", device, host, _SIZE, other)
+            lambda: call("cuMemcpyHtoDAsync_v2", device, host, _SIZE, stage.other)
         ),
         "cuMemcpyHtoD, legacy": lambda: call("cuMemcpyHtoD_v2", device, host, _SIZE),
         "cuMemsetD8Async, legacy": lambda: call("cuMemsetD8Async", device, 0, _SIZE, None),
         "cuStreamSynchronize, legacy": lambda: call("cuStreamSynchronize", None),
-        "cuGraphLaunch, other": lambda: call("cuGraphLaunch", stage.graph, other),
-        "cuGraphUpload, other": lambda: call("cuGraphUpload", stage.graph, other),
+        "cuGraphLaunch, other": lambda: call("cuGraphLaunch", stage.graph, stage.other),
+        "cuGraphUpload, other": lambda: call("cuGraphUpload", stage.graph, stage.other),
         "capture, other": stage.captures_too,
     }
     if not driver.fake:

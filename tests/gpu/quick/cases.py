@@ -28,7 +28,7 @@ NOT_ON_A_CARD: Final = {
 }
 #: A dry run's; tests/unit/cuda/test_lane.py runs all of them on the fake driver.
 DRY: Final = ("every_request_gets_its_rows", "results_stay_as_they_were")
-_CASE_S: Final = 25
+_CASE_S: Final = 20
 _AT_ONCE: Final = 4
 
 

@@ -13,7 +13,7 @@ from gpu.quick.report import CANNOT_RUN, CannotRun, Report
 
 #: Batches of all shapes with padding, graphs and eager; then shapes that come and go.
 CASES: Final = ("every_request_gets_its_rows", "any_of_the_largest_shapes_has_room")
-_CASE_S: Final = 24
+_CASE_S: Final = 16
 _FOUND_SOMETHING: Final = 9
 
 

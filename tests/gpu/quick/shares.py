@@ -7,13 +7,11 @@ looked at.
 
 from __future__ import annotations
 
-import os
-import threading
-import time
 from typing import Any, Final
 
 from gpu.quick.busy import busy_lane, pictures, wrong_rows
 from gpu.quick.driver import is_fake
+from gpu.quick.rates import WARM, measure
 from gpu.quick.report import Report
 from inferq.workers.cuda import device
 from inferq.workers.cuda.graphs import Graphs
@@ -25,7 +23,6 @@ ROWS: Final = (32, 128)
 LANES: Final = (1, 2, 3, 4)
 #: Of one measurement.
 _S: Final = 0.8
-_WARM: Final = 3
 
 
 def run(report: Report) -> None:
@@ -41,11 +38,11 @@ def run(report: Report) -> None:
                 for _ in range(LANES[-1])
             ]
             for lane in lanes:
-                for _ in range(_WARM):
+                for _ in range(WARM):
                     lane.run(pictures(rows))
             alone_ms = lanes[0].repeat(pictures(rows), 50)
             for count in LANES:
-                measured = _measure(lanes[:count], rows, alone_ms, seconds)
+                measured = _measured(lanes[:count], rows, alone_ms, seconds)
                 rows_of_table.append({"kernel_ms": kernel_ms, "lanes": count, **measured})
                 report.add(shares=rows_of_table)
             for lane in lanes:
@@ -56,41 +53,17 @@ def run(report: Report) -> None:
         raise SystemExit(f"{wrong} rows were another row's")
 
 
-def _measure(lanes: list[CudaLane], rows: int, alone_ms: float, seconds: float) -> dict[str, Any]:
+def _measured(lanes: list[CudaLane], rows: int, alone_ms: float, seconds: float) -> dict[str, Any]:
     work = [pictures(rows, first=50 * n) for n in range(len(lanes))]
-    counts, wrong = [0] * len(lanes), [0] * len(lanes)
-    problems: list[Exception] = []
-    together = threading.Barrier(len(lanes) + 1)
-
-    def drive(n: int) -> None:
-        try:
-            together.wait()
-            until = time.monotonic() + seconds
-            while time.monotonic() < until:
-                wrong[n] += wrong_rows(work[n], lanes[n].run(work[n]))
-                counts[n] += 1
-        except Exception as problem:  # noqa: BLE001 - raised below, in the step's own thread
-            problems.append(problem)
-
-    threads = [threading.Thread(target=drive, args=(n,)) for n in range(len(lanes))]
-    for thread in threads:
-        thread.start()
-    together.wait()
-    began, cpu = time.monotonic(), os.times()
-    for thread in threads:
-        thread.join()
-    wall, after = time.monotonic() - began, os.times()
-    if problems:
-        raise problems[0]
-    batches = sum(counts)
-    used = after.user + after.system - cpu.user - cpu.system
+    wrong: list[int] = []
+    rate = measure(lanes, work, seconds, lambda batch, got: wrong.append(wrong_rows(batch, got)))
     return {
         "rows": rows,
-        "share": batches * alone_ms / 1000 / wall,
+        "share": rate.batches * alone_ms / 1000 / rate.wall_s,
         "alone_ms": alone_ms,
-        "rows_per_s": batches * rows / wall,
-        "cpu_us_per_row": used / (batches * rows) * 1e6,
+        "rows_per_s": rate.batches * rows / rate.wall_s,
+        "cpu_us_per_row": rate.cpu_s / (rate.batches * rows) * 1e6,
         "gather_ms": work[0].gather_ms,
-        "batches": batches,
+        "batches": rate.batches,
         "wrong_rows": sum(wrong),
     }
