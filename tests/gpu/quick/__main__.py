@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from gpu.quick.driver import LIBRARY
+from gpu.quick.driver import LIBRARY, patient
 from gpu.quick.steps import STEPS, Step
 
 ROOT: Final = Path(__file__).parents[3]
@@ -28,8 +28,6 @@ WHEELS: Final = ROOT / "build" / "gpu-wheels"
 WHEELS_PYTHON: Final = (3, 12)
 SOURCES: Final = ("tests", "producer", "shared", "workers")
 _MAX_ERROR_CHARS: Final = 2000
-#: A dry run may be on a machine with other things to do.
-_FAKE_PATIENCE: Final = 3
 
 
 def main() -> int:
@@ -121,7 +119,7 @@ def _run(step: Step, env: dict[str, str], work: Path, fake: bool, log: Any) -> d
     found, said = work / f"{step.name}.json", work / f"{step.name}.log"
     command = [sys.executable, "-X", "faulthandler", "-m", "gpu.quick.step", step.name, str(found)]
     began, status = time.monotonic(), None
-    limit_s = step.limit_s * (_FAKE_PATIENCE if fake else 1)
+    limit_s = patient(step.limit_s, fake)
     with said.open("wb") as output:
         process = subprocess.Popen(
             command, env=env, cwd=ROOT, stdout=output, stderr=output, stdin=subprocess.DEVNULL,

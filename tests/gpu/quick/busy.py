@@ -80,6 +80,7 @@ def busy_lane(
     width: int = WIDTH,
     buckets: Sequence[int] = (),
     graphs: Graphs,
+    spin: bool = False,
     ends_if: Path | None = None,
 ) -> CudaLane:
     """To be closed."""
@@ -92,6 +93,7 @@ def busy_lane(
         limit,
         buckets=buckets or (rows,),
         graphs=graphs,
+        spin=spin,
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from gpu.quick.driver import Driver, is_fake
+from gpu.quick.driver import Driver, is_fake, patient
 from gpu.quick.kernels import ENDINGS, kernels
 from gpu.quick.report import CANNOT_RUN, Report
 
@@ -117,7 +117,9 @@ def command(name: str) -> list[str]:
 
 def _run(name: str) -> tuple[int | None, str]:
     try:
-        done = subprocess.run(command(name), capture_output=True, text=True, timeout=_CASE_S)
+        done = subprocess.run(
+            command(name), capture_output=True, text=True, timeout=patient(_CASE_S, is_fake())
+        )
     except subprocess.TimeoutExpired:
         return None, f"not ended within {_CASE_S} s"
     return done.returncode, (done.stdout + done.stderr).strip()

@@ -12,6 +12,7 @@ from ctypes import byref, c_char_p, c_float, c_int, c_size_t, c_ubyte, c_uint, c
 from typing import Any, Final
 
 LIBRARY: Final = "libcuda.so.1"
+_FAKE_PATIENCE: Final = 3
 NON_BLOCKING: Final = 1
 BLOCKING_SYNC: Final = 1
 #: Of enum CUdevice_attribute.
@@ -159,3 +160,8 @@ class Driver:
 def is_fake(library: ctypes.CDLL | None = None) -> bool:
     """Whether the driver that this process finds is the fake one. OSError: there is none."""
     return hasattr(library or ctypes.CDLL(LIBRARY), "fakecuda_count")
+
+
+def patient(seconds: int, fake: bool) -> int:
+    """A limit in seconds; longer in a dry run, whose machine may have other things to do."""
+    return seconds * _FAKE_PATIENCE if fake else seconds

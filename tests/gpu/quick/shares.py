@@ -7,6 +7,7 @@ looked at.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any, Final
 
 from gpu.quick.busy import busy_lane, pictures, wrong_rows
@@ -19,46 +20,46 @@ from inferq.workers.cuda.lane import CudaLane
 from inferq.workers.cuda.splitting import RowLimit
 
 KERNELS_MS: Final = (0.45, 1.0, 3.0)
-ROWS: Final = (32, 128)
+#: Rows of a batch, and whether a lane spins until its batch is done.
+WAYS: Final = ((32, False), (32, True), (128, False))
 LANES: Final = (1, 2, 3, 4)
 #: Of one measurement.
-_S: Final = 0.8
+_S: Final = 0.7
+_ALONE: Final = 50
 
 
 def run(report: Report) -> None:
     """All combinations. SystemExit: rows were mixed up."""
-    seconds = 0.1 if is_fake() else _S
     gpu = device.acquire()
-    rows_of_table: list[dict[str, Any]] = []
-    for kernel_ms in KERNELS_MS:
-        for rows in ROWS:
-            limit, graphs = RowLimit(), Graphs(on=True)
-            lanes = [
-                busy_lane(gpu, limit, us=kernel_ms * 1000, rows=rows, graphs=graphs)
-                for _ in range(LANES[-1])
-            ]
-            for lane in lanes:
-                for _ in range(WARM):
-                    lane.run(pictures(rows))
-            alone_ms = lanes[0].repeat(pictures(rows), 50)
-            for count in LANES:
-                measured = _measured(lanes[:count], rows, alone_ms, seconds)
-                rows_of_table.append({"kernel_ms": kernel_ms, "lanes": count, **measured})
-                report.add(shares=rows_of_table)
-            for lane in lanes:
-                lane.close()
-            told = " ".join(f"{each['share']:.3f}" for each in rows_of_table[-len(LANES) :])
-            report.say(f"{kernel_ms} ms, batch {rows}, 1 to {LANES[-1]} lanes: {told}")
-    if wrong := sum(each["wrong_rows"] for each in rows_of_table):
+    found: list[dict[str, Any]] = []
+    for kernel_ms, (rows, spin) in product(KERNELS_MS, WAYS):
+        limit, graphs = RowLimit(), Graphs(on=True)
+        lanes = [
+            busy_lane(gpu, limit, us=kernel_ms * 1000, rows=rows, graphs=graphs, spin=spin)
+            for _ in range(LANES[-1])
+        ]
+        for lane in lanes:
+            for _ in range(WARM):
+                lane.run(pictures(rows))
+        alone_ms = lanes[0].repeat(pictures(rows), _ALONE)
+        way = {"kernel_ms": kernel_ms, "rows": rows, "wait": "spin" if spin else "block"}
+        for count in LANES:
+            found.append({**way, "lanes": count, **_measured(lanes[:count], rows, alone_ms)})
+            report.add(shares=found)
+        for lane in lanes:
+            lane.close()
+        told = " ".join(f"{each['share']:.3f}" for each in found[-len(LANES) :])
+        report.say(f"{kernel_ms} ms, batch {rows}, {way['wait']}, 1 to {LANES[-1]} lanes: {told}")
+    if wrong := sum(each["wrong_rows"] for each in found):
         raise SystemExit(f"{wrong} rows were another row's")
 
 
-def _measured(lanes: list[CudaLane], rows: int, alone_ms: float, seconds: float) -> dict[str, Any]:
+def _measured(lanes: list[CudaLane], rows: int, alone_ms: float) -> dict[str, Any]:
+    seconds = 0.1 if is_fake() else _S
     work = [pictures(rows, first=50 * n) for n in range(len(lanes))]
     wrong: list[int] = []
     rate = measure(lanes, work, seconds, lambda batch, got: wrong.append(wrong_rows(batch, got)))
     return {
-        "rows": rows,
         "share": rate.batches * alone_ms / 1000 / rate.wall_s,
         "alone_ms": alone_ms,
         "rows_per_s": rate.batches * rows / rate.wall_s,

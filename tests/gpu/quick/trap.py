@@ -14,7 +14,7 @@ from ctypes import byref, c_void_p
 from itertools import product
 from typing import Any, Final
 
-from gpu.quick.driver import Driver
+from gpu.quick.driver import Driver, patient
 from gpu.quick.kernels import ENDINGS, kernels
 from gpu.quick.report import Report
 
@@ -36,7 +36,9 @@ def run(report: Report) -> None:
         began = time.monotonic()
         command = [sys.executable, "-m", "gpu.quick.trap", how, first]
         try:
-            child = subprocess.run(command, capture_output=True, text=True, timeout=_CHILD_S)
+            child = subprocess.run(
+                command, capture_output=True, text=True, timeout=patient(_CHILD_S, driver.fake)
+            )
             status, out = child.returncode, child.stdout
         except subprocess.TimeoutExpired as late:
             status, out = None, (late.stdout or b"").decode(errors="replace")

@@ -11,14 +11,13 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from gpu.quick.driver import is_fake
+from gpu.quick.driver import is_fake, patient
 from gpu.quick.report import CannotRun, Report
 
 TIMES: Final = 5
@@ -77,7 +76,9 @@ def torch_device() -> str:
 def _once(root: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "gpu.quick.warmups", str(root)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_CHILD_S)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=patient(_CHILD_S, is_fake())
+        )
     except subprocess.TimeoutExpired:
         return {"status": None, "said": f"not ended within {_CHILD_S} s"}
     told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -89,7 +90,9 @@ def child(root: Path) -> None:
     """Load, warm up, run, compare; prints one line."""
     import logging  # noqa: PLC0415
 
+    from inferq.workers.cuda.lane import CudaLane  # noqa: PLC0415
     from inferq.workers.models.engine import Batch  # noqa: PLC0415
+    from inferq.workers.models.lane_threads import LaneThreads  # noqa: PLC0415
     from inferq.workers.models.registry import engine_class  # noqa: PLC0415
     from inferq.workers.models.repository import load_model  # noqa: PLC0415
     from inferq.workers.warmup.prepare import Preparation  # noqa: PLC0415
@@ -100,7 +103,8 @@ def child(root: Path) -> None:
     preparation = Preparation(spec)
     preparation.start()
     model = engine_class("torch")(spec).load()
-    prepared = preparation.prepare(model)
+    threads = LaneThreads(spec.name)
+    prepared = preparation.prepare(model, threads)
     seconds = time.monotonic() - began
 
     import torch  # noqa: PLC0415
@@ -110,35 +114,26 @@ def child(root: Path) -> None:
     images = rng.uniform(0, 16, (64, 1, 8, 8)).astype(np.float32)
     with torch.inference_mode():
         wanted = program(torch.from_numpy(images))["logits"].numpy()
-    wrong, problems = [0] * len(prepared.lanes), list[Exception]()
+    wrong = [0] * len(prepared.lanes)
 
     def drive(n: int) -> None:
-        try:
-            for turn in range(60):
-                rows = (1, 3, 8, 32)[turn % 4]
-                at = (7 * turn) % (len(images) - rows)
-                parts = [{"image": images[at + i : at + i + 1]} for i in range(rows)]
-                bucket = next((size for size in model.buckets if size >= rows), rows)
-                got = prepared.lanes[n].run(Batch(parts, rows, bucket))["logits"]
-                apart = np.abs(got - wanted[at : at + rows]).max(axis=1)
-                wrong[n] += int((apart > _TOLERANCE * np.abs(wanted).max()).sum())
-        except Exception as problem:  # noqa: BLE001 - raised below
-            problems.append(problem)
+        for turn in range(60):
+            rows = (1, 3, 8, 32)[turn % 4]
+            at = (7 * turn) % (len(images) - rows)
+            parts = [{"image": images[at + i : at + i + 1]} for i in range(rows)]
+            bucket = next((size for size in model.buckets if size >= rows), rows)
+            got = prepared.lanes[n].run(Batch(parts, rows, bucket))["logits"]
+            apart = np.abs(got - wanted[at : at + rows]).max(axis=1)
+            wrong[n] += int((apart > _TOLERANCE * np.abs(wanted).max()).sum())
 
-    threads = [threading.Thread(target=drive, args=(n,)) for n in range(len(prepared.lanes))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if problems:
-        raise problems[0]
+    threads.each(prepared.lanes, drive)
     tuning = prepared.tuning.seconds if prepared.tuning is not None else {}
     told = {
         "seconds": seconds,
         "lanes": len(prepared.lanes),
         "wrong_rows": sum(wrong),
         "batch_ms": {rows: taken * 1000 for rows, taken in tuning.items()},
-        "graphs": [getattr(lane, "_graphs", None) is True for lane in prepared.lanes],
+        "graphs": [lane._graphs.on for lane in prepared.lanes if isinstance(lane, CudaLane)],
     }
     model.close()
     print(json.dumps(told), flush=True)
