@@ -135,6 +135,17 @@ def test_a_case_on_a_card_passes_or_names_what_only_the_fake_driver_can(
         assert said[:2] == ["sets", "ns_per_byte"]
 
 
+def test_a_row_in_anothers_place_is_counted_and_no_other(fake_driver: Path) -> None:
+    code = """
+import numpy as np
+from gpu.quick.busy import pictures, wrong_rows
+batch = pictures(4, width=8, first=254)
+y = np.float32([[254], [255], [0], [1]])
+print(wrong_rows(batch, {"y": y}), wrong_rows(batch, {"y": y[[1, 0, 2, 3]]}))
+"""
+    assert run_python(code, fake_driver).split() == ["0", "2"]
+
+
 def test_a_count_that_only_the_fake_driver_has_agrees_with_anything_and_nothing_else_does() -> None:
     control = NoControl()
     assert control.count("streams") == 3
