@@ -210,6 +210,8 @@ def test_a_crowd_of_tasks_is_held_by_a_few_and_all_are_run(
     """The rest wait in Redis; a request behind them is served at once, and commands are heard."""
     count = 600
     many = [foreign(f"crowd {n}", "mine.slow", args=[0.01, n]) for n in range(count)]
+    with stock_app(mine.redis_url) as app:
+        until(lambda: app.control.ping(timeout=1, limit=1), what="it hears commands")
     my_producer.lpush(QUEUE, *many)
     serves(my_producer, my_store)
     most = 0

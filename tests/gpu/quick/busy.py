@@ -28,7 +28,7 @@ from inferq.workers.cuda.lane import CudaLane
 from inferq.workers.cuda.splitting import RowLimit
 from inferq.workers.engines.on_gpu import LANES, gpu_buckets
 from inferq.workers.models.engine import Batch, Engine, LoadedModel
-from inferq.workers.models.ranges import usual_inputs
+from inferq.workers.models.ranges import optimum_inputs
 from inferq.workers.models.signatures import Declared
 from inferq.workers.models.spec import ModelSpec
 from inferq.workers.models.validation import TomlTable, validate
@@ -160,7 +160,7 @@ class BusyEngine(Engine):
                 "cuda",
                 lanes,
                 buckets=buckets,
-                usual=usual_inputs(spec),
+                optimum=optimum_inputs(spec),
                 runs_to_be_warm=2,
                 free=stack.pop_all().close,
             )
