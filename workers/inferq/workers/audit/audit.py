@@ -191,7 +191,10 @@ class Audit:
     def _run(self, lane: Lane, outcomes: Sequence[Outcome], place: int) -> None:
         def run(batch: Batch) -> Mapping[str, Array]:
             self.since = time.monotonic()  # max_run_seconds is that of one run
-            return lane.run(batch)
+            outputs = lane.run(batch)
+            if batch.errors:  # it had an answer before
+                raise next(iter(batch.errors.values()))
+            return outputs
 
         began = time.monotonic()
         chosen = outcomes[place]

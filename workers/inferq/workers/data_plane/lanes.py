@@ -11,14 +11,14 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from queue import Empty, SimpleQueue
 
 import numpy as np
 
-from inferq.shared.errors import EngineError, FatalEngineError, InferqError
+from inferq.shared.errors import EngineError, FatalEngineError, InferqError, RequestError
 from inferq.shared.schema import Tensors, Ticket
 from inferq.workers.audit.audit import Audit, OddRows
 from inferq.workers.batching.policy import Knobs
@@ -102,6 +102,8 @@ def execute(  # noqa: C901, PLR0912 - each way in which a batch may fail, in the
         lane.gpu_times,
         batch.gather_ms,
     )
+    if batch.errors:
+        return _with_errors(items, outputs, run, batch.errors)
     if len(items) == 1:
         return [Outcome(items[0], outputs, run)]
     outcomes: list[Outcome] = []
@@ -110,6 +112,23 @@ def execute(  # noqa: C901, PLR0912 - each way in which a batch may fail, in the
         part_outputs = {name: array[row : row + item.rows] for name, array in outputs.items()}
         outcomes.append(Outcome(item, part_outputs, run))
         row += item.rows
+    return outcomes
+
+
+def _with_errors(
+    items: Sequence[Waiting], outputs: Tensors, run: Run, errors: Mapping[int, RequestError]
+) -> list[Outcome]:
+    """A request with an error in one of its rows is answered by the first of these alone."""
+    outcomes: list[Outcome] = []
+    row = 0
+    for item in items:
+        rows = range(row, row + item.rows)
+        row += item.rows
+        if (error := next((errors[each] for each in rows if each in errors), None)) is not None:
+            outcomes.append(Outcome(item, None, None, error))
+            continue
+        own = outputs if len(items) == 1 else {n: a[rows.start : row] for n, a in outputs.items()}
+        outcomes.append(Outcome(item, own, run))
     return outcomes
 
 
@@ -132,7 +151,11 @@ def _in_pieces(lane: Lane, batch: Batch, most: int, knobs: Knobs) -> Tensors:
     for begin in range(0, batch.rows, most):
         part = {name: array[begin : begin + most] for name, array in inputs.items()}
         rows = min(most, batch.rows - begin)
-        pieces.append(lane.run(Batch([part], rows, knobs.bucket(rows))))
+        piece = Batch([part], rows, knobs.bucket(rows))
+        pieces.append(lane.run(piece))
+        if piece.errors:
+            batch.errors = {begin + row: error for row, error in piece.errors.items()}
+            return {}
         check_rows(pieces[-1], rows)
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 

@@ -18,7 +18,7 @@ from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 
-from inferq.shared.errors import EngineError
+from inferq.shared.errors import EngineError, RequestError
 from inferq.shared.schema import Array, GpuTimes, Tensors
 from inferq.workers.models.joining import copy, join
 from inferq.workers.models.ranges import Optimum
@@ -45,6 +45,9 @@ class Batch:
     batchable: bool = True
     #: What it took to put the inputs together, in ms, once that is done.
     gather_ms: float = 0.0
+    #: Row → the error that its request is answered by, once it has run; its outputs mean nothing,
+    #: and there are none if all rows have one.
+    errors: Mapping[int, RequestError] | None = None
 
 
 class OutOfDeviceMemory(EngineError):

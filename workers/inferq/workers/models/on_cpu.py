@@ -11,6 +11,7 @@ INSTEAD: Final[Mapping[str, str]] = {"tensorrt": "onnxruntime"}
 _CPU_KEYS: Final[Mapping[str, Mapping[str, Any]]] = {
     "onnxruntime": {"provider": "cpu"},
     "torch": {"device": "cpu"},
+    "python": {"device": "cpu"},
 }
 
 

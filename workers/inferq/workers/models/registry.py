@@ -66,6 +66,8 @@ ENGINES: Final[Mapping[str, Registered]] = {
     "tensorrt": Registered(
         "inferq.workers.trt.engine:TensorRTEngine", files=("model.onnx",), extra="tensorrt"
     ),
+    # After those: a model.py beside a model.onnx is perhaps what wrote it.
+    "python": Registered("inferq.workers.engines.python:PythonEngine", files=("model.py",)),
     "fake": Registered("inferq.workers.engines.fake:FakeEngine"),
 }
 

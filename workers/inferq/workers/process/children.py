@@ -29,12 +29,15 @@ os.execvp(sys.argv[2], sys.argv[2:])
 
 def start_child(
     command: Sequence[str],
-    output: IO[bytes] | None,
+    output: IO[bytes] | int | None,
     *,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
+    pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Start `command`, with stdout and stderr to `output` (None: the caller's).
+
+    It inherits the descriptors `pass_fds`, by their numbers.
 
     Its pid is the Popen's. On Linux the kernel sends it SIGKILL when the calling *thread* ends, so
     call this from a thread that lives as long as the child should. The child has a session of its
@@ -48,6 +51,7 @@ def start_child(
         env=safe_environment(os.environ if env is None else env),
         cwd=cwd,
         start_new_session=True,
+        pass_fds=pass_fds,
     )
 
 
