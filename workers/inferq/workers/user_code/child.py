@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import sys
-import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, Literal
@@ -27,6 +26,7 @@ from inferq.shared.errors import (
     RequestError,
 )
 from inferq.shared.schema import Signature
+from inferq.workers.logs import traces
 from inferq.workers.user_code.log_lines import Marked
 from inferq.workers.user_code.memory import Shared
 from inferq.workers.user_code.messages import (
@@ -53,10 +53,10 @@ _MODULE: Final = "model"
 
 def main() -> None:
     """Serve the worker at the other end of the socket."""
-    _settle_in()
+    log = _settle_in()
     _, _, control, given, answered = sys.argv
     channel: Channel[Asked] = Channel(socket.socket(fileno=int(control)), Asked)
-    server = _Server(int(given), int(answered))
+    server = _Server(int(given), int(answered), log)
     try:
         while True:
             channel.send(server.answer(channel.receive()))
@@ -66,7 +66,8 @@ def main() -> None:
 
 
 class _Server:
-    def __init__(self, given: int, answered: int) -> None:
+    def __init__(self, given: int, answered: int, log: Marked) -> None:
+        self._log = log
         self._given, self._answered = Shared(given, 0), answered
         self._path = Path()
         self._model: Model | None = None
@@ -78,6 +79,7 @@ class _Server:
         try:
             if isinstance(asked, Run):
                 return self._run(asked)
+            self._log.mark = asked.mark
             if isinstance(asked, Load):
                 return self._load(asked)
             return self._describe(asked)
@@ -135,15 +137,17 @@ def _trace(problem: BaseException) -> str:
     tb = problem.__traceback__
     while tb is not None and tb.tb_next is not None and tb.tb_frame.f_code.co_filename == __file__:
         tb = tb.tb_next
-    text = "".join(traceback.format_exception(problem.with_traceback(tb)))
+    text = traces.told((type(problem), problem, tb))
     return text if len(text) <= _MAX_TRACE_CHARS else "…" + text[-_MAX_TRACE_CHARS:]
 
 
-def _settle_in() -> None:
+def _settle_in() -> Marked:
+    """What becomes of it before any code of others is imported; what it logs with."""
     faulthandler.enable()  # where in the code it crashed is told in the worker's log
     # A model's folder may be read-only, and is what was copied there.
     sys.dont_write_bytecode = True
-    logging.basicConfig(handlers=[Marked(sys.stderr)], format="%(message)s")
+    log = Marked(sys.stderr)
+    logging.basicConfig(handlers=[log])
     logging.captureWarnings(True)
     with suppress(OSError), open("/proc/self/oom_score_adj", "wb") as file:
         file.write(_OOM_SCORE)
@@ -152,6 +156,7 @@ def _settle_in() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _ignore)
     os.register_at_fork(after_in_child=_as_others)
+    return log
 
 
 def _ignore(*_: object) -> None:

@@ -23,7 +23,7 @@ def describe(path: Path, timeout: float = IMPORT_TIMEOUT_S) -> Signature:
     process = CodeProcess(path.parent.parent.name, None, 0, {"CUDA_VISIBLE_DEVICES": ""})
     try:
         process.start()
-        told = process.ask(Describe(str(path)), timeout)
+        told = process.ask(Describe(str(path), process.mark), timeout)
     except OSError as problem:
         raise ConfigError(f"{path}: no process can be started to import it: {problem}") from problem
     except ProcessEnded as problem:

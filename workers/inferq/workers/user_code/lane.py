@@ -20,8 +20,8 @@ from inferq.shared.errors import (
     RequestError,
 )
 from inferq.shared.schema import DTYPES, Array
-from inferq.workers.logs.fields import about
 from inferq.workers.models.engine import Batch, Lane, RowsDiffer, check_inputs
+from inferq.workers.user_code.log_lines import tell
 from inferq.workers.user_code.messages import Answered, Failed, Load, Loaded, Run
 from inferq.workers.user_code.plan import Plan
 from inferq.workers.user_code.process import CodeProcess, ProcessEnded
@@ -46,7 +46,8 @@ class ProcessLane(Lane):
         """Have its process begin to load. ConfigError."""
         plan = self._plan
         process = CodeProcess(plan.model, self._number, plan.most, plan.environment)
-        load = Load(str(plan.path), plan.device, plan.config, plan.most, logger.getEffectiveLevel())
+        level = logger.getEffectiveLevel()
+        load = Load(str(plan.path), process.mark, plan.device, plan.config, plan.most, level)
         try:
             process.start()
             self._process = process
@@ -145,13 +146,7 @@ class ProcessLane(Lane):
                 self.ready()
             except ConfigError as problem:
                 reason = problem.message
-                logger.error(
-                    "model %s, lane %d: a fresh process does not load: %s",
-                    self._plan.model,
-                    self._number,
-                    reason,
-                    extra=self._about(),
-                )
+                self._tell(f"a fresh process does not load: {reason}")
             else:
                 assert self._process is not None
                 return self._process
@@ -169,29 +164,18 @@ class ProcessLane(Lane):
     # --- what is told -----------------------------------------------------------------------
 
     def _tell_end(self, problem: ProcessEnded, batch: Batch) -> None:
-        logger.error(
-            "model %s, lane %d: its process %s while it ran %d requests; a fresh one takes its "
-            "place",
-            self._plan.model,
-            self._number,
-            problem.how,
-            len(batch.parts),
-            extra=self._about(),
+        requests = len(batch.parts)
+        self._tell(
+            f"its process {problem.how} while it ran {requests} requests; a fresh one takes its "
+            "place"
         )
 
     def _tell_trace(self, told: Failed) -> None:
         if told.trace:
-            logger.error(
-                "model %s, lane %d: %s\n%s",
-                self._plan.model,
-                self._number,
-                told.message,
-                told.trace,
-                extra=self._about(),
-            )
+            self._tell(told.message, told.trace)
 
-    def _about(self) -> dict[str, object]:
-        return about(model=self._plan.model, lane=self._number)
+    def _tell(self, text: str, trace: str = "") -> None:
+        tell(logging.ERROR, text, self._plan.model, self._number, trace)
 
 
 def _request_error(code: str, message: str) -> RequestError:

@@ -1,8 +1,9 @@
 """What user code prints and logs becomes lines of its worker's log, with model and lane.
 
-Both arrive over one pipe, the process' stdout and stderr. A line of Python's logging is marked, so
-that it keeps its level and its logger; any other is what somebody printed, and has the level INFO.
-Floods are limited as all lines of a worker are (`logs.flood`), for each model and level.
+Both arrive over one pipe, the process' stdout and stderr. A line of Python's logging begins with a
+mark, which nobody who has something printed can guess, so that it keeps its level, its logger and
+its traceback; any other is what somebody printed, and has the level INFO. Floods are limited as all
+lines of a worker are (`logs.flood`), for each model and level.
 """
 
 from __future__ import annotations
@@ -14,34 +15,42 @@ import threading
 from collections.abc import Mapping
 from typing import Any, Final, TextIO
 
+from inferq.workers.logs import traces
 from inferq.workers.logs.fields import about
 
 logger = logging.getLogger("inferq.user_code")
 
 #: Of one line; the rest is left out.
-MAX_LINE_BYTES: Final = 16_000
-_MARK: Final = "\x1e"
+MAX_LINE_BYTES: Final = 64_000
+#: Of a record's text, and of its traceback. In JSON a character takes up to six bytes.
+_MAX_TEXT: Final = 4_000
 _CHUNK: Final = 1 << 16
 
 
 class Marked(logging.StreamHandler[TextIO]):
-    """In the process: each record on one marked line."""
+    """In the process: each record on one line that begins with `mark`, once that is known."""
+
+    mark = ""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)  # with its traceback
-        if len(text) > MAX_LINE_BYTES // 2:  # a character may take several bytes
-            text = text[: MAX_LINE_BYTES // 2] + "…"
-        return _MARK + json.dumps([record.levelno, record.name[:100], text])
+        text = _cut(record.getMessage())
+        trace = _cut(traces.told(record.exc_info)) if record.exc_info else ""
+        if not self.mark:
+            return text
+        return self.mark + json.dumps([record.levelno, record.name[:100], text, trace])
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}…"
 
 
 class Reader:
     """In the worker: logs what arrives at `pipe`, until nobody can write to it any more."""
 
-    def __init__(self, pipe: int, model: str, lane: int | None) -> None:
+    def __init__(self, pipe: int, mark: str, model: str, lane: int | None) -> None:
         self._pipe = pipe
-        self._name = f"model {model}" if lane is None else f"model {model}, lane {lane}"
-        told = {} if lane is None else {"lane": lane}
-        self._extra: Mapping[str, Any] = about(model=model, **told)
+        self._mark = mark
+        self._model, self._lane = model, lane
         self._thread = threading.Thread(
             target=self._read, name=f"inferq-{model}-log-{lane}", daemon=True
         )
@@ -76,21 +85,24 @@ class Reader:
         text = line[:MAX_LINE_BYTES].decode(errors="replace").rstrip()
         if not text:
             return
-        level, name = logging.INFO, ""
-        if text.startswith(_MARK):
-            level, name, text = _unmarked(text)
-        if name:
-            logger.log(level, "%s: %s: %s", self._name, name, text, extra=self._extra)
+        if text.startswith(self._mark):
+            try:
+                level, name, said, trace = json.loads(text[len(self._mark) :])
+            except ValueError:  # cut off as the process ended
+                return
+            tell(level, f"{name}: {said}", self._model, self._lane, trace)
         else:
-            logger.log(level, "%s: %s", self._name, text, extra=self._extra)
+            tell(logging.INFO, text, self._model, self._lane)
 
 
-def _unmarked(text: str) -> tuple[int, str, str]:
-    """Level, logger and text of a marked line, or of what only looks like one."""
-    try:
-        level, name, said = json.loads(text[len(_MARK) :])
-    except ValueError:
-        return logging.INFO, "", text
-    if type(level) is int and isinstance(name, str) and isinstance(said, str):
-        return min(max(level, logging.DEBUG), logging.CRITICAL), name, said
-    return logging.INFO, "", text
+def tell(level: int, text: str, model: str, lane: int | None, trace: str = "") -> None:
+    """A line of the worker's log about user code; `trace` is as `traces.told` has it."""
+    if not logger.isEnabledFor(level):
+        return
+    where = f"model {model}" if lane is None else f"model {model}, lane {lane}"
+    told: Mapping[str, Any] = {} if lane is None else {"lane": lane}
+    record = logger.makeRecord(
+        logger.name, level, "", 0, "%s: %s", (where, text), None, extra=about(model=model, **told)
+    )
+    record.exc_text = trace or None
+    logger.handle(record)

@@ -28,12 +28,15 @@ class Describe(msgspec.Struct, frozen=True, tag=True):
     """Import model.py and say what its class declares."""
 
     path: str
+    #: What its lines of logging begin with.
+    mark: str
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
     """Import model.py and load its class."""
 
     path: str
+    mark: str
     device: str
     config: Mapping[str, Any]
     #: Bytes of an answer.

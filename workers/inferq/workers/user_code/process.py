@@ -7,6 +7,7 @@ gone, so all are started by one thread, which lasts as long as the worker does.
 from __future__ import annotations
 
 import os
+import secrets
 import select
 import signal
 import socket
@@ -56,6 +57,8 @@ class CodeProcess:
     ) -> None:
         self._model, self._lane, self._most = model, lane, most
         self._environment = environment
+        #: What its lines of logging begin with.
+        self.mark = secrets.token_hex(8)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -91,7 +94,7 @@ class CodeProcess:
         self._channel: Channel[Told] = Channel(ours, Told)
         #: Where a batch is written, and where its answer stands.
         self.given, self.answered = Shared(given, self._most), Shared(answered, self._most)
-        self._log = Reader(read, self._model, self._lane)
+        self._log = Reader(read, self.mark, self._model, self._lane)
         self._log.start()
         self._poll = select.poll()
         self._poll.register(ours, select.POLLIN)
