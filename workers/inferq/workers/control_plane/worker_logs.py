@@ -25,6 +25,7 @@ CLIENT_CAUSED: Final = (
     "celery.worker.consumer.consumer",
     "celery.worker.control",
     "celery.worker.request",
+    "inferq.user_code",
     "celery.worker.strategy",
     "inferq.workers.canvas.publisher",
     "inferq.workers.control_plane.celery_private",

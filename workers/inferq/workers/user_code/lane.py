@@ -137,6 +137,8 @@ class ProcessLane(Lane):
         """Its process, or a fresh one that has loaded. FatalEngineError: none loads."""
         if self._process is not None and not self._process.has_ended():
             return self._process
+        if self._process is not None:  # and nobody has heard of its end
+            self._tell(f"its process {self._process.ended().how}; a fresh one takes its place")
         self.end()
         reason = ""
         for pause in STARTS:
@@ -175,7 +177,7 @@ class ProcessLane(Lane):
             self._tell(told.message, told.trace)
 
     def _tell(self, text: str, trace: str = "") -> None:
-        tell(logging.ERROR, text, self._plan.model, self._number, trace)
+        tell(text, self._plan.model, self._number, trace)
 
 
 def _request_error(code: str, message: str) -> RequestError:

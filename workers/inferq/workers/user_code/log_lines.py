@@ -20,6 +20,9 @@ from inferq.workers.logs.fields import about
 
 logger = logging.getLogger("inferq.user_code")
 
+#: Two kinds of lines: however many one of them has, the other is not left out.
+_SAID: Final = "%s: %s"
+_TOLD: Final = "%s, %s"
 #: Of one line; the rest is left out.
 MAX_LINE_BYTES: Final = 64_000
 #: Of a record's text, and of its traceback. In JSON a character takes up to six bytes.
@@ -90,19 +93,23 @@ class Reader:
                 level, name, said, trace = json.loads(text[len(self._mark) :])
             except ValueError:  # cut off as the process ended
                 return
-            tell(level, f"{name}: {said}", self._model, self._lane, trace)
+            _log(level, _SAID, f"{name}: {said}", self._model, self._lane, trace)
         else:
-            tell(logging.INFO, text, self._model, self._lane)
+            _log(logging.INFO, _SAID, text, self._model, self._lane)
 
 
-def tell(level: int, text: str, model: str, lane: int | None, trace: str = "") -> None:
-    """A line of the worker's log about user code; `trace` is as `traces.told` has it."""
+def tell(text: str, model: str, lane: int, trace: str = "") -> None:
+    """An error of user code, in the worker's log; `trace` is as `traces.told` has it."""
+    _log(logging.ERROR, _TOLD, text, model, lane, trace)
+
+
+def _log(level: int, form: str, text: str, model: str, lane: int | None, trace: str = "") -> None:
     if not logger.isEnabledFor(level):
         return
     where = f"model {model}" if lane is None else f"model {model}, lane {lane}"
     told: Mapping[str, Any] = {} if lane is None else {"lane": lane}
     record = logger.makeRecord(
-        logger.name, level, "", 0, "%s: %s", (where, text), None, extra=about(model=model, **told)
+        logger.name, level, "", 0, form, (where, text), None, extra=about(model=model, **told)
     )
     record.exc_text = trace or None
     logger.handle(record)

@@ -113,14 +113,14 @@ class CodeProcess:
         try:
             self._channel.send(message)
         except OSError as problem:
-            raise self._ended() from problem
+            raise self.ended() from problem
 
     def receive(self, timeout: float) -> Told:
         """What it answers within `timeout` seconds. ProcessEnded: it has ended, or was ended."""
         until = time.monotonic() + timeout
         while not self._readable(until - time.monotonic()):
             if self.has_ended():
-                raise self._ended()
+                raise self.ended()
             if time.monotonic() >= until:
                 self.end()
                 raise ProcessEnded(f"was ended after {timeout:g} s", timed_out=True)
@@ -128,7 +128,7 @@ class CodeProcess:
         try:
             return self._channel.receive()
         except (Gone, OSError, msgspec.DecodeError) as problem:
-            raise self._ended() from problem
+            raise self.ended() from problem
 
     def _readable(self, timeout: float) -> bool:
         if self._exit is None:
@@ -140,8 +140,8 @@ class CodeProcess:
     def has_ended(self) -> bool:
         return self._process is None or self._process.poll() is not None
 
-    def _ended(self) -> ProcessEnded:
-        """How it ended; what is there of it still is ended."""
+    def ended(self) -> ProcessEnded:
+        """It has ended, or its socket has: how. What is there of it still is ended."""
         process = self._process
         if process is None:
             return ProcessEnded("is closed")
