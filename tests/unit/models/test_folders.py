@@ -23,7 +23,7 @@ def test_a_model_of_which_no_version_is_whole_is_refused_with_all_reasons(tmp_pa
     for version in (1, 2):
         (tmp_path / "m" / str(version)).mkdir(parents=True)
     assert refusal_of(tmp_path) == "; ".join(
-        f"no model in {tmp_path}/m/{version}; expected model.onnx or model.pt2 there"
+        f"no model in {tmp_path}/m/{version}; expected model.onnx, model.pt2 or model.py there"
         for version in (2, 1)
     )
 

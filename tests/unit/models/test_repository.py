@@ -159,7 +159,7 @@ def test_each_bad_model_is_told_and_the_good_ones_are_read(tmp_path: Path) -> No
     assert bad == [
         NotServed("bad", f"{tmp_path}/bad/model.toml: lanes is -1; expected at least 0"),
         NotServed(
-            "empty", f"no model in {tmp_path}/empty/3; expected model.onnx or model.pt2 there"
+            "empty", f"no model in {tmp_path}/empty/3; expected model.onnx, model.pt2 or model.py there"
         ),
         NotServed("none", f"model 'none': no folder '{tmp_path}/none' in the repository"),
     ]
@@ -189,7 +189,7 @@ def test_what_a_library_makes_of_one_models_files_harms_that_model_only(
         ("zzz = 4", "zzz is not a known key; expected one of audit_every, "),
         (
             "engine = 'tensorflow'",
-            "engine is 'tensorflow'; expected one of onnxruntime, torch, tensorrt, fake",
+            "engine is 'tensorflow'; expected one of onnxruntime, torch, tensorrt, python, fake",
         ),
         ("lanes = '2'", "lanes is '2'; expected an integer"),
         ("lanes = true", "lanes is True; expected an integer"),

@@ -15,6 +15,7 @@ from inferq.workers.commands.infer import infer
 from inferq.workers.commands.models import models
 from inferq.workers.commands.queues import queues
 from inferq.workers.commands.redis import redis_command
+from inferq.workers.commands.run import run
 from inferq.workers.commands.worker import worker
 from inferq.workers.demo.command import demo
 from inferq.workers.doctor.command import doctor
@@ -53,6 +54,7 @@ def inferq(ctx: click.Context) -> None:
 inferq.add_command(worker)
 inferq.add_command(models)
 inferq.add_command(build)
+inferq.add_command(run)
 inferq.add_command(infer)
 inferq.add_command(bench)
 inferq.add_command(health)

@@ -108,7 +108,9 @@ def _no_model(version_folder: Path, files: Sequence[str]) -> Incomplete:
             return Incomplete(
                 f"{misplaced} is in no version's folder; expected {version_folder / file}"
             )
-    return Incomplete(f"no model in {version_folder}; expected {' or '.join(files)} there")
+    *others, last = files
+    expected = f"{', '.join(others)} or {last}" if others else last
+    return Incomplete(f"no model in {version_folder}; expected {expected} there")
 
 
 def _warn_if_open(path: Path) -> None:

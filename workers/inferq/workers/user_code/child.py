@@ -86,7 +86,8 @@ class _Server:
         except SystemExit:
             raise  # it says that this process is of no further use
         except ConfigError as problem:
-            return Failed(problem.message, code=problem.code)
+            named = str(self._path) in problem.message
+            return Failed(problem.message if named else f"{self._path}: {problem.message}")
         except BaseException as problem:  # noqa: BLE001 - of users' code, which may raise anything
             return Failed(told(problem, self._path), trace=_trace(problem))
 
