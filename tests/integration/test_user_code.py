@@ -138,10 +138,23 @@ def test_a_memory_bomb_in_a_process_with_a_limit_of_its_own_is_one_failure(
 ) -> None:
     with serving(redis_url, tmp_path, BOUNDED_BOMB) as worker:
         error = check(ask(redis_url, poisoned(python_models.BOMB)))
-        assert "MemoryError" in error.message
+        assert "model.py, line 26: MemoryError" in error.message
         assert worker.alive
         # What one request took is no reason for smaller batches.
         assert "no memory for a batch" not in worker.log
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "raise MemoryError"])
+def test_batches_for_which_memory_does_not_suffice_at_warm_up_are_not_formed(
+    redis_url: str, tmp_path: Path, end: str
+) -> None:
+    text = POISONED.replace('x = inputs["x"]', f'x = inputs["x"]\n        if len(x) > 8: {end}')
+    with serving(redis_url, tmp_path, text, knobs="lanes = 1") as worker:
+        found = ask(redis_url, [float(n) for n in range(COUNT)])
+        assert all(isinstance(each, Result) for each in found)
+        assert re.search(
+            r"batches of at most \d+ rows, in place of 32, since there is no", worker.log
+        )
 
 
 def test_killed_processes_under_load_cost_no_request(redis_url: str, tmp_path: Path) -> None:

@@ -54,6 +54,13 @@ class OutOfDeviceMemory(EngineError):
     """The device's memory does not suffice for this batch."""
 
 
+class PerhapsNoMemory(EngineError):
+    """What failed may have lacked memory. Of a request it is its own fault, at warm-up the size's.
+
+    One request that takes all memory must not make the batches of all others smaller.
+    """
+
+
 class RowsDiffer(EngineError):
     """An output has another number of rows than the inputs that were run."""
 

@@ -89,7 +89,10 @@ class _Server:
             named = str(self._path) in problem.message
             return Failed(problem.message if named else f"{self._path}: {problem.message}")
         except BaseException as problem:  # noqa: BLE001 - of users' code, which may raise anything
-            return Failed(told(problem, self._path), trace=_trace(problem))
+            kind: Literal["raised", "memory"] = "raised"
+            if isinstance(problem, MemoryError):
+                kind = "memory"
+            return Failed(told(problem, self._path), kind=kind, trace=_trace(problem))
 
     def _describe(self, asked: Describe) -> Described:
         return Described(signature_of(self._class(asked.path)))

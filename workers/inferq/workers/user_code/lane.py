@@ -20,7 +20,7 @@ from inferq.shared.errors import (
     RequestError,
 )
 from inferq.shared.schema import DTYPES, Array
-from inferq.workers.models.engine import Batch, Lane, RowsDiffer, check_inputs
+from inferq.workers.models.engine import Batch, Lane, PerhapsNoMemory, RowsDiffer, check_inputs
 from inferq.workers.user_code.log_lines import tell
 from inferq.workers.user_code.messages import Answered, Failed, Load, Loaded, Run
 from inferq.workers.user_code.plan import Plan
@@ -122,14 +122,13 @@ class ProcessLane(Lane):
             return RowsDiffer(told.message)
         if alone:
             self._tell_trace(told)
-        return EngineError(told.message)
+        return (PerhapsNoMemory if told.kind == "memory" else EngineError)(told.message)
 
     def _error(self, problem: ProcessEnded, alone: bool) -> EngineError:
         which = "this request" if alone else "this batch"
         limit = ", timeout_s in [python]" if problem.timed_out else ""
-        return EngineError(
-            f"the process of lane {self._number} {problem.how}{limit} while it ran {which}"
-        )
+        kind = PerhapsNoMemory if problem.killed else EngineError
+        return kind(f"the process of lane {self._number} {problem.how}{limit} while it ran {which}")
 
     # --- its process ------------------------------------------------------------------------
 

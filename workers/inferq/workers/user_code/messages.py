@@ -75,14 +75,15 @@ class Answered(msgspec.Struct, frozen=True, tag=True):
 class Failed(msgspec.Struct, frozen=True, tag=True):
     """What was asked for could not be done. The process goes on.
 
-    `kind`: ``raised`` by the code; ``rows``, another number of them than the inputs have;
-    ``answer`` that does not fit otherwise; ``request``, a RequestError for all of the batch.
+    `kind`: ``raised`` by the code, ``memory`` if it was MemoryError; ``rows``, another number of
+    them than the inputs have; ``answer`` that does not fit otherwise; ``request``, a RequestError
+    for all of the batch.
     """
 
     message: str
     #: Of a RequestError.
     code: str = ""
-    kind: Literal["raised", "rows", "answer", "request"] = "raised"
+    kind: Literal["raised", "memory", "rows", "answer", "request"] = "raised"
     trace: str = ""
 
 

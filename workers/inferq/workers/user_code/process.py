@@ -40,10 +40,12 @@ _LOGGED_S: Final = 1.0
 class ProcessEnded(Exception):
     """It is gone; `how` says how it ended, as in ``was killed by SIGSEGV``."""
 
-    def __init__(self, how: str, *, timed_out: bool = False) -> None:
+    def __init__(self, how: str, *, timed_out: bool = False, killed: bool = False) -> None:
         super().__init__(how)
         self.how = how
         self.timed_out = timed_out
+        #: By SIGKILL, and not by us.
+        self.killed = killed
 
 
 class CodeProcess:
@@ -151,7 +153,7 @@ class CodeProcess:
             self.end()
             return ProcessEnded("closed its socket")
         self.end()
-        return ProcessEnded(_how(status))
+        return ProcessEnded(_how(status), killed=status == -signal.SIGKILL)
 
     def end(self) -> None:
         """SIGKILL, also to what it has started, and free all. Idempotent."""

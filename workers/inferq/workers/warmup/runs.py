@@ -23,7 +23,7 @@ from typing import Final
 from inferq.shared.errors import FatalEngineError
 from inferq.workers.engines.tuning import Tuning, fitted
 from inferq.workers.logs.fields import about
-from inferq.workers.models.engine import Batch, FurtherLane, Lane
+from inferq.workers.models.engine import Batch, FurtherLane, Lane, PerhapsNoMemory
 from inferq.workers.models.lane_threads import LaneThreads
 from inferq.workers.warmup.fit import lacks_memory, row_elements
 from inferq.workers.warmup.forecast import UNSEEN, Forecast
@@ -218,7 +218,7 @@ class Runs:
         except FatalEngineError:
             raise
         except Exception as problem:
-            if not lacks_memory(problem):
+            if not (isinstance(problem, PerhapsNoMemory) or lacks_memory(problem)):
                 raise
             self._seconds.pop(size, None)
             self._why = f"there is no memory for {size} ({problem})"
