@@ -45,6 +45,8 @@ MAX_BATCH_BYTES: Final = 1 << 35
 #: What NumPy's and PyTorch's libraries ask for how many threads to use.
 _THREADS: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _DEFAULT_TIMEOUT_S: Final = 60.0
+#: A batch whose process is ended is halved until one request is left: within max_run_seconds.
+_RUNS: Final = 10
 
 Seconds = Annotated[float, Field(strict=True, gt=0, le=7 * 86_400)]
 
@@ -54,7 +56,7 @@ class _Table(TomlTable):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     isolation: Literal["process", "thread"] = "process"
-    #: None: 60 s, or max_run_seconds if that is less.
+    #: None: 60 s, or a tenth of max_run_seconds if that is less.
     timeout_s: Seconds | None = None
     load_timeout_s: Seconds = 600.0
     config: dict[str, Any] = Field(default_factory=dict)
@@ -117,7 +119,7 @@ class PythonEngine(Engine):
     def _checked_timeout(self) -> float:
         given, most = self._table.timeout_s, self.spec.config.max_run_seconds
         if given is None:
-            return min(_DEFAULT_TIMEOUT_S, most)
+            return min(_DEFAULT_TIMEOUT_S, most / _RUNS)
         if self._table.isolation == "thread":
             raise TableError(
                 f'python.timeout_s is {given:g}; expected none beside isolation = "thread", since '

@@ -37,8 +37,9 @@ class ThreadLane(Lane):
         check_inputs(inputs, self._dtypes)
         rows = batch.bucket if batch.batchable else None
         try:
-            # What it is given may be a request's own.
-            answer = self._model.run({name: array.copy() for name, array in inputs.items()})
+            if len(batch.parts) == 1 and batch.rows == batch.bucket:  # what a request has sent
+                inputs = {name: array.copy() for name, array in inputs.items()}
+            answer = self._model.run(dict(inputs))
             outputs, errors = read_answer(answer, self._signature, inputs, rows)
         except RequestError as problem:
             if len(batch.parts) > 1:
