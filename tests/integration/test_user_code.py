@@ -17,7 +17,7 @@ from helpers.capped import CappedProcess, capped
 from helpers.python_models import POISONED, python_model
 from helpers.repository import numbered
 from helpers.wait import until
-from helpers.worker import Worker
+from helpers.worker import SupervisedWorker, Worker
 
 from inferq.producer import Client, InferqError, RequestError, Result
 
@@ -61,9 +61,10 @@ def check(found: list[Result | InferqError], *, but: int = AT) -> InferqError:
     return error
 
 
-def processes(worker: Worker) -> set[int]:
-    """The processes of user code that a worker has now."""
-    children = Path(f"/proc/{worker.pid}/task").glob("*/children")
+def processes(worker: Worker | int) -> set[int]:
+    """The processes of user code that a worker, or the process of that number, has now."""
+    parent = worker if isinstance(worker, int) else worker.pid
+    children = Path(f"/proc/{parent}/task").glob("*/children")
     found = set()
     for pid in (int(pid) for each in children for pid in each.read_text().split()):
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -314,3 +315,23 @@ def test_code_that_releases_the_gil_may_run_in_the_workers_own_threads(
         assert error.message == "six"
         error = check(ask(redis_url, poisoned(python_models.RAISE)))
         assert "ValueError: five" in error.message
+
+
+def test_a_worker_that_is_killed_loses_no_request_and_leaves_no_process(
+    redis_url: str, tmp_path: Path
+) -> None:
+    python_model(tmp_path, "m", SLOW, knobs="lanes = 2\nmax_batch_size = 4")
+    with SupervisedWorker(redis_url, tmp_path) as worker, Client(redis_url) as client:
+        pending = [client.submit("m", {"x": numbered(n)}) for n in range(COUNT)]
+        for _ in range(2):
+            child = worker.child()
+            until(lambda: any(each.done() for each in pending), 60.0, "some are answered")
+            left = processes(child)
+            os.kill(child, signal.SIGKILL)
+            until(lambda: all(map(gone, left)), what="its lanes are gone")  # noqa: B023
+            until(lambda: worker.child() != child, 60.0, "another child serves")  # noqa: B023
+        for n, each in enumerate(pending):
+            assert np.array_equal(each.result(TIMEOUT_S).outputs["y"], numbered(2 * n))
+
+
+SLOW = POISONED.replace('x = inputs["x"]', 'time.sleep(0.05); x = inputs["x"]')

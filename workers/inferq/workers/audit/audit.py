@@ -21,7 +21,7 @@ from inferq.workers.audit.budget import AuditBudget
 from inferq.workers.audit.evidence import Evidence, Result, examine, has_company
 from inferq.workers.batching.policy import Knobs
 from inferq.workers.logs.fields import about
-from inferq.workers.models.engine import Batch, Lane
+from inferq.workers.models.engine import Batch, Lane, answers
 
 if TYPE_CHECKING:
     from inferq.workers.claims.runs import Finished, Outcome
@@ -191,10 +191,7 @@ class Audit:
     def _run(self, lane: Lane, outcomes: Sequence[Outcome], place: int) -> None:
         def run(batch: Batch) -> Mapping[str, Array]:
             self.since = time.monotonic()  # max_run_seconds is that of one run
-            outputs = lane.run(batch)
-            if batch.errors:  # it had an answer before
-                raise next(iter(batch.errors.values()))
-            return outputs
+            return answers(lane, batch)  # it had one before
 
         began = time.monotonic()
         chosen = outcomes[place]

@@ -109,7 +109,7 @@ def _loaded(folder: Path) -> tuple[LoadedModel, float]:
 def _ran(loaded: LoadedModel, given: Tensors) -> tuple[Tensors, float]:
     """The outputs of one request, and how many ms it took. InferqError: it has none."""
     from inferq.shared.schema import InputCheck  # noqa: PLC0415 (NumPy)
-    from inferq.workers.models.engine import Batch, check_rows  # noqa: PLC0415
+    from inferq.workers.models.engine import Batch, answers, check_rows  # noqa: PLC0415
 
     spec = loaded.spec
     rows = InputCheck(spec.advert(seconds_per_row=0.0, result_expires_s=0))(given)
@@ -118,10 +118,8 @@ def _ran(loaded: LoadedModel, given: Tensors) -> tuple[Tensors, float]:
         bucket = next((size for size in loaded.buckets if size >= rows), rows)
     batch = Batch([given], rows, bucket, spec.batchable)
     began = time.monotonic()
-    outputs = loaded.lanes[0].run(batch)
+    outputs = answers(loaded.lanes[0], batch)
     took_ms = (time.monotonic() - began) * 1000
-    for error in (batch.errors or {}).values():
-        raise error
     if spec.batchable:
         check_rows(outputs, rows)
     return outputs, took_ms

@@ -147,6 +147,14 @@ class Engine(ABC):
         """Load the model and open its lanes. ConfigError if it cannot be; nothing is left open."""
 
 
+def answers(lane: Lane, batch: Batch) -> Mapping[str, Array]:
+    """What `lane` answers to all of `batch`; raises the error that one of its rows has."""
+    outputs = lane.run(batch)
+    for error in (batch.errors or {}).values():
+        raise error
+    return outputs
+
+
 def gather(batch: Batch) -> dict[str, Array]:
     """The batch's inputs joined along dim 0 and padded with copies of the last row to `bucket`.
 

@@ -14,7 +14,7 @@ from inferq.shared.errors import ConfigError
 from inferq.shared.schema import Array, Signature, Tensors
 from inferq.workers.batching.padding import Measured, Padding, PadRule, padded_dims
 from inferq.workers.logs.fields import about
-from inferq.workers.models.engine import Batch, LoadedModel
+from inferq.workers.models.engine import Batch, LoadedModel, answers
 from inferq.workers.models.ranges import toml_key
 from inferq.workers.pad_probe.comparisons import Changed, Comparisons
 from inferq.workers.pad_probe.sizes import SizeProbe
@@ -38,7 +38,7 @@ def probe_padding(model: LoadedModel) -> Padding:
     bucket = model.buckets[0] if model.buckets and spec.batchable else 1  # the bucket of one row
 
     def run(inputs: Tensors) -> Mapping[str, Array]:
-        return lane.run(Batch([inputs], 1, bucket, spec.batchable))
+        return answers(lane, Batch([inputs], 1, bucket, spec.batchable))
 
     return measured_padding(
         spec.signature,
