@@ -18,6 +18,7 @@ from helpers.wait import until
 
 from inferq.shared.errors import ConfigError, EngineError, FatalEngineError, RequestError
 from inferq.shared.schema import Tensors
+from inferq.workers.engines.cores import usable_cores
 from inferq.workers.engines.python import PythonEngine
 from inferq.workers.models.engine import Batch, LoadedModel, RowsDiffer
 from inferq.workers.models.repository import load_model
@@ -194,6 +195,48 @@ def _alive(children: Path) -> str:
 def test_a_wrong_table_is_refused(load: Load, table: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         load(code("pass"), "lanes = 1\nmax_run_seconds = 50.0", table)
+
+
+DEVICE = """
+import os
+from inferq.model import Model
+
+class Device(Model):
+    inputs = {"x": "float32[batch, 4]"}
+    outputs = {"cuda": "bool[batch]", "visible": "int64[batch]", "threads": "int64[batch]"}
+
+    def load(self, context):
+        self.found = {
+            "cuda": context.device == "cuda:0",
+            "visible": len(os.environ.get("CUDA_VISIBLE_DEVICES", "?")),
+            "threads": int(os.environ["OMP_NUM_THREADS"]),
+        }
+
+    def run(self, inputs):
+        return [self.found for _ in inputs["x"]]
+"""
+
+
+def test_a_lane_has_the_gpu_of_its_worker_or_none(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-0123")
+    loaded = load(DEVICE, knobs="")
+    found = loaded.lanes[0].run(batch(1))
+    assert (loaded.device, found["cuda"][0], found["visible"][0]) == ("cpu", False, 0)
+    share = max(1, usable_cores() // len(loaded.lanes))
+    assert (found["threads"][0], len(loaded.lanes)) == (share, min(usable_cores(), 4))
+    monkeypatch.setenv("INFERQ_GPU", "0")
+    for table in ("", "device = 'cuda'"):
+        loaded = load(DEVICE, knobs="", table=table)
+        found = loaded.lanes[0].run(batch(1))
+        assert (loaded.device, found["cuda"][0], found["visible"][0]) == ("cuda", True, 8)
+        assert len(loaded.lanes) == 1
+    assert load(DEVICE, table="device = 'cpu'").device == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ConfigError, match=r"python\.device is 'cuda', but this worker serves on"):
+        load(DEVICE, table="device = 'cuda'")
 
 
 # --- running -------------------------------------------------------------------------------------
