@@ -159,7 +159,8 @@ def test_each_bad_model_is_told_and_the_good_ones_are_read(tmp_path: Path) -> No
     assert bad == [
         NotServed("bad", f"{tmp_path}/bad/model.toml: lanes is -1; expected at least 0"),
         NotServed(
-            "empty", f"no model in {tmp_path}/empty/3; expected model.onnx, model.pt2 or model.py there"
+            "empty",
+            f"no model in {tmp_path}/empty/3; expected model.onnx, model.pt2 or model.py there",
         ),
         NotServed("none", f"model 'none': no folder '{tmp_path}/none' in the repository"),
     ]

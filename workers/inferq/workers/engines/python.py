@@ -28,7 +28,7 @@ from inferq.workers.cuda.gpus import VISIBLE
 from inferq.workers.engines.cores import usable_cores
 from inferq.workers.engines.on_gpu import ROUNDING
 from inferq.workers.models.engine import Engine, LoadedModel
-from inferq.workers.models.ranges import told_inputs
+from inferq.workers.models.ranges import given_optimum_inputs
 from inferq.workers.models.signatures import Declared
 from inferq.workers.models.spec import ModelSpec
 from inferq.workers.models.validation import TableError, TomlTable, validate
@@ -96,7 +96,7 @@ class PythonEngine(Engine):
             spec,
             "cuda" if on_cuda else "cpu",
             buckets=spec.config.buckets,
-            usual=told_inputs(spec),
+            optimum=given_optimum_inputs(spec),
             parallel_lanes=not on_cuda,
             rounding=ROUNDING if on_cuda else 1.0,
         )

@@ -141,7 +141,7 @@ def _trace(problem: BaseException) -> str:
     tb = problem.__traceback__
     while tb is not None and tb.tb_next is not None and tb.tb_frame.f_code.co_filename == __file__:
         tb = tb.tb_next
-    text = traces.told((type(problem), problem, tb))
+    text = traces.format_traceback((type(problem), problem, tb))
     return text if len(text) <= _MAX_TRACE_CHARS else "…" + text[-_MAX_TRACE_CHARS:]
 
 

@@ -37,7 +37,7 @@ class Marked(logging.StreamHandler[TextIO]):
 
     def format(self, record: logging.LogRecord) -> str:
         text = _cut(record.getMessage())
-        trace = _cut(traces.told(record.exc_info)) if record.exc_info else ""
+        trace = _cut(traces.format_traceback(record.exc_info)) if record.exc_info else ""
         if not self.mark:
             return text
         return self.mark + json.dumps([record.levelno, record.name[:100], text, trace])
@@ -99,7 +99,7 @@ class Reader:
 
 
 def tell(text: str, model: str, lane: int, trace: str = "") -> None:
-    """An error of user code, in the worker's log; `trace` is as `traces.told` has it."""
+    """An error of user code, in the worker's log; `trace` is as `traces.format_traceback` has it."""
     _log(logging.ERROR, _TOLD, text, model, lane, trace)
 
 
