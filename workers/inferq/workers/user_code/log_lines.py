@@ -99,7 +99,7 @@ class Reader:
 
 
 def tell(text: str, model: str, lane: int, trace: str = "") -> None:
-    """An error of user code, in the worker's log; `trace` is as `traces.format_traceback` has it."""
+    """An error of user code, in the worker's log; `trace`: as `traces.format_traceback` has it."""
     _log(logging.ERROR, _TOLD, text, model, lane, trace)
 
 
