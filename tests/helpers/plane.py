@@ -14,7 +14,7 @@ from inferq.workers.claims.clock import RedisClock
 from inferq.workers.claims.lease import Lease
 from inferq.workers.claims.recovery import Recoverer
 from inferq.workers.claims.runs import Finished
-from inferq.workers.claims.scheduled import Scheduled
+from inferq.workers.claims.scheduled import ScheduledKeeper
 from inferq.workers.claims.settlement import Settlement
 from inferq.workers.data_plane.control import Control
 from inferq.workers.data_plane.counts import Counts
@@ -85,7 +85,7 @@ class RunningPlane(Scoped):
             list(self.models.values()),
             lease=self._lease,
             recoverer=Recoverer(client, names, LEASE_S),
-            later=Scheduled(client, names, clock),
+            scheduled=ScheduledKeeper(client, names, clock),
             control=self.control,
             observers=told,
             result_expires_s=60,

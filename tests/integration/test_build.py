@@ -51,7 +51,7 @@ def plans(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests are of a machine without one, wherever they run."""
-    monkeypatch.setattr("inferq.workers.cuda.libcuda.compute_capability", lambda: None)
+    monkeypatch.setattr("inferq.workers.cuda.libcuda.gpu_kind", lambda: None)
 
 
 def _build(models: Path, plans: Path, model: str, *options: str) -> Result:

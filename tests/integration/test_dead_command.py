@@ -32,7 +32,7 @@ from inferq.shared.celery_app import make_app
 from inferq.shared.errors import DeadLettered, InferqError
 from inferq.shared.names import Names
 from inferq.shared.settings import Settings
-from inferq.workers.claims.recovery import suspect
+from inferq.workers.claims.recovery import decoding_field
 from inferq.workers.cli import inferq
 from inferq.workers.data_plane.results import MAX_QUARANTINED_BYTES
 from inferq.workers.engines.fake import FAULT_EXIT
@@ -137,7 +137,7 @@ def test_bytes_that_are_no_request_are_quarantined_again_and_what_came_too_late_
         redis.lpush(NAMES.queue("m"), b"\x1b[2Jjunk")
         until(lambda: redis.llen(NAMES.dead("m")) == 2, what="it is quarantined")
         before = dead_letters(redis, "m")[0]
-        name = suspect(b"\x1b[2Jjunk")[:13]
+        name = decoding_field(b"\x1b[2Jjunk")[:13]
         assert [row["id"] for row in json.loads(dead("list", "m", "--json").stdout)] == [
             name,
             late_id,
@@ -167,7 +167,7 @@ def test_a_replayed_request_is_as_it_was_but_for_what_would_end_it_at_once(
     for request_id, raw in ((late_id, late), (ahead_id, ahead)):
         give_up(redis, raw, request_id)
     redis.lpush(NAMES.queue("m", 3), b"waits already")
-    redis.hset(NAMES.attempts("m"), mapping={ahead_id: 3, suspect(late): 3, "another": 1})
+    redis.hset(NAMES.attempts("m"), mapping={ahead_id: 3, decoding_field(late): 3, "another": 1})
     assert dead("replay", "--all", "--model", "m", "--yes").exit_code == 0
     newest, second, first = waiting(redis, 3)
     assert (newest, first) == (ahead, b"waits already")

@@ -19,7 +19,7 @@ from inferq.shared import codec
 from inferq.shared.errors import DeadLettered, EngineError
 from inferq.shared.names import Names
 from inferq.shared.schema import Receipt
-from inferq.workers.claims.recovery import suspect
+from inferq.workers.claims.recovery import decoding_field
 from inferq.workers.claims.settlement import DEAD_PAYLOAD_S
 from inferq.workers.engines.fake import (
     FAULT_EXIT,
@@ -213,7 +213,7 @@ def test_a_message_that_ended_workers_while_it_was_decoded_is_given_up_the_third
 ) -> None:
     request_id, raw = message("m", numbered(7))
     neighbour_id, neighbour = message("m", numbered(8))
-    redis.hset(NAMES.attempts("m"), suspect(raw), str(deaths))
+    redis.hset(NAMES.attempts("m"), decoding_field(raw), str(deaths))
     redis.lpush(NAMES.queue("m"), raw, neighbour)
     with Worker(redis_url, models, ["m"]):
         metas = {each: meta_of(redis, each) for each in (request_id, neighbour_id)}

@@ -238,7 +238,7 @@ def test_links_that_wait_are_held_against_a_worker_only_while_redis_answers(
     assert heart._beat().links_s < 1, "it came back just now"
 
 
-def test_loops_that_are_amiss_for_two_beats_are_told(tmp_path: Path) -> None:
+def test_loops_that_fail_for_two_beats_are_told(tmp_path: Path) -> None:
     """A process that was stopped, and goes on, is not blamed for it."""
 
     class Ailing:

@@ -16,17 +16,16 @@ import msgpack
 import numpy as np
 import pytest
 import redis as redis_py
-from helpers.acl import Users
 from helpers.envelopes import JSON, body, envelope, request, tensor
-from helpers.repository import fake_model, numbered
-from helpers.results import meta_of, nothing_is_held, outputs_of
+from helpers.links import link, push_only, serving, store_of
+from helpers.repository import numbered
+from helpers.results import meta_of, outputs_of
 from helpers.stock import PlainWorker
 from helpers.wait import until
 from helpers.worker import Worker
 
 from inferq.shared.names import Names
 from inferq.workers.canvas.chord_results import MAX_CHORD_BYTES
-from inferq.workers.process.embedded import EmbeddedRedis
 
 NAMES = Names()
 QUEUE = NAMES.queue("m")
@@ -38,38 +37,22 @@ Signature = dict[str, Any]
 @pytest.fixture(scope="module")
 def served(redis_kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     """One worker that serves the whole file."""
-    models = tmp_path_factory.mktemp("models")
-    for name in ("m", "other"):
-        fake_model(models, name, knobs="warm_up = false")
-    fake_model(models, "wide", knobs="warm_up = false", width=WIDE)
-    with EmbeddedRedis(redis_kind) as server, Worker(server.url, models) as worker:
+    with serving(redis_kind, tmp_path_factory.mktemp("models"), wide=WIDE) as worker:
         yield worker
 
 
 @pytest.fixture
 def store(served: Worker) -> Iterator[redis_py.Redis]:
     """Its Redis, empty of what the test before left; afterwards nothing is held."""
-    with redis_py.Redis.from_url(served.redis_url, socket_timeout=30) as client:
+    with store_of(served, ("celery-task*", "links*")) as client:
         yield client
-        assert served.alive
-        until(lambda: nothing_is_held(client), what="nothing is held any more")
-        for pattern in ("celery-task*", "links*"):
-            for key in client.scan_iter(pattern):
-                client.unlink(key)
 
 
 @pytest.fixture
 def producer(served: Worker) -> Iterator[redis_py.Redis]:
     """May push to queues of models, and nothing else."""
-    with Users(served.redis_url) as users:
-        yield users.push_only()
-
-
-def link(queue: str = "links", **options: Any) -> Signature:
-    return {
-        "task": "app.note", "args": [], "kwargs": {}, "subtask_type": None, "immutable": False,
-        "options": {"queue": queue, **options},
-    }  # fmt: skip
+    with push_only(served) as client:
+        yield client
 
 
 def infer(n: float, **options: Any) -> Signature:

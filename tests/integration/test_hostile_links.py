@@ -16,8 +16,9 @@ import pytest
 import redis as redis_py
 from helpers.acl import Users
 from helpers.envelopes import JSON, body, envelope, request, tensor
+from helpers.links import link, push_only, serving, store_of
 from helpers.repository import fake_model, message, numbered
-from helpers.results import meta_of, nothing_is_held, outputs_of
+from helpers.results import meta_of, outputs_of
 from helpers.stock import stock_app
 from helpers.wait import until
 from helpers.worker import Worker
@@ -34,38 +35,22 @@ WIDE = 65_536
 @pytest.fixture(scope="module")
 def served(redis_kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     """One worker that serves the whole file."""
-    models = tmp_path_factory.mktemp("models")
-    for name in ("m", "other"):
-        fake_model(models, name, knobs="warm_up = false")
-    fake_model(models, "wide", knobs="warm_up = false", width=WIDE)
-    with EmbeddedRedis(redis_kind) as server, Worker(server.url, models) as worker:
+    with serving(redis_kind, tmp_path_factory.mktemp("models"), wide=WIDE) as worker:
         yield worker
 
 
 @pytest.fixture
 def store(served: Worker) -> Iterator[redis_py.Redis]:
     """Its Redis, empty of what the test before left; afterwards nothing is held."""
-    with redis_py.Redis.from_url(served.redis_url, socket_timeout=30) as client:
+    with store_of(served, ("celery-task*", "links*", "stolen*")) as client:
         yield client
-        assert served.alive
-        until(lambda: nothing_is_held(client), what="nothing is held any more")
-        for pattern in ("celery-task*", "links*", "stolen*"):
-            for key in client.scan_iter(pattern):
-                client.unlink(key)
 
 
 @pytest.fixture
 def producer(served: Worker) -> Iterator[redis_py.Redis]:
     """May push to queues of models, and nothing else."""
-    with Users(served.redis_url) as users:
-        yield users.push_only()
-
-
-def link(queue: object = "links", **options: Any) -> dict[str, Any]:
-    return {
-        "task": "app.note", "args": [], "kwargs": {}, "subtask_type": None, "immutable": False,
-        "options": {"queue": queue, **options},
-    }  # fmt: skip
+    with push_only(served) as client:
+        yield client
 
 
 def asked(producer: redis_py.Redis, *, model: str = "m", n: float = 1, **given: Any) -> str:

@@ -30,7 +30,7 @@ from redis.client import PubSub
 
 import inferq.workers
 from inferq.shared.names import Names
-from inferq.workers.claims.recovery import suspect
+from inferq.workers.claims.recovery import decoding_field
 from inferq.workers.process.embedded import EmbeddedRedis
 
 NAMES = Names()
@@ -167,7 +167,7 @@ def _die_serving(scene: Scene, places: list[str]) -> None:
             model = scene.model()
             pushed = scene.push(model, REQUESTS // 2)
             if place.startswith("suspect-"):
-                scene.redis.hset(NAMES.attempts(model), suspect(pushed[0]), 1)
+                scene.redis.hset(NAMES.attempts(model), decoding_field(pushed[0]), 1)
             victims.append(scene.victim(place, model, "brisk"))
         _wave(victims)
 

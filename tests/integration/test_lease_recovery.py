@@ -14,7 +14,12 @@ from redis import Redis
 
 from inferq.shared.lua import source
 from inferq.shared.names import Names
-from inferq.workers.claims.recovery import RECOVERY_LEASE_MS, SCAN_EVERY_S, Recoverer, suspect
+from inferq.workers.claims.recovery import (
+    RECOVERY_LEASE_MS,
+    SCAN_EVERY_S,
+    Recoverer,
+    decoding_field,
+)
 
 NAMES = Names()
 STEPS = (0, 3, 6, 9)
@@ -126,14 +131,14 @@ def test_what_was_not_decoded_is_suspected_once_and_only_a_proven_culprit_is_cou
     for death in range(1, 4):
         redis.delete(NAMES.queue("m"))
         hold(redis, f"dead{death}", {(1, 0): [b"poison", b"innocent"]}, ends_ms=1.0)
-        field = suspect(b"poison")
+        field = decoding_field(b"poison")
         if death > 1:
             redis.sadd(NAMES.running(f"dead{death}"), f"m/{field}")
         assert recover(f"dead{death}") == 2
         counts = redis.hgetall(NAMES.attempts("m"))
         assert counts == {
             field.encode(): str(death).encode(),
-            suspect(b"innocent").encode(): b"1",
+            decoding_field(b"innocent").encode(): b"1",
         }
 
 

@@ -72,12 +72,12 @@ def test_one_message_that_lies_of_its_time_hides_no_queue(redis: Redis, queues: 
 
 
 @pytest.mark.parametrize(
-    "amiss",
+    "break_key",
     [
-        lambda redis: redis.set(NAMES.queue("amiss", 3), 1),
-        lambda redis: redis.set(NAMES.dead("amiss"), 1),
-        lambda redis: redis.set(NAMES.serving("amiss"), 1),
-        lambda redis: redis.lpush(NAMES.model("amiss"), 1),
+        lambda redis: redis.set(NAMES.queue("wrong", 3), 1),
+        lambda redis: redis.set(NAMES.dead("wrong"), 1),
+        lambda redis: redis.set(NAMES.serving("wrong"), 1),
+        lambda redis: redis.lpush(NAMES.model("wrong"), 1),
         lambda redis: redis.lpush(NAMES.stats("w"), 1),
         lambda redis: redis.set(NAMES.stats("w"), b"\xdc\x00\x10" * 9, ex=15),
         lambda redis: redis.set(NAMES.claims("w"), 1),
@@ -87,15 +87,15 @@ def test_one_message_that_lies_of_its_time_hides_no_queue(redis: Redis, queues: 
         lambda redis: (redis.delete(NAMES.leases), redis.set(NAMES.leases, 1)),
     ],
 )
-def test_a_key_that_is_amiss_hides_no_queue(
-    redis: Redis, queues: Queues, amiss: Callable[[Redis], object]
+def test_a_key_of_the_wrong_type_hides_no_queue(
+    redis: Redis, queues: Queues, break_key: Callable[[Redis], object]
 ) -> None:
     redis.lpush("inferq.m", "x")
-    redis.lpush("inferq.amiss", "x")
+    redis.lpush("inferq.wrong", "x")
     redis.zadd(NAMES.leases, {"w": 9e15})
-    amiss(redis)
+    break_key(redis)
     found = _of(queues)
-    assert {name: each["depth"] for name, each in found.items()} == {"amiss": 1, "m": 1}
+    assert {name: each["depth"] for name, each in found.items()} == {"wrong": 1, "m": 1}
 
 
 def test_a_stock_message_has_no_age_and_its_content_does_not_pass_for_one(

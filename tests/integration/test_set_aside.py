@@ -1,4 +1,4 @@
-"""What is amiss in Redis harms itself alone: odd members, odd fields, keys of another type."""
+"""Odd members, odd fields and keys of another type stop only what they are for."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def serving(redis_url: str, models: Path, tmp_path: Path) -> Iterator[Worker]:
         assert worker.alive
         until(lambda: is_healthy(beat), what="it is healthy")
         assert "Traceback" not in worker.log
-        worker.kill()  # what is still amiss would hold it up as long as its grace lasts
+        worker.kill()  # a key still of the wrong type would hold it up as long as its grace lasts
 
 
 def is_healthy(path: Path) -> bool:
@@ -112,7 +112,7 @@ def test_odd_members_among_the_scheduled_keep_none_of_the_others(
         request_id = later(redis, "a")
         until(lambda: is_answered(redis, request_id), what="the one with an ETA is answered")
         until(lambda: not redis.exists(NAMES.scheduled), what="nothing odd is left")
-        assert lines(worker, r"b'garbage' in inferq:1:later is no request of ours")
+        assert lines(worker, r"b'garbage' in inferq:1:later is no scheduled request")
 
 
 def test_odd_members_among_the_leases_end_no_recovery(
@@ -124,7 +124,7 @@ def test_odd_members_among_the_leases_end_no_recovery(
         (request_id,) = dead_worker(redis, "dead", "a")
         until(lambda: is_answered(redis, request_id), RECOVERED_S, "it is recovered")
         until(lambda: int(redis.zcard(NAMES.leases)) == 1, RECOVERED_S, "only one is left")
-        assert lines(worker, r"b'\xff0' in inferq:1:leases is no worker's")
+        assert lines(worker, r"b'\xff0' in inferq:1:leases is no worker's name")
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_a_dead_workers_key_of_another_type_keeps_nothing_from_coming_back(
         until(lambda: int(redis.zcard(NAMES.leases)) == 1, RECOVERED_S, "nothing is left")
 
 
-def test_what_a_dead_worker_held_of_others_comes_back_where_one_queue_is_amiss(
+def test_what_a_dead_worker_held_of_others_comes_back_where_one_queue_has_the_wrong_type(
     redis_url: str, redis: Redis, models: Path, tmp_path: Path
 ) -> None:
     redis.set(NAMES.queue("a"), "x")
@@ -315,7 +315,7 @@ def test_what_a_dead_worker_held_of_others_comes_back_where_one_queue_is_amiss(
         assert len(lines(worker, "cannot be recovered")) == 0
 
 
-def test_a_worker_that_stops_where_a_queue_is_amiss_leaves_its_requests_to_others(
+def test_a_worker_that_stops_where_a_queue_has_the_wrong_type_leaves_its_requests_to_others(
     redis_url: str, redis: Redis, models: Path, tmp_path: Path
 ) -> None:
     fake_model(
@@ -342,7 +342,7 @@ def test_a_worker_that_stops_where_a_queue_is_amiss_leaves_its_requests_to_other
         until(lambda: all(is_answered(redis, one) for one in sent), 30.0, "all are answered")
 
 
-def test_a_request_with_an_eta_outlives_a_list_of_the_scheduled_that_is_amiss(
+def test_a_request_with_an_eta_outlives_a_list_of_the_scheduled_that_has_the_wrong_type(
     redis_url: str, redis: Redis, models: Path, tmp_path: Path
 ) -> None:
     """It is kept while nothing can stand in the list, and is found once that is right again."""
@@ -361,7 +361,7 @@ def test_a_request_with_an_eta_outlives_a_list_of_the_scheduled_that_is_amiss(
         assert not redis.keys(f"{NAMES.scheduled}*")
 
 
-def test_scheduled_requests_of_a_queue_that_is_amiss_keep_none_of_the_others(
+def test_scheduled_requests_of_a_queue_of_the_wrong_type_keep_none_of_the_others(
     redis_url: str, redis: Redis, models: Path, tmp_path: Path
 ) -> None:
     with serving(redis_url, models, tmp_path):
@@ -415,5 +415,5 @@ def test_doctor_and_queues_show_keys_of_another_type(
         asked = ask(redis_url, "queues")
         assert asked.returncode == 0
         assert "is a string; expected a list" in asked.stderr
-        listed = json.loads(ask(redis_url, "queues", "--json").stdout)["amiss"]
+        listed = json.loads(ask(redis_url, "queues", "--json").stdout)["wrong_type"]
         assert {each["key"] for each in listed} == {NAMES.queue("a", 9), NAMES.attempts("b")}

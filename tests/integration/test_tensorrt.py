@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -147,6 +148,18 @@ def test_the_second_worker_takes_the_plan_from_the_cache_and_refuses_an_altered_
     worker.close()
 
 
+def test_what_rtx_compiled_is_kept_once_the_model_is_warm(
+    redis_url: str, models: Path, tmp_path: Path, on_gpu: Environment
+) -> None:
+    """A worker that is killed while it serves would leave all of it to its successor."""
+    rtx = TOML + '[tensorrt]\nflavour = "tensorrt-rtx"\n'
+    (models / "double" / "model.toml").write_text(rtx)
+    with Worker(redis_url, models, ["double"], env=on_gpu()):
+        (cache,) = (tmp_path / "plans").glob("runtime.*.cache")
+        kept = json.loads(cache.read_bytes()[32:])
+    assert {json.loads(shapes)["x"][0] for shapes in kept} == {1, 2, 4, 8}
+
+
 def test_a_worker_says_whose_build_it_waits_for_and_then_serves(
     redis_url: str, models: Path, tmp_path: Path, on_gpu: Environment
 ) -> None:
@@ -200,15 +213,56 @@ def test_a_sticky_error_ends_the_process_and_its_successor_serves_everything(
 
 @pytest.mark.parametrize("fails", [{"fail_kernel": 40}, {"fail_call": 7}, {"fail_call": 16}])
 def test_a_sticky_error_while_it_loads_is_no_matter_of_configuration(
-    redis_url: str, models: Path, on_gpu: Environment, fails: dict[str, int]
+    redis_url: str, models: Path, tmp_path: Path, on_gpu: Environment, fails: dict[str, int]
 ) -> None:
     """In a kernel, when memory is asked for, when a lane takes it."""
-    worker = Worker(redis_url, models, ["double"], env=on_gpu(**fails))
+    stats = tmp_path / "stats.json"
+    worker = Worker(redis_url, models, ["double"], env=on_gpu(**fails, stats=stats))
     worker.start()
     assert worker.process.wait(TIMEOUT_S) == EX_FATAL_ENGINE
     assert "CUDA is beyond use" in worker.log
     assert "Traceback" not in worker.log
+    assert not stats.exists(), "no library's own clean-up runs: it might not end"
     worker.close()
+
+
+def test_after_a_sticky_error_in_service_the_process_ends_without_freeing_anything(
+    redis_url: str, redis: Redis, models: Path, tmp_path: Path, on_gpu: Environment
+) -> None:
+    stats = tmp_path / "stats.json"
+    knobs = "warm_up = false\npreferred_batch_sizes = [8]\nmax_queue_delay_ms = 500\n"
+    (models / "double" / "model.toml").write_text(TOML + knobs)
+    with Worker(redis_url, models, ["double"], env=on_gpu()):
+        pass  # the plan is built and verified
+    env = on_gpu(fail_kernel=3, stats=stats)
+    with Worker(redis_url, models, ["double"], env=env) as worker, Client(redis_url) as client:
+        for n in range(60):
+            client.submit("double", {"x": _rows(n, 1, 3)})
+        assert worker.process.wait(TIMEOUT_S) == EX_FATAL_ENGINE
+        assert "CUDA is beyond use" in worker.log
+        assert "Traceback" not in worker.log
+        assert not stats.exists(), "no library's own clean-up runs: it might not end"
+    assert nothing_is_held(redis)
+
+
+def test_a_third_lane_is_opened_where_copies_take_as_long_as_computing_and_waits_as_it_is_told(
+    redis_url: str, models: Path, tmp_path: Path, on_gpu: Environment
+) -> None:
+    """Both ways 3 ms for eight rows, and 3 ms between; the threads spin until a batch is done."""
+    stats = tmp_path / "stats.json"
+    toml = TOML + 'buckets = [8]\ngpu_wait = "spin"\n'
+    (models / "double" / "model.toml").write_text(toml)
+    env = on_gpu(kernel_us=3000, ns_per_byte=3e6 / (8 * 3 * 4), stats=stats)
+    with Worker(redis_url, models, ["double"], env=env) as worker, Client(redis_url) as client:
+        assert re.search("tensorrt on cuda, [34] lanes", worker.log), worker.log
+        items = [{"x": _rows(n, 1, 3)} for n in range(60)]
+        for item, result in zip(items, client.map("double", items), strict=True):
+            assert np.array_equal(result.outputs["y"], 2 * item["x"])
+    counts = json.loads(stats.read_text())
+    assert counts["blocking_waits"] == 0
+    assert counts["spinning_waits"] > 0
+    left = ("streams", "events", "graph_execs", "device_bytes", "pinned_bytes", "contexts")
+    assert not any(counts[name] for name in left), counts
 
 
 def test_lanes_that_do_not_fit_are_refused_with_what_would(
@@ -251,10 +305,8 @@ def test_several_profiles_take_contexts_of_their_own_and_hold_together(
     toml = TOML + "preferred_batch_sizes = [8]\nmax_queue_delay_ms = 50\n" + profiles
     (models / "wide" / "model.toml").write_text(toml)
     with Worker(redis_url, models, ["wide"], env=on_gpu()) as worker, Client(redis_url) as client:
-        # x and y of 2 x 400 or 8 x 8 float32 each; a context takes 1 MB.
-        assert "2 lanes of 2.0 MB of GPU memory each (0.0 MB for tensors, 2.0 MB for 2 of" in (
-            worker.log
-        )
+        # x and y of 2 x 400 or 8 x 8 float32 each; a lane's contexts share 1 MB.
+        assert "2 lanes of 1.0 MB of GPU memory each (0.0 MB for tensors, 1.0 MB that" in worker.log
         items = [{"x": _rows(n, 1 + n % 3, (4, 8, 200, 400)[n % 4])} for n in range(80)]
         results = list(client.map("wide", items, in_flight=40))
         for item, result in zip(items, results, strict=True):
@@ -282,12 +334,13 @@ def test_memory_that_is_short_in_tensorrt_splits_batches_and_loses_none(
         assert "out of GPU memory at 8 rows: runs are of at most 4 now" in worker.log
 
 
-def test_contexts_that_do_not_fit_are_counted_with_the_lanes(
+def test_what_contexts_share_is_counted_once_with_each_lane(
     redis_url: str, models: Path, on_gpu: Environment
 ) -> None:
     profiles = "".join(f"[[profile]]\nbatch = [1, {n}, 8]\n" for n in range(1, 9))
     (models / "double" / "model.toml").write_text(TOML + "lanes = 8\n" + profiles)
-    worker = Worker(redis_url, models, ["double"], env=on_gpu(memory_mb=50))
+    env = on_gpu(memory_mb=50) | {"DOUBLE_TRT_CONTEXT_MB": "8"}
+    worker = Worker(redis_url, models, ["double"], env=env)
     worker.start()
     assert worker.process.wait(TIMEOUT_S) == os.EX_CONFIG
     assert "model 'double': 8 lanes take 8.0 MB of GPU memory each, " in worker.log
@@ -367,7 +420,7 @@ def test_a_shape_beyond_the_profile_is_the_requests_fault_and_others_are_served(
     (models / "wide" / "model.toml").write_text(TOML + "[profile]\nwidth = [2, 4, 8]\n")
     with Worker(redis_url, models, ["wide"], env=on_gpu()), Client(redis_url) as client:
         known = decode_advert(bytes(redis.get(Names().model("wide")) or b""))  # type: ignore[arg-type]
-        assert known.seconds_per_row > 0, "its usual shape was measured"
+        assert known.seconds_per_row > 0, "its optimum shape was measured"
         for width in (9, 1):
             with pytest.raises(InvalidInput, match=rf"'x': dim 1 is {width}; expected 2 to 8, for"):
                 client.infer("wide", {"x": _rows(0, 2, width)}, timeout=TIMEOUT_S)

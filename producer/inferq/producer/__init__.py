@@ -1,4 +1,4 @@
-"""What a backend service imports: clients that hand requests over and return arrays."""
+"""What a backend service imports: clients that submit requests and return arrays."""
 
 from inferq.producer.aio import AsyncClient
 from inferq.producer.client import Client

@@ -1,8 +1,8 @@
-"""Hop 1. May this request be pushed? By what workers announce of its model, and by the queue.
+"""Hop 1. Decides whether a request may be pushed, by its model's advert and its queue's depth.
 
-One pipeline asks everything about a model. The answer is good for `ADVERT_AGE_S`, or for
-`DEPTH_AGE_S` where the model has a `max_queue_depth`; a client that pushes often asks along with
-its pushes, so that hardly any request waits for an answer.
+One pipeline asks everything about a model. The answer is used for `ADVERT_AGE_S`, or for
+`DEPTH_AGE_S` where the model has a `max_queue_depth`. A client that pushes often sends the
+questions together with its pushes, so hardly any request waits for an answer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from inferq.shared.schema import DTYPES, ModelAdvert
 #: Seconds.
 ADVERT_AGE_S: Final = 5.0
 DEPTH_AGE_S: Final = 0.1
-#: Part of an answer's life after which the next push asks anew.
+#: Share of an answer's lifetime after which the next push asks again.
 _EARLY: Final = 0.5
 #: Weight of the newest request in the means of rows and bytes per request.
 _NEWEST: Final = 0.05
@@ -34,9 +34,9 @@ class ModelView:
     """What this client knows of one model."""
 
     advert: ModelAdvert
-    #: Redis ms at which the lease of each worker that serves the model ends.
+    #: For each worker that serves the model: when its lease ends, in Redis ms.
     lease_ends: tuple[float, ...]
-    #: Requests in the queue when asked, and pushed by this client since.
+    #: Requests in the queue when asked, and those that this client has pushed since.
     depth: int
     pushed: int
     #: `time.monotonic` seconds.
@@ -63,7 +63,7 @@ class ModelView:
 
 
 class Admission:
-    """Views of models, and Redis' clock. No I/O: it says what to ask and is told the replies."""
+    """Views of models, and Redis' clock. No I/O: it returns the questions and takes the replies."""
 
     def __init__(self, names: Names) -> None:
         self._names = names
@@ -76,18 +76,18 @@ class Admission:
         return now * 1000 + self._offset_ms
 
     def current(self, model: str, now: float) -> ModelView | None:
-        """What is known of `model`, if that is fresh enough to admit by."""
+        """What is known of `model`; None if that is too old to admit a request by."""
         view = self._views.get(model)
         return view if view is not None and now - view.asked_at <= view.lifetime_s else None
 
     def expire(self, model: str) -> None:
-        """Have `model` asked about before anything else is admitted."""
+        """Treat what is known of `model` as too old. It is asked about before the next request."""
         view = self._views.get(model)
         if view is not None:
             view.asked_at = -math.inf
 
     def is_due(self, view: ModelView, now: float) -> bool:
-        """Whether the next push should ask along."""
+        """Whether the next push should also ask about the model."""
         return now - view.asked_at > _EARLY * view.lifetime_s
 
     def questions(self, model: str) -> list[Command]:
@@ -106,7 +106,7 @@ class Admission:
         ]
 
     def learn(
-        self, model: str, replies: Sequence[Reply], asked_at: float, told_at: float
+        self, model: str, replies: Sequence[Reply], asked_at: float, answered_at: float
     ) -> ModelView:
         """Take the replies to `questions`. ModelNotFound if nobody announces `model`."""
         refusal = first_error(replies)
@@ -114,7 +114,7 @@ class Admission:
             raise RedisUnavailable(f"Redis refused to tell about model {model!r}: {refusal}")
         (seconds, micros), announced, serving, *depths = replies
         redis_ms = int(seconds) * 1000 + int(micros) / 1000
-        self._offset_ms = redis_ms - (asked_at + told_at) * 500
+        self._offset_ms = redis_ms - (asked_at + answered_at) * 500
         if announced is None:
             self._views.pop(model, None)
             raise ModelNotFound(
@@ -136,7 +136,10 @@ class Admission:
         return view
 
     def admit(self, view: ModelView, rows: int, now: float) -> None:
-        """Count one request of `rows` rows in. QueueFull if the queue is at a limit of its."""
+        """Count one request of `rows` rows as pushed.
+
+        QueueFull if the queue is at one of its limits.
+        """
         view.mean_rows += _NEWEST * (rows - view.mean_rows)
         advert = view.advert
         depth = view.depth + view.pushed
@@ -151,7 +154,7 @@ class Admission:
         view.pushed += 1
 
     def weigh(self, view: ModelView, size: int) -> None:
-        """Note the bytes of a request: from them, and its depth, a queue's size is estimated."""
+        """Note the bytes of a request. Their mean, times its depth, is a queue's estimated size."""
         mean = view.mean_bytes
         view.mean_bytes = mean + _NEWEST * (size - mean) if mean else size
 
@@ -177,6 +180,6 @@ class Admission:
         return depth * view.mean_rows * per_row / live
 
     def is_served(self, model: str, now: float) -> bool:
-        """Whether a worker that serves `model` was alive when last asked, and its lease runs on."""
+        """Whether some worker served `model` when last asked, and its lease has not run out."""
         view = self._views.get(model)
         return view is not None and view.live_workers(self.redis_ms(now)) > 0

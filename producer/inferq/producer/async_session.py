@@ -1,4 +1,4 @@
-"""The asyncio twin of `session` and `listener`: one connection, kept up by one task."""
+"""The asyncio twin of `session` and `listener`: one connection, kept open by one task."""
 
 from __future__ import annotations
 
@@ -37,30 +37,30 @@ from inferq.shared.tls_mistakes import PROBE_S
 _log: Final = logging.getLogger(__name__)
 #: Seconds that `close` waits for replies.
 CLOSE_S: Final = 2.0
-#: Seconds before it tells its task once more to end.
+#: Seconds after which it cancels its task once more.
 CANCEL_S: Final = 0.1
 
 
 class AsyncSession:
-    """Connects when first used; belongs to the loop that runs then."""
+    """Connects when first used, and belongs to the event loop that runs then."""
 
     def __init__(self, settings: Settings) -> None:
         self._redis = async_redis_client(
             settings.redis_url, sentinel_master=settings.sentinel_master
         )
         self.core = Core(settings)
-        # A handshake may fail at its end only, and then it is found out why.
+        # A handshake may fail only at its end; finding out why takes further time.
         over_tls = settings.redis_url.startswith("rediss://")
         self._connect_s = CONNECT_TIMEOUT_S + (3 * PROBE_S if over_tls else 0.0)
         self._wire: AsyncWire | None = None
         self._task: asyncio.Task[None] | None = None
         #: Resolved with the next attempt to connect: None, or why it failed.
         self._attempt: asyncio.Future[InferqError | None] | None = None
-        self._told: list[str] = []
+        self._settled: list[str] = []
         self._news = asyncio.Event()
 
     async def carry(self, dialogue: Dialogue[T]) -> T:
-        """Have a dialogue with Redis. RedisUnavailable."""
+        """Have a dialogue with Redis. Raises RedisUnavailable."""
         return await carry_async(dialogue, self._call)
 
     def make(self, outgoing: Outgoing, now: float) -> AsyncPending:
@@ -71,7 +71,7 @@ class AsyncSession:
         return await self.carry(cancel(self.core, pending))
 
     async def close(self) -> None:
-        """See `Session.close`. Replies that are on their way are waited for, for CLOSE_S."""
+        """See `Session.close`. Waits up to CLOSE_S for replies that are on their way."""
         self.core.end(CLOSED)
         if self._wire is not None:
             await self._wire.quiet(CLOSE_S)
@@ -88,7 +88,7 @@ class AsyncSession:
         except redis.TimeoutError as problem:
             raise unavailable(problem) from problem
         except BROKEN:
-            pass  # it broke since it was used last: not a word about Redis now
+            pass  # it broke since it was last used, which says nothing about Redis now
         if self.core.ended:
             raise ClientClosed(
                 "the client was closed while it spoke to Redis; whether Redis has taken what it "
@@ -125,7 +125,7 @@ class AsyncSession:
     async def _run(self) -> None:
         try:
             await self._keep_connected()
-        finally:  # `close`, or whoever else cancels this: nobody is to wait any more
+        finally:  # cancelled by `close` or somebody else: nobody may wait any longer
             self.core.end("the task that reads results was cancelled; the request goes on")
             self._attempted(ClientClosed(REFUSED))
 
@@ -138,7 +138,7 @@ class AsyncSession:
             try:
                 await wire.open()
                 wire.send([("SUBSCRIBE", self.core.channel)])
-                # Its confirmation is a push, which comes before the replies to what follows.
+                # The confirmation is a push. It comes before the replies to the next commands.
                 await carry_async(greet(self.core), wire.call)
                 self._wire, connected = wire, True
                 self._attempted(None)
@@ -163,22 +163,22 @@ class AsyncSession:
             with suppress(TimeoutError):
                 async with asyncio.timeout(sweep_at - time.monotonic()):
                     await self._news.wait()
-            patience = self.core.patience_s(len(self._told)) if self._told else 0.0
+            patience = self.core.patience_s(len(self._settled)) if self._settled else 0.0
             if patience:
                 await asyncio.sleep(patience)
             self._news.clear()
             wire.check()
-            told, self._told = self._told, []
-            await carry_async(read(self.core, told), wire.call)
+            settled, self._settled = self._settled, []
+            await carry_async(read(self.core, settled), wire.call)
             if time.monotonic() >= sweep_at:
                 await carry_async(sweep(self.core), wire.call)
                 await carry_async(ask_about_models(self.core), wire.call)
                 sweep_at = time.monotonic() + SWEEP_S
 
     def _on_push(self, push: Sequence[Any]) -> None:
-        told = self.core.told(push)
-        if told:
-            self._told += told
+        settled = self.core.settled_ids(push)
+        if settled:
+            self._settled += settled
             self._news.set()
 
     def _on_broken(self) -> None:

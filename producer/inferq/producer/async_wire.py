@@ -1,8 +1,8 @@
 """The asyncio twin of `wire`: one RESP3 connection that many tasks share.
 
 Tasks write their commands one after another and wait for their own replies; one task reads. So a
-client needs a single connection for pushes, results and questions alike. redis-py opens it; its
-streams, which are private there, are used here alone.
+client needs a single connection for pushes, results and questions. redis-py opens it. Only this
+module uses its streams, which are private in redis-py.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class AsyncWire:
         pool = self._client.connection_pool
         connection: Any = pool.connection_class(**pool.connection_kwargs)
         await connection.connect()
-        # Ours from here on: what redis-py still held, it would close when collected.
+        # From here on the stream is ours: redis-py would close what it still held when collected.
         self._stream: asyncio.StreamReader = connection._reader
         self._writer: asyncio.StreamWriter = connection._writer
         connection._reader = connection._writer = None
@@ -92,7 +92,7 @@ class AsyncWire:
             raise
 
     async def quiet(self, seconds: float) -> None:
-        """Until what was called so far is answered, for so long at most. Never raises."""
+        """Wait up to `seconds` until all calls made so far are answered. Never raises."""
         if self._calls:
             await asyncio.wait([call.future for call in self._calls], timeout=seconds)
 

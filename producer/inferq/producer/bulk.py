@@ -1,4 +1,4 @@
-"""`map`: many requests, in blocks, a bounded number of them in flight, their outcomes in order."""
+"""`map`: pushes many requests in blocks, a bounded number in flight; yields results in order."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Job:
     outputs: Sequence[str] | None = None
 
     def judge(self, outcome: Result | InferqError) -> Result | InferqError:
-        """`outcome`, to be yielded at its place, or raised there."""
+        """Return `outcome` if it is to be yielded at its place, or raise it."""
         if isinstance(outcome, InferqError) and not self.return_errors:
             raise outcome
         return outcome
@@ -117,7 +117,7 @@ async def _take_async(
 def _submit(  # noqa: C901 - one loop; each error has its own consequence for the block
     core: Core, job: Job, window: Window[P], block: Sequence[Inputs], make: Callable[..., P]
 ) -> Dialogue[None]:
-    """Submit as much of `block` as there is room for, in order, and have the rest held."""
+    """Submit as much of `block` as there is room for, in order; the window holds the rest."""
     items = deque(block)
     ready: list[P] = []
     size = 0
@@ -134,7 +134,8 @@ def _submit(  # noqa: C901 - one loop; each error has its own consequence for th
             if asked_anew:
                 items.popleft()
                 window.fail(problem)
-            # Else what we know may be old: it counts our pushes, but not the claims since.
+            # What is known may be old: it counts our pushes, but not what workers have claimed
+            # since.
             core.admission.expire(job.model)
             asked_anew = not asked_anew
         except RedisUnavailable as problem:
@@ -163,7 +164,7 @@ def _left(timeout: float | None, since: float) -> float | None:
 
 
 def _wait(window: Window[P], more: bool, timeout: float | None, since: float) -> bool:
-    """Until there is something to do; False if that is not before the timeout."""
+    """Wait until there is something to do; False if the timeout passes first."""
     waiter = threading.Lock()
     waiter.acquire()
     if not window.arm(waiter.release, more=more):

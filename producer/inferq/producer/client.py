@@ -3,8 +3,8 @@
     with Client("redis://…") as client:
         result = client.infer("magika", {"bytes": array}, timeout=5)
 
-Threads may share one client. A forked child gets connections of its own when it uses the client;
-what was submitted before the fork belongs to the parent.
+Threads may share one client. A forked child opens its own connections when it uses the client.
+Requests submitted before the fork belong to the parent.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Client:
     """Access to the queues. Connects when first used.
 
     `redis_url`: redis://, rediss://, unix:// or Celery's sentinel:// form; by default that of
-    INFERQ_REDIS_URL or CELERY_BROKER_URL. `settings`, in its place, names everything.
+    INFERQ_REDIS_URL or CELERY_BROKER_URL. `settings` may be given in its place.
     """
 
     def __init__(self, redis_url: str | None = None, *, settings: Settings | None = None) -> None:
@@ -57,13 +57,13 @@ class Client:
         timeout_ms: float | None = None,
         outputs: Sequence[str] | None = None,
     ) -> Pending:
-        """Hand one request over and return; it is in Redis' queue then.
+        """Push one request and return once Redis has it in its queue.
 
-        `inputs`: input name → array of exactly the model's dtype and shape, with 1 …
-        max_batch_size rows in dim 0; lists and numbers take the model's dtype. `priority`: 0 (the
-        most urgent) to 9; by default the model's. `timeout_ms`, from now: if it passes before the
-        request is computed, the request ends as DeadlineExceeded. `outputs`: the names of those
-        that are wanted; by default all.
+        `inputs`: input name → array of exactly the model's dtype and shape, with 1 … max_batch_size
+        rows in dim 0; lists and numbers are converted to the model's dtype. `priority`: 0 (the most
+        urgent) to 9; by default the model's. `timeout_ms` counts from now: if it passes before the
+        request is computed, the request ends as DeadlineExceeded. `outputs`: the names
+        of those that are wanted; by default all.
 
         Raises, before anything is pushed: ModelNotFound, InvalidInput (naming the input),
         PayloadTooLarge, QueueFull, RedisUnavailable, ClientClosed.
@@ -125,19 +125,19 @@ class Client:
         return_errors: bool = False,
         outputs: Sequence[str] | None = None,
     ) -> Iterator[Result | InferqError]:
-        """Results of many requests, in the order of `items`, with few round trips.
+        """Submit many requests with few round trips; yield their results in the order of `items`.
 
-        `items` is read as results are taken, so it may be endless: at most `in_flight` requests
-        are unresolved at a time. A full queue is waited for while any of them is. A failed
+        `items` is read as results are taken, so it may be endless: at most `in_flight` requests are
+        unresolved at a time. While any of them is, `map` waits for room in a full queue. A failed
         request raises its error at its place, which ends the iteration; with `return_errors` the
-        error is yielded there instead. `timeout`: seconds to wait for each next result. Requests
-        that are in flight when the iteration is left go on, and their results are dropped.
+        error is yielded there instead. `timeout`: seconds to wait for each next result. Requests in
+        flight when the caller leaves the iteration go on, and their results are dropped.
         """
         job = Job(model, priority, timeout_ms, timeout, return_errors, outputs)
         return stream(self._session, job, iter(items), Window(in_flight))
 
     def close(self) -> None:
-        """Stop; what is unresolved then ends as ClientClosed here, and goes on without us."""
+        """Stop. Requests without a result end as ClientClosed here; workers still compute them."""
         self._session.close()
 
     def _forked(self) -> None:
@@ -145,7 +145,7 @@ class Client:
         self._session = Session(self._settings)
 
 
-#: Those to tell of a fork.
+#: The clients that are told of a fork.
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()
 
 

@@ -1,8 +1,8 @@
-"""What the sync and the asyncio client share: all but the I/O.
+"""What the sync and the asyncio client share: everything but the I/O.
 
-The core admits and encodes requests, keeps the table of those that are unresolved, and says what
-to ask Redis; a client tells it the replies. Several threads may use it at once: each step is one
-operation on a dict, and a request that two of them resolve keeps its first outcome.
+The core admits and encodes requests, keeps the table of those that are unresolved, and returns what
+to ask Redis; a client hands it the replies. Several threads may use it at once: each step is one
+operation on a dict. A request that two threads resolve keeps its first outcome.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from inferq.shared.resp import Command, Reply, ReplyError
 from inferq.shared.schema import check_inputs, check_outputs
 from inferq.shared.settings import Settings
 
-#: Why a request of a client that is closed has no result.
+#: Why a request of a closed client has no result.
 CLOSED: Final = "the client was closed before the result came; the request goes on"
 REFUSED: Final = "the client is closed: nothing was sent"
-#: Seconds between two looks at all unresolved requests' results, besides being told.
+#: Seconds between two reads of all unresolved requests' results, whether or not Redis reported any.
 SWEEP_S: Final = 5.0
 #: Longest wait between two attempts to reconnect, in seconds.
 MAX_BACKOFF_S: Final = 1.0
-#: News of less than one in so many requests may wait so long (seconds) for more of it.
+#: If less than one in `_PATIENT_SHARE` requests has settled, reading waits `_PATIENCE_S` for more.
 _PATIENT_SHARE: Final = 16
 _PATIENCE_S: Final = 0.001
-#: Most results asked for at once: keys, and bytes as far as they can be foreseen.
+#: Most results that one command asks for: keys, and their expected bytes.
 _MGET_KEYS: Final = 64
 _MGET_BYTES: Final = 8 * 1024 * 1024
 
@@ -70,9 +70,9 @@ class Core:
         self.ended = False
         self._why_ended = ""
         self._run_id = ""
-        #: Ids that a restart may have cost Redis, oldest first.
-        self._suspects: dict[str, None] = {}
-        #: By then (monotonic seconds) every stored result had been read.
+        #: Ids of requests that Redis may have lost in a restart, oldest first.
+        self._maybe_lost: dict[str, None] = {}
+        #: When (monotonic seconds) every stored result had last been read.
         self._complete_at = time.monotonic()
         self._mean_bytes = 4096.0
 
@@ -87,9 +87,9 @@ class Core:
         make: Callable[[Outgoing, float], P],
         outputs: Sequence[str] | None = None,
     ) -> P:
-        """Check and encode one request, count it in, and enter it into the table.
+        """Check and encode one request, count it as pushed, and enter it into the table.
 
-        Raises InvalidInput, PayloadTooLarge, QueueFull, ClientClosed: nothing was entered then.
+        Raises InvalidInput, PayloadTooLarge, QueueFull or ClientClosed; then nothing was entered.
         """
         self.check_open()
         now = time.monotonic()
@@ -159,14 +159,15 @@ class Core:
     def pushed(
         self, block: Sequence[PendingRequest], refused: Mapping[str, InferqError]
     ) -> list[InferqError]:
-        """A push of `block` has ended; `refused`: id → why. Returns what was refused."""
+        """Note that a push of `block` has ended. `refused`: id → why. Returns what was refused."""
         for pending in block:
             problem = refused.get(pending.request_id)
             if problem is None:
                 pending.accepted = True
             else:
                 self.drop(pending, problem)
-        # `end` lets go of what is accepted after it has set `ended`: one of the two sees this.
+        # `end` releases accepted requests after it has set `ended`: either it or this sees the
+        # request.
         if self.ended:
             self._let_go(block)
         return list(refused.values())
@@ -174,7 +175,7 @@ class Core:
     def drop(self, pending: PendingRequest, outcome: Outcome | None = None) -> None:
         """Take a request out of the table, resolving it with `outcome` if one is given.
 
-        Of several threads that do, the first one resolves it: who takes it out.
+        If several threads do so, the one that takes it out of the table resolves it.
         """
         if pending.parts:
             for part in pending.parts:
@@ -190,8 +191,8 @@ class Core:
 
     # --- reading results ------------------------------------------------------------------------
 
-    def told(self, push: Sequence[Any]) -> list[str]:
-        """The ids of ours that a RESP3 push says are settled; none if it is about else."""
+    def settled_ids(self, push: Sequence[Any]) -> list[str]:
+        """The ids of this client's requests that a RESP3 push reports as settled."""
         if len(push) != 3 or push[0] != b"message" or push[1] != self._channel_bytes:
             return []
         try:
@@ -203,13 +204,13 @@ class Core:
         known = [one for one in ids if isinstance(one, str) and one in self._table]
         return list(dict.fromkeys(known))
 
-    def patience_s(self, told: int) -> float:
-        """Seconds to wait for more news before reading what `told` requests came to.
+    def patience_s(self, settled: int) -> float:
+        """Seconds to wait for more pushes before the results of `settled` requests are read.
 
-        Where results come one by one and hundreds are awaited, reading each by itself costs most
-        of a client's CPU, and a millisecond does not matter to any of them.
+        Where hundreds of results are awaited and come one by one, reading each by itself takes most
+        of a client's CPU. A millisecond does not matter to any of them.
         """
-        return _PATIENCE_S if told * _PATIENT_SHARE < len(self._table) else 0.0
+        return _PATIENCE_S if settled * _PATIENT_SHARE < len(self._table) else 0.0
 
     def unresolved(self) -> list[str]:
         """The ids of all requests without an outcome."""
@@ -220,7 +221,7 @@ class Core:
         return {pending.model for pending in list(self._table.values())}
 
     def blocks(self, ids: Sequence[str]) -> Iterator[list[str]]:
-        """`ids` in portions that are asked for at once."""
+        """`ids` in portions, each for one command."""
         start = 0
         while start < len(ids):
             keys = max(1, min(_MGET_KEYS, int(_MGET_BYTES / self._mean_bytes)))
@@ -245,10 +246,10 @@ class Core:
                 self.drop(pending, outcome)
 
     def swept(self, asked: Sequence[str], began: float) -> None:
-        """All of `asked` have been looked for since `began` (monotonic seconds).
+        """Note that the results of all of `asked` have been read since `began` (monotonic seconds).
 
-        What is still missing, and was handed over so long before a gap in our looking that its
-        result may have come and gone, ends as ResultExpired.
+        If Redis was out of reach so long that a result may have been stored and have expired, its
+        request ends as ResultExpired.
         """
         gap, self._complete_at = began - self._complete_at, began
         if gap <= self._expires_s:
@@ -265,11 +266,11 @@ class Core:
     # --- Redis itself ---------------------------------------------------------------------------
 
     def greet(self) -> list[Command]:
-        """What to ask of a server that is new to this client."""
+        """The commands that find out what server this is, on a new connection."""
         return [("INFO", "server"), ("INFO", "cluster")]
 
     def greeted(self, replies: Sequence[Reply]) -> None:
-        """Take the replies to `greet`, and notice if Redis was restarted since the last ones.
+        """Take the replies to `greet`, and note whether Redis was restarted since the last ones.
 
         ConfigError if it is a server that cannot be used, RedisUnavailable if it refuses to say.
         """
@@ -280,18 +281,18 @@ class Core:
             sections.append(parse_info(reply))
         known, self._run_id = self._run_id, judge_server(*sections).run_id
         if known not in ("", self._run_id):
-            self._suspects.update(dict.fromkeys(list(self._table)))
+            self._maybe_lost.update(dict.fromkeys(list(self._table)))
             self._complete_at = time.monotonic()
 
     def lost(self) -> list[Outgoing]:
-        """What must be pushed again: a restart of Redis may have cost it these requests."""
-        found = [self._table.get(request_id) for request_id in self._suspects]
+        """The requests to push again: Redis may have lost them in a restart."""
+        found = [self._table.get(request_id) for request_id in self._maybe_lost]
         kept = [pending.outgoing for pending in found if pending is not None]
         return [outgoing for outgoing in kept if outgoing is not None]
 
     def pushed_again(self) -> None:
-        """Redis has taken all that was `lost`."""
-        self._suspects.clear()
+        """Note that Redis has taken all requests that were `lost`."""
+        self._maybe_lost.clear()
 
     # --- taking back ----------------------------------------------------------------------------
 
@@ -315,10 +316,10 @@ class Core:
     # --- the end --------------------------------------------------------------------------------
 
     def end(self, why: str) -> None:
-        """Let nothing in any more, and resolve what Redis has accepted with ClientClosed.
+        """Admit nothing any more, and resolve what Redis has accepted with ClientClosed.
 
-        What is being pushed stays with who pushes it: he learns whether it was accepted, and
-        nobody else waits for it yet.
+        A request that is being pushed is left to the thread that pushes it. That thread learns
+        whether it was accepted, and nobody else waits for it yet.
         """
         if not self.ended:
             self._why_ended = why
@@ -334,7 +335,7 @@ class Core:
         return ClientClosed(f"request {pending.request_id}: {self._why_ended}")
 
     def abandon(self, why: str) -> None:
-        """In a forked child: resolve everything, for those that were pushing it are not here."""
+        """In a forked child: resolve everything, since no thread that was pushing exists here."""
         pendings = list(self._table.values())
         for pending in pendings:
             if pending.watcher is not None:

@@ -1,9 +1,8 @@
-"""Who says what to Redis, and what follows from the answers: the same for threads and asyncio.
+"""The dialogues with Redis, the same for threads and asyncio: what is sent, and what replies mean.
 
-Each dialogue is a generator that yields commands and is sent their replies, so that the two
-clients differ in how they carry commands over and in nothing else. What it yields at once makes
-one round trip, and bears to be executed twice. Where commands cannot be carried over, the carrier's
-error is raised at the yield.
+Each dialogue is a generator that yields commands and is sent their replies. So the two clients
+differ only in how they send commands. What a dialogue yields at once makes one round trip, and may
+be executed twice without harm. If the commands cannot be sent, the error is raised at the yield.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ async def carry_async(
 
 
 def look_up(core: Core, model: str) -> Dialogue[ModelView]:
-    """What is known of `model`, asked for if that is too old. ModelNotFound."""
+    """What is known of `model`; asks Redis if that is too old. Raises ModelNotFound."""
     core.check_open()
     view = core.admission.current(model, time.monotonic())
     if view is None:
@@ -107,10 +106,10 @@ def in_blocks(parts: Sequence[P]) -> Iterator[Sequence[P]]:
 def push(
     core: Core, block: Sequence[PendingRequest], view: ModelView
 ) -> Dialogue[list[InferqError]]:
-    """Push requests in order. What Redis does not take is resolved with the errors returned."""
+    """Push requests in order. Those that Redis refuses are resolved with the errors returned."""
     refused: Mapping[str, InferqError]
     try:
-        core.check_open()  # it may have been closed while these entered
+        core.check_open()  # the client may have been closed since these were entered
         refused = yield from _push(core, block, view)
     except (RedisUnavailable, ClientClosed) as problem:
         refused = dict.fromkeys([pending.request_id for pending in block], problem)
@@ -131,14 +130,14 @@ def _push(
     model = view.advert.name
     replies = yield [*out.commands, *core.admission.questions(model)]
     answers = replies[len(out.commands) :]
-    # Whatever is wrong with the answer (the model may be gone): these are in the queue.
+    # The requests are in the queue, whatever is wrong with the answer (the model may be gone).
     with suppress(InferqError):
         core.admission.learn(model, answers, asked_at, time.monotonic())
     return out.refused(replies)
 
 
 def cancel(core: Core, pending: PendingRequest) -> Dialogue[bool]:
-    """Cancel a request unless its result is stored; whether it is cancelled now."""
+    """Cancel a request unless its result is stored. Returns whether it is cancelled now."""
     for part in pending.parts:
         yield from cancel(core, part)
     if not pending.done() and not pending.parts:
@@ -154,7 +153,7 @@ def greet(core: Core) -> Dialogue[None]:
 
 
 def resume(core: Core) -> Dialogue[None]:
-    """Catch up on a new connection, which is subscribed by now."""
+    """Catch up on a new connection that has subscribed already."""
     yield from sweep(core)
     lost = core.lost()
     for start in range(0, len(lost), PUSH_BLOCK):
@@ -174,7 +173,7 @@ def read(core: Core, ids: Sequence[str]) -> Dialogue[None]:
 
 
 def sweep(core: Core) -> Dialogue[None]:
-    """Look for the results of everything unresolved, whether or not we were told."""
+    """Read the results of everything unresolved, whether or not Redis reported any."""
     began = time.monotonic()
     asked = core.unresolved()
     if asked:
@@ -185,11 +184,11 @@ def sweep(core: Core) -> Dialogue[None]:
 
 
 def ask_about_models(core: Core) -> Dialogue[None]:
-    """Renew what is known of the models that requests wait for."""
+    """Ask again about the models that requests wait for."""
     for model in core.models():
         questions = core.admission.questions(model)
         asked_at = time.monotonic()
         replies = yield questions
-        # If it is announced no more, its requests wait on, as "queued_no_worker".
+        # If nobody announces it any more, its requests wait on, as "queued_no_worker".
         with suppress(InferqError):
             core.admission.learn(model, replies, asked_at, time.monotonic())

@@ -1,9 +1,9 @@
-"""One thread and one connection that hear of, and read, all results of a sync client.
+"""Reads all results of a sync client, in one thread on one connection.
 
-Whatever breaks, nothing is missed: on every (re)connection the thread subscribes, waits for the
-confirmation, and then reads the results of everything unresolved; and it looks every `SWEEP_S`
-besides. Where Redis turns out to have been restarted, which may have cost it the newest pushes,
-what is still unresolved is pushed again with the same ids.
+Whatever breaks, no result is missed. On every new connection the thread subscribes, waits for the
+confirmation, and then reads the results of everything unresolved. It also reads them every
+`SWEEP_S`. If Redis was restarted, it may have lost the newest pushes: what is still unresolved is
+pushed again with the same ids.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Listener:
         self._core = core
         self._client = client
         self._stopped = threading.Event()
-        self._told: list[str] = []
+        self._settled: list[str] = []
         self._wire: Wire | None = None
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="inferq-results", daemon=True)
@@ -46,7 +46,7 @@ class Listener:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread, and every wait for a result, which nobody would read any more.
+        """End the thread, and every wait for a result, since nobody reads results any more.
 
         Idempotent; does nothing in a forked child, which has no such thread.
         """
@@ -63,7 +63,7 @@ class Listener:
     def _run(self) -> None:
         try:
             self._keep_reading()
-        finally:  # whatever ends it: nobody is to wait for what is not read any more
+        finally:  # whatever ends it: nobody may wait for a result that nobody reads
             if not self._stopped.is_set():
                 _log.critical("the thread that reads results ends: the client is closed")
             self._core.end("the thread that reads results has ended; the request goes on")
@@ -77,7 +77,7 @@ class Listener:
                 wire.open()
                 self._wire = wire
                 wire.send([("SUBSCRIBE", self._core.channel)])
-                # Its confirmation is a push, which comes before the replies to what follows.
+                # The confirmation is a push. It comes before the replies to the next commands.
                 carry(greet(self._core), wire.call)
                 carry(resume(self._core), wire.call)
                 backoff = 0.0
@@ -96,18 +96,18 @@ class Listener:
     def _serve(self, wire: Wire) -> None:
         sweep_at = time.monotonic() + SWEEP_S
         while not self._stopped.is_set():
-            if not self._told:
+            if not self._settled:
                 wire.listen(sweep_at - time.monotonic())
-            patience = self._core.patience_s(len(self._told)) if self._told else 0.0
+            patience = self._core.patience_s(len(self._settled)) if self._settled else 0.0
             if patience:
                 time.sleep(patience)
                 wire.listen(0.0)
-            told, self._told = self._told, []
-            carry(read(self._core, told), wire.call)
+            settled, self._settled = self._settled, []
+            carry(read(self._core, settled), wire.call)
             if time.monotonic() >= sweep_at:
                 carry(sweep(self._core), wire.call)
                 carry(ask_about_models(self._core), wire.call)
                 sweep_at = time.monotonic() + SWEEP_S
 
     def _on_push(self, push: Sequence[Any]) -> None:
-        self._told += self._core.told(push)
+        self._settled += self._core.settled_ids(push)

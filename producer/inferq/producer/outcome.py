@@ -1,4 +1,4 @@
-"""Hop 7. From a stored result to arrays and a receipt, or to the error that it stands for."""
+"""Hop 7. Turns a stored result into arrays and a receipt, or into the error that it stands for."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from inferq.shared import codec
 from inferq.shared.errors import EngineError, InferqError, InvalidInput, from_wire
 from inferq.shared.schema import Array, Receipt
 
-#: Most bytes of a result that is no success of a worker's: what is made of it may be 40 times that.
+#: Most bytes of a result that is no worker's success: decoded, it may take 40 times as much memory.
 MAX_ODD_BYTES: Final = 8 * 1024 * 1024
 _TERMINAL: Final = frozenset({"SUCCESS", "FAILURE", "REVOKED"})
 
 
 def outcome_of(pending: PendingRequest, raw: bytes) -> Outcome | None:
-    """What a result meta stands for; None if it is not terminal. Never raises.
+    """The outcome that a result meta stands for; None if it is not terminal. Never raises.
 
-    Whoever has the password may have stored it: what cannot be read fails this request alone.
+    Anybody who has the password may have stored it. What cannot be read fails this request alone.
     """
     try:
         read = codec.decode_success(raw) or _read_slowly(pending, raw)

@@ -1,8 +1,8 @@
-"""Hop 1. From arrays to the commands that push them. No I/O.
+"""Hop 1. Turns arrays into the commands that push them. No I/O.
 
-A small request is one message, and a run of them bound for one queue is one variadic LPUSH. A
-tensor of `INLINE_LIMIT` bytes or more is claim-checked: its bytes stand in a key of their own, set
-in the same MULTI that pushes the message, which carries the key.
+A small request is one message; consecutive ones for one queue share a variadic LPUSH. A tensor of
+`INLINE_LIMIT` bytes or more is claim-checked: its bytes are stored under a key of their own, set in
+the same MULTI that pushes the message. The message carries the key.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from inferq.shared.names import Names, queue_of
 from inferq.shared.resp import Command, Reply, ReplyError
 from inferq.shared.schema import Array
 
-#: Bytes of one tensor from which on it is claim-checked. Measured (CPU µs a request of producer,
+#: A tensor of so many bytes or more is claim-checked. Measured (CPU µs a request of producer,
 #: worker and Redis together, tensors echoed; inline/claim-checked): 16 KB 264/253, 32 KB 333/396,
 #: 64 KB 507/480, 150 KB 1050/940, 300 KB 2000/1570, 600 KB 4600/3750.
 INLINE_LIMIT: Final = 64 * 1024
 #: Most requests that are pushed in one round trip.
 PUSH_BLOCK: Final = 32
-#: Seconds that a claim-checked tensor outlives its request's deadline.
+#: Seconds that a claim-checked tensor is kept beyond its request's deadline.
 PAYLOAD_MARGIN_S: Final = 24 * 3600
-#: Seconds that it lives if the request has no deadline (it may wait for a worker that long).
+#: Seconds that it is kept if the request has no deadline: it may wait that long for a worker.
 PAYLOAD_TTL_S: Final = 7 * 24 * 3600
 
 #: Ids made at once.
@@ -40,7 +40,7 @@ Inputs = Mapping[str, npt.ArrayLike]
 
 
 class Outgoing(msgspec.Struct, frozen=True, eq=False):
-    """One request, encoded: what is pushed, and pushed again should Redis lose it."""
+    """One encoded request: what is pushed, and pushed again if Redis loses it."""
 
     request_id: str
     model: str
@@ -58,10 +58,10 @@ class Outgoing(msgspec.Struct, frozen=True, eq=False):
 
 
 def arrays_of(dtypes: Mapping[str, np.dtype[Any]], inputs: Inputs) -> dict[str, Array]:
-    """`inputs` as arrays that can travel; `dtypes` are the model's, by input name.
+    """`inputs` as arrays that can be sent; `dtypes` are the model's, by input name.
 
-    An array keeps its dtype. Lists and Python numbers have none, so they take the model's, if that
-    holds what they say. InvalidInput names what cannot travel.
+    An array keeps its dtype. Lists and Python numbers have none: they take the model's, if that can
+    hold their values. InvalidInput names what cannot be sent.
     """
     if not isinstance(inputs, Mapping):
         raise InvalidInput(f"inputs {type(inputs).__name__}; expected a mapping of name to array")
@@ -80,7 +80,7 @@ def arrays_of(dtypes: Mapping[str, np.dtype[Any]], inputs: Inputs) -> dict[str, 
 
 
 class _Ids:
-    """Random UUIDs (version 4) as text, several times cheaper than `uuid.uuid4` makes them."""
+    """Makes random UUIDs (version 4) as text, several times cheaper than `uuid.uuid4`."""
 
     def __init__(self) -> None:
         self._random: Iterator[str] = iter(())
@@ -157,7 +157,7 @@ class Encoder:
 
 @dataclass(slots=True)
 class Push:
-    """Commands that push some requests in order, and which reply tells of which request."""
+    """Commands that push some requests in order, and which reply belongs to which request."""
 
     commands: list[Command] = field(default_factory=list)
     #: (index of the deciding reply, ids of the requests that it decides).
@@ -193,7 +193,7 @@ class Push:
         self.commands.append(("EXEC",))
 
     def refused(self, replies: Sequence[Reply]) -> dict[str, RedisUnavailable]:
-        """Which requests Redis refused (it is full, or read-only), and its reason."""
+        """The requests that Redis refused (it is full, or read-only), each with its reason."""
         found: dict[str, RedisUnavailable] = {}
         for index, ids in self._deciding:
             reply = replies[index]

@@ -1,6 +1,6 @@
-"""Hop 7. One request that was handed over, and what became of it.
+"""Hop 7. One request that was submitted, and what became of it.
 
-The same object serves threads and asyncio; `Pending` and `AsyncPending` add nothing but the wait.
+The same object serves threads and asyncio; `Pending` and `AsyncPending` only add the wait.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from inferq.producer.outgoing import Outgoing
 from inferq.shared.errors import Cancelled, InferqError, ResultTimeout
 from inferq.shared.schema import Array, Receipt
 
-#: Seconds that `result` and `infer` wait where the caller names no other bound.
+#: Seconds that `result` and `infer` wait if the caller gives no timeout.
 DEFAULT_WAIT_S: Final = 60.0
 
 
 class State(StrEnum):
-    """Where a request stands, as far as this client knows (news is at most 5 s old)."""
+    """Where a request stands, as far as this client knows (at most 5 s ago)."""
 
     #: Accepted; a worker that serves the model is alive.
     QUEUED = "queued"
@@ -39,7 +39,7 @@ class State(StrEnum):
 
 
 class Result(msgspec.Struct, frozen=True, eq=False):
-    """What a request came to.
+    """The outputs of a request, and how it was served.
 
     `outputs`: output name → array with as many rows as the inputs had; the arrays are read-only,
     for they share the reply's bytes (``.copy()`` one to write to it). `receipt` says where the
@@ -98,15 +98,15 @@ class Host(Protocol):
 
 
 class Watcher(Protocol):
-    """What wants to hear that a pending request was resolved."""
+    """Is told when a pending request is resolved."""
 
     def resolved(self, pending: PendingRequest) -> None: ...
     def forked(self) -> None:
-        """This process was forked: threads that were in `resolved` are gone."""
+        """This process was forked: threads that were inside `resolved` do not exist here."""
 
 
 class PendingRequest:
-    """A request that was handed over. Made by a client, not by its users."""
+    """A request that was submitted. A client makes it, not its users."""
 
     __slots__ = (
         "_host", "_outcome", "_waiters", "accepted", "labels", "model", "outgoing", "parts",
@@ -119,7 +119,7 @@ class PendingRequest:
         self._waiters: list[Callable[[], None]] = []
         self.request_id = outgoing.request_id
         self.model = outgoing.model
-        #: Dropped once resolved: until then it may have to be pushed again.
+        #: What to push again if Redis loses it; dropped once the request is resolved.
         self.outgoing: Outgoing | None = outgoing
         #: `time.monotonic` seconds.
         self.submitted_at = submitted_at
@@ -136,7 +136,7 @@ class PendingRequest:
 
     @property
     def state(self) -> State:
-        """See `State`. Asks nobody."""
+        """See `State`. Asks Redis nothing."""
         outcome = self._outcome
         if outcome is None:
             return State.QUEUED if self._host.is_served(self.model) else State.QUEUED_NO_WORKER
@@ -155,11 +155,11 @@ class PendingRequest:
 
     @property
     def outcome(self) -> Outcome | None:
-        """The result, or the error without raising it; None while there is neither."""
+        """The result, or the error, which is not raised; None while there is neither."""
         return self._outcome
 
     def resolve(self, outcome: Outcome) -> None:
-        """Settle this request and wake who waits. The first outcome stays."""
+        """Give this request its outcome and wake who waits for it. The first outcome stays."""
         if self._outcome is not None:
             return
         self._outcome = outcome
@@ -177,7 +177,7 @@ class PendingRequest:
         raise outcome if outcome is not None else self.overdue()
 
     def overdue(self) -> ResultTimeout:
-        """The error of a caller who stops waiting now."""
+        """The error that a caller gets who stops waiting now."""
         waited = time.monotonic() - self.submitted_at
         return ResultTimeout(
             f"request {self.request_id} of model {self.model!r} has no result {waited:.3f} s "
@@ -187,7 +187,7 @@ class PendingRequest:
 
 
 class Pending(PendingRequest):
-    """A request handed over by `Client.submit`. Any thread may wait for it."""
+    """A request submitted by `Client.submit`. Any thread may wait for it."""
 
     __slots__ = ("_cancel",)
 
@@ -206,7 +206,8 @@ class Pending(PendingRequest):
             waiter = threading.Lock()
             waiter.acquire()
             self._waiters.append(waiter.release)
-            # `resolve` sets the outcome before it reads the waiters: one of the two sees this.
+            # `resolve` sets the outcome before it reads the waiters, so one of the two sees the
+            # other.
             if self._outcome is None:
                 waiter.acquire(timeout=-1 if timeout is None else max(0.0, timeout))
             if self._outcome is None:
@@ -214,15 +215,15 @@ class Pending(PendingRequest):
         return self.get()
 
     def cancel(self) -> bool:
-        """Take the request back if no result is stored yet; say whether it is cancelled.
+        """Cancel the request unless a result is stored. Returns whether it is cancelled.
 
-        A batch that is running already runs on, and its result is dropped. RedisUnavailable.
+        A batch that is running already runs on, and its result is dropped. Raises RedisUnavailable.
         """
         return self._cancel(self)
 
 
 class AsyncPending(PendingRequest):
-    """A request handed over by `AsyncClient.submit`. Any task of its loop may wait for it."""
+    """A request submitted by `AsyncClient.submit`. Any task of its loop may wait for it."""
 
     __slots__ = ("_cancel",)
 

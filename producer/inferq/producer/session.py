@@ -19,7 +19,7 @@ from inferq.shared.settings import Settings
 
 
 class Session:
-    """Connects when first used. Any thread may use it. Lives as long as a request of it does."""
+    """Connects when first used. Any thread may use it. It lives as long as one of its requests."""
 
     def __init__(self, settings: Settings) -> None:
         self._redis = redis_client(settings.redis_url, sentinel_master=settings.sentinel_master)
@@ -30,7 +30,7 @@ class Session:
         self.core = Core(settings)
 
     def carry(self, dialogue: Dialogue[T]) -> T:
-        """Have a dialogue with Redis. RedisUnavailable."""
+        """Have a dialogue with Redis. Raises RedisUnavailable."""
         return carry(dialogue, self._call)
 
     def _call(self, commands: Sequence[Command]) -> list[Reply]:
@@ -46,7 +46,7 @@ class Session:
                 listener = Listener(self.core, self._redis)
                 listener.start()
                 self._stop = weakref.finalize(self, listener.stop)
-                if self.core.ended:  # meanwhile: `close` may not have seen the listener
+                if self.core.ended:  # closed meanwhile: it may not have seen the listener
                     self._stop()
 
     def make(self, outgoing: Outgoing, now: float) -> Pending:
@@ -57,7 +57,7 @@ class Session:
         return self.carry(cancel(self.core, pending))
 
     def close(self) -> None:
-        """Stop; what is unresolved ends as ClientClosed. Idempotent.
+        """Stop. What is unresolved ends as ClientClosed. Idempotent.
 
         A thread that is pushing goes on until Redis has answered it, which a timeout bounds.
         """
@@ -67,7 +67,7 @@ class Session:
         self._close_wires()
 
     def abandon(self) -> None:
-        """In a forked child: leave the parent's connections alone, and what waits on them."""
+        """In a forked child: leave the parent's connections, and what waits on them, alone."""
         if self._stop is not None:
             self._stop.detach()
         self.core.abandon("submitted before this process was forked; its parent gets the result")

@@ -1,4 +1,4 @@
-"""The bookkeeping of `map`: how many requests are in flight, in what order they came. No I/O."""
+"""The bookkeeping of `map`: which requests are in flight, and in what order they came. No I/O."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from inferq.producer.outgoing import PUSH_BLOCK, Inputs
 from inferq.producer.pending import PendingRequest, Result
 from inferq.shared.errors import InferqError, InvalidInput
 
-#: Finished requests may wait for a slower one before them, up to so many times `in_flight`.
+#: Finished requests that may wait for a slower one before them, as a multiple of `in_flight`.
 _HELD_BACK: Final = 4
-#: Seconds after which a block is pushed though it is not full: the input may come slowly.
+#: Seconds after which a block is pushed although it is not full: items may come slowly.
 BLOCK_AGE_S: Final = 0.001
-#: Bytes after which a block is pushed though it is not full.
+#: Bytes at which a block is pushed although it is not full.
 BLOCK_BYTES: Final = 1024 * 1024
 
 P = TypeVar("P", bound=PendingRequest)
@@ -32,11 +32,11 @@ class Window(Generic[P]):
         if isinstance(in_flight, bool) or not isinstance(in_flight, int) or in_flight < 1:
             raise InvalidInput(f"in_flight {in_flight!r}; expected a whole number of at least 1")
         self._in_flight = in_flight
-        #: Requests that are pushed at once: few where few are in flight, so that lanes stay busy.
+        #: Requests in one push: few where few are in flight, so that lanes stay busy.
         self.block = min(PUSH_BLOCK, max(1, in_flight // 8))
         #: Submitted and not yet yielded, oldest first; what could not be submitted is its error.
         self.order: deque[P | InferqError] = deque()
-        #: Inputs that were taken from the iterator, and that the queue had no room for.
+        #: Inputs that were taken from the iterator and for which the queue had no room.
         self.held: deque[Inputs] = deque()
         self._entered = 0
         self._counting = threading.Lock()
@@ -63,7 +63,7 @@ class Window(Generic[P]):
         return self.room >= self.block
 
     def enter(self, pending: P) -> None:
-        """Count a request in; before it is pushed."""
+        """Count a request as in flight, before it is pushed."""
         pending.watcher = self
         self._entered += 1
         self.order.append(pending)
@@ -81,7 +81,7 @@ class Window(Generic[P]):
 
     def forked(self) -> None:
         """See `pending.Watcher`."""
-        self._counting = threading.Lock()  # a thread that is not here may have held the other
+        self._counting = threading.Lock()  # a thread of the parent's may have held the old one
 
     def hold(self, items: Iterable[Inputs]) -> None:
         """Keep inputs back until something in flight is resolved."""
@@ -99,14 +99,14 @@ class Window(Generic[P]):
         self.order.append(problem)
 
     def pop(self) -> Result | InferqError:
-        """What became of the oldest request; `head_ready` holds."""
+        """The outcome of the oldest request. `head_ready` must be true."""
         head = self.order.popleft()
         if isinstance(head, InferqError):
             return head
         return head.outcome or head.overdue()
 
     def overdue(self) -> tuple[P, InferqError]:
-        """The oldest request, which has not been resolved, and the error for that."""
+        """The oldest request, which is unresolved, and the error that its caller gets."""
         head = self.order[0]
         assert not isinstance(head, InferqError)
         return head, head.overdue()
@@ -121,7 +121,7 @@ class Window(Generic[P]):
         return isinstance(head, InferqError) or head.done()
 
     def arm(self, wake: Callable[[], None], *, more: bool) -> bool:
-        """Have `wake` called once there is something to do; False if there is already.
+        """Have `wake` called once there is something to do. False if there already is.
 
         That is: the oldest request is resolved, or (if there is `more` input) a block has room.
         """

@@ -1,6 +1,6 @@
-"""One connection of the sync client: calls, and what Redis says unasked.
+"""One connection of the sync client: for calls, and for Redis' pushes.
 
-A RESP3 connection that is subscribed can also be asked, so one is enough for all results.
+A RESP3 connection that has subscribed also takes commands, so one is enough for all results.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from inferq.shared.resp import Command, Reply, open_socket, pack, send_all
 class Wire:
     """A connection. One thread at a time uses it; `interrupt` may be called from any.
 
-    `on_push` gets what Redis says unasked (RESP3 pushes: subscribed channels' messages). After
-    one of `BROKEN` was raised the wire is of no further use.
+    `on_push` gets each RESP3 push: messages of subscribed channels. Once a wire has raised one of
+    `BROKEN` it cannot be used again.
     """
 
     def __init__(self, client: redis.Redis, on_push: Callable[[list[Any]], None] = ignore) -> None:
@@ -48,7 +48,7 @@ class Wire:
         """Write `commands` at once and return their replies, ReplyErrors among them."""
         sock = self.send(commands)
         replies = self._replies.read(sock, len(commands))
-        self._replies.drain()  # what came along: else `listen` would wait for what is here already
+        self._replies.drain()  # pushes that came along, or `listen` would wait for more
         return replies
 
     def listen(self, seconds: float) -> None:

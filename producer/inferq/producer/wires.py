@@ -13,7 +13,7 @@ from inferq.producer.wire import Wire
 from inferq.shared.errors import RedisUnavailable
 from inferq.shared.resp import BROKEN, Command, Reply
 
-#: Seconds after which an idle connection is not trusted any more, but replaced.
+#: Seconds after which an idle connection is replaced rather than used.
 STALE_S: Final = 15.0
 
 
@@ -26,10 +26,10 @@ class Wires:
         self._closed = False
 
     def call(self, commands: Sequence[Command]) -> list[Reply]:
-        """Have `commands` answered. RedisUnavailable if that cannot be.
+        """The replies to `commands`. RedisUnavailable if there are none.
 
-        They are sent again on a fresh connection if an old one turns out to be broken, so they
-        must bear to be executed twice.
+        They are sent again on a new connection if an old one turns out to be broken. So executing
+        them twice must do no harm.
         """
         wire = self._take_idle()
         if wire is not None:
@@ -38,7 +38,7 @@ class Wires:
             except TimeoutError as problem:
                 raise unavailable(problem) from problem
             except BROKEN:
-                pass  # it broke since it was used last: not a word about Redis now
+                pass  # it broke since it was last used, which says nothing about Redis now
         try:
             wire = Wire(self._client)
             wire.open()
@@ -69,7 +69,7 @@ class Wires:
             wire.close()
 
     def close(self) -> None:
-        """Close the idle connections, and those in use when they become idle."""
+        """Close the idle connections now, and those in use once they become idle."""
         self._closed = True
         while self._idle:
             try:

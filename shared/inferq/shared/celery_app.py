@@ -1,4 +1,4 @@
-"""The Celery application that producers may use and workers do."""
+"""The Celery application: workers use it, and producers may."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from inferq.shared.settings import Settings
 from inferq.shared.tls import split_tls, with_tls
 
 #: Seconds between PINGs on connections that only listen (remote control, events, waiting for
-#: results). kombu gives up one that has not answered two of them: remote control is back within
-#: four such intervals of a network that swallowed it.
+#: results). kombu gives up a connection that has not answered two of them. So remote control is
+#: back within four such intervals after a network lost its connection.
 PING_S: Final = 5
 
 
 def make_app(settings: Settings) -> Celery:
     """A Celery app with inferq's settings: one Redis for queues and results, solo pool.
 
-    Pickle and yaml are never accepted. Broker and result backend must be the same database, since
-    a request is settled in one transaction. No wait on any of its sockets is without an end.
+    Pickle and yaml are never accepted. Broker and result backend must be the same database, since a
+    request is settled in one transaction. Every wait on its sockets has a timeout.
     """
     limits = socket_limits(settings.redis_url)
     transport: dict[str, object] = {
@@ -39,19 +39,20 @@ def make_app(settings: Settings) -> Celery:
         backend["global_keyprefix"] = settings.result_keyprefix
     if settings.redis_url.startswith("sentinel://"):
         backend["master_name"] = settings.sentinel_master
-        backend["sentinel_kwargs"] = limits  # else it would ask them without; kombu does not
+        backend["sentinel_kwargs"] = limits  # without them it waits for Sentinels for ever
     plain, tls = split_tls(settings.redis_url)
     backend_url = _celery_url(plain)
-    # In its URL, too: kombu warns of any rediss:// without, also where one is only to be shown.
+    # In its URL, too: kombu warns of any rediss:// URL without options, even if it only shows it.
     url = with_tls(backend_url, tls.options()) if tls else backend_url
-    # No fix-ups: it is no Django project, of whose folder Celery would import first of all.
+    # No fix-ups: for a Django project, Celery would import from the current folder first.
     app = Celery("inferq", broker=url, backend=backend_url, set_as_current=False, fixups=[])
     app.conf.update(
         accept_content=["json", "msgpack"],
-        # Also where Redis answers with an error, as a full one does: Celery's own side waits then.
+        # Celery's own side also waits where Redis answers with an error, as a full Redis does.
         broker_channel_error_retry=True,
         broker_connection_retry_on_startup=True,
-        # Else CELERY_BROKER_URL would win, which is not always ours, and is not read as ours is.
+        # Else CELERY_BROKER_URL would win, which may differ from our URL and is read in another
+        # way.
         broker_read_url=url,
         broker_write_url=url,
         broker_transport_options=transport,
@@ -71,7 +72,7 @@ def make_app(settings: Settings) -> Celery:
 
 
 def _celery_url(url: str) -> str:
-    """`url` as Celery writes it: it knows Unix sockets by a scheme of its own."""
+    """`url` as Celery writes it, which has its own scheme for Unix sockets."""
     parts = urlsplit(url)
     if parts.scheme != "unix":
         return url

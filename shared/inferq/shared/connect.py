@@ -1,11 +1,11 @@
-"""redis-py clients from a URL, in every form that kombu takes, with every wait bounded.
+"""Makes redis-py clients from a URL, in every form that kombu takes; every wait has a timeout.
 
     redis://[[user]:password@]host[:port][/db]      TCP
     rediss://…[?ssl_…]                              TLS, see tls.py
     unix://[[user]:password@]/path[?db=…]           Unix socket
     sentinel://[:password@]host[:port][/db][;…]     the master that Sentinels name, Celery's form
 
-Celery spells a socket ``redis+socket://``; it is taken too. No message shows a password.
+Celery writes ``redis+socket://`` for a socket, which is accepted too. No message shows a password.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ from inferq.shared.tls_mistakes import (
 CONNECT_TIMEOUT_S: Final = 2.0
 #: Seconds that one reply may take. A blocking command's own timeout must be shorter.
 SOCKET_TIMEOUT_S: Final = 5.0
-#: Seconds of idleness after which a pooled connection is tried with PING before its next use.
+#: Seconds of idleness after which a pooled connection is checked with PING before its next use.
 HEALTH_CHECK_S: Final = 15
-#: After so many seconds of silence the kernel asks the peer, this often and this many times, before
-#: it takes the connection for broken.
+#: After so many seconds of silence the kernel probes the peer. It takes the connection for broken
+#: after so many probes, one every so many seconds.
 _KEEPALIVE: Final = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 KEEPALIVE_OPTIONS: Final = {
     int(getattr(socket, name)): value for name, value in _KEEPALIVE.items() if hasattr(socket, name)
 }
-#: Connections that one pool may open; one is taken per thread that is now talking to Redis.
+#: Connections that one pool may open. Each thread that is talking to Redis uses one.
 MAX_CONNECTIONS: Final = 1_000
-#: The first Redis that has LMOVE, BLMOVE and what else the claims need.
+#: The first Redis with LMOVE, BLMOVE and the other commands that claims need.
 MINIMUM_VERSION: Final = (6, 2)
 SENTINEL_PORT: Final = 26_379
 
@@ -63,7 +63,7 @@ class Server:
 
     version: tuple[int, ...]
     run_id: str
-    #: What Redis evicts once it is full, if it evicts anything: its `maxmemory-policy`.
+    #: What Redis evicts once it is full: its `maxmemory-policy`; None if it evicts nothing.
     evicts: str | None = None
 
 
@@ -76,8 +76,9 @@ def redact(url: str) -> str:
 def redis_client(url: str, *, sentinel_master: str = "mymaster", **options: Any) -> redis.Redis:
     """A client with a pool of its own; it connects when first used.
 
-    Replies are bytes, the protocol is RESP3. A broken connection is tried once more at once, a
-    timeout is not. `options` go to redis-py and win. ConfigError for a URL of another form.
+    Replies are bytes, the protocol is RESP3. After a broken connection a command is tried once more
+    at once; after a timeout it is not. `options` go to redis-py and win. ConfigError for a URL of
+    another form.
     """
     settings = _options(url, Retry(NoBackoff(), 1, (redis.ConnectionError,)), options)
     scheme, plain, tls = _parts(url)
@@ -117,7 +118,7 @@ def async_redis_client(
 
 
 def check_server(client: redis.Redis) -> Server:
-    """Ask Redis what it is. ConfigError: a cluster node, older than 6.2, or TLS is not right.
+    """Ask Redis what it is. ConfigError: a cluster node, older than 6.2, or TLS is set up wrongly.
 
     RedisUnavailable if it does not answer.
     """
@@ -143,7 +144,7 @@ async def async_check_server(client: redis.asyncio.Redis) -> Server:
 
 
 def judge_server(server: Mapping[str, Any], cluster: Mapping[str, Any]) -> Server:
-    """The verdict on INFO's sections `server` and `cluster`."""
+    """Judge a server by INFO's sections `server` and `cluster`. Raises as `check_server`."""
     if int(cluster.get("cluster_enabled", 0)):
         raise ConfigError(
             "this Redis runs in cluster mode; expected a single Redis or Sentinels: "
@@ -167,7 +168,7 @@ def socket_limits(url: str) -> dict[str, Any]:
     """redis-py's options (kombu's, too) that bound every wait on a socket to the Redis at `url`."""
     limits: dict[str, Any] = {"socket_timeout": SOCKET_TIMEOUT_S}
     limits["socket_connect_timeout"] = CONNECT_TIMEOUT_S
-    if _parts(url)[0] != "unix":  # there the kernel itself knows of the other end
+    if _parts(url)[0] != "unix":  # on a Unix socket the kernel knows when the peer is gone
         limits["socket_keepalive"] = True
         limits["socket_keepalive_options"] = KEEPALIVE_OPTIONS
     return limits
@@ -201,9 +202,9 @@ def _parts(url: str) -> tuple[str, str, dict[str, Any]]:
 
 @contextmanager
 def _naming(url: str) -> Iterator[None]:
-    """Make what urllib and redis-py object to in `url` a ConfigError.
+    """Turn what urllib and redis-py raise about `url` into a ConfigError.
 
-    Their own messages are dropped: they may quote a piece of the password.
+    Their own messages are dropped: they may quote part of the password.
     """
     try:
         yield

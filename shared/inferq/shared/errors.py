@@ -4,7 +4,7 @@
     ├── RequestError            the request itself cannot be served
     │   ├── ModelNotFound       no worker serves, or ever announced, this model
     │   ├── InvalidInput        an input's name, dtype, shape or content is wrong
-    │   ├── NotRegistered       it is another task than inferq's, which this worker does not run
+    │   ├── NotRegistered       another task than inferq's, which this worker does not run
     │   ├── PayloadTooLarge     the request or its result exceeds a size limit
     │   └── PayloadExpired      a claim-checked payload was gone before it was read
     ├── QueueFull               admission refused: max_queue_depth or max_queue_bytes is reached
@@ -34,7 +34,7 @@ MAX_MESSAGE_CHARS = 2_000
 
 
 class InferqError(Exception):
-    """Root of the tree. ``detail`` holds what a program may want to read, in plain types."""
+    """Root of the tree. ``detail`` holds values for programs, in plain types."""
 
     code: ClassVar[str] = "error"
     #: Where stock Celery finds the class, if it can be imported there.
@@ -47,7 +47,7 @@ class InferqError(Exception):
 
 
 class RequestError(InferqError):
-    """The request itself cannot be served; sending it again unchanged is of no use."""
+    """The request itself cannot be served; sending it again unchanged does not help."""
 
     code = "request_error"
 
@@ -65,7 +65,7 @@ class InvalidInput(RequestError):
 
 
 class NotRegistered(RequestError):
-    """It is another task than inferq's. Stock Celery raises its own exception of this name."""
+    """Another task than inferq's. Stock Celery raises its own exception of this name."""
 
     code = "not_registered"
     module = "celery.exceptions"
@@ -94,7 +94,7 @@ class QueueFull(InferqError):
 
 
 class DeadlineExceeded(InferqError):
-    """``timeout_ms`` passed before the request was computed; no compute was spent on it."""
+    """``timeout_ms`` passed before the request was computed; it was not computed."""
 
     code = "deadline_exceeded"
 
@@ -112,7 +112,7 @@ class EngineError(InferqError):
 
 
 class FatalEngineError(EngineError):
-    """The engine cannot go on (a sticky CUDA error): claims go back, the process ends."""
+    """The engine cannot go on (a sticky CUDA error): the worker hands back its claims and ends."""
 
     code = "fatal_engine_error"
 
@@ -198,7 +198,7 @@ def from_wire(status: str, wire: object) -> InferqError:
 
 
 def _text(said: object) -> str:
-    """What somebody stored for a message, whatever it is, of bounded length."""
+    """A message as somebody stored it, whatever it is; its length is bounded."""
     parts = said if isinstance(said, list | tuple) else [said]
     try:
         return ", ".join(map(str, parts))[:MAX_MESSAGE_CHARS]

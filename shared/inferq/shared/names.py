@@ -3,9 +3,9 @@
 Keys live under ``<prefix>inferq:1:`` where 1 is the protocol version and ``<prefix>`` is kombu's
 ``global_keyprefix``. ``<i>`` is a worker incarnation (random, never reused), ``<m>`` a model.
 
-Queues, results and payloads are the same in every version: what one pushed, another serves. Workers
-announce themselves to clients of the version before too, and recover its workers: so workers may be
-upgraded one by one, and the clients after them.
+Queues, results and payloads are the same in every protocol version: a worker of one version serves
+what a client of another pushed. Workers also announce themselves to clients of the version before,
+and recover its workers. So workers may be upgraded one by one, and the clients after them.
 
     leases                ZSET   i -> Redis ms at which its lease ends
     fence:<i>             STRING no TTL; exists exactly as long as i may settle; holds the number of
@@ -42,7 +42,7 @@ PROTOCOL: Final = 1
 TASK: Final = "inferq.infer"
 QUEUE_PREFIX: Final = "inferq."
 META_PREFIX: Final = "celery-task-meta-"
-#: Message headers of ours, beside Celery's.
+#: Message headers that inferq adds to Celery's.
 HEADER_REPLY: Final = "inferq_reply"
 HEADER_SENT_MS: Final = "inferq_sent_ms"
 HEADER_DEADLINE_MS: Final = "inferq_deadline_ms"
@@ -73,7 +73,7 @@ def model_of(queue: str) -> str | None:
 
 
 def glob_of(text: str) -> str:
-    """`text` as it stands in a MATCH of Redis' SCAN: for itself alone."""
+    """`text` as a pattern for MATCH of Redis' SCAN that matches only itself."""
     return re.sub(r"([\\*?\[\]])", r"\\\1", text)
 
 
@@ -106,7 +106,7 @@ class Names:
         return self.list_of(queue_of(model), priority)
 
     def list_of(self, queue: str, priority: int = 0) -> str:
-        """The Redis list that holds what waits in a Celery queue, whosever it is."""
+        """The Redis list that holds what waits in any Celery queue with this priority."""
         step = self.step(priority)
         name = self.prefix + queue
         return f"{name}{self.sep}{step}" if step else name
@@ -134,7 +134,7 @@ class Names:
         return f"{self.root}running:{incarnation}"
 
     def claim_head(self, incarnation: str) -> str:
-        """What the keys of all claims of `incarnation` begin with."""
+        """The prefix of the keys of all claims of `incarnation`."""
         return f"{self.root}claim:{incarnation}:"
 
     def claim(self, incarnation: str, number: int, model: str, step: int) -> str:
@@ -185,11 +185,11 @@ class Names:
         return f"{self._payloads(request_id)}{tensor}"
 
     def is_payload_of(self, key: str, request_id: str) -> bool:
-        """Whether `key` is a payload key of this very request (never read or delete another)."""
+        """Whether `key` is a payload key of this request. No other may be read or deleted."""
         return key.startswith(self._payloads(request_id))
 
     def _payloads(self, request_id: str) -> str:
-        # Or the payloads of the request "a:b" would pass for some of the request "a".
+        # Else the payloads of the request "a:b" would pass for some of the request "a".
         if ":" in request_id or "%" in request_id:
             request_id = request_id.replace("%", "%25").replace(":", "%3A")
         return f"{self.prefix}inferq:1:payload:{request_id}:"
@@ -197,8 +197,8 @@ class Names:
     def is_reply(self, channel: str) -> bool:
         """Whether `channel` is a reply channel, of a client of any version.
 
-        Workers publish on no other that they are told: this Redis might not let them, and a MULTI
-        with such a command in it is refused as a whole, however often it is sent.
+        Workers publish on no other channel that a message names: Redis might not permit it, and
+        would then refuse the whole MULTI with that command, however often it is sent.
         """
         return self._replies.match(channel) is not None
 

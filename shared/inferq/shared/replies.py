@@ -1,7 +1,7 @@
-"""How our connections read: one loop, for replies in their order and for what Redis says unasked.
+"""How inferq's connections read: one loop, for replies in their order and for pushes.
 
-What the bytes become is a parser's affair: hiredis makes objects of them, the reader of payloads
-has the kernel write them into arrays.
+A parser decides what the bytes become: hiredis makes objects of them; the reader of payloads has
+the kernel write them into arrays.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Parser(Protocol):
 
     @property
     def gets(self) -> Callable[[], Reply]:
-        """Gives the next reply; `NOTHING`: `receive` first."""
+        """The next reply; `NOTHING`: call `receive` first."""
         ...
 
     def receive(self, sock: socket.socket) -> None:
@@ -45,14 +45,14 @@ class GeneralParser:
 
 
 def ignore(_: Any) -> None:
-    """For what nobody is interested in."""
+    """A callback that does nothing."""
 
 
 class Replies:
     """What one connection reads. One thread at a time uses it.
 
-    `on_push` gets each RESP3 push, in its place among the replies; `on_passed_over` each reply that
-    nobody reads. After one of resp.BROKEN was raised it is of no further use.
+    `on_push` gets each RESP3 push, in its place among the replies; `on_passed_over` gets each reply
+    that nobody reads. Once one of resp.BROKEN was raised it cannot be used again.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Replies:
         self._unread = 0
 
     def pass_over(self, count: int) -> None:
-        """Commands were written whose `count` replies nobody will read."""
+        """Note that `count` commands were written whose replies nobody will read."""
         self._unread += count
 
     def read(self, sock: socket.socket, count: int) -> list[Reply]:
@@ -89,7 +89,7 @@ class Replies:
         return replies
 
     def drain(self) -> None:
-        """Take note of what has been received already: pushes, and replies that nobody reads."""
+        """Handle what has been received already: pushes, and replies that nobody reads."""
         gets = self._parser.gets
         while (reply := gets()) is not NOTHING:
             if reply.__class__ is _PUSH:
@@ -99,15 +99,15 @@ class Replies:
                 self._on_passed_over(reply)
 
     def receive(self, sock: socket.socket) -> None:
-        """Take in, and note, what a socket that has become readable holds."""
+        """Read what a readable socket holds, and handle it."""
         try:
             self._parser.receive(sock)
-        except TimeoutError:  # TLS: what came was no data of ours
+        except TimeoutError:  # TLS: what came was no application data
             return
         self.drain()
 
 
 def decrypted(sock: socket.socket) -> bool:
-    """Whether TLS holds bytes that were read off the socket: no poll tells of these."""
+    """Whether TLS holds bytes that it has read off the socket; poll does not report these."""
     pending = getattr(sock, "pending", None)
     return pending is not None and pending() > 0

@@ -1,8 +1,8 @@
-"""Redis' protocol (RESP3) on a socket of our own: what both sides' connections are made of.
+"""Redis' protocol (RESP3) on a socket of our own; clients and workers use it.
 
 redis-py opens a connection (TLS, ACL, Sentinel, the handshake). From then on the socket is ours:
-redis-py's own way costs three to five times as much CPU for a command, and the data plane must wait
-for Redis and for its lanes at once. What is private of redis-py, the socket, is taken here.
+redis-py takes three to five times as much CPU for a command, and the data plane must wait for Redis
+and for its lanes at once. Only this module takes redis-py's private socket.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ import redis
 Command = tuple[bytes | str | int | float, ...]
 Reply = Any
 
-#: How a connection breaks: what redis-py or the socket raises.
+#: What redis-py or the socket raises when a connection breaks.
 BROKEN: Final = (OSError, redis.RedisError)
 NOTHING: Final = object()
-#: Longer arguments of a command are written from where they stand.
+#: Longer arguments of a command are written without copying them.
 _COPY_BYTES: Final = 16 * 1024
-#: Pieces of so many bytes together are joined before they are written.
+#: Pieces with fewer bytes in total are joined before they are written.
 _JOIN_BYTES: Final = 64 * 1024
-#: Only for a socket without a timeout of Python's: there the kernel does the waiting.
+#: Only for a socket without a Python timeout: there the kernel waits.
 _ALL: Final = socket.MSG_WAITALL
 #: Pieces that one `sendmsg` takes (IOV_MAX).
 _PIECES: Final = 1024
 
 
 class Packed(msgspec.Struct, frozen=True, gc=False):
-    """Commands as they are written: their bytes, in few pieces, and how many commands these are."""
+    """Encoded commands: their bytes, in few pieces, and the number of commands."""
 
     pieces: list[bytes]
     count: int
@@ -48,11 +48,11 @@ class Packed(msgspec.Struct, frozen=True, gc=False):
 
 
 class ReplyError(Exception):
-    """Redis answered one command with an error; it stands where the reply would stand."""
+    """Redis answered one command with an error; it takes the place of the reply."""
 
 
 def new_reader() -> Any:
-    """A parser of replies; errors are ReplyError instances, `NOTHING` means: feed me more."""
+    """A parser of replies; errors are ReplyError instances; `NOTHING` means: feed more bytes."""
     return hiredis.Reader(
         notEnoughData=NOTHING, replyError=ReplyError, protocolError=redis.ConnectionError
     )
@@ -116,7 +116,7 @@ def send_all(sock: socket.socket, pieces: Sequence[bytes]) -> None:
 
 
 def first_error(replies: Sequence[Reply]) -> ReplyError | None:
-    """The first command that was refused, if any."""
+    """The first error among replies, if any."""
     return next((reply for reply in replies if isinstance(reply, ReplyError)), None)
 
 
@@ -136,14 +136,14 @@ def receive(sock: socket.socket, into: memoryview, *, whole: bool = False) -> in
 
 
 def open_socket(client: redis.Redis, timeout: float) -> socket.socket:
-    """A connected, authenticated RESP3 socket; each wait on it ends after `timeout` seconds.
+    """A connected, authenticated RESP3 socket. Each wait on it ends after `timeout` seconds.
 
     Raises one of BROKEN.
     """
     pool = client.connection_pool
     connection: Any = pool.connection_class(**pool.connection_kwargs)
     connection.connect()
-    # Ours from here on: what redis-py still held, it would shut down when collected.
+    # From here on the socket is ours: redis-py would shut it down when collected.
     sock: socket.socket | None = getattr(connection, "_sock", None)
     if sock is None:
         raise redis.ConnectionError("the connection has no socket")
@@ -151,8 +151,8 @@ def open_socket(client: redis.Redis, timeout: float) -> socket.socket:
     if isinstance(sock, ssl.SSLSocket):
         sock.settimeout(timeout)
         return sock
-    # The kernel keeps the time: Python's own way is one more system call for each recv and send,
-    # and lets no recv wait for all of a large payload.
+    # The kernel keeps the timeouts: Python's own take one more system call for each recv and send,
+    # and with them no recv can wait for all of a large payload.
     seconds, rest = divmod(timeout, 1)
     limit = struct.pack("ll", int(seconds), int(rest * 1e6))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)

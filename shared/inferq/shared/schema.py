@@ -1,6 +1,6 @@
-"""What crosses module borders: tensors' shapes, models' signatures, requests, receipts.
+"""The types that cross module borders: tensors' shapes, models' signatures, requests, receipts.
 
-Frozen, and free of I/O; `codec` turns them into bytes and back.
+They are frozen and free of I/O; `codec` turns them into bytes and back.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from inferq.shared.errors import InvalidInput, PayloadTooLarge
 Array = npt.NDArray[Any]
 Tensors = Mapping[str, Array]
 
-#: The dtypes that travel, by NumPy name. Objects, strings and dates never do.
+#: The dtypes that can be sent, by NumPy name. Objects, strings and dates cannot.
 DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     name: np.dtype(name).newbyteorder("<")
     for name in (
@@ -27,7 +27,7 @@ DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
         "float16", "float32", "float64", "complex64", "complex128",
     )
 }  # fmt: skip
-#: As they stand in a message: ``<f4``, ``|u1``.
+#: The same, by their names in messages: ``<f4``, ``|u1``.
 WIRE_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {dt.str: dt for dt in DTYPES.values()}
 
 MAX_DIMS: Final = 16
@@ -40,9 +40,9 @@ _TOLD: Final = 64
 class TensorSpec(msgspec.Struct, frozen=True):
     """One input or output of a model.
 
-    `shape` holds sizes, and for what varies a symbol (dims with the same symbol have the same
-    size within one request) or None (varies freely). The batch, where there is one, is dim
-    `batch_axis`.
+    `shape` holds the size of each dim. A dim that varies has a symbol (dims with the same symbol
+    have the same size within one request) or None (it varies freely). The batch, where there is
+    one, is dim `batch_axis`.
     """
 
     name: str
@@ -84,14 +84,14 @@ class Signature(msgspec.Struct, frozen=True):
 
 
 class ModelAdvert(msgspec.Struct, frozen=True, kw_only=True):
-    """What workers announce of a model in ``model:<m>``; a client checks its requests by it."""
+    """What workers announce of a model in ``model:<m>``; clients check requests against it."""
 
     name: str
     version: int
     engine: str
     signature: Signature
     max_batch_size: int
-    #: Rows per request: 1 … max_batch_size where batchable, else whatever the signature says.
+    #: If so, a request has 1 … max_batch_size rows; if not, as many as the signature says.
     batchable: bool
     #: Requests; 0 means no limit.
     max_queue_depth: int
@@ -106,7 +106,7 @@ class ModelAdvert(msgspec.Struct, frozen=True, kw_only=True):
     padded: tuple[str, ...] = ()
     #: Bytes; 0 means no limit.
     max_queue_bytes: int = 0
-    #: True if results live for `result_expires_s` seconds after they are stored.
+    #: Seconds for which results are kept after they are stored.
     result_expires_s: int = 600
     #: True if inputs of another dtype are taken, where the model's holds all that they hold.
     casts: bool = False
@@ -115,7 +115,7 @@ class ModelAdvert(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GpuTimes(msgspec.Struct, frozen=True, kw_only=True):
-    """Where one run's time went on the card, in ms, by its own clock."""
+    """Where one run's time went on the GPU, in ms, by the GPU's clock."""
 
     h2d_ms: float
     compute_ms: float
@@ -123,7 +123,7 @@ class GpuTimes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):
-    """Where one request's time went, and who served it. Times in ms; None: not known.
+    """Where one request's time went, and who served it. Times are in ms; None: not known.
 
     `queue_ms`: pushed → claimed, by Redis' clock (None for a message without our timestamp).
     `form_ms`: claimed → handed to a lane. `compute_ms`: the engine's run.
@@ -153,7 +153,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ticket(msgspec.Struct, frozen=True):
-    """All that is known of a request but its inputs: who asked, how to answer, until when."""
+    """What is known of a request besides its inputs: who asked, how to answer, until when."""
 
     id: str
     model: str
@@ -161,15 +161,15 @@ class Ticket(msgspec.Struct, frozen=True):
     content_type: str
     #: The priority step it was claimed from; 0 is the most urgent.
     priority: int = 0
-    #: True if JSON inputs came as nested lists: the outputs are written likewise.
+    #: True if JSON inputs came as nested lists: the outputs are then written as lists, too.
     lists: bool = False
     #: The client's reply channel.
     reply: str | None = None
     #: Redis ms.
     sent_ms: float | None = None
-    #: Redis ms after which the answer is DeadlineExceeded.
+    #: Redis ms after which the request ends as DeadlineExceeded.
     deadline_ms: float | None = None
-    #: Unix ms from Celery's `expires`, after which it is REVOKED.
+    #: Celery's `expires` in Unix ms, after which it ends as REVOKED.
     expires_ms: float | None = None
     ignore_result: bool = False
     payload_keys: tuple[str, ...] = ()
@@ -177,15 +177,15 @@ class Ticket(msgspec.Struct, frozen=True):
     attempts: int = 0
     #: The whole message, if it has links, a chain or a chord.
     canvas: bytes | None = None
-    #: What else Celery writes into its result meta.
+    #: Further fields that Celery writes into its result meta.
     extra: Mapping[str, Any] | None = None
     #: Shown by ``celery inspect`` and Flower.
     kwargsrepr: str = ""
     #: The first request or task of the chain or group that it belongs to.
     root_id: str | None = None
-    #: From when it was to be computed, as Celery's `eta` has it.
+    #: Celery's `eta`: when it was to be computed at the earliest.
     eta: str | None = None
-    #: The name of another task than inferq's, which is only answered.
+    #: The task's name if it is another than inferq's: it is answered, not computed.
     task: str | None = None
 
 
@@ -205,7 +205,7 @@ def _described(shape: tuple[int, ...], dtype: np.dtype[Any]) -> str:
 
 
 def most_bytes(advert: ModelAdvert) -> int:
-    """The most bytes that one request's inputs can have, by the signature as far as that says."""
+    """The most bytes that one request's inputs can have, as far as the signature says."""
     total = 0
     required = len(advert.signature.inputs)
     for place, spec in enumerate(advert.signature.inputs + advert.signature.optional):
@@ -220,9 +220,9 @@ def most_bytes(advert: ModelAdvert) -> int:
 
 
 class InputCheck:
-    """Checks requests' inputs against one model's announcement.
+    """Checks requests' inputs against one model's advert.
 
-    The same check runs at the caller before it pushes and in the worker after it claims.
+    The client runs it before it pushes, and the worker after it claims.
     """
 
     def __init__(self, advert: ModelAdvert) -> None:
@@ -256,7 +256,7 @@ class InputCheck:
 
 
 def check_names(advert: ModelAdvert, inputs: Collection[str]) -> None:
-    """InvalidInput unless `inputs` are the names of the model's inputs, no more and no less."""
+    """InvalidInput unless `inputs` are exactly the names of the model's inputs."""
     specs, optional = advert.signature.inputs, advert.signature.optional
     given, names = set(inputs), {spec.name for spec in specs}
     if given != names:

@@ -1,8 +1,8 @@
-"""Settings of both sides, read from the environment: one frozen object.
+"""The settings of clients and workers, read from the environment into one frozen object.
 
 Every field is set by ``INFERQ_<FIELD>`` (``INFERQ_LEASE_S=20``); `redis_url` is also taken from
-``CELERY_BROKER_URL``. What is given to `load` wins over the environment, which wins over the
-defaults below. A bad value raises ConfigError naming the variable, the value and what was expected.
+``CELERY_BROKER_URL``. Arguments of `load` win over the environment, which wins over the defaults
+below. A bad value raises a ConfigError that names the variable, the value and what was expected.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from inferq.shared import names
 from inferq.shared.errors import ConfigError
 
 ENV_PREFIX: Final = "INFERQ_"
-#: Where else the URL is looked for, in this order, after what is given to `Settings.load`.
+#: Variables that may hold the URL, in this order, if `Settings.load` is not given one.
 URL_VARIABLES: Final = ("INFERQ_REDIS_URL", "CELERY_BROKER_URL")
-#: Values of these fields may hold a password: messages never show them.
+#: These fields may hold a password: no message shows them.
 SECRET_FIELDS: Final = frozenset({"redis_url"})
 
 _DAY_S: Final = 24 * 3600
@@ -53,7 +53,10 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 class Settings(BaseSettings):
-    """What both sides must agree on, and what a worker adds. Build it with `Settings.load`."""
+    """What clients and workers must agree on, and what only workers need.
+
+    Made by `Settings.load`.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True
@@ -65,10 +68,10 @@ class Settings(BaseSettings):
     sentinel_master: str = "mymaster"
     #: Seconds that a stored result lives.
     result_expires_s: int = Field(default=600, ge=1, le=10 * 365 * _DAY_S)
-    #: kombu's `global_keyprefix`: stands before the name of every queue and every key of inferq's.
+    #: kombu's `global_keyprefix`: the prefix of every queue's name and of every key of inferq's.
     global_keyprefix: str = ""
-    #: The prefix of Celery's result backend: stands before ``celery-task-meta-``. Celery adds a
-    #: ``_`` to one that ends with none of ``:_-.``, so write it here, too.
+    #: The prefix of Celery's result backend, ahead of ``celery-task-meta-``. Celery adds a ``_`` to
+    #: a prefix that ends with none of ``:_-.``, so write it here, too.
     result_keyprefix: str = ""
     #: kombu's `priority_steps`, ascending; the first is 0.
     priority_steps: Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split)] = (
@@ -76,14 +79,16 @@ class Settings(BaseSettings):
     )
     #: kombu's `sep` between a queue's name and a priority step.
     priority_sep: str = names.PRIORITY_SEP
-    #: Seconds after its last renewal at which a worker's lease ends: others then take its claims.
+    #: Seconds after its last renewal at which a worker's lease ends. Other workers then take its
+    #: claims.
     lease_s: float = Field(default=10.0, ge=0.5, le=_DAY_S, allow_inf_nan=False)
-    #: Seconds in which a worker that stops finishes what computes. The rest is handed back.
+    #: Seconds that a stopping worker has to finish the batches that compute. It hands back the
+    #: rest.
     grace_s: float = Field(default=30.0, ge=0.0, le=_DAY_S, allow_inf_nan=False)
-    #: What the names of this process' incarnations begin with: by it `inferq worker` finds what a
-    #: dead child held. At most 64 letters and digits.
+    #: The prefix of this process' incarnation names, by which `inferq worker` finds what a dead
+    #: child held. At most 64 letters and digits.
     incarnation: Annotated[str, Field(pattern=r"^[A-Za-z0-9]{0,64}$")] = ""
-    #: The file in which the worker writes every second what it does, for `inferq health`. Not set:
+    #: The file to which the worker writes every second what it does, for `inferq health`. Not set:
     #: it writes none.
     heartbeat_file: Path | None = None
     #: Where a worker's models run. ``auto``: as their model.toml says; ``cpu``: all on the CPU.
@@ -100,10 +105,10 @@ class Settings(BaseSettings):
     #: The folder of the worker's models. Not set: `inferq worker --models` names it.
     models: Path | None = None
     #: Whether a worker ends if it cannot serve one of its models, or the newest version of one.
-    #: Otherwise it serves the others, and says so.
+    #: Otherwise it serves the others and logs what it does not serve.
     strict: bool = False
-    #: Whether a worker runs other tasks than inferq's that lie in its queues, as far as they are
-    #: registered in its app. Otherwise they fail with NotRegistered.
+    #: Whether a worker runs other Celery tasks that it finds in its queues, if they are registered
+    #: in its app. Otherwise they fail with NotRegistered.
     foreign_tasks: bool = False
     #: What stands for NaN and infinity in nested lists of a JSON result. ``bare``: `NaN`,
     #: `Infinity`, as Python writes and reads them, which is no JSON; ``null``; ``string``: the same
@@ -111,10 +116,11 @@ class Settings(BaseSettings):
     json_nan: Literal["bare", "null", "string"] = "bare"
     #: Whether a worker takes part in Celery's remote control.
     remote_control: bool = True
-    #: Most requests a second of which a worker sends task events. Those that fail come on top.
+    #: Most requests a second for which a worker sends task events. It sends those of failed
+    #: requests as well.
     events_per_s: int = Field(default=500, ge=0, le=100_000)
-    #: Patterns (``*``, ``?``, ``[…]``) of the queues to which a worker sends what follows on a
-    #: request: links, chains, chords. For example ``inferq.*,billing``.
+    #: Patterns (``*``, ``?``, ``[…]``) of the queues to which a worker may send the tasks that
+    #: follow a request: links, chains, chords. For example ``inferq.*,billing``.
     link_queues: Annotated[tuple[Pattern, ...], NoDecode, BeforeValidator(_split)] = ("*",)
 
     @field_validator("*", mode="before")
@@ -149,7 +155,8 @@ class Settings(BaseSettings):
         """
         values = {name: value for name, value in given.items() if value is not None}
         if "link_queues" not in values and os.environ.get(_LINK_QUEUES) == "":
-            # What stands for a setting's default elsewhere would open here what was to be closed.
+            # Elsewhere an empty value stands for the default. Here it would open what was meant to
+            # be closed.
             raise ConfigError(
                 f"{_LINK_QUEUES} is empty; expected patterns of queues (* for all, inferq.* for "
                 "models alone), or that it is not set"
@@ -160,7 +167,7 @@ class Settings(BaseSettings):
             raise ConfigError(_explain(cls, problem, values)) from None
 
     def names(self) -> names.Names:
-        """The key names that follow from these settings."""
+        """The key names by these settings."""
         return names.Names(
             prefix=self.global_keyprefix,
             result_prefix=self.result_keyprefix,

@@ -1,14 +1,14 @@
-"""TLS to Redis, as a ``rediss://`` URL says it: one reading for redis-py, kombu and Celery.
+"""Reads the TLS options of a ``rediss://`` URL once, for redis-py, kombu and Celery.
 
     ssl_cert_reqs=required|optional|none       redis-py's spelling; Celery's CERT_REQUIRED,
                                                CERT_OPTIONAL and CERT_NONE mean the same
     ssl_ca_certs=FILE                          trusted besides the CAs of the system
-    ssl_certfile=FILE  ssl_keyfile=FILE        what this side shows of itself
-    ssl_check_hostname=true|false              whether the certificate must be of the URL's host
+    ssl_certfile=FILE  ssl_keyfile=FILE        the client certificate and its key
+    ssl_check_hostname=true|false              whether the server's certificate must name the host
 
-Left to themselves they do not agree: of a bare ``rediss://`` redis-py verifies all, kombu nothing,
-and Celery's backend refuses it. So what is said of TLS is taken out of the URL, and each is given
-the same options. By default the certificate must be of the URL's host, and vouched for by a CA of
+By themselves they do not agree: for a bare ``rediss://`` URL redis-py verifies everything, kombu
+nothing, and Celery's backend refuses it. So the options are taken out of the URL, and each is given
+the same ones. By default the server's certificate must name the URL's host and be signed by a CA of
 the system.
 """
 
@@ -38,7 +38,7 @@ OPTIONS: Final = ("ssl_cert_reqs", *_FILES, "ssl_check_hostname")
 
 @dataclass(frozen=True)
 class Tls:
-    """How the other side is verified, and what is shown to it. The rest are names of files."""
+    """How the server is verified, and the files of certificates and keys."""
 
     cert_reqs: ssl.VerifyMode = ssl.CERT_REQUIRED
     check_hostname: bool = True
@@ -48,11 +48,11 @@ class Tls:
 
     @property
     def verifies(self) -> bool:
-        """Whether the certificate must be good. (A client takes optional for required.)"""
+        """Whether the server's certificate is verified. For a client, optional means required."""
         return self.cert_reqs is not ssl.CERT_NONE
 
     def options(self) -> dict[str, Any]:
-        """Options of a connection of redis-py, which kombu and Celery's backend hand on to it."""
+        """Options of a redis-py connection; kombu and Celery's backend pass them on to it."""
         given = {
             "ssl_cert_reqs": self.cert_reqs,
             "ssl_check_hostname": self.check_hostname and self.verifies,
@@ -64,10 +64,10 @@ class Tls:
 
 
 def split_tls(url: str) -> tuple[str, Tls | None]:
-    """`url` without what it says of TLS, and that; None where it is spoken without.
+    """`url` without its TLS options, and these; None for a URL without TLS.
 
-    ConfigError, which names the option: it is none, is bad, or stands in a URL without TLS. Reads
-    the files that are named.
+    ConfigError names an option that is unknown, is bad, or stands in a URL without TLS. Reads the
+    files that the options name.
     """
     head, mark, query = url.partition("?")
     kept: list[str] = []
@@ -95,9 +95,9 @@ def split_tls(url: str) -> tuple[str, Tls | None]:
 
 
 def with_tls(url: str, options: object) -> str:
-    """`url` with `options` written into it, which in Celery stand beside it: `broker_use_ssl`.
+    """`url` with `options` written into it, which Celery has in `broker_use_ssl`.
 
-    Those that are not read here are left out, and so are all of them where it is no mapping.
+    Options unknown here are left out, and all of them if `options` is no mapping.
     """
     if not isinstance(options, Mapping) or not url.startswith(("redis://", "rediss://")):
         return url
@@ -160,7 +160,7 @@ def _try_files(tls: Tls) -> None:
 
 
 def _of_the_two(certfile: str, keyfile: str | None) -> tuple[str, str]:
-    """Which of them cannot be read, if it is that; else the certificate."""
+    """The one of the two files that cannot be read; the certificate if both can."""
     if keyfile is not None:
         try:
             with open(certfile, "rb"):
@@ -181,5 +181,5 @@ def _bad_file(name: str, path: str, holds: str, problem: Exception) -> ConfigErr
 
 
 def _no_passphrase() -> NoReturn:
-    """OpenSSL would ask at the terminal."""
+    """Raises, since OpenSSL would ask for a passphrase at the terminal."""
     raise ValueError("the key has a passphrase")

@@ -1,9 +1,10 @@
-"""redis-py's connections over TCP, which say in one line what is wrong where TLS is.
+"""redis-py's TCP connections with errors that say in one line what is wrong with TLS.
 
-Redis waits for the rest of what it takes for a command where TLS begins, and a port of TLS hangs
-up where a command begins: seen from here, a timeout and a reset. A certificate of this side that
-is missing is told after the handshake, and lost where this side writes before it reads. So where a
-connection fails like that, the port is asked what it speaks. (Of Sentinels nothing is asked yet.)
+A Redis without TLS takes a TLS handshake for the beginning of a command and waits for the rest: the
+client sees a timeout. A TLS port closes the connection when it gets a command: the client sees a
+reset. A server reports a missing client certificate only after the handshake, and the report is
+lost if the client writes before it reads. So if a connection fails in one of these ways, the port
+is probed to find out what it speaks. (Sentinels are not probed yet.)
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from typing import Any, Final, Protocol
 import redis
 import redis.asyncio
 
-#: Seconds that a port may take for each step of showing what it speaks.
+#: Seconds that each step of probing a port may take.
 PROBE_S: Final = 1.0
-#: Where the URL is said; each message names it.
+#: Where the URL comes from; each message names it.
 _URL: Final = "the URL (INFERQ_REDIS_URL)"
 _WRONG_NAME: Final = ("Hostname mismatch", "IP address mismatch")
-#: OpenSSL's names of what a server says that wants another certificate of this side, or one at all.
+#: OpenSSL's names of the alerts by which a server asks for a client certificate, or another one.
 _WANT_CERTIFICATE: Final = ("CERTIFICATE", "UNKNOWN_CA", "HANDSHAKE_FAILURE")
 
 
 class WrongTls(redis.RedisError):
-    """What speaks there, or its certificate, is not what the URL says. To be mended by people.
+    """The server, or its certificate, does not fit the URL: a person must correct that.
 
-    No ConnectionError, which redis-py would try again at once.
+    It is no ConnectionError, which redis-py would retry at once.
     """
 
 
@@ -57,7 +58,7 @@ class TlsConnection(redis.SSLConnection):
             raise
 
     def _wrap_socket_with_ssl(self, sock: socket.socket) -> ssl.SSLSocket:
-        # Shaking hands is part of connecting, as it is for asyncio.
+        # The handshake is part of connecting, as it is for asyncio.
         sock.settimeout(self.socket_connect_timeout)
         wrapped: ssl.SSLSocket = super()._wrap_socket_with_ssl(sock)  # type: ignore[no-untyped-call]
         wrapped.settimeout(self.socket_timeout)
@@ -94,14 +95,14 @@ class _Connection(Protocol):
 
 
 def _why_not_plain(connection: _Connection, problem: Exception) -> str | None:
-    """Why no command was understood there; None if it is not for TLS."""
+    """Why the server understood no command; None if TLS is not the reason."""
     if _is_away_or_refuses(problem) or _tls_there(connection) is None:
         return None
     return f"{connection.host}:{connection.port} speaks TLS; expected rediss:// in {_URL}"
 
 
 def _why_not_tls(connection: _Connection, problem: Exception) -> str | None:
-    """Why there is no TLS with it; None if it is just not there."""
+    """Why TLS with the server failed; None if the server is just not there."""
     at = f"{connection.host}:{connection.port}"
     unverified = _first(problem, ssl.SSLCertVerificationError)
     if isinstance(unverified, ssl.SSLCertVerificationError):
@@ -117,22 +118,22 @@ def _why_not_tls(connection: _Connection, problem: Exception) -> str | None:
     if not refusal:
         return None
     if not any(each in refusal for each in _WANT_CERTIFICATE):
-        return f"{at} refuses to speak TLS with this side: {refusal}; see its log"
+        return f"{at} refuses TLS connections from here: {refusal}; see its log"
     return (
-        f"{at} does not take what this side shows of itself ({refusal}); expected ssl_certfile and "
-        f"ssl_keyfile in {_URL}, of a certificate that it trusts"
+        f"{at} does not accept this side's certificate, or its lack ({refusal}); expected "
+        f"ssl_certfile and ssl_keyfile in {_URL}, of a certificate that it trusts"
     )
 
 
 def _why_not_verified(at: str, reason: str) -> str:
-    expected = f"one that a CA of this system vouches for, or one of ssl_ca_certs=FILE in {_URL}"
+    expected = f"one signed by a CA of this system, or by one of ssl_ca_certs=FILE in {_URL}"
     if reason.startswith(_WRONG_NAME):
         expected = f"one of this name; else another name, or ssl_check_hostname=false, in {_URL}"
     return f"the certificate of {at} is refused: {reason}; expected {expected}"
 
 
 def _is_away_or_refuses(problem: Exception) -> bool:
-    """Whether nothing listens there, or Redis itself has answered: neither is for TLS."""
+    """Whether nothing listens there, or Redis itself has answered. Neither is a matter of TLS."""
     if isinstance(problem, redis.AuthenticationError):
         return True
     return _first(problem, ConnectionRefusedError, socket.gaierror) is not None
@@ -146,9 +147,9 @@ def _first(problem: BaseException | None, *kinds: type[BaseException]) -> BaseEx
 
 
 def _tls_there(connection: _Connection) -> str | None:
-    """What TLS there says to what we show of ourselves: "" if nothing, None where none is spoken.
+    """What a TLS server there objects to: "" if to nothing; None if it speaks no TLS.
 
-    Nothing is verified, as nothing is sent.
+    Nothing is verified, since nothing is sent.
     """
     context = ssl.create_default_context()
     context.check_hostname = False

@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -49,6 +51,22 @@ def wanted_version() -> str:
 
 def install(version: str) -> None:
     """Fetch, build and install PyCUDA. CalledProcessError if pip fails."""
+    with _source(version) as tree:
+        _pip("install", "--no-deps", "--no-build-isolation", str(tree))
+
+
+def build_wheel(version: str, python: str, folder: Path) -> None:
+    """A wheel of PyCUDA for the interpreter `python`, which need not be this one, in `folder`.
+
+    What builds it is fetched, too. CalledProcessError if pip fails.
+    """
+    with _source(version) as tree:
+        _pip("wheel", "--no-deps", "--wheel-dir", str(folder), str(tree), python=python)
+
+
+@contextmanager
+def _source(version: str) -> Iterator[Path]:
+    """Its source, fetched and told how it is built."""
     with tempfile.TemporaryDirectory(prefix="inferq-pycuda-") as name:
         folder = Path(name)
         driver = build_driver(folder)
@@ -60,7 +78,7 @@ def install(version: str) -> None:
         tree = next((folder / "source").iterdir())
         settings = SETTINGS.format(root=str(cuda_root()), driver=str(folder))
         (tree / "siteconf.py").write_text(settings)
-        _pip("install", "--no-deps", "--no-build-isolation", str(tree))
+        yield tree
 
 
 def main() -> int:
@@ -80,8 +98,9 @@ def main() -> int:
     return 0
 
 
-def _pip(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pip", arguments[0], "-qq", "-c", str(CONSTRAINTS)]
+def _pip(*arguments: str, python: str = sys.executable) -> None:
+    command = [sys.executable, "-m", "pip", "--python", python, arguments[0]]
+    command += ["-qq", "-c", str(CONSTRAINTS)]
     subprocess.run([*command, *arguments[1:]], check=True)
 
 

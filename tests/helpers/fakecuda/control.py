@@ -62,7 +62,9 @@ class Control:
         """Set ``ns_per_byte``, ``kernel_us`` or ``memory_mb`` of all that is queued from now on.
 
         ``hosts``: as long as it is not 0, times are simulated. The timeline, which ``timeline_us``
-        counts, goes on whenever so many threads wait for events.
+        counts, goes on whenever so many threads wait for events. ``graph_bytes``: for a graph that
+        copies more the card has no memory (0: for any it has). ``switch_fails``: to push and pop a
+        context is answered by a sticky error, too.
         """
         if self._library.fakecuda_set(name.encode(), value):
             raise KeyError(name)

@@ -14,9 +14,22 @@
  *
  * As on a card: pageable memory is copied while the caller waits; the null stream and blocking
  * streams wait for each other; an event that is recorded during a capture is seen by nobody outside
- * the graph; what CUDA's guide prohibits during a capture breaks it. Stricter where that finds
- * mistakes: a device pointer must be inside an allocation; new memory holds 0xA5; memory freed
- * while a queued copy uses it is counted (`frees_while_busy`) and kept.
+ * the graph, unless it is recorded as an external one. Stricter where that finds mistakes: a device
+ * pointer must be inside an allocation; new memory holds 0xA5; memory freed while a queued copy
+ * uses it is counted (`frees_while_busy`) and kept; to wait for an event that a graph records is to
+ * wait for nothing, as long as the launch has not come to its node (CUDA's documents leave it open).
+ *
+ * What breaks a capture, as documented of cuStreamBeginCapture and cuThreadExchangeStreamCaptureMode
+ * and in the guide's chapter on prohibited operations; the call answers 900, cuStreamEndCapture 901:
+ *   any mode          a thread waits for the whole context (seen: NVIDIA/TensorRT issue 2888), or for
+ *                     the stream that captures, or asks it
+ *   global            any thread allocates, frees, asks an event, copies and waits
+ *   thread-local      so does the thread that captures; others may do it
+ *   relaxed           nobody is kept from it
+ * The legacy stream is told 906 while a blocking stream captures.
+ *
+ * cuda.h says of cuCtxPushCurrent and cuCtxPopCurrent that they may answer errors of what was
+ * launched before; with "switch_fails" set they do: nothing is pushed then, but popped.
  *
  * Environment, read at cuInit:
  *   FAKECUDA_DEVICES        devices (1), of which CUDA_VISIBLE_DEVICES shows some
@@ -50,8 +63,8 @@ typedef int (*host_kernel)(void *);
     X(calls) X(contexts) X(primary_retains) X(streams) X(events) X(graphs) X(graph_execs)          \
     X(device_allocations) X(device_bytes) X(pinned_allocations) X(pinned_bytes)                    \
     X(kernels) X(copies_h2d) X(copies_d2h) X(bytes_h2d) X(bytes_d2h) X(pageable_copies)            \
-    X(graph_launches) X(frees_while_busy) X(peak_device_bytes)                                     \
-    X(h2d_us) X(d2h_us) X(kernel_us)
+    X(graph_launches) X(graph_uploads) X(frees_while_busy) X(peak_device_bytes)                                     \
+    X(h2d_us) X(d2h_us) X(kernel_us) X(blocking_waits) X(spinning_waits)
 
 #define DECLARE(name) long long name;
 static struct { COUNTS(DECLARE) } counts;
@@ -102,6 +115,7 @@ typedef struct Op {
     Event *event;
     uint64_t seq;
     int external; /* a record that is seen outside its graph */
+    int in_graph;
     uint64_t number; /* in the order of all calls */
     double queued_at;
 } Op;
@@ -149,7 +163,8 @@ static Graph *graphs;
 static int sticky, fail_code = 700;
 static long long fail_call, fail_kernel;
 static size_t memory;
-static double ns_per_byte, kernel_us;
+static int switch_fails;
+static double ns_per_byte, kernel_us, graph_bytes;
 static __thread Context **stack; /* deep: releasing a primary context leaves it there */
 static __thread int depth, room;
 
@@ -278,8 +293,8 @@ static int is_busy(const Block *b) {
     return 0;
 }
 
-/* While a stream captures, calls that allocate, query events or copy and wait break the capture: in
- * any thread if its mode is global, else in the thread that began it. With the lock held. */
+/* Whether a call that allocates, frees, asks an event or copies and waits breaks a capture, which it
+ * has done then: see above. With the lock held. */
 static int breaks_capture(void) {
     int broken = 0;
     for (Stream *s = streams; s; s = s->next_stream)
@@ -324,6 +339,8 @@ static CUresult allocate(void **out, size_t size, int device) {
 
 static CUresult release(void *start, int pinned, int registered) {
     pthread_mutex_lock(&lock);
+    if (breaks_capture())
+        return leave(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
     for (Block **at = &blocks; *at; at = &(*at)->next_block) {
         Block *b = *at;
         if (b->start != start || (b->device < 0) != pinned || b->registered != registered)
@@ -426,6 +443,8 @@ static void run(Stream *s, Op *op) {
         pthread_mutex_lock(&lock);
         Event *e = op->event;
         if (op->kind == RECORD) {
+            if (op->in_graph)
+                op->seq = ++e->recorded;
             if (op->seq > e->done)
                 e->done = op->seq, e->at = begin;
             pthread_cond_broadcast(&changed);
@@ -613,7 +632,7 @@ static CUresult submit(CUstream h, const Op *made, int waits) {
     }
     if (op->event) {
         op->event->users++;
-        op->seq = op->kind == RECORD ? ++op->event->recorded : op->event->recorded;
+        op->seq = op->kind == RECORD && !op->in_graph ? ++op->event->recorded : op->event->recorded;
     }
     if (s->tail)
         s->tail->next = op;
@@ -703,7 +722,8 @@ static void set_hosts(int count) {
 }
 
 /* Change "ns_per_byte", "kernel_us" or "memory_mb" of what is queued from now on, or "hosts", while
- * nothing is queued; 0, or -1 if there is no such setting. */
+ * nothing is queued; or "graph_bytes": to launch a graph that copies more answers OUT_OF_MEMORY, 0:
+ * none does; or "switch_fails". 0, or -1 if there is no such setting. */
 EXPORT int fakecuda_set(const char *name, double value) {
     if (!strcmp(name, "ns_per_byte"))
         ns_per_byte = value;
@@ -711,6 +731,10 @@ EXPORT int fakecuda_set(const char *name, double value) {
         kernel_us = value;
     else if (!strcmp(name, "memory_mb"))
         memory = (size_t)(value * (1 << 20));
+    else if (!strcmp(name, "graph_bytes"))
+        graph_bytes = value;
+    else if (!strcmp(name, "switch_fails"))
+        switch_fails = value != 0;
     else if (!strcmp(name, "hosts")) {
         pthread_mutex_lock(&lock);
         set_hosts((int)value);
@@ -949,6 +973,8 @@ static void push(Context *context) {
 }
 
 CUresult CUDAAPI cuCtxPushCurrent(CUcontext context) {
+    if (switch_fails && sticky)
+        return sticky;
     if (!context || !((Context *)context)->alive)
         return CUDA_ERROR_INVALID_CONTEXT;
     push((Context *)context);
@@ -966,7 +992,7 @@ CUresult CUDAAPI cuCtxPopCurrent(CUcontext *context) {
         stack = NULL;
         room = 0;
     }
-    return CUDA_SUCCESS;
+    return switch_fails ? sticky : CUDA_SUCCESS;
 }
 
 CUresult CUDAAPI cuCtxGetCurrent(CUcontext *context) {
@@ -1207,6 +1233,11 @@ CUresult CUDAAPI cuStreamSynchronize(CUstream stream) {
         s->capture_broken = 1;
         return leave(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
     }
+    for (Stream *t = is_null(stream) ? streams : NULL; t; t = t->next_stream)
+        if (t->capture && t->device == s->device && !(t->flags & CU_STREAM_NON_BLOCKING)) {
+            t->capture_broken = 1;
+            return leave(CUDA_ERROR_STREAM_CAPTURE_IMPLICIT);
+        }
     return leave(is_null(stream) ? drain_device(s->device, 1) : drain(s));
 }
 
@@ -1291,6 +1322,10 @@ CUresult CUDAAPI cuEventSynchronize(CUevent event) {
     if (!e)
         return leave(CUDA_ERROR_INVALID_HANDLE);
     uint64_t target = e->recorded;
+    if (e->flags & CU_EVENT_BLOCKING_SYNC)
+        counts.blocking_waits++;
+    else
+        counts.spinning_waits++;
     Waiter self = {waiters, e, target};
     waiters = &self;
     e->users++;
@@ -1409,6 +1444,7 @@ CUresult CUDAAPI cuGraphInstantiate(CUgraphExec *exec, CUgraph graph, unsigned l
         Op *same = malloc(sizeof *same);
         *same = *op;
         same->next = NULL;
+        same->in_graph = 1;
         if (made->last)
             made->last->next = same;
         else
@@ -1424,10 +1460,14 @@ CUresult CUDAAPI cuGraphLaunch(CUgraphExec exec, CUstream stream) {
     ENTER(1);
     pthread_mutex_lock(&lock);
     Graph *g = find_graph(exec, 1);
-    counts.graph_launches += g != NULL;
+    double copied = 0;
+    for (Op *op = g ? g->first : NULL; op; op = op->next)
+        copied += op->kind == COPY ? op->size : 0;
+    int fits = !graph_bytes || copied <= graph_bytes;
+    counts.graph_launches += g && fits;
     pthread_mutex_unlock(&lock);
-    if (!g)
-        return CUDA_ERROR_INVALID_VALUE;
+    if (!g || !fits)
+        return g ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_ERROR_INVALID_VALUE;
     for (Op *op = g->first; op; op = op->next) {
         CUresult answer = submit(stream, op, 0);
         if (answer)
@@ -1438,7 +1478,10 @@ CUresult CUDAAPI cuGraphLaunch(CUgraphExec exec, CUstream stream) {
 
 CUresult CUDAAPI cuGraphUpload(CUgraphExec exec, CUstream stream) {
     ENTER(1);
-    return CUDA_SUCCESS;
+    pthread_mutex_lock(&lock);
+    int found = find_graph(exec, 1) != NULL;
+    counts.graph_uploads += found;
+    return leave(found ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE);
 }
 
 CUresult CUDAAPI cuGraphExecDestroy(CUgraphExec exec) {

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from helpers.wait import until
 
-from inferq.shared.errors import FatalEngineError
+from inferq.shared.errors import FatalEngineError, RequestError
 from inferq.shared.schema import Array, Ticket
 from inferq.workers.audit.audit import Audit
 from inferq.workers.audit.budget import FREE, LATE, SHARE, SHORT_S, AuditBudget
@@ -25,6 +25,7 @@ from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims.runs import Finished, Job
 from inferq.workers.data_plane.lanes import Lanes
 from inferq.workers.models.engine import Batch, Lane, gather, without_padding
+from inferq.workers.models.lane_threads import LaneThreads
 
 KNOBS = Knobs(max_batch_size=16, spread=True)
 
@@ -140,7 +141,9 @@ class Driven:
             wake=lambda: self.woken.put(None),
         )
         never_late = lambda _slot, _ticket: None  # noqa: E731
-        self.lanes = Lanes("m", lanes, knobs, never_late, self.done.put, audit=self.audit)
+        self.lanes = Lanes(
+            "m", lanes, LaneThreads("m"), knobs, never_late, self.done.put, audit=self.audit
+        )
         self.lanes.start()
 
     def compute(self, *values: float) -> Finished:
@@ -386,6 +389,22 @@ def test_an_engine_that_fails_in_audits_fails_no_request_and_ends_them(
     assert of.audit.results[Result.FAILED] == 3
     (told,) = caplog.records
     assert "never alone" in told.getMessage()
+
+
+def test_a_request_that_alone_is_answered_by_an_error_of_its_own_is_no_mismatch() -> None:
+    class Refusing(Computing):
+        def run(self, batch: Batch) -> Mapping[str, Array]:
+            outputs = super().run(batch)
+            if batch.rows == 1:
+                batch.errors = {0: RequestError("not alone")}
+                return {"y": np.zeros((1, 2))}
+            return outputs
+
+    with driven(Refusing(lambda x: 2 * x)) as of:
+        assert answers(of.compute(1, 2)) == {"1": [[2, 2]], "2": [[4, 4]]}
+        of.audited(1)
+    assert of.audit.results[Result.FAILED] == 1
+    assert of.audit.mismatch is None
 
 
 def test_an_engine_beyond_use_in_an_audit_is_beyond_use() -> None:

@@ -227,9 +227,9 @@ def test_only_the_requests_of_its_own_run_are_its_company() -> None:
 def test_of_very_large_outputs_a_part_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[int] = []
 
-    def counting(expected: Any, got: Any, scale: float, usual: float = 0.0) -> Any:
+    def counting(expected: Any, got: Any, scale: float, typical_max: float = 0.0) -> Any:
         compared.extend(array.size for array in expected.values())
-        return difference(expected, got, scale, usual)
+        return difference(expected, got, scale, typical_max)
 
     monkeypatch.setattr(evidence_of, "MOST_VALUES", 1000)
     monkeypatch.setattr(evidence_of, "difference", counting)

@@ -10,7 +10,7 @@ from celery import Celery
 from helpers.repository import fake_model
 
 from inferq.shared.settings import Settings
-from inferq.workers.control_plane.found import find_models
+from inferq.workers.control_plane.repository_scan import scan_repository
 from inferq.workers.control_plane.service import Service
 from inferq.workers.engines.fake import FakeEngine
 from inferq.workers.models.engine import LoadedModel
@@ -29,7 +29,7 @@ def test_a_queue_that_is_cancelled_while_its_model_loads_is_not_consumed_afterwa
         consumer=None,
     )
     settings = Settings.load(redis_url="redis://127.0.0.1:1")
-    service = Service(worker, settings, find_models(tmp_path, "ab", on_cpu=True))
+    service = Service(worker, settings, scan_repository(tmp_path, "ab", on_cpu=True))
     opened = FakeEngine.load
 
     def load(engine: FakeEngine) -> LoadedModel:

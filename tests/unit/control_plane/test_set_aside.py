@@ -13,7 +13,7 @@ from helpers.repository import fake_model
 
 from inferq.shared.errors import ConfigError, EngineError, FatalEngineError
 from inferq.shared.settings import Settings
-from inferq.workers.control_plane.found import find_models
+from inferq.workers.control_plane.repository_scan import scan_repository
 from inferq.workers.control_plane.service import Service
 from inferq.workers.engines.fake import FakeEngine
 from inferq.workers.models.engine import LoadedModel
@@ -42,7 +42,7 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
             app=app, hostname="node", hub=None, task_events=False, consumer=None
         )
         settings = Settings.load(redis_url="redis://127.0.0.1:1", strict=strict)
-        service = Service(worker, settings, find_models(tmp_path, "abc", on_cpu=True))
+        service = Service(worker, settings, scan_repository(tmp_path, "abc", on_cpu=True))
         try:
             service._load_models()
         finally:

@@ -381,6 +381,75 @@ assert control.count('graphs') == 0
 """)
 
 
+@pytest.mark.parametrize("mode", ["global", "thread_local", "relaxed"])
+def test_what_another_thread_does_breaks_a_capture_as_its_mode_says(run: Run, mode: str) -> None:
+    run(f"""
+library = ctypes.CDLL('libcuda.so.1')
+modes = {{'global': 0, 'thread_local': 1, 'relaxed': 2}}
+stream, other, graph = cuda.Stream(1), cuda.Stream(1), ctypes.c_void_p()
+handle = ctypes.c_void_p(stream.handle)
+
+def in_a_thread(call):
+    said = []
+    def work():
+        context.push()
+        try:
+            call()
+        except cuda.Error as problem:
+            said.append(str(problem))
+        context.pop()
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return said
+
+for call, breaks in (
+    (cuda.Context.synchronize, True),
+    (lambda: cuda.mem_alloc(8), {mode!r} == 'global'),
+    (lambda: event(other).query(), {mode!r} == 'global'),
+    (lambda: event(other).synchronize(), False),
+):
+    assert library.cuStreamBeginCapture_v2(handle, modes[{mode!r}]) == 0
+    said = in_a_thread(call)
+    answer = library.cuStreamEndCapture(handle, ctypes.byref(graph))
+    assert answer == (901 if breaks else 0), (call, said, answer)
+    assert bool(said) == breaks
+    assert not said or 'not permitted when stream is capturing' in said[0]
+    if graph:
+        library.cuGraphDestroy(graph)
+cuda.Context.synchronize()
+""")
+
+
+def test_an_event_that_a_graph_records_says_nothing_of_a_launch_before_its_node(run: Run) -> None:
+    run("""
+library = ctypes.CDLL('libcuda.so.1')
+stream, recorded, end = cuda.Stream(), ctypes.c_void_p(), cuda.Event()
+handle, graph, ready = ctypes.c_void_p(stream.handle), ctypes.c_void_p(), ctypes.c_void_p()
+ran, go = [], threading.Event()
+
+def kernel():
+    assert go.wait(60)
+    go.clear()
+    ran.append(1)
+
+assert library.cuEventCreate(ctypes.byref(recorded), 0) == 0
+assert library.cuStreamBeginCapture_v2(handle, 1) == 0
+control.launch(stream.handle, kernel)
+assert library.cuEventRecordWithFlags(recorded, handle, 1) == 0
+assert library.cuStreamEndCapture(handle, ctypes.byref(graph)) == 0
+assert library.cuGraphInstantiateWithFlags(ctypes.byref(ready), graph, ctypes.c_ulonglong(0)) == 0
+for launch in (1, 2):
+    assert library.cuGraphLaunch(ready, handle) == 0
+    assert library.cuEventSynchronize(recorded) == 0
+    assert len(ran) < launch, 'it was waited for'
+    go.set()
+    end.record(stream)
+    end.synchronize()
+    assert len(ran) == launch
+""")
+
+
 def test_a_thousand_contexts_leave_nothing_behind(fake_driver: Path, tmp_path: Path) -> None:
     stats = tmp_path / "stats.json"
     code = """

@@ -23,37 +23,47 @@ def _set(pointer: Any, value: int) -> int:
 
 def test_without_a_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libcuda, "_driver", lambda: None)
-    assert libcuda.compute_capability() is None
+    assert libcuda.gpu_kind() is None
     assert libcuda.current_context() is None
     assert libcuda.context_failure() is None
     libcuda.pop_context()
 
 
 def test_a_missing_library_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(libcuda, "_LIBRARY", "libcuda.so.that.is.nowhere")
+    monkeypatch.setattr(libcuda, "LIBRARY", "libcuda.so.that.is.nowhere")
     libcuda._driver.cache_clear()
     try:
-        assert libcuda.compute_capability() is None
+        assert libcuda.gpu_kind() is None
     finally:
         libcuda._driver.cache_clear()
 
 
-def test_the_capability_is_read_from_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    numbers = {75: 8, 76: 9}
+def test_the_kind_is_read_from_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = {75: 8, 76: 9, 16: 142}
+
+    def named(into: Any, size: int, handle: Any) -> int:
+        into.value = b"NVIDIA L40"[: size - 1]
+        return 0
+
     _driver(
         monkeypatch,
         cuInit=lambda flags: 0,
         cuDeviceGet=_set,
+        cuDeviceGetName=named,
         cuDeviceGetAttribute=lambda number, which, handle: _set(number, numbers[which]),
     )
-    assert libcuda.compute_capability() == "8.9"
+    kind = libcuda.gpu_kind()
+    assert kind == libcuda.GpuKind("NVIDIA L40", "8.9", 142)
+    assert str(kind) == "NVIDIA L40, 142 SMs"
 
 
-@pytest.mark.parametrize("fails", ["cuInit", "cuDeviceGet", "cuDeviceGetAttribute"])
+@pytest.mark.parametrize(
+    "fails", ["cuInit", "cuDeviceGet", "cuDeviceGetName", "cuDeviceGetAttribute"]
+)
 def test_a_driver_that_fails_is_no_gpu(monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
-    names = ["cuInit", "cuDeviceGet", "cuDeviceGetAttribute"]
+    names = ["cuInit", "cuDeviceGet", "cuDeviceGetName", "cuDeviceGetAttribute"]
     _driver(monkeypatch, **{name: lambda *_, code=100 * (name == fails): code for name in names})
-    assert libcuda.compute_capability() is None
+    assert libcuda.gpu_kind() is None
 
 
 def test_the_memory_is_read_from_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from helpers.responder import advert
 
 from inferq.shared.schema import Signature, TensorSpec, Ticket
 from inferq.workers.claims.claim import Claim, Slot
-from inferq.workers.claims.ledger import QueueId
+from inferq.workers.claims.fenced import QueueId
 from inferq.workers.claims.payloads import _blocks
 from inferq.workers.claims.verdicts import Opened
 from inferq.workers.data_plane import scheduling

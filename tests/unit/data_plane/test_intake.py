@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
-import tracemalloc
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-import msgpack
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from helpers.intake import INPUTS, NAMES, NOW, OWN, PLAIN, SLOT, X, failure, intake, message, opened
 
 from inferq.shared import codec
 from inferq.shared.errors import (
@@ -24,87 +21,22 @@ from inferq.shared.errors import (
     PayloadExpired,
     PayloadTooLarge,
 )
-from inferq.shared.names import Names
-from inferq.shared.schema import ModelAdvert, Signature, TensorSpec
-from inferq.workers.batching.padding import Padding, PadRule
+from inferq.shared.schema import TensorSpec
+from inferq.workers.batching.padding import PadRule
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.canvas.following import MAX_FOLLOWING
 from inferq.workers.canvas.link_queues import LinkQueues
-from inferq.workers.claims.claim import Claim, Slot
 from inferq.workers.claims.verdicts import (
-    Early,
     Failed,
     Foreign,
     Opened,
     Quarantined,
     Revoked,
+    ScheduledRequest,
     retried,
 )
 from inferq.workers.data_plane.foreign_tasks import MAX_BYTES, ForeignTasks
-from inferq.workers.data_plane.intake import BODY_BYTES, MAX_REPR_CHARS, WRITTEN_OUT, Intake
-
-NAMES = Names()
-NOW = 1_800_000_000_000.0
-SLOT = Slot(Claim("k", "m", 3, 1), 0)
-X = np.arange(4, dtype=np.float32).reshape(1, 4)
-INPUTS = {"x": codec.encode_tensor(X)}
-PLAIN = (TensorSpec("x", "float32", ("batch", 4)),)
-
-
-def intake(
-    *inputs: TensorSpec, revoked: frozenset[str] = frozenset(), limit: int = 1000, **pad: PadRule
-) -> Intake:
-    signature = Signature(inputs or PLAIN, inputs or PLAIN)
-    advert = ModelAdvert(
-        name="m",
-        version=1,
-        engine="fake",
-        signature=signature,
-        max_batch_size=8,
-        batchable=True,
-        max_queue_depth=0,
-        max_request_bytes=limit,
-        default_priority=0,
-        default_timeout_ms=0,
-        seconds_per_row=0.0,
-    )
-    padding = Padding(signature, pad)
-    links = LinkQueues(NAMES)
-    return Intake(advert, NAMES, padding, revoked.__contains__, lambda: NOW, links)
-
-
-def message(
-    inputs: object = None,
-    *,
-    args: list[Any] | None = None,
-    kwargs: Mapping[str, Any] | None = None,
-    embed: object = None,
-    kind: str = codec.MSGPACK,
-    **headers: Any,
-) -> bytes:
-    if kwargs is None:
-        kwargs = {} if args else {"model": "m", "inputs": INPUTS if inputs is None else inputs}
-    body = [args or [], kwargs, embed]
-    packed = json.dumps(body).encode() if kind == codec.JSON else msgpack.packb(body)
-    return json.dumps(
-        {
-            "body": base64.b64encode(packed).decode(),
-            "headers": {"id": "one", "task": "inferq.infer", **headers},
-            "properties": {"body_encoding": "base64"},
-            "content-type": kind,
-        }
-    ).encode()
-
-
-def failure(found: object) -> Exception:
-    assert isinstance(found, Failed), found
-    return found.error
-
-
-def opened(reader: Intake, raw: bytes) -> Opened:
-    found = reader.open(SLOT, raw)
-    assert isinstance(found, Opened), found
-    return found
+from inferq.workers.data_plane.intake import BODY_BYTES, WRITTEN_OUT, Intake
 
 
 def admitted(
@@ -262,7 +194,7 @@ def test_another_task_is_celerys_where_it_is_registered_and_may_be() -> None:
     assert made["properties"]["delivery_info"] == {"exchange": "", "routing_key": "inferq.m"}
     assert made["properties"]["priority"] == 3
     assert len(made["properties"]["delivery_tag"]) == 36
-    assert isinstance(handed(task="mine", eta="2040-01-01T00:00:00"), Early)
+    assert isinstance(handed(task="mine", eta="2040-01-01T00:00:00"), ScheduledRequest)
     for task in ("other", "celery.mine"):
         assert isinstance(failure(handed(task=task)), NotRegistered)
     for odd in ({"eta": "x"}, {"expires": "x"}, {"compression": "x-bz2"}):
@@ -273,7 +205,7 @@ def test_another_task_is_celerys_where_it_is_registered_and_may_be() -> None:
 def test_a_request_waits_for_its_eta_only_if_it_is_good_and_early() -> None:
     ahead = "2030-01-01T00:00:00"
     early = intake().open(SLOT, message(eta=ahead))
-    assert isinstance(early, Early)
+    assert isinstance(early, ScheduledRequest)
     assert early.due_ms == datetime(2030, 1, 1, tzinfo=UTC).timestamp() * 1000
     assert isinstance(intake().open(SLOT, message(eta="2020-01-01T00:00:00+02:00")), Opened)
     bad = [message(eta="some day"), message(eta=ahead, kwargs={}), message(eta=ahead, kind="yaml")]
@@ -314,9 +246,6 @@ def test_a_request_that_is_too_late_still_has_its_links() -> None:
     assert found.ticket.canvas == raw
 
 
-# --- claim check ---------------------------------------------------------------------------------
-
-OWN = NAMES.payload("one", "x")
 CHECKED = {"x": codec.encode_reference(X, OWN)}
 
 
@@ -420,166 +349,3 @@ def test_one_that_killed_a_worker_runs_alone() -> None:
     assert isinstance(again, Waiting)
     assert (again.alone, again.ticket.attempts) == (True, 2)
     assert not admitted(reader, message()).alone
-
-
-# --- anything ------------------------------------------------------------------------------------
-
-ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text()
-    | st.binary() | st.sampled_from(["m", "x", "<f4", OWN]),
-    lambda inner: st.lists(inner)
-    | st.dictionaries(
-        st.sampled_from(["x", "y", "dtype", "shape", "data", "key", "model", "inputs", "chain"]),
-        inner,
-    ),
-    max_leaves=12,
-)  # fmt: skip
-
-
-@given(ANYTHING, ANYTHING, ANYTHING)
-def test_no_body_makes_it_raise(args: Any, kwargs: Any, embed: Any) -> None:
-    reader = intake()
-    bodies: list[Any] = [[args, kwargs, embed], [[], {"inputs": {"x": args}}, None], args]
-    for body in bodies:
-        raw = json.dumps(
-            {
-                "body": base64.b64encode(msgpack.packb(body)).decode(),
-                "headers": {"id": "one", "task": "inferq.infer"},
-                "properties": {"body_encoding": "base64"},
-                "content-type": codec.MSGPACK,
-            }
-        ).encode()
-        found = reader.open(SLOT, raw)
-        assert isinstance(found, Opened | Failed)
-        if isinstance(found, Opened):
-            assert isinstance(reader.admit(found, {OWN: b"1234"}), Waiting | Failed)
-
-
-HEADER = (
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**63), 2**63)
-    | st.floats()
-    | st.text()
-    | st.datetimes().map(datetime.isoformat)
-    | st.sampled_from(["inferq.infer", NAMES.reply("a"), "9999-12-31T23:59:59-23:59"])
-)
-
-
-@given(
-    st.dictionaries(st.sampled_from(codec.Headers.__struct_fields__), HEADER),
-    st.sampled_from([codec.MSGPACK, codec.JSON, "application/x-yaml"]),
-)
-def test_no_headers_make_it_raise(headers: dict[str, Any], kind: str) -> None:
-    given = {"inputs": {"x": X.tolist()}} if kind == codec.JSON else {"inputs": INPUTS}
-    reader = intake()
-    found = reader.open(SLOT, message(kwargs=given, kind=kind, **headers))
-    if isinstance(found, Opened):
-        assert isinstance(reader.admit(found, {}), Waiting)
-    elif isinstance(found, Failed | Revoked):
-        assert found.ticket.id == headers.get("id", "one")
-        assert found.ticket.reply is None or NAMES.is_reply(found.ticket.reply)
-    else:
-        assert isinstance(found, Quarantined | Early)
-
-
-# --- headers and properties ------------------------------------------------------------------
-
-
-def changed(raw: bytes, part: str, **fields: object) -> bytes:
-    """`raw` with fields added to its headers or properties."""
-    tree = json.loads(raw)
-    tree[part] |= fields
-    return json.dumps(tree).encode()
-
-
-@pytest.mark.parametrize("task", ["inferq.infer", "somebody.elses"])
-@pytest.mark.parametrize(
-    ("part", "field"),
-    [("headers", "stamps"), ("headers", "kwargsrepr"), ("properties", "reply_to")],
-)
-def test_headers_that_are_too_large_are_refused_under_their_id(
-    part: str, field: str, task: str
-) -> None:
-    """Whoever reads them next (links, Celery's handler) makes objects of them all."""
-    reader = intake()
-    raw = changed(message(task=task), part, **{field: "x" * codec.MAX_HEAD_BYTES})
-    found = reader.open(SLOT, raw)
-    problem = failure(found)
-    assert type(problem) is PayloadTooLarge
-    assert f"expected at most {codec.MAX_HEAD_BYTES}" in str(problem)
-    assert isinstance(found, Failed)
-    assert (found.ticket.id, found.ticket.priority) == ("one", 3)
-    within = changed(message(), part, **{field: "x" * (codec.MAX_HEAD_BYTES - 1_000)})
-    assert isinstance(reader.open(SLOT, within), Opened)
-
-
-def test_headers_that_are_too_large_cost_no_memory_to_speak_of() -> None:
-    reader = intake()
-    stamps = {str(n): {str(n): [n]} for n in range(100_000)}
-    raw = changed(message(), "headers", stamps=stamps)
-    long = changed(message(), "headers", kwargsrepr="x" * 30_000_000)
-    for each in (raw, long):
-        assert len(each) > codec.MAX_HEAD_BYTES
-        tracemalloc.start()
-        assert type(failure(reader.open(SLOT, each))) is PayloadTooLarge
-        assert tracemalloc.get_traced_memory()[1] < 1 << 20
-        tracemalloc.stop()
-
-
-def test_a_message_that_is_too_large_and_names_nobody_is_quarantined() -> None:
-    found = intake().open(SLOT, b"x" * (2 * BODY_BYTES))
-    assert isinstance(found, Quarantined)
-    assert "expected at most" in found.reason
-
-
-def test_the_description_that_is_kept_of_a_request_is_short() -> None:
-    found = opened(intake(), message(kwargsrepr="\N{GRINNING FACE}" * 50_000))
-    assert len(found.ticket.kwargsrepr) == MAX_REPR_CHARS
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [
-        b'"id": "victim"',
-        b'{"headers": {"id": "victim"',
-        b'{"headers": {"id": "victim"}} and more',
-        b'garbage {"headers": {"id": "victim", "task": "inferq.infer"}}',
-        b'{"body": {"headers": {"id": "victim"}}, "properties": {}}',
-        b'{"headers": {"id": "victim", "x": ' + b"[" * 9_000 + b"]" * 9_000 + b"}}",
-        b'\xff{"headers": {"id": "victim"}}',
-        b'{"headers": {"id": ["victim"]}}',
-        b'{"headers": [{"id": "victim"}]}',
-        b'[{"headers": {"id": "victim"}}]',
-        message(id="victim")[:-3],
-        message(id="victim")[1:],
-        message(id="victim") * 2,
-        message(id="victim").decode().encode("utf-16"),
-    ],
-    ids=lambda raw: f"{raw[:50]!r}",
-)
-def test_bytes_that_merely_hold_an_id_name_nobody(raw: bytes) -> None:
-    assert isinstance(intake().open(SLOT, raw), Quarantined)
-    assert codec.guess_ticket(raw, "m") is None
-
-
-def test_an_envelope_with_a_header_of_the_wrong_type_names_who_asked() -> None:
-    raw = message(retries="none")
-    assert isinstance(intake().open(SLOT, raw), Quarantined)
-    ticket = codec.guess_ticket(raw, "m")
-    assert ticket is not None
-    assert (ticket.id, ticket.content_type, ticket.reply, ticket.payload_keys) == (
-        "one",
-        codec.MSGPACK,
-        None,
-        (),
-    )
-
-
-@pytest.mark.parametrize(
-    "model", [["deep"], json.loads("[" * 400 + "]" * 400), {"x" * 10_000: 1}], ids=range(3)
-)
-def test_a_model_of_any_kind_is_named_in_few_words(model: object) -> None:
-    problem = failure(intake().open(SLOT, message(kwargs={"inputs": INPUTS, "model": model})))
-    assert type(problem) is ModelNotFound
-    assert len(str(problem)) < 300

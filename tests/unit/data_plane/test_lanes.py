@@ -9,7 +9,13 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from inferq.shared.errors import DeadlineExceeded, EngineError, FatalEngineError, InvalidInput
+from inferq.shared.errors import (
+    DeadlineExceeded,
+    EngineError,
+    FatalEngineError,
+    InvalidInput,
+    RequestError,
+)
 from inferq.shared.schema import Array, Ticket
 from inferq.workers.batching.policy import Knobs
 from inferq.workers.batching.waiting import Waiting
@@ -17,6 +23,8 @@ from inferq.workers.claims.runs import Finished, Job, Outcome
 from inferq.workers.claims.verdicts import Failed, Revoked
 from inferq.workers.data_plane.lanes import Lanes, execute
 from inferq.workers.models.engine import Batch, Lane, gather
+from inferq.workers.models.lane_threads import LaneThreads
+from inferq.workers.warmup.fit import Fit
 
 KNOBS = Knobs(max_batch_size=16)
 
@@ -79,6 +87,47 @@ def test_each_request_gets_its_own_rows() -> None:
         assert outcome.run is not None
         assert (outcome.run.rows, outcome.run.requests, outcome.run.padding) == (6, 4, 0)
     assert len(lane.batches) == 1
+
+
+class Refusing(Echo):
+    """Answers rows that hold one of `values` by an error of their own."""
+
+    def __init__(self, *values: float) -> None:
+        super().__init__()
+        self.values = values
+
+    def run(self, batch: Batch) -> Mapping[str, Array]:
+        outputs = super().run(batch)
+        refused = np.isin(gather(batch)["x"], self.values).any(axis=1)
+        errors = {int(row): RequestError(f"row {row}") for row in np.flatnonzero(refused)}
+        batch.errors = errors or None
+        return {} if len(errors) == batch.rows else outputs
+
+
+def test_a_request_with_an_error_in_one_of_its_rows_fails_alone_and_nothing_runs_again() -> None:
+    lane = Refusing(2, 3)
+    waiting = [*items(1), *items(2, rows=3), *items(3), *items(4, rows=2)]
+    outcomes = run(lane, waiting)
+    assert len(lane.batches) == 1
+    for name in ("1", "4"):
+        assert_echoed(outcomes[name])
+    for name, row in (("2", 1), ("3", 4)):
+        error = outcomes[name].error
+        assert type(error) is RequestError
+        assert error.message == f"row {row}"
+        assert outcomes[name].outputs is None
+    assert type(run(Refusing(5), items(5))["5"].error) is RequestError
+    alone = run(Refusing(2), items(1, 2, 3), Knobs(max_batch_size=1, batchable=False))
+    assert [alone[name].error is None for name in ("1", "2", "3")] == [True, False, True]
+
+
+def test_a_request_that_is_run_in_pieces_has_the_error_of_one_of_them() -> None:
+    fit = Fit("m", elements=4, row=2)
+    waiting = items(1, rows=6)
+    waiting[0].inputs["x"][3] = 9
+    (outcome,) = execute(Refusing(9), waiting, KNOBS, None, fit)
+    assert isinstance(outcome.error, RequestError)
+    assert outcome.outputs is None
 
 
 def test_a_batch_runs_at_its_bucket_and_parts_of_it_at_theirs() -> None:
@@ -177,7 +226,7 @@ def started(
     *lanes: Echo, too_late: Callable[[Any, Ticket], Failed | Revoked | None] = never_late
 ) -> tuple[Lanes, SimpleQueue[Finished]]:
     done: SimpleQueue[Finished] = SimpleQueue()
-    driven = Lanes("lane", lanes, KNOBS, too_late, done.put)
+    driven = Lanes("lane", lanes, LaneThreads("lane"), KNOBS, too_late, done.put)
     driven.start()
     return driven, done
 

@@ -16,7 +16,7 @@ from inferq.shared.schema import Ticket
 from inferq.workers.audit.audit import Mismatch
 from inferq.workers.batching.waiting import Waiting
 from inferq.workers.claims.claim import Want
-from inferq.workers.claims.ledger import HINT, QueueId
+from inferq.workers.claims.fenced import HINT, QueueId
 from inferq.workers.claims.runs import Job
 from inferq.workers.data_plane import reporting, scheduling
 from inferq.workers.data_plane.budget import Budget

@@ -23,6 +23,17 @@ from inferq.workers.models.signatures import examine
 
 FAKE = {"inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", 3]}]}
 
+DOUBLING = """
+from inferq.model import Model
+
+class Doubling(Model):
+    inputs = {"x": "float32[batch, 3]"}
+    outputs = {"y": "float32[batch, 3]"}
+
+    def run(self, inputs):
+        return {"y": inputs["x"] * 2}
+"""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -56,6 +67,12 @@ def _double_program(folder: Path) -> Path:
     return torch_models.double(folder / "model.pt2")
 
 
+def _doubling_code(folder: Path) -> Path:
+    path = folder / "model.py"
+    path.write_text(DOUBLING)
+    return path
+
+
 def _from_wheel(package: str, file: str) -> Callable[[Path], Path]:
     def place(folder: Path) -> Path:
         return Path(shutil.copy(package_folder(package) / file, folder / "model.onnx"))
@@ -72,6 +89,8 @@ CASES = {
         {},
     ),
     "torch": Case("torch", _double_program, _floats("x", 3), {}),
+    "python": Case("python", _doubling_code, _floats("x", 3), {}),
+    "python in threads": Case("python", _doubling_code, _floats("x", 3), {"isolation": "thread"}),
     "magika": Case(
         "onnxruntime", _from_wheel("magika", "models/standard_v3_3/model.onnx"), _bytes, {}
     ),

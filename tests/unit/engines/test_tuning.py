@@ -108,7 +108,7 @@ def test_without_a_known_size_there_is_no_sample(dim: str | None) -> None:
     assert sample(signature, 1, {}) is None
 
 
-def test_a_dim_has_its_usual_size_where_one_is_known() -> None:
+def test_a_dim_has_its_optimum_size_where_one_is_known() -> None:
     signature = Signature((TensorSpec("x", "float32", ("batch", "n", "m")),), PLAIN.outputs)
     found = sample(signature, 2, {"m": PadRule((4, 8), 0.0)}, {"n": 5, "batch": 9})
     assert found is not None

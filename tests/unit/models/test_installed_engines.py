@@ -70,7 +70,7 @@ def test_an_installed_engine_is_known_by_name_file_and_package_and_not_imported(
     assert (entry.target, entry.files) == ("other_engine:Engine", ("model.other",))
     assert entry.requirement == "inferq-other[gpu]"
     assert list(engines())[: len(ENGINES)] == list(ENGINES), "ours come first"
-    assert model_files() == ("model.onnx", "model.pt2", "model.other")
+    assert model_files() == ("model.onnx", "model.pt2", "model.py", "model.other")
     with pytest.raises(
         ConfigError,
         match=r"'other' cannot be imported .*other_engine.* pip install \"inferq-other\[gpu\]\"",

@@ -20,7 +20,7 @@ from inferq.workers.trt.plans import PlanFolder
 SOMEBODY, NOBODY = 4242, 65534
 INSTEAD = "set INFERQ_PLANS to another folder"
 KEY = PlanKey(
-    "ab" * 32, "tensorrt-rtx", "1.7", "any", "fp32", ((InputRange("x", (1,), (4,), (8,)),),)
+    "ab" * 32, "tensorrt-rtx", "1.7", "any", "any", "fp32", ((InputRange("x", (1,), (4,), (8,)),),)
 )
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others")
 

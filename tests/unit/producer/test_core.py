@@ -292,14 +292,14 @@ def test_a_result_that_nobody_can_read_fails_its_own_request_and_no_other(raw: b
 def test_news_that_nobody_can_read_is_passed_over(news: bytes) -> None:
     core = new_core()
     submit(core)
-    assert core.told([b"message", core.channel.encode(), news]) == []
+    assert core.settled_ids([b"message", core.channel.encode(), news]) == []
 
 
 def test_a_result_that_is_told_very_often_is_read_once() -> None:
     core = new_core()
     pending = submit(core)
     news = msgpack.packb([pending.request_id] * 10_000)
-    assert core.told([b"message", core.channel.encode(), news]) == [pending.request_id]
+    assert core.settled_ids([b"message", core.channel.encode(), news]) == [pending.request_id]
 
 
 def test_a_large_result_is_read_whatever_its_receipt_says_and_with_empty_outputs() -> None:
@@ -353,10 +353,10 @@ def test_only_news_about_our_own_requests_is_heard() -> None:
     pending = submit(core)
     channel = core.channel.encode()
     ids = msgpack.packb([pending.request_id, "someone-else", 7, []])
-    assert core.told([b"message", channel, ids]) == [pending.request_id]
-    assert core.told([b"message", b"other", ids]) == []
-    assert core.told([b"subscribe", channel, 1]) == []
-    assert core.told([b"message", channel, b"\xc1"]) == []
+    assert core.settled_ids([b"message", channel, ids]) == [pending.request_id]
+    assert core.settled_ids([b"message", b"other", ids]) == []
+    assert core.settled_ids([b"subscribe", channel, 1]) == []
+    assert core.settled_ids([b"message", channel, b"\xc1"]) == []
 
 
 def test_a_request_is_expired_only_after_a_gap_longer_than_results_live() -> None:

@@ -18,16 +18,14 @@ import click
 import pytest
 import yaml
 from helpers.acl import roles
+from helpers.compose import COMPOSE, IMAGES, OURS, SERVICES, WORKERS, container, mounts
 from helpers.deploy import (
     COMPOSE_FILE,
     DOCKERFILE,
     ENV_EXAMPLE,
     ROOT,
-    Container,
-    Dockerfile,
     example_env,
     interpolate,
-    load_compose,
     read_env,
     seconds,
     tracked,
@@ -37,14 +35,8 @@ from helpers.deploy import (
 from inferq.shared.settings import ENV_PREFIX, Settings
 from inferq.workers.cli import inferq
 
-COMPOSE = load_compose()
-SERVICES: dict[str, Any] = COMPOSE["services"]
-IMAGES = Dockerfile.load()
 PROMETHEUS = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())
-#: Services that come from our Dockerfile, and those of them that run until they are stopped.
-OURS = sorted(name for name, service in SERVICES.items() if "build" in service)
 LASTING = sorted(name for name, service in SERVICES.items() if service["restart"] != "no")
-WORKERS = ["worker-cpu", "worker-gpu"]
 #: Who each service is to Redis. The operator is in none of them but Redis itself.
 ROLE_OF = {
     "demo": "producer",
@@ -57,16 +49,6 @@ SECRETS = [
     "INFERQ_FLOWER_PASSWORD", "INFERQ_REDIS_PASSWORD", "INFERQ_PRODUCER_PASSWORD",
     "INFERQ_CANCELLER_PASSWORD", "INFERQ_WORKER_PASSWORD", "INFERQ_WATCHER_PASSWORD",
 ]  # fmt: skip
-UID = "10001:10001"
-
-
-def container(service: str) -> Container:
-    return Container.of(service, COMPOSE, IMAGES)
-
-
-def mounts(service: str) -> list[list[str]]:
-    """Source, target and, if there is one, mode of each volume."""
-    return [each.split(":") for each in SERVICES[service].get("volumes", [])]
 
 
 # --- services ------------------------------------------------------------------------------------
@@ -358,91 +340,6 @@ def test_an_option_that_is_not_there_would_be_found() -> None:
         _check_command(["inferq", "worker", "--cpus"])
     with pytest.raises(AssertionError, match="no inferq wroker"):
         _check_command(["inferq", "wroker"])
-
-
-# --- images --------------------------------------------------------------------------------------
-
-
-def test_the_targets_are_those_that_compose_builds() -> None:
-    built = {SERVICES[name]["build"]["target"] for name in OURS}
-    started = {name for name in IMAGES.stages if IMAGES.image(name).command}
-    assert built == started
-
-
-@pytest.mark.parametrize("service", OURS)
-def test_images_run_as_a_user_without_rights(service: str) -> None:
-    target = SERVICES[service]["build"]["target"]
-    assert IMAGES.image(target).user == UID
-    uid = UID.partition(":")[0]
-    made = " ".join(rest for stage in IMAGES.lineage(target) for rest in stage.of("RUN"))
-    assert f"useradd --uid {uid} " in made
-    assert f"groupadd --gid {uid} " in made
-
-
-def test_every_base_is_pinned_to_a_release() -> None:
-    bases = {each.base for each in IMAGES.stages.values()} - set(IMAGES.stages)
-    bases |= {service["image"] for service in SERVICES.values() if "build" not in service}
-    assert len(bases) == 5
-    for base in bases:
-        assert re.fullmatch(r"[a-z/]+:v?\d+\.\d+\.\d+(-[a-z0-9.-]+)?(@sha256:[0-9a-f]{64})?", base)
-
-
-def test_both_halves_of_the_gpu_image_are_of_one_release() -> None:
-    devel, base = (IMAGES.stages[name].base for name in ("gpu-environment", "worker-gpu"))
-    assert devel.replace("-devel-", "-base-") == base
-
-
-def test_every_file_that_is_copied_is_in_git_and_reaches_the_build() -> None:
-    sent = {
-        line.removeprefix("!")
-        for line in (ROOT / ".dockerignore").read_text().splitlines()
-        if line.startswith("!")
-    }
-    copied = set()
-    for stage in IMAGES.stages.values():
-        for rest in stage.of("COPY"):
-            *sources, _target = rest.split()
-            if sources[0].startswith("--from="):
-                assert sources[0].removeprefix("--from=") in IMAGES.stages
-                continue
-            copied |= {source.rstrip("/") for source in sources}
-    assert copied <= tracked()
-    assert copied == sent
-
-
-@pytest.mark.parametrize("service", OURS)
-def test_each_image_gets_an_environment_that_was_made_where_it_lies(service: str) -> None:
-    """A virtual environment works in the folder, and with the Python, that it was made with."""
-    target = SERVICES[service]["build"]["target"]
-    (copied,) = [rest for rest in IMAGES.stages[target].of("COPY") if "--from=" in rest]
-    origin, source, place = copied.removeprefix("--from=").split()
-    assert source == place == "/opt/inferq"
-    made = " ".join(rest for stage in IMAGES.lineage(origin) for rest in stage.of("RUN"))
-    assert f"-m venv {place}" in made
-    root, other = (IMAGES.lineage(each)[0].base for each in (origin, target))
-    assert root.replace("-devel-", "-base-") == other
-    assert "/opt/inferq/bin:" in IMAGES.image(target).environment["PATH"]
-
-
-def test_new_volumes_belong_to_the_user_of_the_image() -> None:
-    """A new volume takes the owner of the folder that it is mounted on."""
-    for service, place, option in (
-        ("models", "/models", ""),
-        ("worker-gpu", "/var/cache/inferq/plans", " --mode=0700"),
-    ):
-        assert any(mount[1:] == [place] for mount in mounts(service))
-        target = SERVICES[service]["build"]["target"]
-        made = " ".join(rest for stage in IMAGES.lineage(target) for rest in stage.of("RUN"))
-        assert f"install --directory --owner=inferq --group=inferq{option} {place}" in made
-
-
-@pytest.mark.parametrize("service", WORKERS)
-def test_workers_look_for_models_and_plans_where_they_are_mounted(service: str) -> None:
-    environment = container(service).environment
-    assert [environment["INFERQ_MODELS"], "ro"] in [mount[1:] for mount in mounts(service)]
-    plans = environment.get("INFERQ_PLANS")
-    assert (plans is not None) is (service == "worker-gpu")
-    assert plans is None or [plans] in [mount[1:] for mount in mounts(service)]
 
 
 # --- redis, prometheus ---------------------------------------------------------------------------

@@ -93,3 +93,23 @@ def test_a_backend_service_needs_no_engine_and_no_worker() -> None:
 def test_the_installed_version_is_the_projects() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert version("inferq") == project["version"]
+
+
+@pytest.mark.parametrize(
+    "distributions",
+    [
+        ("tensorrt", "tensorrt-cu13", "tensorrt-cu13-bindings", "tensorrt-cu13-libs"),
+        ("tensorrt-rtx-cu13", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs"),
+    ],
+    ids=lambda distributions: distributions[0],
+)
+def test_every_distribution_of_tensorrt_is_pinned_and_at_one_version(
+    distributions: tuple[str, ...],
+) -> None:
+    """Bindings of another release than the libraries do not import, or crash."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = extras["optional-dependencies"][distributions[0].removesuffix("-cu13")]
+    assert any(each.split(">=")[0] == distributions[0] for each in wanted)
+    assert len({pins.get(each, f"no {each}") for each in distributions}) == 1

@@ -36,11 +36,11 @@ def test_runs_of_equal_shapes_may_be_held_to_less() -> None:
     assert difference({"y": exact}, {"y": off}, scale=0.01) is not None
 
 
-def test_values_smaller_than_usual_may_differ_by_the_rounding_of_usual_ones() -> None:
+def test_values_smaller_than_typical_may_differ_by_the_rounding_of_typical_ones() -> None:
     tiny, other = np.full(3, 1e-6, np.float32), np.full(3, 2e-6, np.float32)
     assert difference({"y": tiny}, {"y": other}) is not None
-    assert difference({"y": tiny}, {"y": other}, usual=1.0) is None
-    assert difference({"y": tiny}, {"y": other}, usual=1e-3) is not None
+    assert difference({"y": tiny}, {"y": other}, typical_max=1.0) is None
+    assert difference({"y": tiny}, {"y": other}, typical_max=1e-3) is not None
 
 
 def test_integers_and_flags_are_compared_by_value() -> None:

@@ -52,12 +52,12 @@ def beat(pid: int) -> Beat:
 
 
 def test_xdg_runtime_dir_comes_first(own: Path, shared: Path) -> None:
-    assert runtime_folder.usual() == own / "inferq"
+    assert runtime_folder.default() == own / "inferq"
     assert runtime_folder.all_known() == [own / "inferq", shared / f"inferq-{os.geteuid()}"]
 
 
 def test_without_xdg_runtime_dir_it_stands_among_temporary_files(shared: Path) -> None:
-    assert runtime_folder.usual() == shared / f"inferq-{os.geteuid()}"
+    assert runtime_folder.default() == shared / f"inferq-{os.geteuid()}"
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_an_xdg_runtime_dir_that_is_not_ours_alone_is_not_used(
 ) -> None:
     """As `su` leaves that of the user before."""
     alter(own)
-    assert runtime_folder.usual().parent == shared
+    assert runtime_folder.default().parent == shared
 
 
 def test_a_relative_xdg_runtime_dir_is_not_used(
@@ -83,15 +83,15 @@ def test_a_relative_xdg_runtime_dir_is_not_used(
 ) -> None:
     monkeypatch.chdir(own.parent)
     monkeypatch.setenv("XDG_RUNTIME_DIR", own.name)
-    assert runtime_folder.usual().parent == shared
+    assert runtime_folder.default().parent == shared
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
 def test_it_is_made_for_us_alone_whatever_the_umask(shared: Path, mask: int) -> None:
     with umask(mask):
-        runtime_folder.make(runtime_folder.usual())
-        runtime_folder.make(runtime_folder.usual())  # it may be there already
-    found = runtime_folder.usual().lstat()
+        runtime_folder.make(runtime_folder.default())
+        runtime_folder.make(runtime_folder.default())  # it may be there already
+    found = runtime_folder.default().lstat()
     assert (found.st_mode & 0o7777, found.st_uid) == (0o700, os.geteuid())
 
 
@@ -126,7 +126,7 @@ def _made(mode: int, owner: int | None = None) -> Alter:
 def test_what_others_may_have_made_is_refused_with_one_line_that_says_what_to_do(
     shared: Path, alter: Alter, what: str
 ) -> None:
-    folder = runtime_folder.usual()
+    folder = runtime_folder.default()
     alter(folder)
     with pytest.raises(ConfigError) as caught:
         runtime_folder.make(folder)

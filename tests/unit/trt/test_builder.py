@@ -15,11 +15,13 @@ from helpers.trt import order
 from onnx import TensorProto, helper
 
 from inferq.shared.errors import ConfigError
+from inferq.workers.cuda.libcuda import GpuKind
 from inferq.workers.trt.builder import BuildRequest, ensure_plan, plan_key
 from inferq.workers.trt.flavours import Flavour
-from inferq.workers.trt.plans import PlanFolder
+from inferq.workers.trt.plans import PlanFolder, runtime_cache_name, timing_cache_name
 
 FLOAT = onnx_models.FLOAT
+H200 = GpuKind("NVIDIA H200", "9.0", 132)
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def test_a_plan_is_built_once(models: Path, folder: PlanFolder) -> None:
     assert again.load() == first.load()
     record = first.record
     assert (record.model_name, record.model_version, record.verified) == ("double", 1, False)
-    assert (record.key.capability, record.key.precision) == ("any", "fp32")
+    assert (record.key.capability, record.key.gpu, record.key.precision) == ("any", "any", "fp32")
 
 
 def test_of_two_that_want_the_same_plan_one_builds_it(models: Path, folder: PlanFolder) -> None:
@@ -122,9 +124,31 @@ def test_another_release_of_tensorrt_builds_again(
 
 def test_a_plan_that_is_bound_to_no_gpu_serves_each(models: Path, folder: PlanFolder) -> None:
     plan = ensure_plan(order(models, "double"), folder)
-    on_gpu = ensure_plan(order(models, "double", capability="9.0"), folder)
+    on_gpu = ensure_plan(order(models, "double", gpu=H200), folder)
     assert on_gpu.from_cache
     assert on_gpu.path == plan.path
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        GpuKind("NVIDIA H100 80GB HBM3", "9.0", 132),
+        GpuKind("NVIDIA H200", "9.0", 114),
+        GpuKind("NVIDIA H200 MIG 1g.18gb", "9.0", 16),
+    ],
+    ids=["name", "processors", "a slice"],
+)
+def test_gpus_of_one_capability_share_neither_plans_nor_timings(
+    models: Path, other: GpuKind
+) -> None:
+    """Kernels are chosen by how long they take, which a card's capability does not tell."""
+    here, there = (plan_key(order(models, "double", gpu=gpu)) for gpu in (H200, other))
+    assert here.capability == there.capability
+    assert here.digest != there.digest
+    assert timing_cache_name(here) != timing_cache_name(there)
+    plan = Path("double.1.plan")
+    assert runtime_cache_name(plan, H200) != runtime_cache_name(plan, other)
+    assert "/" not in timing_cache_name(there)
 
 
 def test_tensorrt_itself_builds_only_where_there_is_a_gpu(

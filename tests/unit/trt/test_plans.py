@@ -25,6 +25,7 @@ KEY = PlanKey(
     flavour="tensorrt-rtx",
     flavour_version="1.7",
     capability="any",
+    gpu="any",
     precision="fp32",
     profiles=((InputRange("x", (1, 3), (4, 3), (8, 3)),),),
 )
@@ -60,6 +61,7 @@ def test_what_is_stored_is_found_and_loaded(folder: PlanFolder, plan: Plan) -> N
         {"flavour": "tensorrt"},
         {"flavour_version": "1.8"},
         {"capability": "9.0"},
+        {"gpu": "NVIDIA H200, 132 SMs"},
         {"precision": "fp16"},
         {"profiles": ((InputRange("x", (1, 3), (4, 3), (16, 3)),),)},
         {"profiles": (*KEY.profiles, (InputRange("x", (1, 3), (4, 3), (16, 3)),))},

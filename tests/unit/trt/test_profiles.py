@@ -64,7 +64,7 @@ def test_padded_dims_go_by_their_buckets(tmp_path: Path) -> None:
 
 
 def test_a_dim_of_unknown_size_wants_a_profile(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"how large 'seq'.*\[profile\] seq = \[smallest, us"):
+    with pytest.raises(ConfigError, match=r"how large 'seq'.*\[profile\] seq = \[smallest, op"):
         symbol_sizes(_pooled(tmp_path))
     spec = _pooled(tmp_path, "[profile]\nseq = [1, 64, 256]")
     assert symbol_sizes(spec)["seq"] == (1, 64, 256)
@@ -107,7 +107,10 @@ def test_a_profile_covers_all_that_can_occur(tmp_path: Path, toml: str, problem:
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("batch = [8, 4, 1]", "profile.batch is .*; expected the smallest, the usual and the larg"),
+        (
+            "batch = [8, 4, 1]",
+            "profile.batch is .*; expected the smallest, the optimum and the larg",
+        ),
         ("batch = [1, 4]", "profile.batch"),
         ("batch = [0, 4, 32]", "profile.batch.0 is 0; expected at least 1"),
         ("batch = [1.0, 4, 32]", "profile.batch.0 is 1.0; expected an integer"),

@@ -13,6 +13,7 @@ from helpers import onnx_models
 from helpers.trt import order
 
 from inferq.shared.errors import ConfigError
+from inferq.workers.cuda.libcuda import GpuKind
 from inferq.workers.trt.builder import BuildRequest, ensure_plan
 from inferq.workers.trt.plan_record import PlanKey, new_record
 from inferq.workers.trt.plans import Plan, PlanFolder, runtime_cache_name
@@ -56,8 +57,8 @@ def test_what_is_not_asked_for_any_more_is_deleted(
     folder: PlanFolder, wanted: BuildRequest, keep: Plan, change: dict[str, Any]
 ) -> None:
     old = _other(folder, keep.record.key, **change)
-    for profile in range(2):
-        folder.write_cache(runtime_cache_name(old.path, profile), b"compiled")
+    for gpu in (GpuKind("NVIDIA H100", "9.0", 132), GpuKind("NVIDIA H200", "9.0", 132)):
+        folder.write_cache(runtime_cache_name(old.path, gpu), b"compiled")
     (found,) = prune(folder, wanted, keep)
     assert (found.path, found.bytes, found.in_use) == (old.path, len(b"a plan"), False)
     assert not list(folder.path.glob(f"*{old.path.stem}*"))
@@ -71,7 +72,8 @@ def test_what_others_may_ask_for_is_left(
     key = keep.record.key
     left = [
         _other(folder, key, model="cd" * 32, flavour="tensorrt"),
-        _other(folder, key, model="cd" * 32, capability="8.6"),
+        _other(folder, key, model="cd" * 32, capability="8.6", gpu="NVIDIA A10, 72 SMs"),
+        _other(folder, key, model="cd" * 32, capability="9.0", gpu="NVIDIA H100, 132 SMs"),
         _other(folder, key, name="double.large", model="cd" * 32),
         _other(folder, key, name="doubles", model="cd" * 32),
     ]

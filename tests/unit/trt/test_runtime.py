@@ -28,6 +28,8 @@ class _Double:
 
     def __init__(self) -> None:  # noqa: C901 - a function for each call of the API
         self.calls: list[tuple[Any, ...]] = []
+        #: Those that contexts were made with.
+        self.configs: list[Any] = []
         self.refuses: set[str] = set()
         #: What is logged of it.
         self.says = "refused"
@@ -56,12 +58,17 @@ class _Double:
 
         class Config:
             cuda_graph_strategy = "disabled"
+            dynamic_shapes_kernel_specialization_strategy = "lazy"
+            memory = "its own"
+
+            def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+                self.memory = strategy
 
             def create_runtime_cache(self) -> Cache:
                 return Cache()
 
             def set_runtime_cache(self, cache: Cache) -> bool:
-                return bool(called("set_runtime_cache"))
+                return bool(called("set_runtime_cache", cache))
 
         class Execution:
             def __getattr__(self, name: str) -> Any:
@@ -75,6 +82,7 @@ class _Double:
 
         class Engine:
             num_io_tensors, num_optimization_profiles, device_memory_size_v2 = 2, 1, 512
+            num_aux_streams = 3
 
             def get_tensor_name(self, index: int) -> str:
                 return "xy"[index]
@@ -95,9 +103,8 @@ class _Double:
                 return Config()
 
             def create_execution_context(self, config: Config) -> Any:
-                return called(
-                    "create_execution_context", config.cuda_graph_strategy, answer=Execution()
-                )
+                double.configs.append(config)
+                return called("create_execution_context", answer=Execution())
 
         class Runtime:
             def __init__(self, logger: Any) -> None: ...
@@ -116,6 +123,8 @@ class _Double:
                 FLOAT="f4", HALF="f2", INT8="i1", INT32="i4", INT64="i8", UINT8="u1", BOOL="b"
             ),
             TensorIOMode=types.SimpleNamespace(INPUT="input"),
+            ExecutionContextAllocationStrategy=types.SimpleNamespace(USER_MANAGED="ours"),
+            DynamicShapesKernelSpecializationStrategy=types.SimpleNamespace(EAGER="eager"),
             CudaGraphStrategy=types.SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole"),
             EngineValidity=types.SimpleNamespace(INVALID="invalid", SUBOPTIMAL="so so"),
             EngineInvalidityDiagnostics=types.SimpleNamespace(
@@ -129,8 +138,8 @@ class _Double:
             ),
         )
 
-    def loaded(self, name: str = RTX) -> Loaded:
-        return deserialize(Flavour(name, self.module), b"plan")
+    def loaded(self, name: str = RTX, runtime_cache: bytes | None = None) -> Loaded:
+        return deserialize(Flavour(name, self.module), b"plan", runtime_cache)
 
     def context(self) -> Context:
         return self.loaded().context()
@@ -146,7 +155,7 @@ def test_a_plan_tells_its_tensors(double: _Double) -> None:
     x, y = loaded.tensors
     assert (x.name, x.is_input, x.dtype, x.shape) == ("x", True, np.dtype("u1"), (-1, 3))
     assert (y.name, y.is_input, y.dtype) == ("y", False, np.dtype("f2"))
-    assert (loaded.profiles, loaded.context_bytes) == (1, 512)
+    assert (loaded.profiles, loaded.context_bytes, loaded.aux_streams) == (1, 512, 3)
     assert loaded.range("x") == InputRange("x", (1, 3), (4, 3), (8, 3))
 
 
@@ -164,18 +173,22 @@ def test_what_a_lane_calls_arrives(double: _Double) -> None:
     context = double.context()
     double.calls.clear()
     context.set_profile(0, 7)
+    context.set_memory(1024, 512)
+    context.set_aux_streams([8, 9])
     context.set_shape("x", (4, 3))
     context.infer_shapes()
     assert context.shape("y") == (4, -1)
-    context.set_address("y", 4096)
+    for address in (4096, 4096, 8192):
+        context.set_address("y", address)
     context.execute(7)
-    assert context.is_capturable(7)
     assert double.calls == [
         ("set_optimization_profile_async", 0, 7),
+        ("set_device_memory", 1024, 512),
+        ("set_aux_streams", [8, 9]),
         ("set_input_shape", "x", (4, 3)),
         ("set_tensor_address", "y", 4096),
+        ("set_tensor_address", "y", 8192),
         ("execute_async_v3", 7),
-        ("is_stream_capturable", 7),
     ]
 
 
@@ -183,6 +196,8 @@ def test_what_a_lane_calls_arrives(double: _Double) -> None:
     ("refused", "call", "problem"),
     [
         ("set_optimization_profile_async", lambda c: c.set_profile(1, 7), "refused the profile 1"),
+        ("set_device_memory", lambda c: c.set_memory(4, 9), "refused the device memory of 9 bytes"),
+        ("set_aux_streams", lambda c: c.set_aux_streams([8]), "refused the 1 streams: set_aux"),
         ("set_input_shape", lambda c: c.set_shape("x", (9,)), r"the shape of 'x' \(9,\): set_in"),
         ("infer_shapes", lambda c: c.infer_shapes(), "no shape was set of x"),
         ("set_tensor_address", lambda c: c.set_address("y", 1), "the address of 'y': set_tensor"),
@@ -224,20 +239,40 @@ def test_no_context_is_an_engine_error(double: _Double) -> None:
 
 def test_rtx_captures_graphs_by_itself_if_it_is_told_to(double: _Double) -> None:
     double.loaded().context(graphs=True)
-    assert ("create_execution_context", "whole") in double.calls
-    double.calls.clear()
+    double.loaded().context()
     double.loaded(TENSORRT).context(graphs=True)
-    assert ("create_execution_context", "disabled") in double.calls
+    told = [each.cuda_graph_strategy for each in double.configs]
+    assert told == ["whole", "disabled", "disabled"]
+
+
+def test_a_context_takes_no_device_memory_of_its_own(double: _Double) -> None:
+    """A lane's contexts share one block: one context for each graph would fill the card."""
+    double.loaded().context()
+    double.loaded(TENSORRT).context()
+    assert [each.memory for each in double.configs] == ["ours", "ours"]
+
+
+def test_rtx_compiles_a_shapes_kernels_before_it_runs_it(double: _Double) -> None:
+    """The warm-up measures what will run; no thread of its own compiles, and logs, meanwhile."""
+    double.loaded().context()
+    assert double.configs[0].dynamic_shapes_kernel_specialization_strategy == "eager"
 
 
 def test_what_rtx_compiled_can_be_kept(double: _Double) -> None:
     loaded = double.loaded()
-    assert loaded.context().runtime_cache() == b"compiled"
+    assert loaded.runtime_cache() == b"compiled"
     double.refuses.add("deserialize cache")
-    context = loaded.context(runtime_cache=b"compiled")
+    assert double.loaded(runtime_cache=b"compiled").runtime_cache() == b"compiled"
     assert ("deserialize cache", b"compiled") in double.calls
-    assert context.runtime_cache() == b"compiled"
-    assert double.loaded(TENSORRT).context(runtime_cache=b"x").runtime_cache() is None
+    assert double.loaded(TENSORRT, runtime_cache=b"x").runtime_cache() is None
+
+
+def test_what_one_context_of_rtx_compiled_serves_the_others(double: _Double) -> None:
+    loaded = double.loaded()
+    for _ in range(3):
+        loaded.context()
+    caches = {id(call[1]) for call in double.calls if call[0] == "set_runtime_cache"}
+    assert len(caches) == 1
 
 
 def test_what_is_closed_is_closed_twice_without_harm(double: _Double) -> None:
@@ -246,4 +281,4 @@ def test_what_is_closed_is_closed_twice_without_harm(double: _Double) -> None:
     for _ in range(2):
         context.close()
         loaded.close()
-    assert context.runtime_cache() is None
+    assert loaded.runtime_cache() is None

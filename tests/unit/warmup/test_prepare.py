@@ -10,6 +10,7 @@ import pytest
 from helpers import onnx_models
 from helpers.repository import fake_model
 
+from inferq.workers.models.lane_threads import LaneThreads
 from inferq.workers.models.registry import engine_class
 from inferq.workers.models.repository import load_model
 from inferq.workers.models.spec import ModelSpec
@@ -21,8 +22,8 @@ def _prepare(spec: ModelSpec) -> Prepared:
     preparation = Preparation(spec)
     preparation.start()
     loaded = engine_class(spec.config.engine)(spec).load()
-    prepared = preparation.prepare(loaded)
-    preparation.told_to_end()
+    prepared = preparation.prepare(loaded, LaneThreads("m"))
+    preparation.stop_blaming()
     loaded.close()
     return prepared
 
@@ -106,7 +107,7 @@ def test_without_warm_up_a_size_that_ended_a_process_is_not_formed_either(
     loaded = engine_class("fake")(spec).load()
     preparation = Preparation(spec)
     preparation.start()
-    prepared = preparation.prepare(loaded)
+    prepared = preparation.prepare(loaded, LaneThreads("m"))
     assert prepared.notes is not None
     # As if it was killed meanwhile: its lock is gone with it.
     trying = prepared.notes.trying(Size(20 * 4, 20))
@@ -131,4 +132,4 @@ def test_files_that_cannot_be_read_only_cost_the_memory_of_it(tmp_path: Path) ->
     loaded = engine_class("onnxruntime")(spec).load()
     preparation = Preparation(replace(spec, path=tmp_path / "gone" / "model.onnx"))
     preparation.start()
-    assert preparation.prepare(loaded).tuning is not None
+    assert preparation.prepare(loaded, LaneThreads("m")).tuning is not None

@@ -13,6 +13,7 @@ import pytest
 
 from inferq.shared.schema import Array
 from inferq.workers.models.engine import Batch, Lane
+from inferq.workers.models.lane_threads import LaneThreads
 from inferq.workers.warmup import runs
 from inferq.workers.warmup.cache import Cache
 from inferq.workers.warmup.forecast import Forecast
@@ -88,7 +89,11 @@ def _make(size: int, buckets: Sequence[int] = ()) -> Batch:
 
 def _run(lanes: Sequence[Lane], sizes: Sequence[int], **given: Any) -> Warmed:
     given.setdefault("forecast", Forecast(left=list))
-    return Runs("m", lanes, given.pop("make", _make), sizes, **given).run()
+    threads = LaneThreads("m")
+    try:
+        return Runs("m", lanes, threads, given.pop("make", _make), sizes, **given).run()
+    finally:
+        threads.end()
 
 
 @pytest.mark.parametrize(
@@ -136,10 +141,121 @@ def test_what_was_measured_on_a_busy_machine_is_measured_anew() -> None:
     assert tuning.seconds[32] < known[32] / 2
 
 
-def test_a_lane_runs_each_size_as_often_as_it_needs_to_be_warm() -> None:
-    lanes = [Timed(lambda rows: 0.001) for _ in range(2)]
-    _run(lanes, SIZES, known=dict.fromkeys(SIZES, 0.001), times=2)
-    assert all(lane.ran.count(size) >= 2 for lane in lanes for size in SIZES)
+class Alone(Lane):
+    """A lane that must be alone in its process for its first three runs of each size."""
+
+    running = 0
+    lock = threading.Lock()
+
+    def __init__(self, seconds: float = 0.001) -> None:
+        self.ran: list[int] = []
+        self.seconds = seconds
+
+    def run(self, batch: Batch) -> Mapping[str, Array]:
+        first = self.ran.count(batch.bucket) < 3
+        self.ran.append(batch.bucket)
+        with Alone.lock:
+            Alone.running += 1
+            assert not first or Alone.running == 1, "another lane runs meanwhile"
+        time.sleep(self.seconds)
+        with Alone.lock:
+            Alone.running -= 1
+        return {"y": np.zeros((batch.rows, 3), np.float32)}
+
+
+@pytest.mark.parametrize("known", [{}, dict.fromkeys(SIZES, 0.001)], ids=["new", "known"])
+def test_lanes_run_each_size_alone_until_they_are_warm_and_then_together(
+    known: Mapping[int, float],
+) -> None:
+    """A first run, or a capture, on one lane may break what another one captures."""
+    lanes = [Alone() for _ in range(3)]
+    threads = LaneThreads("m")
+    runs_ = Runs(
+        "m", lanes, threads, _make, SIZES, forecast=Forecast(left=list), known=known, times=3
+    )
+    runs_.run()
+    runs_.also(lambda size: _make(100 + size), [1, 2])
+    threads.end()
+    assert all(lane.ran.count(size) > 3 for lane in lanes for size in [*SIZES, 101, 102])
+
+
+def test_a_size_that_takes_long_is_not_run_more_often_than_its_first_run_asks_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first run may load and compile; the second one tells."""
+    monkeypatch.setattr(runs, "SLOW_S", 0.02)
+    lane = Alone(0.05)
+    _run([lane], [1], times=3)
+    assert lane.ran == [1, 1, 1], "on one lane that is all lanes: twice alone, once to measure"
+
+
+class Card:
+    """Runs `at_once` batches at the same time, each in 4 ms, on as many lanes as are opened."""
+
+    def __init__(self, at_once: int) -> None:
+        self.places = threading.Semaphore(at_once)
+        self.lanes: list[OnCard] = []
+
+    def open(self) -> OnCard:
+        self.lanes.append(OnCard(self))
+        return self.lanes[-1]
+
+
+class OnCard(Lane):
+    def __init__(self, card: Card) -> None:
+        self._card = card
+        self.ran: list[int] = []
+        self.closed = False
+
+    def run(self, batch: Batch) -> Mapping[str, Array]:
+        assert not self.closed
+        self.ran.append(batch.rows)
+        with self._card.places:
+            time.sleep(0.004)
+        return {"y": np.zeros((batch.rows, 3), np.float32)}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def _on_card(card: Card, **given: Any) -> Warmed:
+    lanes = [card.open() for _ in range(2)]
+    return _run(lanes, [1, 2, 4], times=3, further=[card.open] * 2, **given)
+
+
+@pytest.mark.parametrize(("at_once", "lanes", "opened"), [(1, 2, 3), (3, 3, 4), (9, 4, 4)])
+def test_a_lane_more_is_opened_as_long_as_it_makes_the_model_faster(
+    at_once: int, lanes: int, opened: int
+) -> None:
+    """What gains nothing is closed again; what serves has run every size."""
+    card = Card(at_once)
+    warmed = _on_card(card)
+    assert list(warmed.lanes) == card.lanes[:lanes]
+    assert warmed.tuning.lanes == lanes
+    assert [lane.closed for lane in card.lanes] == [n >= lanes for n in range(opened)]
+    assert all(lane.ran.count(size) >= 3 for lane in card.lanes[:lanes] for size in (1, 2, 4))
+    rate = warmed.tuning.rows_per_s(4) / (min(lanes, at_once) * 4 / 0.004)
+    assert 0.5 < rate < 1.2, "what all of them serve is known"
+
+
+def test_as_many_lanes_are_opened_as_an_earlier_start_found_to_be_best() -> None:
+    known = dict.fromkeys([1, 2, 4], 0.004)
+    for lanes in (2, 3):
+        card = Card(9)
+        warmed = _on_card(card, known=known, lanes_known=lanes)
+        assert len(warmed.lanes) == len(card.lanes) == lanes
+        assert warmed.tuning.seconds == known
+
+
+def test_a_lane_more_that_does_not_fit_is_none() -> None:
+    card = Card(9)
+
+    def short() -> OnCard:
+        raise MemoryError("cuMemAlloc failed: out of memory")
+
+    warmed = _run([card.open(), card.open()], [1, 2], times=3, further=[short, card.open])
+    assert list(warmed.lanes) == card.lanes
+    assert len(card.lanes) == 2
 
 
 @pytest.mark.parametrize(
@@ -220,7 +336,7 @@ def test_sizes_end_before_the_memory_does(limit_mb: int, lanes: int, rows: int) 
     assert not memory.killed
     assert warmed.rows == rows
     assert warmed.elements == rows * 3
-    assert warmed.lanes == lanes
+    assert len(warmed.lanes) == lanes
     assert ("MB of the cgroup /x are left" in warmed.why) == (rows < 32)
 
 
@@ -229,7 +345,7 @@ def test_as_many_lanes_serve_as_have_memory_for_one_row() -> None:
     lanes = [Growing(memory) for _ in range(8)]
     warmed = _run(lanes, SIZES, forecast=memory.forecast())
     assert not memory.killed
-    assert (warmed.lanes, warmed.rows) == (2, 1)
+    assert (len(warmed.lanes), warmed.rows) == (2, 1)
     assert "3 lanes of 1 rows would take" in warmed.why_lanes
     assert not any(lane.ran for lane in lanes[2:])
 

@@ -1,1 +1,1 @@
-"""What runs models: the Celery worker, its data plane, batching, engines, model repository, CLI."""
+"""What serves models: Celery worker, data plane, batching, engines, model repository, CLI."""

@@ -31,6 +31,6 @@ app.steps["consumer"].add(QueuesStep)
 
 @app.task(name=TASK, bind=True)  # type: ignore[untyped-decorator]
 def infer(self: Task, inputs: Any = None, model: str | None = None) -> NoReturn:
-    """Run a model on a batch. The data plane serves it: here come only those from other queues."""
+    """Run a model on a batch. The data plane does that; only tasks from other queues come here."""
     queue = self.request.delivery_info["routing_key"]
     raise ModelNotFound(f"queue {queue!r} serves no model; expected inferq.<model>")

@@ -1,7 +1,7 @@
 """``celery -A proj inferq …``: inferq's commands as a sub-command of Celery's.
 
-They look where `proj` has its queues, unless the environment or their own options say otherwise.
-Every ``celery`` command of an environment with inferq imports this, so it imports little itself.
+They use the Redis of `proj`, unless the environment or their own options name another. Every
+``celery`` command of an environment with inferq imports this module, so it imports little itself.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def inferq(ctx: click.Context) -> None:
 
 
 def _settings(conf: Any) -> dict[str, str]:
-    """The environment variables by which we find the queues of a Celery app so configured."""
+    """The environment variables that name the queues of a Celery app with this configuration."""
     from inferq.shared.tls import with_tls  # noqa: PLC0415
 
     url = with_tls(_our_url(str(conf.broker_url)), conf.broker_use_ssl)
@@ -80,7 +80,7 @@ def _settings(conf: Any) -> dict[str, str]:
 
 
 def _our_url(url: str) -> str:
-    """Celery's URL of a Redis as redis-py writes it: they differ for Unix sockets."""
+    """Celery's URL of a Redis in redis-py's form: they differ for Unix sockets."""
     parts = urlsplit(url)
     if parts.scheme != "redis+socket":
         return url

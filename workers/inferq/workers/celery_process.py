@@ -1,8 +1,8 @@
-"""What ``inferq worker`` and ``inferq flower`` run: Celery's command, away from where it stands.
+"""What ``inferq worker`` and ``inferq flower`` run: Celery, without the working directory.
 
-``celery`` itself looks in the working directory first for whatever it imports by name, as suits a
-project that is developed there. Ours is the same program without that: a file called redis.py that
-happens to lie there, or was put there, is not run. Whoever runs ``celery`` gets what Celery does.
+``celery`` itself looks in the working directory first for what it imports by name, as suits a
+project that is developed there. This is the same program without that: a file called redis.py that
+lies there is not run. Who runs ``celery`` directly gets Celery's behaviour.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from inferq.workers.commands.infer import infer
 from inferq.workers.commands.models import models
 from inferq.workers.commands.queues import queues
 from inferq.workers.commands.redis import redis_command
+from inferq.workers.commands.run import run
 from inferq.workers.commands.worker import worker
 from inferq.workers.demo.command import demo
 from inferq.workers.doctor.command import doctor
@@ -22,7 +23,7 @@ from inferq.workers.flower.command import flower
 from inferq.workers.logs.printing import plain_failures
 from inferq.workers.process.visible_passwords import warn_of_visible_password
 
-#: Which extra brings a module that may be missing; all others come with `worker`.
+#: Module that may be missing → the extra that installs it; all others come with `worker`.
 EXTRAS = {
     "PIL": "demo",
     "flower": "flower",
@@ -34,7 +35,7 @@ EXTRAS = {
 
 
 class _Commands(click.Group):
-    """What a command fails with is told in plain text."""
+    """Shows the failure of a command as plain text."""
 
     def invoke(self, ctx: click.Context) -> Any:
         with plain_failures():
@@ -53,6 +54,7 @@ def inferq(ctx: click.Context) -> None:
 inferq.add_command(worker)
 inferq.add_command(models)
 inferq.add_command(build)
+inferq.add_command(run)
 inferq.add_command(infer)
 inferq.add_command(bench)
 inferq.add_command(health)
@@ -65,7 +67,7 @@ inferq.add_command(redis_command)
 
 
 def missing(module: ModuleNotFoundError) -> SystemExit:
-    """The end of a command that needs an extra."""
+    """The error of a command that needs an extra."""
     extra = EXTRAS.get(module.name or "", "worker")
     return SystemExit(
         f"inferq: {module.name} is not installed; expected: pip install 'inferq[{extra}]'"
@@ -73,7 +75,7 @@ def missing(module: ModuleNotFoundError) -> SystemExit:
 
 
 def main() -> None:
-    """The console script: a missing extra is one line that names it."""
+    """The console script. A missing extra is reported in one line that names it."""
     try:
         inferq()
     except ModuleNotFoundError as problem:

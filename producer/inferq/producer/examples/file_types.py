@@ -1,4 +1,4 @@
-"""A backend service in small: of what types are the files below a folder?
+"""A small backend service: finds the types of the files below a folder.
 
     INFERQ_REDIS_URL=redis://… python -m inferq.producer.examples.file_types \\
         --labels models/magika/model.toml ~/src
@@ -69,7 +69,7 @@ def main(folder: Path, model_toml: Path, limit: int, wait_s: float) -> None:
 
 
 def await_model(client: Client, seconds: float) -> None:
-    """Return once a worker has answered. Raises what was the matter last after `seconds`."""
+    """Return once a worker has answered. Raises the last error after `seconds`."""
     request = magika.tokens(b"a question to begin with", b"")
     assert request is not None
     deadline = time.monotonic() + seconds

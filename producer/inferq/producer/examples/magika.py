@@ -50,8 +50,8 @@ def read_ends(path: str | os.PathLike[str]) -> tuple[bytes, bytes]:
 def tokens(head: bytes, tail: bytes) -> npt.NDArray[np.int32] | None:
     """The model's input, int32 [1, 2048]; None: too few bytes, ask `without_model`.
 
-    1024 bytes from the start and 1024 from the end, whitespace stripped at the outer sides;
-    what is short is filled up towards the middle.
+    1024 bytes from the start and 1024 from the end, whitespace stripped at the outer sides; what is
+    missing is filled up towards the middle.
     """
     first = head.lstrip()[:SEEN]
     last = tail.rstrip()[-SEEN:]

@@ -1,4 +1,4 @@
-"""What workers announce of the models they serve."""
+"""Reads and writes adverts: what workers announce of the models that they serve."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ encode_advert: Callable[[ModelAdvert], bytes] = msgspec.msgpack.Encoder().encode
 
 
 def decode_advert(data: bytes) -> ModelAdvert:
-    """What a worker announced. ConfigError if another version, or nobody of ours, wrote it."""
+    """What a worker announced. ConfigError if another version, or another program, wrote it."""
     try:
         advert = _advert_decoder.decode(data)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as problem:
@@ -26,7 +26,7 @@ def decode_advert(data: bytes) -> ModelAdvert:
 
 
 def _contradiction(advert: ModelAdvert) -> str | None:
-    """Why requests cannot be checked by `advert`; None: they can."""
+    """Why requests cannot be checked against `advert`; None: they can."""
     signature = advert.signature
     if not signature.inputs:
         return "no inputs"

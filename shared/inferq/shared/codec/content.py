@@ -20,7 +20,7 @@ _msgpack_decoder = msgspec.msgpack.Decoder()
 
 
 class MalformedMessage(ValueError):
-    """The bytes are no request that could be answered: not JSON, no id, an unknown content type."""
+    """The bytes are no request to answer: not JSON, without an id, of an unknown content type."""
 
 
 #: Longest `brief`, in characters.
@@ -31,7 +31,7 @@ _brief.maxstring = _brief.maxother = 60
 
 
 def unpack(data: bytes) -> Any:
-    """Whatever msgpack writes. ValueError or msgspec.DecodeError if it is none, or too heavy."""
+    """Decode msgpack. ValueError or msgspec.DecodeError if it is none, or too heavy."""
     if len(data) > FREE and too_heavy(data):
         raise ValueError(
             f"its {len(data)} bytes hold too many lists and maps; "
@@ -41,17 +41,17 @@ def unpack(data: bytes) -> Any:
 
 
 def brief(value: object) -> str:
-    """What a message says of `value`, whatever that is: its beginning, of bounded length."""
+    """The beginning of `value`, whatever that is, for a message; its length is bounded."""
     return _brief.repr(value)[:_BRIEF_CHARS]
 
 
 def from_json(data: bytes) -> Any:
-    """Whatever Python's own JSON writes. ValueError or msgspec.DecodeError if it is none."""
+    """Decode JSON as Python writes it. ValueError or msgspec.DecodeError if it is none."""
     try:
         return _json_decoder.decode(data)
     except msgspec.DecodeError:
-        # NaN and Infinity are no JSON, but Python's, and so Celery's, writes and reads them. It
-        # also lets half a surrogate pass, which no other serialiser takes: encode raises.
+        # NaN and Infinity are no JSON, but Python's json, and so Celery, writes and reads them. It
+        # also accepts half a surrogate, which no other serialiser takes: encode raises.
         value = json.loads(data)
         json.dumps(value, ensure_ascii=False).encode()
         return value

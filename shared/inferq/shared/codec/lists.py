@@ -1,9 +1,9 @@
-"""Nested lists of numbers become an array; what else they hold is refused before NumPy sees it.
+"""Turns nested lists of numbers into an array, and refuses anything else before NumPy sees it.
 
-NumPy looks for a dtype that holds all it is given: of short strings and a long one it asks memory
-for their product. So the lists are taken apart level by level, in C as far as Python can, and only
-numbers are handed over, in one flat list. What that takes is 8 bytes for each of them, besides the
-array: less than the lists themselves.
+NumPy looks for a dtype that holds all it is given: for n strings, one of them long, it allocates n
+times the longest. So the lists are flattened level by level, in C as far as Python can, and NumPy
+gets only numbers, in one flat list. That takes 8 bytes for each number besides the array, which is
+less than the lists themselves.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import numpy as np
 from inferq.shared.errors import InvalidInput
 from inferq.shared.schema import DTYPES, MAX_DIMS, Array
 
-#: Most numbers of one tensor that is written as lists: as many as a message has bytes.
+#: Most numbers of one tensor that is written as lists: as many as a message may have bytes.
 MAX_NUMBERS: Final = 512 * 1024 * 1024
 _LISTS: Final = frozenset({list, tuple})
 _NUMBERS: Final = frozenset({bool, int, float, complex})
 _FLOAT: Final = frozenset({float})
 _INT: Final = frozenset({int})
-#: What NumPy reads as bytes in memory, whole.
+#: What NumPy reads as one block of bytes.
 _BUFFERS: Final = memoryview | bytearray | array
 _NO_LISTS: Final = str | bytes | _BUFFERS
 
@@ -34,8 +34,8 @@ _NO_LISTS: Final = str | bytes | _BUFFERS
 def array_of(name: str, lists: object, dtype: np.dtype[Any] | None) -> Array:
     """The numbers of nested `lists` (or one number, a scalar) as `dtype`, if that holds them.
 
-    Without one it is NumPy's own for them. 2.0 is an integer, 2.5 is none. Rounding to a float's
-    precision is what everybody expects; overflow to infinity is not. InvalidInput names `name`.
+    Without `dtype` it is the one that NumPy chooses. 2.0 is an integer, 2.5 is none. Numbers are
+    rounded to a float's precision; an overflow to infinity is refused. InvalidInput names `name`.
     """
     shape: list[int] = []
     flat = _numbers(name, lists, dtype, shape)
@@ -70,7 +70,7 @@ def _numbers(name: str, value: object, dtype: np.dtype[Any] | None, shape: list[
 
 
 def _flat(name: str, level: Sequence[Any], kinds: set[type], dtype: np.dtype[Any] | None) -> Array:
-    """Python's own numbers as NumPy would take them, by the shortest way."""
+    """Python's own numbers as an array, as NumPy would convert them, in the cheapest way."""
     if kinds == _FLOAT:
         return np.fromiter(level, np.float64, len(level))
     integers = dtype is not None and dtype.kind in "iu" and complex not in kinds
@@ -78,7 +78,7 @@ def _flat(name: str, level: Sequence[Any], kinds: set[type], dtype: np.dtype[Any
         for kind in (np.int64, np.uint64) if integers else (np.int64,):
             with suppress(OverflowError):
                 return np.fromiter(level, kind, len(level))
-    elif integers and level:  # as NumPy takes them together, those beyond 2**53 would be others
+    elif integers and level:  # converted together, NumPy would change those beyond 2**53
         return _flat(name, _whole(name, level), {int}, dtype)
     return np.array(level)
 
@@ -98,7 +98,7 @@ def _whole(name: str, level: Sequence[Any]) -> list[int]:
 def _unusual(
     name: str, level: Sequence[Any], dtype: np.dtype[Any] | None, shape: list[int]
 ) -> Array:
-    """What a caller may have put into lists besides lists and Python's numbers: NumPy's, arrays."""
+    """An array of what lists may also hold: NumPy's numbers and arrays."""
     if all(isinstance(each, np.generic) or type(each) in _NUMBERS for each in level):
         if dtype is None:
             return np.array(level) if _are_numbers(level) else _no_number(name, level)
@@ -152,14 +152,17 @@ def _ragged(name: str, what: str) -> InvalidInput:
 
 
 def _fitting(name: str, free: Array, dtype: np.dtype[Any] | None) -> Array:
-    """`free` as `dtype`, if one is given. InvalidInput if that, or what travels, cannot hold it."""
+    """`free` as `dtype`, if one is given.
+
+    InvalidInput if that, or any wire dtype, cannot hold it.
+    """
     if free.dtype.name not in DTYPES:
         raise InvalidInput(f"input {name!r}: nested lists hold {_beyond(free)}; expected numbers")
     return free if dtype is None or free.dtype == dtype else _as(name, free, dtype)
 
 
 def _beyond(free: Array) -> str:
-    """What no dtype that travels holds: of Python's numbers, integers beyond 64 bits."""
+    """Integers beyond 64 bits, which no wire dtype can hold."""
     if free.dtype != object:
         return free.dtype.name
     whole = [each for each in free.flat if isinstance(each, int)]
@@ -188,7 +191,7 @@ def _as_integers(free: Array, dtype: np.dtype[Any]) -> tuple[Array, Array | None
     info = np.iinfo(dtype)
     if free.dtype.kind == "f":
         free = free.astype(np.float64, copy=False)
-        # Casting what does not fit is undefined: some processors give the nearest that does.
+        # Casting a float that does not fit is undefined: some processors give the nearest integer.
         fits = (free >= float(info.min)) & (free < 2.0 ** (info.max.bit_length()))
         lost = ~(fits & (np.floor(free) == free))
         return (free if lost.any() else free.astype(dtype)), lost

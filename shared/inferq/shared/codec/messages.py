@@ -29,9 +29,9 @@ from inferq.shared.schema import Tensors, Ticket, describe
 
 #: Most bytes of one message on the queue; a longer one is quarantined unread.
 MAX_MESSAGE_BYTES: Final = 512 * 1024 * 1024
-#: Of these, most that are not the body: headers and properties.
+#: Most bytes of it besides the body: headers and properties.
 MAX_HEAD_BYTES: Final = 1024 * 1024
-#: Most characters of an id, or of a reply channel: they stand in results and in keys.
+#: Most characters of an id, or of a reply channel: results and keys contain them.
 MAX_ID_CHARS: Final = 1_000
 
 Id = Annotated[str, msgspec.Meta(max_length=MAX_ID_CHARS)]
@@ -77,7 +77,7 @@ class _NamedHeaders(msgspec.Struct):
 
 
 class _Named(msgspec.Struct):
-    """As much of an envelope as says who asked; nothing else of it is made an object."""
+    """The fields of an envelope that say who asked; nothing else of it is decoded."""
 
     headers: _NamedHeaders
     content_type: msgspec.Raw = msgspec.field(name="content-type", default=msgspec.Raw())
@@ -87,9 +87,9 @@ class _Named(msgspec.Struct):
 _SHOWN: Final = 16
 _SHOWN_CHARS: Final = 60
 
-#: What is longer is not read by Python's JSON, which makes objects of all of it.
+#: Longer messages are not given to Python's JSON, which decodes all of a message.
 _PYTHON_BYTES: Final = 64 * 1024
-#: Ids as clients make them. Other ones are not looked for where the rest is broken.
+#: Ids as clients make them. In a broken message no others are looked for.
 _PLAIN_ID: Final = re.compile(r"[ !#-\[\]-~]{1,200}")
 
 _envelope_decoder = msgspec.json.Decoder(Envelope)
@@ -107,7 +107,7 @@ class Body(msgspec.Struct, frozen=True):
 
     @property
     def has_canvas(self) -> bool:
-        """Whether something follows on this request: links, a chain, a chord."""
+        """Whether other tasks follow this request: links, a chain, a chord."""
         get = self.embed.get
         return bool(get("callbacks") or get("errbacks") or get("chain") or get("chord"))
 
@@ -123,10 +123,10 @@ def decode_envelope(raw: bytes) -> Envelope:
 
 
 def guess_ticket(raw: bytes, model: str) -> Ticket | None:
-    """Who asked, of an envelope that is refused for something else; None: it does not say.
+    """Who sent an envelope that is refused for another reason; None: it does not say.
 
-    It must be sound JSON with the id where it belongs. What merely holds somebody's id, in bytes
-    that are no envelope, is no reason to tell him that his request has failed.
+    It must be sound JSON with the id where it belongs. Bytes that are no envelope and merely
+    contain some id are no reason to tell that client that its request failed.
     """
     named: _Named | None
     try:
@@ -140,7 +140,7 @@ def guess_ticket(raw: bytes, model: str) -> Ticket | None:
 
 
 def _named_by_python(raw: bytes) -> _Named | None:
-    """What Python's JSON reads and ours does not, as Celery writes it: NaN, Infinity."""
+    """Decode what Celery writes and only Python's JSON reads: NaN, Infinity."""
     if len(raw) > _PYTHON_BYTES:
         return None
     try:
@@ -195,7 +195,7 @@ def _body_bytes(envelope: Envelope) -> bytes:
 
 
 class RequestEncoder:
-    """Builds one client's messages; what does not vary between requests is encoded once.
+    """Builds one client's messages; what is the same in all of them is encoded once.
 
     `queue` is the Celery queue's name, `origin` shows in Celery's tools, `reply` is the client's
     reply channel.

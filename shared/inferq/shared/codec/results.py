@@ -1,4 +1,4 @@
-"""Results as Celery's Redis backend writes them, with a receipt beside ``result``."""
+"""Reads and writes results as Celery's Redis backend does, with a receipt beside ``result``."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def encode_success(
 
 
 def _json_data(array: Array, lists: bool, nan: str) -> object:
-    """Nested lists if wanted; JSON has no complex numbers, so theirs are bytes in any case."""
+    """Nested lists if wanted. JSON has no complex numbers, so complex arrays are always bytes."""
     if lists and array.dtype.kind != "c":
         if nan == "bare" or array.dtype.kind != "f" or (finite := np.isfinite(array)).all():
             return array.tolist()
@@ -144,7 +144,7 @@ class _WireMeta(msgspec.Struct):
 
 
 class _BareMeta(msgspec.Struct):
-    """Of another version's worker, whose receipt may hold less or else than ours."""
+    """A meta whose receipt may have other fields: a worker of another version wrote it."""
 
     status: str
     result: msgspec.Raw
@@ -162,7 +162,7 @@ _outputs_decoder = msgspec.msgpack.Decoder(dict[str, _WireTensor])
 def decode_success(data: bytes) -> tuple[dict[str, Array], Receipt | None] | None:
     """Outputs and receipt of a msgpack SUCCESS meta, without copying the tensors out of `data`.
 
-    None for anything else, whatever is wrong with it: `decode_meta` and `decode_outputs` tell.
+    None for anything else; `decode_meta` and `decode_outputs` say what is wrong with it.
     """
     receipt: Receipt | None = None
     try:

@@ -23,9 +23,9 @@ _NUMBERS: Final = (list, int, float)
 
 
 def wire_array(name: str, value: object) -> Array:
-    """`value` as an array that can travel: contiguous, little-endian, of a dtype in DTYPES.
+    """`value` as an array that can be sent: contiguous, little-endian, of a dtype in DTYPES.
 
-    Lists keep what NumPy makes of them.
+    Lists get the dtype that NumPy chooses.
     """
     if is_list(value):
         return array_of(name, value, None)
@@ -41,7 +41,7 @@ def wire_array(name: str, value: object) -> Array:
 
 
 def tensor_bytes(array: Array) -> bytes | memoryview:
-    """The bytes of a contiguous array; without copying where that pays."""
+    """The bytes of a contiguous array, not copied if it is large."""
     if array.nbytes > 16_384 and array.ndim and array.flags.c_contiguous:
         return array.data.cast("B")
     return array.tobytes()
@@ -76,7 +76,7 @@ def decode_tensor(  # noqa: C901 - for each tensor of a request: a call costs mo
     """A tensor from its wire form. InvalidInput names `name` and what is wrong.
 
     Nested lists, or one number for a scalar, may stand alone (then `dtype` is the model's) or as
-    ``data``. The array is read-only where it shares the message's bytes.
+    ``data``. The array is read-only if it shares the message's bytes.
     """
     if isinstance(tensor, _NUMBERS):
         return array_of(name, tensor, _known(name, dtype))
@@ -133,7 +133,7 @@ def _holds_nothing(array: Array, shape: list[Any]) -> bool:
 
 
 def _kombu_bytes(data: Mapping[str, Any]) -> object:
-    """Bytes as kombu's JSON writes them: it does so wherever a program puts bytes into a task."""
+    """Bytes that kombu's JSON wrote, as it does for any bytes among a task's arguments."""
     match data:
         case {"__type__": "base64", "__value__": str(text)}:
             return text

@@ -1,9 +1,9 @@
-"""How heavy msgpack is once it is decoded, told from its bytes before anything is made of them.
+"""Estimates from msgpack's bytes, before they are decoded, how much memory the objects take.
 
-One byte of msgpack may be a list or a map, which takes Python 56 to 220 bytes; numbers and strings
-take at most 20 for each of theirs. So lists and maps are counted where they may be too many: runs
-of numbers are passed over by a regular expression, strings and bytes by their lengths. JSON needs
-no such thing: nothing in it takes more than 40 bytes for each of its own.
+One byte of msgpack may be a list or a map, for which Python takes 56 to 220 bytes; numbers and
+strings take at most 20 bytes for each of their own. So lists and maps are counted where they may be
+too many: a regular expression skips runs of numbers, and strings and bytes are skipped by their
+lengths. JSON needs no count: nothing in it takes more than 40 bytes for each of its own.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import re
 import struct
 from typing import Final
 
-#: Lists and maps that any message may hold; what is shorter is not looked at.
+#: Lists and maps that any message may hold; a message of fewer bytes is not checked.
 FREE: Final = 65_536
-#: And one more for so many bytes: a row of one float takes 10.
+#: One more is allowed for so many bytes: a row of one float takes 10.
 BYTES_EACH: Final = 8
 
-#: All bytes that are no code of a list or a map.
+#: All bytes that are not the code of a list or a map.
 _NO_CONTAINERS: Final = bytes({*range(256)} - {*range(0x80, 0xA0), *range(0xDC, 0xE0)})
 #: A number, None, True or False, or those of one byte or eight one after another.
 _NUMBER: Final = (
@@ -26,7 +26,7 @@ _NUMBER: Final = (
 )
 _SOME: Final = re.compile(_NUMBER + rb"{1,8}+", re.DOTALL)
 _MANY: Final = re.compile(_NUMBER + rb"{1,1000}+", re.DOTALL)
-#: What is done with `_SOME` at first.
+#: Steps of the first count, which uses `_SOME`.
 _FEW_STEPS: Final = 512
 #: Codes of lists and maps, and of strings, bytes and extensions: how their length is written.
 _CONTAINERS: Final = {0xDC: ">H", 0xDD: ">I", 0xDE: ">H", 0xDF: ">I"}
@@ -34,7 +34,7 @@ _STRINGS: Final = {
     0xD9: ">B", 0xDA: ">H", 0xDB: ">I", 0xC4: ">B", 0xC5: ">H", 0xC6: ">I",
     0xC7: ">B", 0xC8: ">H", 0xC9: ">I",
 }  # fmt: skip
-#: Extensions have a byte for their type besides; those of a fixed length.
+#: Extensions, which have one more byte for their type; and those of a fixed length.
 _EXTENSIONS: Final = frozenset({0xC7, 0xC8, 0xC9})
 _FIXED: Final = {0xD4: 2, 0xD5: 3, 0xD6: 5, 0xD7: 9, 0xD8: 17}
 _LENGTHS: Final = {form: struct.Struct(form) for form in (">B", ">H", ">I")}
@@ -43,13 +43,14 @@ _LENGTHS: Final = {form: struct.Struct(form) for form in (">B", ">H", ">I")}
 def too_heavy(data: bytes) -> bool:
     """Whether msgpack holds more lists and maps than its bytes allow.
 
-    What is no msgpack is judged as far as it is: the decoder refuses the rest.
+    Bytes that are no msgpack are judged as far as they can be read; the decoder refuses the rest.
     """
     if len(data) <= FREE:
         return False
     allowed = FREE + len(data) // BYTES_EACH
-    # Tensors that are bytes are passed over in a few steps. Of lists, fewer bytes can mostly be the
-    # codes of lists than would be too many: that is quicker to see than to follow them.
+    # Tensors as bytes are skipped in a few steps. In tensors as lists, mostly fewer bytes can be
+    # codes of lists than would be too many: counting those bytes is quicker than following the
+    # lists.
     count = _count(data, allowed, _FEW_STEPS, _SOME)
     if count is None and len(data.translate(None, _NO_CONTAINERS)) > allowed:
         count = _count(data, allowed, len(data), _MANY)

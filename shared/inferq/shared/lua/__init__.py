@@ -1,7 +1,8 @@
-"""The Lua scripts, each with its keys documented where it stands.
+"""The Lua scripts. Each documents its keys in its own head.
 
-No payload passes through Lua, but for a result that somebody waits for on its own channel, what an
-operator replays, and the next request of a queue whose age is asked for.
+No payload passes through Lua, with three exceptions: a result that somebody awaits on its own
+channel, a dead letter that an operator replays, and the next request of a queue whose age is asked
+for.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
 --
 -- Redis refuses commands that may take memory to a script too, unless the script has written
 -- before (scriptVerifyOOM in its script.c): so it begins with the DEL of a key that never exists.
--- Only ever used while Redis is full: what passes through Lua is copied twice.
+-- It is only used while Redis is full, since whatever passes through Lua is copied twice.
 --
 -- KEYS[1]  a key that never exists
--- ARGV     the commands, one after another: the number of its words, then these; TELL with some
---          keys of results publishes what is stored, as publish.lua does, and LETTERS does as
---          letters.lua, whose text goes ahead of this
+-- ARGV     the commands, one after another: the number of words of each, then its words. TELL with
+--          some keys of results publishes what is stored, as publish.lua does; LETTERS does the same
+--          as letters.lua, whose text goes ahead of this
 -- Returns their replies, errors among them.
 redis.call('DEL', KEYS[1])
 local function tell(first, last)

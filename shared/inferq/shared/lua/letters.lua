@@ -1,6 +1,6 @@
--- Keep the dead letters of one model within bounds, once some were added. What is quarantined (the
--- letters that begin with `mark`) goes first, oldest first: anybody who may push a message can add
--- to that, and it must not cost a letter that stands for an accepted request. The newest stays.
+-- Keep the dead letters of one model within bounds, after some were added. Quarantined ones (which
+-- begin with `mark`) are dropped first, oldest first: anybody who may push a message can add some,
+-- and they must not displace letters of accepted requests. The newest letter stays.
 --
 -- This text only defines a function; `settle.KEEP_LETTERS` calls it, and so does force.lua.
 --
@@ -13,7 +13,7 @@
 --           the list is gone through rarely, and not far
 -- bytes     what the list may take in memory; beyond that it is cut down to three quarters
 -- seconds   from now on until all of it expires
--- Returns how many went.
+-- Returns how many were dropped.
 local function keep_letters(dead, counter, added, most, left, bytes, seconds, mark)
   most, left, bytes = tonumber(most), tonumber(left), tonumber(bytes)
   redis.call('EXPIRE', dead, seconds)

@@ -1,4 +1,4 @@
--- Results of a chord's parts, from one on: as many as make up so many bytes, one at least.
+-- Results of a chord's parts, beginning with a given one: up to so many bytes, at least one.
 --
 -- KEYS[1]  celery-taskset-meta-<id>.j  ZSET of results by their place in the header
 -- ARGV[1]  rank of the first, from 0

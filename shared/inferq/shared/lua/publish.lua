@@ -1,5 +1,5 @@
--- Tell who waits for one of these results, if anybody does. What is stored is published, which may
--- not be what was computed last; and it need not travel to Redis twice.
+-- Publish those of these results for which somebody waits. The stored result is published, which may
+-- not be the one that was computed last; so it need not be sent to Redis twice, either.
 --
 -- KEYS[1..]  celery-task-meta-<id>, also the name of the channel; a thousand at most
 -- Returns the number of those who were told.

@@ -1,4 +1,4 @@
--- Renew a worker incarnation's lease, if it still has one; or, at birth, give it one, and the fence.
+-- Renew a worker incarnation's lease, if it still has a fence; at its start, give it both.
 -- Begins with a write that needs no memory, as a full Redis then lets it through (see force.lua).
 --
 -- KEYS[1]    fence:<i>     exists as long as <i> may settle; the number of its last MULTI that did
@@ -6,11 +6,11 @@
 -- KEYS[3..]  serving:<m>   ZSET <i> -> the same, per model that <i> serves
 -- ARGV[1]    <i>
 -- ARGV[2]    lease in ms
--- ARGV[3]    '1' at birth
--- ARGV[4]    at birth: the incarnation before, or ''; what it may still have written after it was
---            recovered is recovered once more
+-- ARGV[3]    '1' at its start
+-- ARGV[4]    at its start: the incarnation before, or ''; that one is recovered once more, since it
+--            may still have written something after it was recovered
 -- Returns {1 or 0 (no fence: the lease is lost), Redis ms as a string, 1 if it had no lease before
--- or 0, and the places in KEYS of those that are of another type}. pcall: these are left alone.
+-- or 0, and the places in KEYS of those with the wrong type}. pcall: these are left alone.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + time[2] / 1000
 local stamp = string.format('%.3f', now)
@@ -24,7 +24,7 @@ if ARGV[3] == '1' then
 elseif redis.call('EXISTS', KEYS[1]) == 0 then
   return {0, stamp, 0, {}}
 end
-local amiss = {}
+local wrong_type = {}
 local added = 0
 for n = 2, #KEYS do
   if n > 2 then
@@ -35,9 +35,9 @@ for n = 2, #KEYS do
     if not string.find(reply.err, 'WRONGTYPE', 1, true) then
       return reply
     end
-    amiss[#amiss + 1] = n
+    wrong_type[#wrong_type + 1] = n
   elseif n == 2 then
     added = reply
   end
 end
-return {1, stamp, added, amiss}
+return {1, stamp, added, wrong_type}

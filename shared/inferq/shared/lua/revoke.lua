@@ -18,7 +18,7 @@ if not ends or (tonumber(ends) > now and ARGV[4] ~= '1') then
   return 0
 end
 redis.call('DEL', KEYS[2])
--- pcall: a key of another type must not keep what this one held from coming back.
+-- pcall: a key of the wrong type must not keep this incarnation's requests from coming back.
 local running = redis.pcall('SMEMBERS', KEYS[3])
 for _, member in ipairs(running.err and {} or running) do
   local cut = string.find(member, '/', 1, true)

@@ -3,7 +3,10 @@
 A "plan" is the ONNX file; an execution context runs it by ONNX Runtime on the memory of the fake
 driver's device, in stream order. Only what inferq uses of TensorRT is here. With
 DOUBLE_TRT_FACTOR its answers of floats are off by that factor; with DOUBLE_TRT_ROWS it has memory
-to run that many rows.
+to run that many rows; DOUBLE_TRT_CONTEXT_MB is the device memory that a context needs, and
+DOUBLE_TRT_AUX_STREAMS how many streams it wants besides its own.
+
+What goes wrong with contexts goes wrong here, too: see `_Context`.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ from onnx import TensorProto
 __version__ = "11.0.double"
 
 MAGIC = b"double plan "
-#: Device memory that a context says it takes.
-CONTEXT_BYTES = 1_000_000
+#: Device memory that a context says it needs.
+CONTEXT_BYTES = int(float(os.environ.get("DOUBLE_TRT_CONTEXT_MB", "1")) * 1e6)
+AUX_STREAMS = int(os.environ.get("DOUBLE_TRT_AUX_STREAMS", "0"))
 FACTOR = float(os.environ.get("DOUBLE_TRT_FACTOR", "1"))
 ROWS = int(os.environ.get("DOUBLE_TRT_ROWS", "1000000"))
 
@@ -51,6 +55,10 @@ class TensorIOMode(Enum):
 
 class MemoryPoolType(Enum):
     WORKSPACE = 0
+
+
+class ExecutionContextAllocationStrategy(Enum):
+    STATIC, ON_PROFILE_CHANGE, USER_MANAGED = range(3)
 
 
 class ILogger:
@@ -115,6 +123,7 @@ class _Model:
         graph = onnx.load_from_string(content).graph
         self.inputs = [_Tensor(value) for value in graph.input]
         self.outputs = [_Tensor(value) for value in graph.output]
+        self.reads_shapes = any(node.op_type == "Shape" for node in graph.node)
         self._shapes: dict[tuple[Any, ...], dict[str, tuple[int, ...]]] = {}
 
     def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -235,6 +244,7 @@ class Runtime:
 
 class _Engine:
     device_memory_size_v2 = CONTEXT_BYTES
+    num_aux_streams = AUX_STREAMS
 
     def __init__(self, ranges: list[dict[str, Any]], model: _Model, logger: Any) -> None:
         self.logger = logger
@@ -262,26 +272,56 @@ class _Engine:
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[Any]:
         return list(self._ranges[profile].get(name) or [self._by_name[name].shape] * 3)
 
-    def create_runtime_config(self) -> object:
-        return object()
+    def create_runtime_config(self) -> RuntimeConfig:
+        return RuntimeConfig()
 
-    def create_execution_context(self, _config: object) -> Any:
-        return _Context(self)
+    def create_execution_context(self, config: RuntimeConfig) -> Any:
+        return _Context(self, config)
+
+
+class RuntimeConfig:
+    strategy = ExecutionContextAllocationStrategy.STATIC
+
+    def set_execution_context_allocation_strategy(
+        self, strategy: ExecutionContextAllocationStrategy
+    ) -> None:
+        self.strategy = strategy
 
 
 class _Context:
+    """An execution context, with what a real one has against being used wrongly:
+
+    - A run needs device memory, and streams besides, that the context was given.
+    - What a model knows of its inputs' shapes at run time (Shape nodes, what follows of them) is in
+      the context, not in the kernels that a graph holds: a graph replays with the shapes that the
+      context has by then. (TensorRT's developer guide, "CUDA Graphs".)
+    """
+
     control: ClassVar = Control()
 
-    def __init__(self, engine: _Engine) -> None:
+    def __init__(self, engine: _Engine, config: RuntimeConfig) -> None:
         self._engine = engine
         self._model = engine.model
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._profile = 0
+        # Not taken from the fake device: an address that nobody else has.
+        own = config.strategy is not ExecutionContextAllocationStrategy.USER_MANAGED
+        self._memory = id(self) if own else 0
+        self._aux_streams: list[int] = []
 
     def set_optimization_profile_async(self, index: int, _stream: int) -> bool:
         self._profile = index
         return index < self._engine.num_optimization_profiles
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        if size < CONTEXT_BYTES or address % 256:
+            self._log(f"{size} bytes at {address:#x} will not do")
+        else:
+            self._memory = address
+
+    def set_aux_streams(self, streams: list[int]) -> None:
+        self._aux_streams = streams
 
     def set_input_shape(self, name: str, shape: Sequence[int]) -> bool:
         least, _, most = self._engine.get_tensor_profile_shape(name, self._profile)
@@ -303,13 +343,19 @@ class _Context:
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
-        model, addresses, shapes = self._model, dict(self._addresses), dict(self._shapes)
-        if max(shape[0] for shape in shapes.values()) > ROWS:
-            text = "[resize.cpp::grow::7] Error Code 2: OutOfMemory (no further information)"
-            self._engine.logger.log(ILogger.ERROR, text)
+        model, addresses, enqueued = self._model, dict(self._addresses), dict(self._shapes)
+        if max(shape[0] for shape in enqueued.values()) > ROWS:
+            self._log("[resize.cpp::grow::7] Error Code 2: OutOfMemory (no further information)")
+            return False
+        if not self._memory:
+            self._log("no device memory was set")
+            return False
+        if len(self._aux_streams) != AUX_STREAMS or stream in self._aux_streams:
+            self._log("it would run on streams of its own")
             return False
 
         def kernel() -> int:
+            shapes = dict(self._shapes) if model.reads_shapes else enqueued
             inputs = {
                 t.name: on_device(addresses[t.name], shapes[t.name], _NUMPY[t.dtype])
                 for t in model.inputs
@@ -323,3 +369,6 @@ class _Context:
             return 0
 
         return self.control.launch(stream, kernel) == 0
+
+    def _log(self, error: str) -> None:
+        self._engine.logger.log(ILogger.ERROR, error)

@@ -1,1 +1,1 @@
-"""Checks while serving: some requests of a batch run again alone, and the answers are compared."""
+"""Checks while serving: runs some requests of a batch again alone and compares the answers."""

@@ -1,9 +1,9 @@
-"""Audits: now and then one request of a batch that has just run is run again by itself.
+"""Audits: now and then one request of a batch that has just run is run again alone.
 
-No probe at load proves that an answer never depends on who shares its batch. An audit comes after
-the batch's results were handed over, while its lane would idle, and takes a small share of the time
-that lanes compute (`audit_budget`). What it finds is told once; the model then runs request by
-request, unless its model.toml says otherwise (`on_mismatch`).
+No probe at load proves that an answer never depends on the other requests of its batch. An audit
+runs after the batch's results were handed over, while its lane would idle. Audits take a small
+share of the time that lanes compute (see `budget`). A mismatch is logged once; the model then runs
+request by request, unless its model.toml says otherwise (`on_mismatch`).
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from inferq.workers.audit.budget import AuditBudget
 from inferq.workers.audit.evidence import Evidence, Result, examine, has_company
 from inferq.workers.batching.policy import Knobs
 from inferq.workers.logs.fields import about
-from inferq.workers.models.engine import Batch, Lane
+from inferq.workers.models.engine import Batch, Lane, answers
 
 if TYPE_CHECKING:
     from inferq.workers.claims.runs import Finished, Outcome
 
 logger = logging.getLogger(__name__)
 
-#: Answers that another number of rows changed: so many of them, and this part of all, are proof.
+#: Answers that another number of rows changed: so many, and so large a share of all, are proof.
 UNCLEAR, UNCLEAR_PART = 3, 0.25
-#: Requests that alone got another number of rows than they have, at which that is the model's way.
+#: Requests that alone got another number of rows than they have: so many prove that the model does
+#: so.
 ODD_REQUESTS: Final = 3
-#: So many audits in a row that the engine fails are the last.
+#: After so many failed audits in a row there are no more.
 FAILURES: Final = 3
-#: Where in a batch audits look, in turn: at its last request, its first, and in between.
+#: Step by which audits choose places in a batch: its last request, its first, then in between.
 _GOLDEN: Final = 0.618034
 
 
@@ -45,7 +46,7 @@ class Mismatch(msgspec.Struct, frozen=True):
     what: str
     #: Rows of the batch.
     rows: int
-    #: Requests that had been answered by then, since the worker's start.
+    #: Requests answered until then, since the worker's start.
     requests: int
 
     def __str__(self) -> str:
@@ -54,24 +55,25 @@ class Mismatch(msgspec.Struct, frozen=True):
 
 
 class OddRows:
-    """What one job's runs told of outputs with another number of rows than the inputs."""
+    """What one job's runs showed of outputs with another number of rows than the inputs."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
         """Forget it all."""
-        #: Of the first batch of several requests, or with padding, that had them: what was wrong.
+        #: What was wrong with the first batch that had odd rows and more than one request, or
+        #: padding.
         self.together = ""
         #: Rows of it.
         self.rows = 0
-        #: Requests of which the engine alone, without padding, gave them.
+        #: Requests that had odd rows alone and without padding.
         self.alone = 0
         #: What was wrong with the last of them.
         self.what = ""
 
     def note(self, what: str, rows: int, together: bool) -> None:
-        """A run of `rows` rows had them; `together`: not of one request alone."""
+        """A run of `rows` rows had odd rows; `together`: it was not of one request alone."""
         if not together:
             self.alone += 1
             self.what = what
@@ -93,8 +95,9 @@ class Audit:
         answered: Callable[[], int] = lambda: 0,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
-        """`computed_s` tells how many seconds lanes have computed so far, `answered` how many
-        requests; `wake` is called when an audit ends that was in the way.
+        """`computed_s` returns the lanes' seconds of compute, `answered` the requests answered.
+
+        `wake` is called when an audit ends while `hold` is in force.
         """
         self._model = model
         self._knobs = knobs
@@ -103,19 +106,19 @@ class Audit:
         self._computed_s, self._answered, self._wake = computed_s, answered, wake
         self.budget = AuditBudget(every)
         if not knobs.batchable or (knobs.max_batch_size == 1 and not knobs.buckets):
-            self.budget.end()  # nothing ever has company
+            self.budget.end()  # no request ever shares a batch
         #: Held by the lane that audits.
         self._lock = threading.Lock()
         self._telling = threading.Lock()
         self._odd_requests = 0
         self._failures = 0
-        #: The end of the worker is near: none begins.
+        #: The worker is about to end: no audit begins.
         self._stopped = False
-        #: A request that may end the process computes, or is about to: none begins.
+        #: A request that may end the process computes, or is about to: no audit begins.
         self.held = False
-        #: When what runs now began (monotonic s); None: no audit runs.
+        #: When the audit that runs now began (monotonic s); None: none runs.
         self.since: float | None = None
-        #: Result → audits that ended so.
+        #: Result → number of audits that ended with it.
         self.results = dict.fromkeys(Result, 0)
         #: Seconds that audits have taken.
         self.took_s = 0.0
@@ -136,7 +139,10 @@ class Audit:
         self._stopped = True
 
     def hold(self) -> bool:
-        """Let none begin until `release`; whether one runs now, whose end will be told."""
+        """Let no audit begin until `release`.
+
+        True: one runs now, and `wake` is called when it ends.
+        """
         self.held = True
         return self.since is not None
 
@@ -146,7 +152,7 @@ class Audit:
     # --- lanes' threads ---------------------------------------------------------------------
 
     def is_due(self, finished: Finished, idle: bool) -> bool:
-        """A lane has ended a batch, and none is left: whether to audit it.
+        """Whether to audit the batch that a lane has just ended, which has no other left.
 
         `idle`: nothing waits for the lane.
         """
@@ -156,12 +162,12 @@ class Audit:
         return self.budget.allows(took_s, self._computed_s(), idle)
 
     def run(self, lane: Lane, outcomes: Sequence[Outcome]) -> None:
-        """Audit one of `outcomes` on `lane`, if they tell anything. Raises FatalEngineError."""
+        """Audit one of `outcomes` on `lane`, if one can be compared. Raises FatalEngineError."""
         place = self._place(outcomes)
         if place is None or not self._lock.acquire(blocking=False):
             return
         try:
-            # First this, then the look: who holds audits back does it the other way round.
+            # First set this, then look at `held`: `hold` does the two in the other order.
             self.since = time.monotonic()
             if not self.held and not self._stopped and self.budget.left <= 0:
                 self._run(lane, outcomes, place)
@@ -172,7 +178,7 @@ class Audit:
                 self._wake()
 
     def _place(self, outcomes: Sequence[Outcome]) -> int | None:
-        """Whose turn it is; None: that one was answered with an error, or had no company."""
+        """The place of the outcome to audit; None: it was an error, or its request ran alone."""
         if not outcomes:
             return None
         turn = sum(self.results.values())
@@ -185,7 +191,7 @@ class Audit:
     def _run(self, lane: Lane, outcomes: Sequence[Outcome], place: int) -> None:
         def run(batch: Batch) -> Mapping[str, Array]:
             self.since = time.monotonic()  # max_run_seconds is that of one run
-            return lane.run(batch)
+            return answers(lane, batch)  # it had one before
 
         began = time.monotonic()
         chosen = outcomes[place]
@@ -227,10 +233,12 @@ class Audit:
             )
 
     def odd_rows(self, odd: OddRows, failed: bool) -> None:
-        """A job has ended some of whose runs had odd rows. `failed`: one of its requests, too.
+        """A job has ended, and some of its runs had odd rows.
 
-        A batch that has them though none of its requests has is proof. One request that has them
-        alone may be at fault itself; several show that the model's rows are not the requests'.
+        `failed`: one of its requests failed, too.
+
+        A batch that has odd rows although none of its requests has is proof. One request that has
+        them alone may be at fault itself; several show that the model does not answer row by row.
         """
         self._odd_requests += odd.alone
         if odd.together and not failed:

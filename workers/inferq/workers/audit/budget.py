@@ -1,22 +1,22 @@
-"""How much audits may cost, and when the next one may be."""
+"""How much time audits may take, and when the next one may run."""
 
 from __future__ import annotations
 
 import math
 from typing import Final
 
-#: Part of the time that lanes compute which audits may take.
+#: Audits may take this share of the time that lanes compute.
 SHARE: Final = 0.005
-#: The first audits are not held to that, so that a wrong model is found at once.
+#: The first audits may exceed it, so that a wrong model is found at once.
 FREE: Final = 3
-#: An audit that is this many times overdue is done though requests wait: a busy lane never idles.
+#: An audit that is this many times overdue runs although requests wait: a busy lane never idles.
 LATE: Final = 4
-#: Only where a batch takes less time, in s: others would wait too long.
+#: But only if a batch takes less time than this, in s: else requests would wait too long.
 SHORT_S: Final = 0.1
 
 
 class AuditBudget:
-    """When the next audit may be. Any lane's thread calls it; a count that is lost does no harm.
+    """When the next audit may run. Any lane's thread calls it; a lost count does no harm.
 
     The first batch is audited, then the second, fourth, eighth one after, …, until only each
     `every`-th is (0: none).
@@ -32,7 +32,7 @@ class AuditBudget:
         self._last_s = 0.0
 
     def allows(self, took_s: float, computed_s: float, idle: bool) -> bool:
-        """A batch has ended that took `took_s`, of `computed_s` in all.
+        """Whether a batch that took `took_s` may be audited; lanes have computed `computed_s`.
 
         `idle`: nothing waits for its lane.
         """
@@ -52,5 +52,5 @@ class AuditBudget:
         self._last_s = took_s
 
     def end(self) -> None:
-        """There are to be no more."""
+        """Allow no more audits."""
         self.left = math.inf

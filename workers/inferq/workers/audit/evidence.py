@@ -3,10 +3,11 @@
     alone        the request by itself
     in copies    the batch once more, with copies of the request in place of its neighbours
 
-That both answers differ is a suspicion only. Libraries compute another number of rows in another
-way (other kernels, other precision), so values round otherwise, and what is close to a tie falls to
-the other side. Among its own copies the request has the size and the place that it had, and no
-company: if it is answered otherwise there, its neighbours made the difference.
+If the answer alone differs, that is only a suspicion. Libraries compute another number of rows in
+another way (other kernels, other precision), so values round differently, and a value close to a
+tie falls to the other side. Among its own copies the request has the batch size and the place that
+it had, but no other requests: if it is answered differently there, its neighbours made the
+difference.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from inferq.workers.row_probe.agreement import Difference, difference, typical
 if TYPE_CHECKING:
     from inferq.workers.claims.runs import Outcome
 
-#: Of `difference`'s scale: runs of equal size and place round alike.
+#: The `scale` of `difference` for runs of equal size and place, which round alike.
 SAME_SIZE: Final = 0.1
 #: Largest share by which another number of rows may change an answer by rounding alone.
 SLIGHT: Final = 0.01
 
-#: Most values of one output that are compared: to compare takes ten times an output's memory.
+#: Most values of one output that are compared: comparing takes ten times an output's memory.
 MOST_VALUES: Final = 1 << 20
 
 #: Runs a batch as `Lane.run` does.
@@ -42,13 +43,13 @@ Run = Callable[[Batch], Mapping[str, Array]]
 class Result(StrEnum):
     """How an audit ended."""
 
-    #: As alone, or other by no more than rounding.
+    #: As alone, or different by no more than rounding.
     SAME = "same"
     #: Neighbours, padding or its place in the batch changed the answer.
     DIFFERENT = "different"
-    #: Another number of rows changed it by more than rounding does: a tie, or the model.
+    #: Another number of rows changed it by more than rounding: because of a tie, or of the model.
     UNCLEAR = "unclear"
-    #: The same run twice gave two answers.
+    #: The same run gave two answers.
     RANDOM = "random"
     #: The engine raised.
     FAILED = "failed"
@@ -70,10 +71,10 @@ def has_company(outcome: Outcome, exact: bool) -> bool:
 def examine(
     run: Run, outcomes: Sequence[Outcome], place: int, exact: bool, bucket: int
 ) -> Evidence:
-    """Look at the request at `place` of `outcomes`, which has company.
+    """Examine the request at `place` of `outcomes`, which shared its run.
 
-    `exact`: it may run at its very number of rows, else alone means at `bucket` rows, beside copies
-    of its own last one. Raises FatalEngineError alone.
+    `exact`: it may run with exactly its own rows; else it runs with `bucket` rows, filled up with
+    copies of its last one. Raises only FatalEngineError.
     """
     company = _Company(outcomes, place)
     try:
@@ -118,7 +119,7 @@ def _alone(
             raise
         except Exception:
             if bucket == batch.rows:
-                raise  # else it may be that the model takes no fewer rows than its first bucket
+                raise  # else the model may not take fewer rows than its first bucket
     batch = company.alone(bucket)
     return batch, run(batch)
 
@@ -128,7 +129,7 @@ def _is_slight(found: Difference | None) -> bool:
 
 
 class _Company:
-    """One request among the others of its run. Its arrays are held for as long as this is."""
+    """One request among the others of its run. This keeps the arrays of the run in memory."""
 
     def __init__(self, outcomes: Sequence[Outcome], place: int) -> None:
         chosen = outcomes[place]
@@ -144,12 +145,12 @@ class _Company:
         self._at = sum(outcome.item.rows for outcome in run[: self._place])
 
     def alone(self, bucket: int | None) -> Batch:
-        """The request by itself, at `bucket` rows; None: at its own."""
+        """The request alone, with `bucket` rows; None: with its own."""
         rows = self._item.rows
         return self._batch(self._item.inputs, rows, bucket or rows, bucket is not None)
 
     def copies(self) -> Batch:
-        """Its batch and padding, where each row is one of its own, and it stands where it stood."""
+        """Its batch and padding, each row replaced by one of its own, with it at its place."""
         rows = self._size
         places = (np.arange(rows) - self._at) % self._item.rows
         inputs = {name: array[places] for name, array in self._item.inputs.items()}
@@ -164,7 +165,7 @@ class _Company:
         return self._rows(outputs, self._at)
 
     def elsewhere(self, copies: Tensors) -> dict[str, Array] | None:
-        """The rows of one of its copies, as far from it as any; None: there is no other one."""
+        """The rows of the copy that is farthest from it; None: there is no other copy."""
         rows = self._item.rows
         first = self._at % rows
         last = self._at + ((self._size - self._at) // rows - 1) * rows
@@ -176,25 +177,27 @@ class _Company:
         return {name: array[begin:end] for name, array in outputs.items()}
 
     def is_shaped_otherwise(self, outputs: Tensors) -> bool:
-        """Whether `outputs` have not the shapes of its answer."""
+        """Whether `outputs` have other shapes than its answer."""
         return any(outputs[name].shape != array.shape for name, array in self._answer.items())
 
     def difference(self, outputs: Tensors, scale: float = 1.0) -> Difference | None:
         """How its answer differs from `outputs`, beyond what is rounding in this batch.
 
-        A value that is next to nothing differs by a large share of itself. So rounding is measured
-        by what is typical of the whole batch, once that matters.
+        A value close to 0 differs by a large share of itself. So rounding is measured against the
+        typical largest value of the whole batch, where that matters.
         """
         own = _difference(outputs, self._answer, scale)
         if own is None or math.isinf(own.share) or own.cosine is None:
             return own
         found = (
-            difference({name: array}, _sample({name: self._answer[name]}), scale, self._usual(name))
+            difference(
+                {name: array}, _sample({name: self._answer[name]}), scale, self._typical_max(name)
+            )
             for name, array in _sample(outputs).items()
         )
         return max(filter(None, found), key=lambda each: each.share, default=None)
 
-    def _usual(self, name: str) -> float:
+    def _typical_max(self, name: str) -> float:
         return max(typical(_sample({name: answer[name]})[name]) for answer in self._answers)
 
 
@@ -205,7 +208,7 @@ def _difference(expected: Tensors, got: Tensors, scale: float = 1.0) -> Differen
 
 
 def _sample(outputs: Tensors) -> dict[str, Array]:
-    """`outputs`; of those with more than `MOST_VALUES` as many of them, evenly from all of it."""
+    """`outputs`; of one with more than `MOST_VALUES` values, that many, evenly spread."""
     return {
         name: array
         if array.size <= MOST_VALUES

@@ -1,9 +1,9 @@
-"""How the size of an output's dim follows the size of an input's dim: found from measured sizes.
+"""Finds how the size of an output's dim depends on an input's dim, from measured sizes.
 
-Networks make floors of fractions: a convolution of stride 2 gives ``(n - k) // 2 + 1``, its
-transpose ``2 * n``, a pyramid ``8 * (n // 8)``. All of these, and what is made of them one after
-the other, repeat: after `period` further sizes they have grown by the same `gain`. So one period of
-measured sizes and its gain tell all of them.
+Networks compute sizes like floors of fractions: a convolution of stride 2 gives ``(n - k) // 2 +
+1``, its transpose ``2 * n``, a pyramid ``8 * (n // 8)``. All of these, and any sequence of them,
+are periodic: after `period` further sizes the output has grown by the same `gain`. So one period of
+measured sizes and its gain determine all sizes.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Final
 FEW: Final = 8
 FEWEST: Final = 4
 MANY: Final = 80
-#: Two steps of a longer period are looked for, up to this one (audio: 320 samples a frame).
+#: For longer periods, up to this one, two steps are looked for (audio: 320 samples a frame).
 MAX_PERIOD: Final = 1 << 16
-#: Sizes at which it is checked however long that takes: the largest and the smallest.
+#: Sizes at which the result is checked however long that takes: the largest and the smallest.
 NEEDED: Final = 2
-#: Sizes drawn by chance at which what was found is checked.
+#: Random sizes at which the result is checked.
 CHECKS: Final = 4
 
-#: The output's size where the input's is this one; None: cannot be measured.
+#: Returns the output's size for this size of the input; None: it cannot be measured.
 Measure = Callable[[int], int | None]
 
 
@@ -46,12 +46,12 @@ class Grid:
 
 @dataclass(frozen=True)
 class Growth:
-    """An output's size by an input's size on `grid`, which `sizes` give for one period."""
+    """An output's size by an input's size on `grid`; `sizes` are those of one period."""
 
     grid: Grid
     gain: int
     sizes: tuple[int, ...]
-    #: At so many of the smallest sizes it is `least` instead: some models fill up what is short.
+    #: For so many of the smallest sizes it is `least` instead: some models fill up short inputs.
     early: int = 0
     least: int = 0
 
@@ -71,9 +71,9 @@ class Growth:
 def find_growth(
     measure: Measure, grid: Grid, sizes: Sequence[int], *, patient: Callable[[], bool]
 ) -> Growth | None:
-    """What explains `measure` on `grid` up to the last of `sizes`, at each of which it is checked.
+    """The growth that explains `measure` on `grid` up to the last of `sizes`; checked at each.
 
-    None: nothing does. `patient`: False once the least that proves anything has to do.
+    None: there is none. `patient` returns False once only the minimum of checks may be made.
     """
     count = (sizes[-1] - grid.first) // grid.step + 1
 
@@ -117,12 +117,12 @@ def _repeating(
         gains = {values[i + period] - values[i] for i in range(window - period)}
         if len(gains) == 1:
             return Growth(grid, gains.pop(), tuple(values[:period]))
-    # All that there are: nothing is left to be concluded.
+    # These are all the sizes: there are no others to predict.
     return Growth(grid, 0, tuple(values)) if window == count else None
 
 
 def _stepping(at: Callable[[int], int | None], grid: Grid, count: int) -> Growth | None:
-    """Equal steps at equal distances, found by halving: of a period too long to be measured."""
+    """Growth by equal steps at equal distances, found by halving, for long periods."""
     first = _next_step(at, 0, count)
     second = None if first is None else _next_step(at, first, count)
     if first is None or second is None or second - first > MAX_PERIOD:
@@ -140,7 +140,7 @@ def _stepping(at: Callable[[int], int | None], grid: Grid, count: int) -> Growth
 
 
 def _next_step(at: Callable[[int], int | None], start: int, count: int) -> int | None:
-    """The first index after `start` whose value is another, if values only ever grow."""
+    """The first index after `start` with another value, provided that values never decrease."""
     here, width = at(start), 1
     if here is None:
         return None
@@ -161,7 +161,7 @@ def _next_step(at: Callable[[int], int | None], start: int, count: int) -> int |
 
 
 def _last_steps(growth: Growth, sizes: Sequence[int]) -> list[int]:
-    """Before each of `sizes`, the last one at which the output grows, and the one before that."""
+    """Before each of `sizes`, the last size at which the output grows, and the one before that."""
     found: list[int] = []
     step, first = growth.grid.step, growth.grid.first
     for size in sizes:

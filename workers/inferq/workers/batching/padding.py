@@ -1,8 +1,8 @@
 """Pads the dims that model.toml's ``[pad]`` names, so that more requests fit together.
 
 Only named symbols of input dims other than the first are ever padded, up to the next of their
-buckets. What that adds to the outputs is cut off again, by how their dims were measured to grow
-(`pad_probe`), whatever the file calls them.
+buckets. What padding adds to the outputs is cut off again. How much that is was measured
+(`pad_probe`), whatever the file calls the dims.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from inferq.shared.errors import InvalidInput
 from inferq.shared.schema import Array, Signature, Tensors, TensorSpec
 from inferq.workers.batching.growth import Grid, Growth
 
-#: Sizes of requests whose cuts are remembered.
+#: Number of request sizes whose cuts are remembered.
 _REMEMBERED: Final = 4096
 
 _Cut = tuple[slice | EllipsisType, ...]
@@ -28,18 +28,18 @@ _Cut = tuple[slice | EllipsisType, ...]
 
 @dataclass(frozen=True)
 class PadRule:
-    """One symbol's allowed sizes, ascending, and what stands in the padding."""
+    """One symbol's allowed sizes, ascending, and the value of the padding."""
 
     buckets: tuple[int, ...]
-    #: Of every input that has the symbol; or by input, 0 where none is named.
+    #: For every input that has the symbol; or by input, 0 for an input without a value.
     value: float | Mapping[str, float]
 
     def value_in(self, name: str) -> float:
-        """What stands in the padding of the input `name`."""
+        """The value of the padding in the input `name`."""
         return self.value.get(name, 0) if isinstance(self.value, Mapping) else self.value
 
     def bucket(self, size: int) -> int | None:
-        """The smallest that holds `size`."""
+        """The smallest allowed size that holds `size`."""
         place = bisect_left(self.buckets, size)
         return self.buckets[place] if place < len(self.buckets) else None
 
@@ -55,13 +55,13 @@ def padded_dims(spec: TensorSpec, rules: Mapping[str, PadRule]) -> list[tuple[in
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model was seen to do with the padded dims."""
+    """How a model's outputs were measured to depend on the padded dims."""
 
-    #: Symbol → the sizes that the model takes; any, where it is missing.
+    #: Symbol → the sizes that the model takes; a missing symbol may have any size.
     grids: Mapping[str, Grid] = field(default_factory=dict)
     #: Output → axis → the symbol by which it grows, and how.
     growths: Mapping[str, Mapping[int, tuple[str, Growth]]] = field(default_factory=dict)
-    #: Symbols that have one size.
+    #: Groups of symbols that must have the same size.
     tied: Sequence[Sequence[str]] = ()
 
 
@@ -83,7 +83,7 @@ class Padding:
     def apply(self, arrays: Tensors) -> tuple[dict[str, Array], Mapping[str, int] | None]:
         """The padded inputs, and each padded symbol's size before.
 
-        InvalidInput: over the last bucket, or a size that the model takes no more when padded.
+        InvalidInput: larger than the last bucket, or a size that the model does not take.
         """
         if not self._inputs:
             return dict(arrays), None
@@ -136,7 +136,7 @@ class Padding:
         }
 
     def _find_cuts(self, sizes: tuple[tuple[str, int], ...]) -> dict[str, _Cut]:
-        """Output → what to keep of it, where that is not all."""
+        """Output → the slices to keep, for outputs of which not all is kept."""
         size_of = dict(sizes)
         cuts: dict[str, _Cut] = {}
         for name, growths in self._measured.growths.items():
@@ -144,7 +144,7 @@ class Padding:
             for axis, (symbol, growth) in growths.items():
                 size = size_of[symbol]
                 bucket = self._rules[symbol].bucket(size)
-                # By what was added: the rest of the dim may follow another size, too.
+                # Cut off what was added: the rest of the dim may depend on another size, too.
                 added = growth.at(bucket or size) - growth.at(size)
                 if added:
                     keep[axis] = slice(None, -added)
@@ -154,9 +154,9 @@ class Padding:
 
 
 def _filled_up(array: Array, shape: Sequence[int], values: Sequence[tuple[int, float]]) -> Array:
-    """`array` in the beginning of one of `shape`; behind it, along each axis, its value.
+    """An array of `shape` that begins with `array`; along each axis, its value fills up the rest.
 
-    Where that is behind it along several axes, the value of the last.
+    Where several axes are filled up, the value of the last one counts.
     """
     whole: Array = np.empty(shape, array.dtype)
     place = [slice(size) for size in array.shape]

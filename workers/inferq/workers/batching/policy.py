@@ -1,8 +1,10 @@
-"""When does a batch leave, and who is in it? A pure function: state in, decision out.
+"""Decides when a batch leaves and which requests are in it.
 
-The rule is Triton's dynamic batcher's, with two additions: no request is split or starved (see
-`MAX_OVERTAKES`), and where lanes run truly in parallel waiting requests are spread over the free
-ones, since a full batch on one core beside an idle core helps nobody.
+A pure function: state in, decision out.
+
+The rule is that of Triton's dynamic batcher, with two additions. No request is split or starved
+(see `MAX_OVERTAKES`). Where lanes run in parallel on hardware of their own, waiting requests are
+spread over the free lanes, since a full batch on one core beside an idle core is slower.
 """
 
 from __future__ import annotations
@@ -12,12 +14,12 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-#: How many smaller requests may overtake one that did not fit, before batches close at it.
+#: Smaller requests that may overtake one that did not fit; then no batch takes any behind it.
 MAX_OVERTAKES: Final = 8
 
 
 class Candidate(Protocol):
-    """What the policy sees of a waiting request."""
+    """A waiting request as the policy sees it."""
 
     @property
     def rows(self) -> int: ...
@@ -27,7 +29,7 @@ class Candidate(Protocol):
 
     @property
     def alone(self) -> bool:
-        """It must not share a batch: a worker died computing it."""
+        """It must run alone: a worker died computing it."""
 
     @property
     def arrived_mono_ms(self) -> float: ...
@@ -40,18 +42,18 @@ class Knobs:
     """The model's batching knobs; sizes in rows."""
 
     max_batch_size: int
-    #: Ascending; empty: max_batch_size is the one to aim at.
+    #: Ascending; empty: max_batch_size is the target.
     preferred_batch_sizes: tuple[int, ...] = ()
     max_queue_delay_ms: float = 0.0
     #: Ascending; empty: any size runs as it is.
     buckets: tuple[int, ...] = ()
     batchable: bool = True
-    #: Lanes have hardware of their own (CPU cores): spread waiting requests over the free ones.
+    #: Lanes have hardware of their own (CPU cores): waiting requests are spread over the free ones.
     spread: bool = False
 
     @property
     def target(self) -> int:
-        """The batch size that is aimed at."""
+        """The batch size to aim at."""
         return self.preferred_batch_sizes[-1] if self.preferred_batch_sizes else self.max_batch_size
 
     def bucket(self, rows: int) -> int:
@@ -82,8 +84,8 @@ def decide(
 ) -> Leave | Wait | None:
     """The next batch of `waiting` (most urgent first), given `free_lanes`; None: nothing to do.
 
-    The most urgent group of compatible requests that may leave does; a group that still waits for
-    company keeps no lane from those behind it.
+    The most urgent group of compatible requests that may leave is chosen. A group that still waits
+    for more requests keeps no lane from the groups behind it.
     """
     if not waiting or not free_lanes:
         return None
@@ -108,7 +110,7 @@ class _Batch:
     take: list[int]
     rows: int
     oldest_mono_ms: float
-    #: As in `Leave`; not empty: this batch is closed.
+    #: As in `Leave`; if it is not empty the batch does not wait for more requests.
     overtaken: dict[int, int]
 
 

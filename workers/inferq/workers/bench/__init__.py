@@ -1,4 +1,4 @@
-"""``inferq bench``: a load generator that says what a served model can do, and where time goes.
+"""``inferq bench``: a load generator that measures a served model, and where the time goes.
 
 command   the options, and what is printed
 loads     what to send and when: concurrency, rate, trace

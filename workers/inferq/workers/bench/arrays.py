@@ -14,12 +14,13 @@ from inferq.workers.models.array_files import read_npy, read_npz
 
 Data = Literal["random", "zeros"]
 
-#: Requests with distinct inputs, which are sent in turn; and the most bytes of all of them.
+#: Number of distinct requests, which are sent in turn, and the most bytes that they may have in
+#: all.
 DISTINCT: Final = 64
 MAX_BYTES: Final = 64 * 1024 * 1024
 #: Most requests that are cut from files.
 MOST_FROM_FILES: Final = 1_000
-#: Random whole numbers are below it, so that they are bytes, and known to every vocabulary.
+#: Random whole numbers are below it, so that they fit a byte and any vocabulary.
 BELOW: Final = 256
 
 
@@ -29,7 +30,7 @@ def read_shapes(given: Sequence[str]) -> dict[str, tuple[int, ...]]:
     for each in given:
         name, equals, text = each.partition("=")
         sizes = [size.strip() for size in text.split(",")]
-        # At most 9 digits each: what is larger cannot be allocated anyway.
+        # At most 9 digits each: a larger array cannot be allocated anyway.
         right = all(size.isdecimal() and len(size) < 10 and int(size) for size in sizes)
         if not (name and equals and right):
             raise ConfigError(f"--shape {each!r}; expected NAME=SIZE,SIZE,… as in x=1,224,224,3")
@@ -129,7 +130,7 @@ def _filled(
 def read(advert: ModelAdvert, given: Sequence[str], batch: int | None) -> list[dict[str, Array]]:
     """Requests from the files of ``--input``: FILE.npz or NAME=FILE.npy. ConfigError.
 
-    With `batch`, as many requests of so many rows as the files have; else one of all rows.
+    With `batch`, the files are cut into requests of so many rows; without, they are one request.
     """
     arrays: dict[str, Array] = {}
     for each in given:

@@ -24,7 +24,7 @@ class _Orders:
         self._brake = Brake()
 
     def read(self) -> None:
-        """Runs in a thread. The end of the orders is the end of the process."""
+        """Runs in a thread. The process ends when the orders end."""
         while True:
             order = messages.read_order(self._stream)
             if order is None:
@@ -36,13 +36,13 @@ class _Orders:
                 self._brake.stop(order.drain_s)
 
     def next(self) -> tuple[Step, Brake]:
-        """The next step, waited for: until the command ends, at most."""
+        """Wait for the next step, until the command ends at most."""
         return self._steps.get()
 
 
 def main() -> None:
     """Until stdin ends, or Redis is gone."""
-    # What the client logs of its connections is told as this process' failure.
+    # What the client logs about connections is reported as this process' failure instead.
     logging.getLogger("inferq").setLevel(logging.CRITICAL)
     reports = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

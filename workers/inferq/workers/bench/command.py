@@ -1,4 +1,4 @@
-"""``inferq bench MODEL``: the command line. What it does is imported only when it is called."""
+"""``inferq bench MODEL``: the command line. It imports the rest only when it is called."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ def _loads(
 def _run(
     options: Options, json_file: Path | None, plot: Path | None, compare: Path | None
 ) -> Outcome:
-    """Measure, and show it. What would keep it from being shown is found before."""
+    """Measure and show the results. What would prevent showing them is checked before measuring."""
     from inferq.workers.bench import compare as comparing  # noqa: PLC0415
     from inferq.workers.bench import figures, tables  # noqa: PLC0415
     from inferq.workers.bench.loads import kind_title  # noqa: PLC0415
@@ -298,7 +298,7 @@ def _write_json(path: Path | None, report: Report) -> None:
 
 
 def _rounded(value: object) -> object:
-    """Floats to the digits that they are worth."""
+    """Floats rounded to their significant digits."""
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -307,7 +307,7 @@ def _rounded(value: object) -> object:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Write a file, all or nothing. ConfigError."""
+    """Write a file as a whole or not at all. Raises ConfigError."""
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             temporary = Path(folder) / path.name

@@ -1,4 +1,4 @@
-"""Two runs beside each other: what the newer made of each step of the older."""
+"""Compares two runs: each step of the newer with that of the older."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from inferq.workers.bench.figures import Report, StepFigures
 
 @dataclass(frozen=True)
 class Ratio:
-    """One load: newer ÷ older; None where one of them has no figure."""
+    """For one load: newer ÷ older; None if one of them has no figure."""
 
     load: float
     requests_per_s: float | None
@@ -28,7 +28,7 @@ class Ratio:
 
 
 def check_comparable(older: Report, kind: str, what: str) -> None:
-    """ConfigError unless its loads are of that kind. `what` it is called in the message."""
+    """ConfigError unless the loads of `older` are of `kind`. `what`: its name in the message."""
     if older.how.kind != kind:
         raise ConfigError(f"{what} is of a run by {older.how.kind}; expected one by {kind}")
 
@@ -42,7 +42,7 @@ def ratios(newer: Report, older: Report) -> list[Ratio]:
 
 
 def differences(newer: Report, older: Report) -> list[str]:
-    """What else differs between the two runs."""
+    """Other differences between the two runs, which may explain the ratios."""
     pairs: list[tuple[str, object, object]] = [
         ("model", older.model, newer.model),
         ("model's version", older.version, newer.version),

@@ -1,4 +1,4 @@
-"""What a run came to: figures of every step, as they stand in the JSON that docs/bench.md shows."""
+"""The results of a run: figures of every step, as in the JSON that docs/bench.md shows."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from inferq.workers.bench.loads import Kind
 from inferq.workers.bench.tally import Ended, Split, Tally
 
 FORMAT: Final = "inferq-bench"
-#: Raised when a field changes its meaning or goes away; a new one does not raise it.
+#: Raised when a field changes its meaning or is removed, not when one is added.
 FORMAT_VERSION: Final = 1
 #: Bytes of a report that is read.
 MAX_BYTES: Final = 64 * 1024 * 1024
-#: Windows that are compared, and of which the figures are.
+#: Windows that are compared; the figures are taken from them.
 STABLE_WINDOWS: Final = 3
-#: How far any of them may be from their mean.
+#: Largest deviation of any of them from their mean.
 STABLE_WITHIN: Final = 0.10
 
 
@@ -48,7 +48,7 @@ class Counts(msgspec.Struct, frozen=True):
 
 
 class Times(msgspec.Struct, frozen=True):
-    """Where the mean latency of a success went, in ms. Their sum is that mean."""
+    """The parts of a success' mean latency, in ms. Their sum is that mean."""
 
     late: float
     queue: float
@@ -93,12 +93,12 @@ class StepFigures(msgspec.Struct, frozen=True, kw_only=True):
     rows_per_s: float
     #: From the intended send time to the decoded answer; None if there was no answer.
     latency_ms: Percentiles | None
-    #: From the intended send time until it was handed over.
+    #: From the intended send time until it was pushed.
     late_ms: Percentiles | None
     counts: Counts
     #: By code.
     errors: dict[str, int]
-    #: With warm-up, and with what was sent before all processes had stopped.
+    #: Including the warm-up, and what was sent before all processes had stopped.
     whole: Counts
     time_ms: Times | None
     gpu_ms: GpuTimes | None

@@ -1,4 +1,4 @@
-"""A histogram of durations that merges exactly and is right to half a percent."""
+"""A histogram of durations. It merges exactly, and its percentiles are right to half a percent."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 
 #: Each bucket is 1 % wider than the one before; its middle is at most 0.5 % off.
 RATIO: Final = 1.01
-#: Seconds. What is shorter counts as that long.
+#: Seconds; a shorter duration counts as this one.
 SHORTEST: Final = 1e-6
 _LOG: Final = math.log(RATIO)
 
@@ -24,7 +24,7 @@ class Histogram(msgspec.Struct):
     most: float = 0.0
 
     def add(self, seconds: float) -> None:
-        """Count one duration in."""
+        """Count one duration."""
         bucket = int(math.log(seconds / SHORTEST) / _LOG) if seconds > SHORTEST else 0
         self.counts[bucket] = self.counts.get(bucket, 0) + 1
         self.total += 1
@@ -33,7 +33,7 @@ class Histogram(msgspec.Struct):
         self.most = max(self.most, seconds)
 
     def merge(self, other: Histogram) -> None:
-        """Count all of `other` in: the same as if its durations had been added here."""
+        """Add all counts of `other`, as if its durations had been added here."""
         for bucket, count in other.counts.items():
             self.counts[bucket] = self.counts.get(bucket, 0) + count
         self.total += other.total

@@ -1,7 +1,7 @@
-"""What to send and when: a number in flight, a rate, or a trace of send times.
+"""What to send and when: by a number of requests in flight, a rate, or a trace of send times.
 
-Command-line values become `Load`s; a `Load` becomes, in each of several processes, the times at
-which that process' share of the requests is due. The shares together are the load exactly.
+Command-line values become `Load`s. In each process a `Load` becomes the times at which that
+process' share of the requests is due. All shares together are exactly the load.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MAX_STEPS: Final = 100
 MAX_TRACE_BYTES: Final = 128 * 1024 * 1024
 MAX_TRACE: Final = 2_000_000
 MAX_TRACE_S: Final = 86_400.0
-#: A trace that lasts less is sent at once.
+#: A trace that lasts less is sent all at once.
 SHORTEST_S: Final = 1e-6
 #: Gaps drawn at once.
 _DRAWN: Final = 256
@@ -154,7 +154,7 @@ def due_times(load: Load, share: int, shares: int, seed: Sequence[int]) -> Itera
 
 
 def _poisson(rate: float, seed: Sequence[int]) -> Iterator[float]:
-    """Arrivals of which one says nothing about the next: several of them make one such again."""
+    """Poisson arrivals, independent of each other. Several such streams together are one again."""
     random = np.random.default_rng(list(seed))
     at = 0.0
     while True:
@@ -164,5 +164,5 @@ def _poisson(rate: float, seed: Sequence[int]) -> Iterator[float]:
 
 
 def kind_title(kind: Kind) -> str:
-    """What a step's number says."""
+    """The title of a step's load in tables and plots."""
     return {"concurrency": "in flight", "rate": "rate/s", "trace": "mean/s"}[kind]

@@ -1,4 +1,4 @@
-"""What the command and its producer processes say to each other: msgpack, length first."""
+"""The messages between the command and its producer processes: msgpack, preceded by the length."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Step(msgspec.Struct, frozen=True, tag=True):
     begins_at: float
     warmup_s: float
     window_s: float
-    #: How long answers are waited for once a trace is at its end.
+    #: Seconds to wait for answers once a trace has ended.
     drain_s: float
     #: Of this process; for a rate or a trace.
     max_in_flight: int
@@ -96,7 +96,7 @@ _from_process: Final = msgspec.msgpack.Decoder(FromProcess)
 
 
 def write(stream: IO[bytes], message: ToProcess | FromProcess) -> None:
-    """Write one message and flush. OSError where nobody reads any more."""
+    """Write one message and flush. OSError if nobody reads any more."""
     data = msgspec.msgpack.encode(message)
     stream.write(_LENGTH.pack(len(data)))
     stream.write(data)
@@ -128,7 +128,7 @@ def _read(stream: IO[bytes], decoder: msgspec.msgpack.Decoder[T]) -> T | None:
 
 
 def packed(items: Sequence[Mapping[str, Array]]) -> list[dict[str, Tensor]]:
-    """Arrays as they travel."""
+    """Arrays as they are sent."""
     return [
         {name: Tensor(array.dtype.str, array.shape, array.tobytes()) for name, array in one.items()}
         for one in items

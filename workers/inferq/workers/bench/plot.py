@@ -1,4 +1,4 @@
-"""A run as a picture: latency over throughput, and where the time of a request went."""
+"""Draws a run: latency over throughput, and where the time of a request went."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from inferq.workers.bench.loads import kind_title
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: Told apart also without colours, by the markers.
+#: Markers distinguish them even without colours.
 _CURVES: Final = (("p50", "o", "#0072b2"), ("p95", "s", "#e69f00"), ("p99", "^", "#d55e00"))
 #: Of `Times`, from the bottom up: name there, in the legend, colour.
 _PARTS: Final = (
@@ -26,9 +26,9 @@ _PARTS: Final = (
     ("settle", "settle: until the result is stored", "#f0e442"),
     ("other", "other: Redis, network, client", "#cc79a7"),
 )
-#: From that ratio of latencies on, their axis is logarithmic.
+#: Ratio of latencies from which on their axis is logarithmic.
 _WIDE: Final = 20
-#: Most loads that are named beside their points and bars.
+#: Most loads whose names are written at their points and bars.
 _NAMED: Final = 24
 #: Height of the bars' panel over the highest: there is the legend.
 _HEADROOM: Final = 1.22

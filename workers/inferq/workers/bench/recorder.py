@@ -1,4 +1,4 @@
-"""Counts one step's requests in one process, as they are handed over and as they end.
+"""Counts one step's requests in one process, when they are pushed and when they end.
 
 The sending thread and the client's thread for results both call it.
 """
@@ -20,7 +20,7 @@ WARM_UP: Final = -1
 
 
 class Shot:
-    """One request that was handed over, as its client's `Watcher`. Monotonic seconds."""
+    """One request that was pushed, as its client's `Watcher`. Monotonic seconds."""
 
     __slots__ = ("_recorder", "due", "pending", "sent_at")
 
@@ -60,13 +60,13 @@ class Recorder:
         self._tallies: dict[int, Tally] = {}
         self._ended: dict[int, Ended] = {}
         self._open: dict[str, Shot] = {}
-        #: Set with `abandon_all`: what has no result now was waited for in vain.
+        #: Set by `abandon_all`: a request without a result now counts as unanswered.
         self._abandoned = False
         self.last_at = starts_at
 
     @property
     def in_flight(self) -> int:
-        """Handed over and not answered."""
+        """Pushed and not answered."""
         return len(self._open)
 
     def end_of(self, window: int) -> float:
@@ -86,17 +86,17 @@ class Recorder:
         return tally
 
     def refused(self, due: float) -> None:
-        """Admission did not let it in."""
+        """Admission refused the request due then."""
         with self._lock:
             self._tally(due).refused += 1
 
     def not_sent(self, due: float) -> None:
-        """It was due, and is not sent any more."""
+        """A request was due and will not be sent any more."""
         with self._lock:
             self._tally(due).not_sent += 1
 
     def sending(self, shots: Sequence[Shot]) -> None:
-        """They are handed over now."""
+        """These requests are being pushed now."""
         now = time.monotonic()
         with self._lock:
             for shot in shots:
@@ -107,7 +107,7 @@ class Recorder:
                 self._open[shot.pending.request_id] = shot
 
     def ended(self, shot: Shot) -> None:
-        """It has an outcome. Only the first call for a shot that is in flight counts."""
+        """A request has an outcome. Only the first call for a shot in flight counts."""
         outcome = shot.pending.outcome
         with self._lock:
             now = time.monotonic()
@@ -138,12 +138,12 @@ class Recorder:
             return self._ended.pop(window, None) or Ended()
 
     def abandon_all(self) -> list[Pending]:
-        """What is in flight; unless it succeeds after all it counts as unanswered."""
+        """The requests in flight. One that does not succeed after all counts as unanswered."""
         with self._lock:
             self._abandoned = True
             return [shot.pending for shot in self._open.values()]
 
     def tallies(self) -> dict[int, Tally]:
-        """What was due, by window; once nothing is in flight."""
+        """The counts of what was due, by window. Call it once nothing is in flight."""
         with self._lock:
             return self._tallies

@@ -1,4 +1,4 @@
-"""A whole run: look at the model, try one request, start processes, run every step."""
+"""A whole run: reads the model's advert, tries one request, starts processes, runs every step."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Options:
 
 
 class Watcher(Protocol):
-    """What wants to hear how a run goes."""
+    """Is told how a run goes."""
 
     def begun(self, advert: ModelAdvert, request: Request) -> None: ...
     def step_begins(self, load: Load, number: int) -> None: ...
@@ -68,18 +68,18 @@ class Watcher(Protocol):
 
 @dataclass
 class Outcome:
-    """What a run came to, also if it was ended early."""
+    """The results of a run, also of one that ended early."""
 
     report: Report
     #: By Ctrl-C.
     interrupted: bool = False
-    #: What ended it: Redis went away, or a process of ours.
+    #: What ended it: Redis or a producer process failed.
     problem: InferqError | None = None
 
 
 @dataclass
 class _Target:
-    """The model, as it was before the run, and what is sent to it."""
+    """The model as it was before the run, and the requests for it."""
 
     advert: ModelAdvert
     items: list[dict[str, Array]]
@@ -121,7 +121,7 @@ def run(options: Options, watcher: Watcher) -> Outcome:
 
 
 def _look(options: Options, settings: Settings) -> _Target:
-    """What is there, and whether it answers one request: its first, which tells most mistakes."""
+    """Read what is served, and try one request: most mistakes show there."""
     session = Session(settings)
     try:
         view = session.carry(look_up(session.core, options.model))

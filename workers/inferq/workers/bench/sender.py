@@ -22,11 +22,11 @@ from inferq.workers.bench.messages import Done, Setup, Step, Window, unpacked
 from inferq.workers.bench.recorder import WARM_UP, Recorder, Shot
 from inferq.workers.bench.sources import ClosedLoop, OpenLoop, Source
 
-#: Seconds without a push after which Redis is asked whether it is there.
+#: Seconds without a push after which Redis is checked.
 ASK_S: Final = 1.0
-#: Seconds that a schedule which is behind may take to send what was due in a window that is over.
+#: Seconds that a schedule which is behind may take to send requests of a past window.
 CATCH_UP_S: Final = 1.0
-#: Seconds that taking back what was not answered may take.
+#: Seconds that cancelling unanswered requests may take.
 TAKE_BACK_S: Final = 2.0
 
 
@@ -36,7 +36,7 @@ class Brake:
     def __init__(self) -> None:
         #: Wakes the sending thread.
         self.wake = threading.Event()
-        #: Monotonic seconds until which answers are waited for; None: go on sending.
+        #: When (monotonic seconds) waiting for answers ends; None: go on sending.
         self.drain_until: float | None = None
 
     def stop(self, drain_s: float) -> None:
@@ -67,13 +67,13 @@ class Sender:
     def run(self, step: Step, brake: Brake, report: Callable[[Window], None]) -> Done:
         """Send until `brake` says to stop, or a trace ends; then wait for answers.
 
-        `report` is told what ended in each window, soon after that is over. RedisUnavailable if
-        Redis is gone.
+        `report` gets what ended in each window soon after the window. RedisUnavailable if Redis is
+        gone.
         """
         return _Run(self, step, brake, report).run()
 
     def ask(self) -> None:
-        """Is Redis there, and the model? RedisUnavailable, ModelNotFound, ConfigError."""
+        """Check Redis and the model. RedisUnavailable, ModelNotFound, ConfigError."""
         core = self.session.core
         core.admission.expire(self.setup.model)
         self.session.carry(look_up(core, self.setup.model))
@@ -145,7 +145,7 @@ class _Run:
         return Done(self._recorder.tallies(), self._recorder.last_at)
 
     def _tell_windows(self) -> float:
-        """Report the windows that are over; the time now."""
+        """Report the windows that are over. Returns the time now."""
         now = time.monotonic()
         while self._is_over(self._recorder.end_of(self._window), now):
             ended = self._recorder.take(self._window)
@@ -166,7 +166,7 @@ class _Run:
             self._sender.ask()
 
     def _hand_over(self, dues: Sequence[float]) -> Dialogue[bool]:
-        """Push a request for each of `dues`; False if Redis did not take all of them."""
+        """Push a request for each of `dues`. False if Redis did not take all of them."""
         core, setup, recorder = self._session.core, self._setup, self._recorder
         view = yield from look_up(core, setup.model)
         ready: list[Shot] = []
@@ -205,7 +205,7 @@ class _Run:
         self._give_back(recorder.abandon_all())
 
     def _give_back(self, left: Sequence[Pending]) -> None:
-        """Take back what was not answered, so that no worker computes it for nobody."""
+        """Cancel what was not answered, so that no worker computes it in vain."""
         until = time.monotonic() + TAKE_BACK_S
         for pending in left:
             if time.monotonic() < until:

@@ -1,4 +1,4 @@
-"""Which requests are due now: a closed loop's, and an open loop's."""
+"""Which requests are due now, in a closed loop and in an open loop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Final, Protocol
 
-#: Seconds after which a user who was refused asks again.
+#: Seconds after which a refused user of a closed loop sends again.
 REFUSED_PAUSE_S: Final = 0.02
 
 
@@ -18,24 +18,24 @@ class Source(Protocol):
     closed: bool
 
     def take(self, now: float, most: int) -> list[float]:
-        """Up to `most` times at which a request that can be sent now was due, in order."""
+        """The due times of up to `most` requests that can be sent now, in order."""
         ...
 
     def next_due(self) -> float:
-        """When the next is, unless something is freed before."""
+        """When the next request is due, unless one is freed before."""
         ...
 
     def freed(self, at: float, refused: bool) -> None:
-        """A request that was taken has ended, or could not be handed over."""
+        """A request that was taken has ended, or could not be pushed."""
         ...
 
     def give_up(self, until: float) -> None:
-        """The step is over: count what is due before `until`, and was not taken, as not sent."""
+        """The step is over: count requests due before `until` that were not taken as not sent."""
         ...
 
 
 class ClosedLoop:
-    """As many users as may be in flight: each asks anew the moment it is answered."""
+    """As many users as requests may be in flight: each sends its next one once it is answered."""
 
     closed = True
 
@@ -67,11 +67,14 @@ class ClosedLoop:
             self._due.append(at)
 
     def give_up(self, until: float) -> None:
-        """See `Source`: who has no answer has not asked."""
+        """See `Source`: a user who waits for an answer has nothing due."""
 
 
 class OpenLoop:
-    """A schedule that waits for nobody. What is due while `room` says 0 is told to `not_sent`."""
+    """A schedule that does not wait for answers.
+
+    `not_sent` gets what is due while `room` returns 0.
+    """
 
     closed = False
 
@@ -99,11 +102,11 @@ class OpenLoop:
         return due
 
     def next_due(self) -> float:
-        """See `Source`; infinite once the schedule is at its end."""
+        """See `Source`; infinite once the schedule has ended."""
         return self._next
 
     def freed(self, at: float, refused: bool) -> None:
-        """See `Source`: the schedule does not care."""
+        """See `Source`: the schedule does not depend on it."""
 
     def give_up(self, until: float) -> None:
         """See `Source`."""

@@ -1,4 +1,4 @@
-"""Runs one step: warm-up, windows until they are stable, the answers that are still to come."""
+"""Runs one step: warm-up, windows until they are stable, then waits for the last answers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from inferq.workers.bench.tally import Ended, Tally
 
 #: Seconds from the order to the first request, so that all processes begin at once.
 LEAD_S: Final = 0.1
-#: Seconds that a report may be late: Redis may keep a process waiting, and so may the machine.
+#: Seconds that a report may be late: Redis or the machine may delay a process.
 GRACE_S: Final = 30.0
-#: Seconds that answers are waited for after Ctrl-C.
+#: Seconds to wait for answers after Ctrl-C.
 INTERRUPTED_DRAIN_S: Final = 1.0
-#: Late p99 from which on figures are said to be those of a generator that could not keep up.
+#: p99 of lateness from which on a note says that the generator could not keep up.
 LATE_S: Final = 0.010
 
 
@@ -56,7 +56,7 @@ class _Seen:
 
 
 class Interrupted(Exception):
-    """Ctrl-C; `step` is what was measured of the step that ran, if it was a window at least."""
+    """Ctrl-C. `step`: what was measured of the current step, if that is at least one window."""
 
     def __init__(self, step: StepFigures | None) -> None:
         super().__init__("interrupted")
@@ -64,7 +64,10 @@ class Interrupted(Exception):
 
 
 class StepRun:
-    """One step. `on_window` is told all windows after each; none after the warm-up."""
+    """One step.
+
+    `on_window` gets all windows so far after each one: an empty list after the warm-up.
+    """
 
     def __init__(
         self,
@@ -118,7 +121,7 @@ class StepRun:
         )
 
     def _measure(self) -> None:
-        """Until the windows are stable, or there were enough; a trace until it is at its end."""
+        """Until the windows are stable or there were `max_windows`; a trace until it has ended."""
         rules, seen = self._rules, self._seen
         wait_s = rules.window_s + rules.warmup_s + GRACE_S
         wait_s += rules.timeout_s if self._trace else 0.0
@@ -194,7 +197,7 @@ class StepRun:
 
 
 def _notes(tally: Tally, end: str) -> list[str]:
-    """What a reader must know before believing the figures; first, if anything, how it ended."""
+    """What a reader must know before trusting the figures, beginning with how the step ended."""
     notes = [end] if end else []
     late = tally.late.percentile(99)
     if late > LATE_S:

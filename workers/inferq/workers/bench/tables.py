@@ -1,4 +1,4 @@
-"""How a run goes, and what it came to, as text."""
+"""Shows the progress and the results of a run as text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """A run's `Watcher`: lines on stderr, and on a terminal one that moves."""
+    """A run's `Watcher`: writes lines to stderr, and on a terminal one that is updated."""
 
     def __init__(self, steps: int, max_windows: int) -> None:
         self._steps = steps
@@ -103,7 +103,7 @@ def _load(step: StepFigures) -> str:
 
 
 def _done(report: Report, step: StepFigures) -> dict[str, str]:
-    """What it came to. Columns that say nothing in any step are left out."""
+    """The results of each step. Columns that are empty in every step are left out."""
     latency = step.latency_ms
     cells = {"requests/s": f"{step.requests_per_s:.1f}"}
     if report.request.rows > 1:
@@ -145,5 +145,5 @@ def print_ratios(ratios: Sequence[Ratio], kind: str, notes: Sequence[str]) -> No
 
 
 def ms(value: float) -> str:
-    """Milliseconds with the digits that they are worth."""
+    """Milliseconds with their significant digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

@@ -1,4 +1,4 @@
-"""What is counted of requests: by which window they were due in, and by which they ended in."""
+"""Counts of requests: by the window that they were due in, and by the one that they ended in."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from inferq.shared.errors import DeadlineExceeded, InferqError, ResultTimeout
 from inferq.shared.schema import Receipt
 from inferq.workers.bench.histogram import Histogram
 
-#: Most names of workers and engines that are kept.
+#: Most names of workers and engines that are remembered.
 MAX_NAMES: Final = 256
-#: Answers that came too late, or not at all: they count as long as was waited for them. To leave
-#: them out of the latencies would be to forget the slowest.
+#: Answers that came too late, or not at all. Their latency is the time waited for them; latencies
+#: without them would leave out the slowest requests.
 OUT_OF_TIME: Final = (DeadlineExceeded, ResultTimeout)
 
 
@@ -21,7 +21,7 @@ class Split(msgspec.Struct):
     """Sums over receipts. Times in ms; `Receipt` says what each is."""
 
     receipts: int = 0
-    #: Due until handed over.
+    #: From due to pushed.
     late: float = 0.0
     queue: float = 0.0
     form: float = 0.0
@@ -29,22 +29,22 @@ class Split(msgspec.Struct):
     settle: float = 0.0
     #: The rest of the latency: connections, Redis, the result's way back.
     other: float = 0.0
-    #: Receipts of a GPU, and the sums of those.
+    #: Receipts from a GPU, and the sums over these.
     gpu_receipts: int = 0
     h2d: float = 0.0
     gpu_compute: float = 0.0
     d2h: float = 0.0
-    #: Each request counts as one share of its batch, so these are of whole batches.
+    #: Each request counts as its share of its batch, so these sums are of whole batches.
     batches: float = 0.0
     batch_rows: float = 0.0
     padding: float = 0.0
-    #: Requests that were computed after a worker had died with them.
+    #: Requests that were computed again after a worker had died computing them.
     attempted_again: int = 0
 
     def add(self, receipt: Receipt, late_ms: float, latency_ms: float) -> None:
-        """Count one answer in: handed over `late_ms` after it was due, answered `latency_ms`."""
+        """Count one answer: pushed `late_ms` and answered `latency_ms` after it was due."""
         computed = receipt.form_ms + receipt.compute_ms + receipt.settle_ms
-        # By Redis' clock as two machines know it, so it may come out longer than there was time.
+        # Measured by Redis' clock as two machines know it, so it may be longer than the latency.
         queue = max(0.0, min(receipt.queue_ms or 0.0, latency_ms - late_ms - computed))
         inside = queue + computed
         self.receipts += 1
@@ -75,18 +75,18 @@ class Tally(msgspec.Struct):
     """Requests that were due in one window, whenever they ended."""
 
     sent: int = 0
-    #: By admission: the queue is at a limit of its. Nothing was sent.
+    #: Refused by admission since the queue is at one of its limits. Nothing was sent.
     refused: int = 0
-    #: Due while as many were in flight as may be, or not reached before the step's end.
+    #: Due while as many requests were in flight as allowed, or not reached before the step's end.
     not_sent: int = 0
     succeeded: int = 0
     #: Answered with an error, or refused by Redis, by the error's code.
     errors: dict[str, int] = msgspec.field(default_factory=dict)
-    #: Waited for in vain.
+    #: Without an answer at the end of the wait.
     unanswered: int = 0
-    #: Due until answered: successes, and what ran out of time.
+    #: From due to answered: of successes, and of requests that ran out of time.
     latency: Histogram = msgspec.field(default_factory=Histogram)
-    #: Due until handed over, of all that were sent.
+    #: From due to pushed, of all requests that were sent.
     late: Histogram = msgspec.field(default_factory=Histogram)
     split: Split = msgspec.field(default_factory=Split)
     workers: set[str] = msgspec.field(default_factory=set)
@@ -94,18 +94,18 @@ class Tally(msgspec.Struct):
     engines: set[str] = msgspec.field(default_factory=set)
 
     def fail(self, error: InferqError, latency: float) -> None:
-        """Count one failure in, `latency` seconds after it was due."""
+        """Count one failure, `latency` seconds after it was due."""
         self.errors[error.code] = self.errors.get(error.code, 0) + 1
         if isinstance(error, OUT_OF_TIME):
             self.latency.add(latency)
 
     def abandon(self, waited: float) -> None:
-        """Count one request in for which nobody waits any more, `waited` seconds after its due."""
+        """Count one request for which nobody waits any more, `waited` seconds after it was due."""
         self.unanswered += 1
         self.latency.add(waited)
 
     def succeed(self, receipt: Receipt | None, late: float, latency: float) -> None:
-        """Count one answer in; times in seconds."""
+        """Count one answer; times in seconds."""
         self.succeeded += 1
         self.latency.add(latency)
         if receipt is None:

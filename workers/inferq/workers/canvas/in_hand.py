@@ -14,8 +14,8 @@ from redis.exceptions import RedisError
 
 from inferq.shared.lua import source
 from inferq.shared.names import Names
-from inferq.workers.claims.amiss import is_wrong_type
-from inferq.workers.claims.recovery import linking
+from inferq.workers.claims.recovery import linking_field
+from inferq.workers.claims.wrong_type import is_wrong_type
 
 
 class _Noted(msgspec.Struct, frozen=True):
@@ -39,7 +39,7 @@ class InHand:
 
     def begins(self, incarnation: str, model: str, request_id: str) -> None:
         """Note this one, in place of the one before. It may be repeated after redis errors."""
-        self._replace(_Noted(incarnation, model, linking(request_id)))
+        self._replace(_Noted(incarnation, model, linking_field(request_id)))
 
     def published(self) -> None:
         """No worker died of this one: what is counted on it is to be forgotten."""

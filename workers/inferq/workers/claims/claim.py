@@ -1,4 +1,4 @@
-"""What a worker holds: claims, and each request's place in one."""
+"""What a worker holds: claims, and the places of requests in them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import msgspec
 
 @dataclass(eq=False)
 class Claim:
-    """A worker's lease on a set of requests: one Redis list, in the order they were taken.
+    """Requests that a worker holds under its lease: one Redis list, in the order they were claimed.
 
-    Item j (0 is the oldest) stands at index ``-(j+1)``, since LMOVE pushed each to the left.
+    Item j (0 is the oldest) has the index ``-(j+1)``, since LMOVE pushed each to the left end.
     """
 
     key: str
@@ -23,9 +23,10 @@ class Claim:
     decoded: bool = False
     #: When its messages came.
     claimed_redis_ms: float = 0.0
-    #: Places whose request is settled, or is being settled by a MULTI without an answer yet.
+    #: Places of requests that are settled, or in a MULTI whose answer has not come yet.
     settled: set[int] = field(default_factory=set)
-    #: What the budget counts: requests, and bytes of each but those that are known by place.
+    #: What the budget counts: its requests, and the bytes of each, except those in `whole`, by
+    #: place.
     held: int = 0
     each: int = 0
     whole: dict[int, int] = field(default_factory=dict)
@@ -44,9 +45,9 @@ class Slot(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """A claim and the messages to take on from it, oldest first; None where there is none to.
+    """A claim and the messages to take from it, oldest first; None where there is none to take.
 
-    `adopted`: it is no fresh one, so requests of it may have a result already.
+    `adopted`: it is not a new claim, so some of its requests may have a result already.
     """
 
     claim: Claim
@@ -61,7 +62,7 @@ class Claimed:
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """How many requests to claim from one queue of one priority step."""
+    """How many requests to claim from one queue, of one priority step."""
 
     model: str
     step: int

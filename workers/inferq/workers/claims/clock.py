@@ -1,7 +1,7 @@
-"""Redis' clock as seen from here: what timestamps and deadlines are compared with.
+"""Redis' clock as this process knows it: timestamps and deadlines are compared with it.
 
-A time of this process' monotonic clock is called ``…_mono_ms``. One of Redis' clock is called
-``…_redis_ms`` where both meet; what travels (``sent_ms``, ``deadline_ms``) is always Redis'.
+A time of this process' monotonic clock is called ``…_mono_ms``, one of Redis' clock ``…_redis_ms``
+where both occur. Times in messages (``sent_ms``, ``deadline_ms``) are always Redis'.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import time
 
 
 class RedisClock:
-    """Redis time in ms, carried on by the monotonic clock, so no wrong wall clock matters.
+    """Redis' time in ms, advanced by the monotonic clock, so a wrong wall clock does not matter.
 
     The offset is a plain float that one thread writes and others read.
     """
@@ -23,7 +23,7 @@ class RedisClock:
         return time.monotonic() * 1000
 
     def set(self, redis_ms: float, asked_at: float) -> None:
-        """Take over `redis_ms`, asked for at `asked_at` (``time.monotonic()``, s)."""
+        """Set the clock by `redis_ms`, as asked for at `asked_at` (``time.monotonic()``, s)."""
         middle = (asked_at + time.monotonic()) / 2 * 1000
         self._offset = redis_ms - middle
 

@@ -1,4 +1,4 @@
-"""A worker incarnation's lease: born, renewed by a thread and a connection of its own, given up."""
+"""A worker incarnation's lease: registered, renewed by a thread of its own, given up."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from inferq.shared.lua import source
 from inferq.shared.names import Names
 from inferq.shared.resp import Command
 from inferq.workers.claims import replies
-from inferq.workers.claims.amiss import NO_ANNOUNCEMENT, ZSET, Told, type_of
 from inferq.workers.claims.clock import RedisClock
 from inferq.workers.claims.oom import pipelined
+from inferq.workers.claims.wrong_type import NO_ANNOUNCEMENT, ZSET, WrongTypeReports, type_of
 from inferq.workers.process.periodic import Periodic
 
 logger = logging.getLogger(__name__)
 
-#: How long an announcement outlives its last refresh: a model whose workers are all away stays
-#: known for a day, so that requests for it are queued and not refused.
+#: Seconds that an advert is kept after its last refresh. A model without workers stays known for a
+#: day, so that requests for it are queued and not refused.
 ADVERT_TTL_S = 24 * 3600
 ADVERT_EVERY_S = 60.0
-#: Seconds after which renewing is tried again if it failed: others wait for one lease only, once
-#: Redis is back, before they take those that are not renewed for dead.
+#: Seconds after which a failed renewal is tried again. Once Redis is back, other workers wait for
+#: one lease only, and then take workers that have not renewed theirs for dead.
 RETRY_S = 0.5
 
 
 class Lease:
-    """Keeps this process's right to settle alive, and announces the models it serves.
+    """Renews this process' lease, without which it may not settle, and announces its models.
 
-    Its incarnations begin with `prefix`. `adverts` maps models to their encoded announcement.
-    `may_renew` is asked each time: False (a batch exceeded max_run_seconds) lets the lease run out.
-    `on_lost` is called from the renewing thread when the fence is found gone, `on_missing` when
-    the lease itself was, which somebody removed.
+    The names of its incarnations begin with `prefix`. `adverts` maps models to their encoded
+    adverts. `may_renew` is called before each renewal: False (a batch exceeded max_run_seconds)
+    lets the lease run out. The renewing thread calls `on_lost` if the fence is gone, and
+    `on_missing` if somebody removed the lease itself.
     """
 
     def __init__(
@@ -60,9 +60,10 @@ class Lease:
         self._may_renew = may_renew
         self._on_lost = on_lost
         self._on_missing = on_missing
-        self._told = Told()
+        self._wrong_types = WrongTypeReports()
         self._renew = client.register_script(source("renew"))
-        # However it fails: it is tried again in time, or others take this worker for dead.
+        # Whatever the error, a renewal is tried again in time; else others take this worker for
+        # dead.
         self.loop = Periodic(
             "lease",
             self._turn,
@@ -77,14 +78,18 @@ class Lease:
         self.incarnation = ""
 
     def start(self) -> None:
-        """Birth, and the thread that renews from then on. Raises redis errors."""
+        """Register, and start the thread that renews the lease from then on.
+
+        Raises redis errors.
+        """
         self.register()
         self.loop.start()
 
     def register(self) -> None:
-        """A fresh incarnation, with a fence and a lease. Raises redis errors.
+        """Begin a new incarnation, with a fence and a lease. Raises redis errors.
 
-        What it serves is announced first: whom a client finds serving a model, it can ask about it.
+        Its models are announced first: a client that finds a worker for a model also finds the
+        advert.
         """
         self._announce()
         # kill point: announced-unborn
@@ -92,9 +97,9 @@ class Lease:
         asked = time.monotonic()
         args = [*self._args(incarnation), 1, before]
         keys = self._keys(incarnation)
-        _, stamp, _, amiss = self._renew(keys=keys, args=args)
+        _, stamp, _, wrong_type = self._renew(keys=keys, args=args)
         self._clock.set(float(stamp), asked)
-        self._tell(keys, amiss)
+        self._tell(keys, wrong_type)
         # kill point: born
         self.incarnation = incarnation
 
@@ -128,10 +133,10 @@ class Lease:
         asked = time.monotonic()
         incarnation = self.incarnation
         keys = self._keys(incarnation)
-        alive, stamp, added, amiss = self._renew(keys=keys, args=self._args(incarnation))
+        alive, stamp, added, wrong_type = self._renew(keys=keys, args=self._args(incarnation))
         self._clock.set(float(stamp), asked)
-        if alive and (amiss or self._told):
-            self._tell(keys, amiss)
+        if alive and (wrong_type or self._wrong_types):
+            self._tell(keys, wrong_type)
         if added:
             self._on_missing()
         if not alive and incarnation == self.incarnation:
@@ -139,25 +144,25 @@ class Lease:
         elif time.monotonic() - self._announced > ADVERT_EVERY_S:
             self._announce()
 
-    def _tell(self, keys: Sequence[str], amiss: Sequence[int]) -> None:
-        """Of serving:<m> that are of another type, or were; `amiss` are places, from 1.
+    def _tell(self, keys: Sequence[str], wrong_type: Sequence[int]) -> None:
+        """Report each serving:<m> that has or had the wrong type; `wrong_type`: places, from 1.
 
-        Of `leases` the recoverer tells.
+        The recoverer reports `leases`.
         """
         for place, key in enumerate(keys[2:], 3):
-            if place in amiss:
-                self._told.amiss(key, type_of(self._client, key), ZSET, NO_ANNOUNCEMENT)
+            if place in wrong_type:
+                self._wrong_types.report(key, type_of(self._client, key), ZSET, NO_ANNOUNCEMENT)
             else:
-                self._told.right(key)
+                self._wrong_types.resolve(key)
 
     def stop(self) -> None:
-        """Stop renewing. What is still held must have been settled or given back before."""
+        """Stop renewing. What this worker held must have been settled or given back before."""
         self.loop.stop()
 
     def retire(self) -> None:
         """The end of an incarnation: drop its fence and, if it holds nothing, its lease.
 
-        What could not be given back, as a queue is amiss, others look after once that runs out.
+        Claims whose queue has the wrong type are left. Others recover them once the lease ran out.
         """
         names, i = self._names, self.incarnation
         with self._client.pipeline(transaction=True) as pipe:

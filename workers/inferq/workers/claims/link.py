@@ -1,7 +1,7 @@
 """The data plane's connection: commands go out together, replies are read in order.
 
-Pushes (RESP3 invalidations of tracked keys) are set aside as they arrive, and `Link.wait` waits for
-them and for the process's own lanes at once.
+Pushes (RESP3 invalidations of tracked keys) are noted as they arrive. `Link.wait` waits for them
+and for the process' own lanes at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from inferq.shared.resp import (
     pack,
     send_all,
 )
-from inferq.workers.claims.amiss import is_wrong_type
+from inferq.workers.claims.wrong_type import is_wrong_type
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,8 @@ class Waker:
 class Link:
     """A connection of the data plane. Not thread-safe: one thread owns it.
 
-    `timeout` (seconds) bounds every wait for a reply; a link that raises one of BROKEN is of no
-    further use and is replaced.
+    `timeout` (seconds) bounds every wait for a reply. A link that raises one of BROKEN cannot be
+    used again and is replaced.
     """
 
     def __init__(self, client: redis.Redis, waker: Waker, timeout: float) -> None:
@@ -65,11 +65,11 @@ class Link:
         self._poll = select.poll()
         self._replies = Replies(GeneralParser(), self._pushed, self._passed_over)
         self._notes: list[Command] = []
-        #: The last error for want of memory among the replies that were passed over, until somebody
-        #: clears it.
+        #: The last out-of-memory error among the replies that were passed over, until it is
+        #: cleared.
         self.refused: ReplyError | None = None
-        #: The same of a key of another type.
-        self.amiss: ReplyError | None = None
+        #: The last wrong-type error among them.
+        self.wrong_type: ReplyError | None = None
         #: Keys that Redis has reported as changed since the last `forget_changes`.
         self.changed: set[bytes] = set()
         #: Changes with every start of Redis, and with a failover.
@@ -95,7 +95,7 @@ class Link:
             sock.close()
 
     def note(self, command: Command) -> None:
-        """Have `command` written with what is written next; its reply will be passed over."""
+        """Write `command` together with whatever is written next. Its reply is passed over."""
         self._notes.append(command)
 
     def flush(self) -> None:
@@ -125,12 +125,12 @@ class Link:
         return self._replies.read(self._socket, count)
 
     def forget_changes(self) -> None:
-        """Start anew to collect changed keys."""
+        """Begin to collect changed keys anew."""
         self.changed.clear()
         self.all_changed = False
 
     def wait(self, seconds: float) -> None:
-        """Until a key changed, the waker was set, or `seconds` have passed."""
+        """Wait until a key changed, the waker was set, or `seconds` have passed."""
         sock = self._socket
         self._replies.drain()  # a push may have come in behind, or among, replies that were read
         if self.changed or self.all_changed:
@@ -149,7 +149,7 @@ class Link:
             if "OOM " in str(reply):
                 self.refused = reply
             elif is_wrong_type(reply):
-                self.amiss = reply
+                self.wrong_type = reply
             else:
                 logger.error("Redis refused what was noted: %s", reply)
 

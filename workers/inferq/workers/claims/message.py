@@ -1,4 +1,4 @@
-"""What the task of a message is called with: its arguments, the keys of its payloads, its times."""
+"""Reads a message's arguments, the keys of its payloads, and its times."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def arguments(body: codec.Body) -> Mapping[str, Any]:
 
 
 def references_in(inputs: object) -> dict[str, str]:
-    """Input name → payload key of the claim-checked tensors, whatever else `inputs` may be."""
+    """Input name → payload key of the claim-checked tensors; `inputs` may be anything."""
     if not isinstance(inputs, dict):
         return {}
     found = ((name, codec.reference_of(tensor)) for name, tensor in inputs.items())
@@ -30,7 +30,7 @@ def references_in(inputs: object) -> dict[str, str]:
 
 
 def unix_ms(header: str, given: str) -> float:
-    """The time in a header as ms since 1970; InvalidInput: it is no ISO 8601 time."""
+    """The time in a header as ms since 1970. InvalidInput if it is no ISO 8601 time."""
     try:
         moment = datetime.fromisoformat(given)
     except ValueError:

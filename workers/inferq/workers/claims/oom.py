@@ -1,4 +1,4 @@
-"""What goes on while Redis is full: the commands that make room again are let through."""
+"""Writes to a full Redis: forces through the commands that make room again."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import redis
 from inferq.shared.lua import source
 from inferq.shared.names import Names
 from inferq.shared.resp import Command, ReplyError
-from inferq.workers.claims.amiss import is_wrong_type
+from inferq.workers.claims.wrong_type import is_wrong_type
 
 
 def forced(commands: Sequence[Command], names: Names) -> Command:
-    """One command that runs `commands` also on a full Redis; its reply is the list of theirs.
+    """One command that runs `commands` even on a full Redis and replies the list of replies.
 
-    Each may have a few thousand words at most: Lua's stack holds no more.
+    Each may have at most a few thousand words: Lua's stack holds no more.
     """
     words: list[Any] = []
     for command in commands:
@@ -28,7 +28,7 @@ def forced(commands: Sequence[Command], names: Names) -> Command:
 def pipelined(client: redis.Redis, names: Names, commands: Sequence[Command]) -> list[Any]:
     """The replies to `commands`, in a pipeline; in one script if Redis is full.
 
-    Raises redis errors, once all were tried: one that fails does not undo the others.
+    Raises redis errors after all were tried: one that fails does not undo the others.
     """
     replies = attempted(client, names, commands)
     problem = next((reply for reply in replies if isinstance(reply, Exception)), None)
@@ -38,7 +38,7 @@ def pipelined(client: redis.Redis, names: Names, commands: Sequence[Command]) ->
 
 
 def attempted(client: redis.Redis, names: Names, commands: Sequence[Command]) -> list[Any]:
-    """As `pipelined`, with WRONGTYPE errors among the replies: such a key is amiss, not Redis."""
+    """As `pipelined`, with WRONGTYPE errors among the replies: the key is at fault, not Redis."""
     with client.pipeline(transaction=False) as pipe:
         for command in commands:
             pipe.execute_command(*command)  # type: ignore[no-untyped-call]
@@ -55,7 +55,7 @@ def attempted(client: redis.Redis, names: Names, commands: Sequence[Command]) ->
 
 
 def is_full(reply: object) -> bool:
-    """Whether Redis refused a command for want of memory."""
+    """Whether Redis refused a command because it is out of memory."""
     if isinstance(reply, redis.OutOfMemoryError):
         return True
     return isinstance(reply, ReplyError) and "OOM " in str(reply)

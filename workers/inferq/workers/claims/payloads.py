@@ -1,7 +1,8 @@
-"""Fetches claim-checked tensors: MGET on a connection of its own, straight into place.
+"""Fetches claim-checked tensors: by MGET on a connection of its own, without copying.
 
-A general reader copies each reply twice before it is a Python object; for tensors of hundreds of
-kilobytes that is a good part of what a request costs. Here the kernel writes into the array itself.
+A general reader copies each reply twice before it is a Python object. For tensors of hundreds of
+kilobytes that is a large part of a request's CPU time. Here the kernel writes into the array
+itself.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from inferq.shared.resp import NOTHING, Reply, open_socket, pack, receive, send_
 _SCRATCH_BYTES: Final = 4096
 #: Most keys asked for at once.
 _KEYS: Final = 64
-#: And bytes, as far as more than one key is asked for: Redis puts the reply together in its memory.
+#: Most bytes asked for at once, unless it is one key: Redis builds the whole reply in its memory.
 _BYTES: Final = 32 * 1024 * 1024
-#: A payload may be so much larger than its message says, to be told by its size what is wrong.
+#: A payload may be so many bytes larger than its message says: then the error can give its size.
 _SLACK: Final = 64 * 1024
 
 
@@ -42,7 +43,7 @@ class PayloadReader:
     def fetch(self, sizes: Mapping[str, int], limit: int) -> dict[str, bytes | memoryview | None]:
         """The bytes under the keys of `sizes`, which says how many are expected.
 
-        None: the key is gone, or holds more than `limit` bytes, or many more than expected.
+        None: the key is gone, holds more than `limit` bytes, or many more than expected.
         """
         found: dict[str, bytes | memoryview | None] = {}
         try:
@@ -66,25 +67,25 @@ class PayloadReader:
 
 
 class _InPlace:
-    """A parser of the reply to MGET, whose values the kernel writes to where they stay."""
+    """A parser of the reply to MGET. The kernel writes the values to their final place."""
 
     def __init__(self) -> None:
         self._scratch = bytearray(_SCRATCH_BYTES)
         self._view = memoryview(self._scratch)
-        #: What was received and not looked at yet: scratch[start:end].
+        #: What was received and not parsed yet: scratch[start:end].
         self._start = self._end = 0
         #: The value that is being read.
         self._value: memoryview | None = None
-        #: What is to be filled of it with what comes next; None: that goes into `_scratch`.
+        #: The part of it that the next bytes fill; None: they go into `_scratch`.
         self._into: memoryview | None = None
         self.gets: Callable[[], Reply] = iter(()).__next__
 
     def expect(self, limits: Sequence[int]) -> None:
-        """So many values come next; of one that has more bytes than its limit, None is made."""
+        """The next values have these `limits` in bytes. A larger value becomes None."""
         self.gets = self._values(limits).__next__
 
     def clear(self) -> None:
-        """The connection is gone, and with it what was received."""
+        """Forget what was received: the connection is gone."""
         self._start = self._end = 0
         self._value = self._into = None
         self.gets = iter(()).__next__
@@ -99,7 +100,7 @@ class _InPlace:
         self._into = None
 
     def _values(self, limits: Sequence[int]) -> Iterator[Reply]:
-        """The values, and NOTHING wherever bytes are lacking."""
+        """Yields the values, and NOTHING whenever bytes are lacking."""
         while (head := self._line()) is None:
             yield NOTHING
         if head != b"*%d" % len(limits):
@@ -124,7 +125,7 @@ class _InPlace:
             yield self._ended()
 
     def _line(self) -> bytes | None:
-        """The next line; None: its end is lacking, and there is room for more of it."""
+        """The next line; None: its end has not been received, and there is room for more."""
         at = self._scratch.find(b"\r\n", self._start, self._end)
         if at < 0:
             if self._start:
@@ -139,7 +140,7 @@ class _InPlace:
         return line
 
     def _begin(self, size: int) -> None:
-        """A value that begins with what is here; the rest of it comes next."""
+        """Begin a value with the bytes received so far; the rest of it comes next."""
         value = self._value = np.empty(size, np.uint8).data
         have = min(size, self._end - self._start)
         value[:have] = self._view[self._start : self._start + have]
@@ -147,7 +148,7 @@ class _InPlace:
         self._into = value[have:] if have < size else None
 
     def _ended(self) -> memoryview | None:
-        """The value that was begun, if one was. Nothing here keeps it in memory from then on."""
+        """The value that was begun, if any. This parser does not keep it in memory from then on."""
         value, self._value = self._value, None
         return value
 
@@ -161,7 +162,7 @@ class _InPlace:
 
 
 def _blocks(sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """The keys that are asked for at once."""
+    """The keys in portions, each for one MGET."""
     block: list[str] = []
     left = _BYTES
     for key, size in sizes.items():

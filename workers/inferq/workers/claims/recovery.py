@@ -1,4 +1,4 @@
-"""What a dead worker held goes back to the queues it came from, in the order it had there.
+"""Puts what a dead worker held back into the queues it came from, in its order there.
 
 Any worker recovers any other. `give_back` is also how a worker that stops hands back its own.
 """
@@ -16,18 +16,18 @@ from redis.exceptions import RedisError
 from inferq.shared.lua import source
 from inferq.shared.names import ClaimName, Names, glob_of
 from inferq.shared.resp import Command
-from inferq.workers.claims.amiss import (
+from inferq.workers.claims.oom import attempted
+from inferq.workers.claims.wrong_type import (
     HASH,
     LIST,
     NO_ATTEMPTS,
     NO_RECOVERY,
     NOTHING_CLAIMED,
     ZSET,
-    Told,
+    WrongTypeReports,
     is_wrong_type,
     type_of,
 )
-from inferq.workers.claims.oom import attempted
 from inferq.workers.logs.fields import about
 from inferq.workers.process.periodic import Periodic, Sayings
 
@@ -35,38 +35,40 @@ logger = logging.getLogger(__name__)
 
 #: How often expired leases are looked for, in seconds.
 SCAN_EVERY_S = 0.5
-#: Time one recovery has before another worker takes it over, in ms. Two at once do no harm, and a
-#: recoverer that dies is to cost so little that what it was about is still back within 15 s.
+#: Time one recovery has before another worker takes it over, in ms. Two at once do no harm. If a
+#: recovering worker dies, requests are still back within 15 s.
 RECOVERY_LEASE_MS = 3_000
-#: How long attempts:<m> is kept after the last death, in seconds: what it knows of requests that
-#: never come again must not make their model suspicious for ever.
+#: How long attempts:<m> is kept after the last death, in seconds. Entries of requests that never
+#: come again must not make their model suspicious for ever.
 ATTEMPTS_TTL_S = 24 * 3600
 _MOVES_PER_TRIP = 64
 
 
-def suspect(message: bytes) -> str:
+def decoding_field(message: bytes) -> str:
     """The field of attempts:<m> that counts deaths while decoding these bytes."""
     return f"#{hashlib.sha1(message, usedforsecurity=False).hexdigest()}"
 
 
-def linking(request_id: str) -> str:
-    """The field of attempts:<m> that counts deaths while what follows on it was published."""
+def linking_field(request_id: str) -> str:
+    """The field of attempts:<m> that counts deaths while the request's links were published."""
     return f"@{request_id}"
 
 
 @dataclass(frozen=True)
 class GivenBack:
-    """So many requests were moved; `left`: claims that could not be, as their queue is amiss."""
+    """How many requests were moved; `left`: claims left, as their queue has the wrong type."""
 
     moved: int
     left: int
 
 
-def give_back(client: redis.Redis, names: Names, incarnation: str, told: Told) -> GivenBack:
+def give_back(
+    client: redis.Redis, names: Names, incarnation: str, wrong_types: WrongTypeReports
+) -> GivenBack:
     """Move all that `incarnation` holds back to its queues.
 
-    Newest claim first and, within a claim, newest request first, each to the queue's right end:
-    so the oldest comes to stand where the next claim takes it. The fence must be gone already.
+    Newest claim first and, within a claim, newest request first, each to the queue's right end. So
+    the oldest request is claimed first again. The fence must be gone already.
     """
     claims = sorted(_held(client, names, incarnation), key=lambda c: c.number, reverse=True)
     moved = left = 0
@@ -79,18 +81,18 @@ def give_back(client: redis.Redis, names: Names, incarnation: str, told: Told) -
                 raise
             if (kind := type_of(client, key)) not in (LIST, "none"):
                 logger.error(
-                    "key %r is a %s; expected a list, a claim of a dead worker: it stays there",
+                    "key %r is a %s; expected a list, a claim of a dead worker. The key stays",
                     key,
                     kind,
                 )
             else:
                 left += 1
                 queue = names.queue(claim.model, claim.step)
-                told.amiss(queue, type_of(client, queue), LIST, NOTHING_CLAIMED)
+                wrong_types.report(queue, type_of(client, queue), LIST, NOTHING_CLAIMED)
                 continue
         else:
-            if told:
-                told.right(names.queue(claim.model, claim.step))
+            if wrong_types:
+                wrong_types.resolve(names.queue(claim.model, claim.step))
         # kill point: giveback-claim-moved
         client.hdel(names.claims(incarnation), key)
     return GivenBack(moved, left)
@@ -105,11 +107,11 @@ def _held(client: redis.Redis, names: Names, incarnation: str) -> list[ClaimName
         if not is_wrong_type(problem):
             raise
         kind = type_of(client, key)
-        logger.error("key %r is a %s; expected a hash: the claims are looked for", key, kind)
+        logger.error("key %r is a %s; expected a hash: claims are searched by name", key, kind)
         fields = list(client.scan_iter(match=f"{glob_of(names.claim_head(incarnation))}*"))
         with client.pipeline(transaction=True) as pipe:
             pipe.unlink(key)
-            if fields:  # as it should be: what is not moved now is found there the next time
+            if fields:  # a hash again: a later recovery finds what stays now
                 pipe.hset(key, mapping=dict.fromkeys(fields, 1))
             pipe.execute()
     claims = []
@@ -144,10 +146,10 @@ def _move(client: redis.Redis, names: Names, claim: ClaimName, key: str) -> int:
 
 
 class Recoverer:
-    """The thread that watches everybody's leases.
+    """The thread that watches the leases of all workers.
 
-    It acts only after this Redis was up, and reached, for one whole lease: one that was away, or
-    went back in time, must not make everybody's lease look expired before they could renew.
+    It acts only after Redis was up and reachable for one whole lease. After an outage, or after
+    Redis went back in time, leases look expired until their workers have renewed them.
     """
 
     def __init__(self, client: redis.Redis, names: Names, lease_s: float) -> None:
@@ -156,12 +158,13 @@ class Recoverer:
         self._lease_s = lease_s
         self._expired = client.register_script(source("expired"))
         self._revoke = client.register_script(source("revoke"))
-        #: The Redis that answers, and since when (monotonic s).
+        #: The run id of the Redis that answers, and since when it has answered (monotonic s).
         self._run_id = ""
         self._up_since: float | None = None
-        self._told = Told()
+        self._wrong_types = WrongTypeReports()
         self._sayings = Sayings()
-        #: Protocols whose leases were lost: whoever has a fence or claims is to have one again.
+        #: Protocol versions whose leases were lost: every worker with a fence or claims gets a new
+        #: one.
         self._lost: set[Names] = set()
         self.loop = Periodic(
             "recovery",
@@ -179,12 +182,12 @@ class Recoverer:
         self.loop.stop()
 
     def leases_lost(self) -> None:
-        """Somebody removed the leases of all; what a dead worker had held would stay with it."""
+        """Note that somebody removed all leases: without one, no dead worker is recovered."""
         self._lost.add(self._names)
 
     def _turn(self) -> None:
         try:
-            # The client connects anew without a word: a quick restart is told by this alone.
+            # The client reconnects silently: only the run id shows a quick restart.
             run_id = self._client.info("server").get("run_id", "?")
             if run_id != self._run_id:
                 self._run_id, self._up_since = run_id, time.monotonic()
@@ -195,15 +198,17 @@ class Recoverer:
             raise
 
     def _look(self, names: Names) -> None:
-        """Recover who has an expired lease."""
+        """Recover every worker whose lease has expired."""
         try:
             expired: list[bytes] = self._expired(keys=[names.leases], args=[100])
         except RedisError as problem:
             if not is_wrong_type(problem):
                 raise
-            self._told.amiss(names.leases, type_of(self._client, names.leases), ZSET, NO_RECOVERY)
+            self._wrong_types.report(
+                names.leases, type_of(self._client, names.leases), ZSET, NO_RECOVERY
+            )
             return
-        if self._told and self._told.right(names.leases):
+        if self._wrong_types and self._wrong_types.resolve(names.leases):
             self._lost.add(names)
         if names in self._lost:
             self._lease_again(names)
@@ -214,13 +219,13 @@ class Recoverer:
             try:
                 incarnation = member.decode()
             except UnicodeDecodeError:
-                logger.error("%r in %s is no worker's and is removed", member, names.leases)
+                logger.error("%r in %s is no worker's name and is removed", member, names.leases)
                 self._client.zrem(names.leases, member)
             else:
                 self._try(incarnation, names)
 
     def _lease_again(self, names: Names) -> None:
-        """Let all that have a fence or claims have a lease; who lives renews it."""
+        """Give a lease to every worker that has a fence or claims. Those that live renew it."""
         seconds, micros = self._client.time()
         ends_ms = seconds * 1000 + micros / 1000 + self._lease_s * 1000
         for head in (names.fence(""), names.claims("")):
@@ -233,7 +238,7 @@ class Recoverer:
             self.recover(incarnation, names)
         except (redis.ConnectionError, redis.TimeoutError):
             raise
-        except Exception:  # what one left behind must not keep the others from being recovered
+        except Exception:  # one worker's keys must not prevent the recovery of others
             if self._sayings.due(incarnation) is not None:
                 logger.exception("worker incarnation %s cannot be recovered", incarnation)
 
@@ -242,8 +247,9 @@ class Recoverer:
     ) -> int | None:
         """Take over `incarnation` if its lease has run out (or it is known to be `dead`).
 
-        `names`: those of the protocol that it spoke. Attempts are counted in this worker's own.
-        Returns how many requests went back to their queues, or None if it was not ours to do.
+        `names`: those of the protocol version that it spoke. Attempts are counted in this worker's
+        own version. Returns how many requests went back to their queues; None: another worker
+        recovers it.
         """
         names = names or self._names
         attempts = self._names.attempts("")
@@ -256,7 +262,7 @@ class Recoverer:
         # kill point: recovery-granted
         self._accuse(incarnation, names)
         # kill point: recovery-accused
-        given = give_back(self._client, names, incarnation, self._told)
+        given = give_back(self._client, names, incarnation, self._wrong_types)
         moved = given.moved
         # kill point: recovery-moved
         if not given.left:  # else its lease stays, and runs out again
@@ -270,10 +276,10 @@ class Recoverer:
         return moved
 
     def _accuse(self, incarnation: str, names: Names) -> None:
-        """Note what was claimed and not decoded yet when the worker died.
+        """Count an attempt for each message that was claimed and not decoded when the worker died.
 
-        Once, however often: from then on each is decoded by itself, as a member of running:<i>, so
-        that only the culprit is counted on (by revoke.lua).
+        Only once for each message: from then on it is decoded alone, as a member of running:<i>, so
+        that further attempts are counted only for the one that ends its worker (by revoke.lua).
         """
         held: dict[bytes, bytes] = {}
         try:
@@ -288,10 +294,10 @@ class Recoverer:
                 claim = names.parse_claim(field.decode())
                 messages = self._client.lrange(field, 0, -1)
             except (ValueError, redis.ResponseError):
-                continue  # `give_back` tells of it
+                continue  # `give_back` reports it
             attempts = self._names.attempts(claim.model)
             counted: list[Command] = [
-                ("HSETNX", attempts, suspect(message), 1)
+                ("HSETNX", attempts, decoding_field(message), 1)
                 for message in messages
                 if isinstance(message, bytes) and message
             ]
@@ -299,4 +305,4 @@ class Recoverer:
             replies = attempted(self._client, names, [*counted, expiry])
             if any(isinstance(reply, Exception) for reply in replies):
                 kind = type_of(self._client, attempts)
-                self._told.amiss(attempts, kind, HASH, NO_ATTEMPTS)
+                self._wrong_types.report(attempts, kind, HASH, NO_ATTEMPTS)

@@ -1,4 +1,4 @@
-"""What Redis answers to many questions at once, of which some may be about keys that are amiss."""
+"""Reads the replies to many questions at once; some may be about keys of the wrong type."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 from redis.client import Pipeline
 
-from inferq.workers.claims.amiss import is_wrong_type
+from inferq.workers.claims.wrong_type import is_wrong_type
 
 
 def of_each(pipe: Pipeline) -> list[Any]:
-    """Execute `pipe`; None for what asked a key of another type than it is of.
+    """Execute `pipe`; None stands for a reply that the key has the wrong type.
 
     Raises redis' other errors.
     """

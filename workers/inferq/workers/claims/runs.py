@@ -1,4 +1,4 @@
-"""What a lane is given, and what it hands back: batches, runs and how each request ended."""
+"""What a lane is given and what it returns: batches, runs, and how each request ended."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Job(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def model(self) -> str:
-        """The model of them all."""
+        """The model of all its requests."""
         return self.items[0].ticket.model
 
 
@@ -34,15 +34,15 @@ class Run(msgspec.Struct, frozen=True):
     padding: int
     requests: int
     gpu: GpuTimes | None = None
-    #: Of it, putting the inputs together.
+    #: The part of it that put the inputs together.
     gather_ms: float = 0.0
 
     @property
     def split_s(self) -> tuple[float, float, float]:
-        """Its parts in s: input, compute and output.
+        """The parts of its time in s: input, compute and output.
 
-        On a GPU the first ends once the inputs are on the card, and the last begins as the outputs
-        leave it; elsewhere the last is nothing.
+        On a GPU the first ends when the inputs are on the card, and the last begins when the
+        outputs leave it. Elsewhere the last is 0.
         """
         took_ms = self.ended_mono_ms - self.started_mono_ms
         if self.gpu is None:
@@ -61,9 +61,9 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 class Finished(msgspec.Struct):
-    """A lane has ended a batch. `late` were too late to be computed when it began.
+    """A lane has ended a batch. `late`: requests whose deadline had passed when it began.
 
-    `fatal`: no outcome, the engine is beyond use.
+    `fatal`: there is no outcome, and the engine cannot be used again.
     """
 
     job: Job
@@ -75,7 +75,8 @@ class Finished(msgspec.Struct):
     ended: float = 0.0
     #: The number of the lane, from 0.
     lane: int = 0
-    #: False while the lanes have `enough_ahead` batches before them: results may wait for the next.
+    #: False while the lanes have enough batches queued: then results may wait for those of the
+    #: next.
     lanes_run_short: bool = True
-    #: It had ended before, and was audited now: only `fatal` is new.
+    #: The batch had ended before and was audited now: only `fatal` is new.
     audited: bool = False

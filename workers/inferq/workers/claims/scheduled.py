@@ -1,10 +1,10 @@
-"""Requests whose ETA is ahead wait in Redis, in no worker's care, and return to their queues.
+"""Keeps requests whose ETA is ahead in Redis, held by no worker, and puts them back when due.
 
-Celery's own handler would hold them: in one process' memory, for as long as an hour if that one is
-killed; and its event loop starts ten of them a second.
+Celery's own handler would hold them in one process' memory. If that process is killed they are back
+after an hour, and its event loop starts only ten of them a second.
 
-Each waits in a list of its own, moved there in the MULTI that settles its place in the claim, and
-moved on as it is. Any worker moves what is due, whichever model it serves.
+Each request waits in a list of its own. The MULTI that settles its place in the claim moves it
+there. Any worker moves requests that are due back to their queues, whichever models it serves.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from inferq.shared import codec
 from inferq.shared.errors import InvalidInput
 from inferq.shared.names import Names, glob_of, is_model_name
 from inferq.shared.resp import Command
-from inferq.workers.claims.amiss import (
-    LIST,
-    NO_RETURN,
-    NOTHING_CLAIMED,
-    ZSET,
-    Told,
-    is_wrong_type,
-    type_of,
-)
 from inferq.workers.claims.claim import Slot
 from inferq.workers.claims.clock import RedisClock
 from inferq.workers.claims.message import unix_ms
 from inferq.workers.claims.oom import attempted
 from inferq.workers.claims.settlement import Settlement
+from inferq.workers.claims.wrong_type import (
+    LIST,
+    NO_RETURN,
+    NOTHING_CLAIMED,
+    ZSET,
+    WrongTypeReports,
+    is_wrong_type,
+    type_of,
+)
 from inferq.workers.process.periodic import Periodic
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between looks at what other workers have put there.
+#: Seconds between two looks for requests that other workers have put there.
 LOOK_EVERY_S = 1.0
-#: Ms until one whose queue, or whose own list, is amiss is looked at again.
-AMISS_AGAIN_MS = 10_000
-#: Ms until what is postponed is looked at again, and from one such message to the next.
+#: Ms until a request whose queue, or own list, has the wrong type is tried again.
+WRONG_TYPE_AGAIN_MS = 10_000
+#: Ms until a postponed message comes back, and between two such messages.
 POSTPONED_MS = 200
 POSTPONED_APART_MS = 5
 _MOVES_PER_TRIP = 100
@@ -58,7 +58,7 @@ class _Place(NamedTuple):
 
 
 def _parse(member: bytes) -> _Place | None:
-    """None: whoever put it there, it was none of ours."""
+    """The parts of a member; None: it is not inferq's."""
     try:
         model, step, _ = member.decode().split(":")
         return _Place(model, int(step)) if is_model_name(model) else None
@@ -66,18 +66,18 @@ def _parse(member: bytes) -> _Place | None:
         return None
 
 
-class Scheduled:
+class ScheduledKeeper:
     """Keeps requests until they are due. `start` spawns the thread that puts them back."""
 
     def __init__(self, client: redis.Redis, names: Names, clock: RedisClock) -> None:
         self._client = client
         self._names = names
         self._clock = clock
-        #: Redis ms at which the thread looks next.
+        #: Redis ms at which the thread looks for due requests next.
         self._next_ms = 0.0
         #: Redis ms at which the last one that was postponed comes back.
         self._postponed_ms = 0.0
-        self._told = Told()
+        self._wrong_types = WrongTypeReports()
         self.loop = Periodic(
             "later",
             self._turn,
@@ -94,7 +94,7 @@ class Scheduled:
         self.loop.stop()
 
     def keep(self, slot: Slot, message: bytes, due_ms: float) -> Settlement:
-        """The settlement that has `message` wait until `due_ms`, by Redis' clock."""
+        """The settlement that makes `message` wait until `due_ms`, by Redis' clock."""
         names, claim = self._names, slot.claim
         place = f"{claim.model}:{claim.step}:{secrets.token_hex(8)}"
         key = names.scheduled_message(place)
@@ -105,16 +105,16 @@ class Scheduled:
             b"",
             before=(
                 ("ZADD", names.scheduled, due_ms, place),
-                ("DEL", key),  # This MULTI may be sent again, its first answer lost.
+                ("DEL", key),  # The answer may be lost: then this MULTI is sent again.
                 ("RPUSH", key, message),
             ),
             after=partial(self._expect, due_ms),
         )
 
     def postpone(self, slot: Slot, message: bytes) -> Settlement:
-        """The settlement that has `message` come back in a while, one behind the other.
+        """The settlement that makes `message` come back after a while, after those before it.
 
-        So many that wait for something come back no faster than they can be looked at.
+        So even many messages come back no faster than they can be handled.
         """
         self._postponed_ms = max(
             self._postponed_ms + POSTPONED_APART_MS, self._clock.now() + POSTPONED_MS
@@ -141,11 +141,11 @@ class Scheduled:
         except RedisError as problem:
             if not is_wrong_type(problem):
                 raise
-            self._told.amiss(
+            self._wrong_types.report(
                 names.scheduled, type_of(self._client, names.scheduled), ZSET, NO_RETURN
             )
             return float("inf")
-        if self._told and self._told.right(names.scheduled):
+        if self._wrong_types and self._wrong_types.resolve(names.scheduled):
             self._list_again(names)
             return now_ms
         due = [member for member, due_ms in found if due_ms <= now_ms]
@@ -156,10 +156,10 @@ class Scheduled:
         return now_ms if len(due) > _MOVES_PER_TRIP else float("inf")
 
     def _move(self, names: Names, due: Sequence[bytes], now_ms: float) -> None:
-        """Each to its queue, with its place in `later`; one that cannot be moved waits there."""
+        """Move each request that is `due` to its queue. One that cannot be moved stays."""
         places = {member: place for member in due if (place := _parse(member)) is not None}
         commands: list[Command] = []
-        # To the end that is claimed first: they have waited long enough. The first due last.
+        # To the end that is claimed first, since they have waited long enough; the first due last.
         for member, (model, step) in reversed(places.items()):
             waiting, queue = names.scheduled_message(member.decode()), names.queue(model, step)
             commands.append(("LMOVE", waiting, queue, "LEFT", "RIGHT"))
@@ -171,16 +171,16 @@ class Scheduled:
         }
         for member in stays:
             self._tell(names, member, places[member])
-        if stays:  # or the first of them would keep others from being looked at
-            again = dict.fromkeys(stays, now_ms + AMISS_AGAIN_MS)
+        if stays:  # else the first of them would hide later ones
+            again = dict.fromkeys(stays, now_ms + WRONG_TYPE_AGAIN_MS)
             self._client.zadd(names.scheduled, again, xx=True)
-        if self._told:
+        if self._wrong_types:
             for queue in {names.queue(*places[member]) for member in places.keys() - stays}:
-                self._told.right(queue)
+                self._wrong_types.resolve(queue)
         for member in due:
             if member not in places:
                 logger.error(
-                    "%r in %s is no request of ours and is removed; expected "
+                    "%r in %s is no scheduled request and is removed; expected "
                     "<model>:<priority>:<random>. What is at %r stays there",
                     member,
                     names.scheduled,
@@ -191,14 +191,14 @@ class Scheduled:
 
     def _tell(self, names: Names, member: bytes, place: _Place) -> None:
         for key, until in (
-            (names.scheduled_message(member.decode()), "The request that it was for is gone"),
+            (names.scheduled_message(member.decode()), "The request that it held is gone"),
             (names.queue(*place), NOTHING_CLAIMED),
         ):
             if (kind := type_of(self._client, key)) not in (LIST, "none"):
-                self._told.amiss(key, kind, LIST, until)
+                self._wrong_types.report(key, kind, LIST, until)
 
     def _list_again(self, names: Names) -> None:
-        """`later` was amiss: requests that were kept meanwhile, or before, may not stand in it."""
+        """`later` had the wrong type: add the scheduled requests that are missing from it."""
         head = names.scheduled_message("").encode()
         for key in self._client.scan_iter(
             match=f"{glob_of(names.scheduled_message(''))}*", count=1000, _type=LIST

@@ -1,7 +1,7 @@
-"""Hop 6. One terminal result per request: stored, told to who waits, acknowledged: in one MULTI.
+"""Hop 6. One MULTI stores a request's one result, tells who waits, and acknowledges the request.
 
-Every command is idempotent, so a MULTI whose answer was lost is simply sent again: SET … NX keeps
-the first result, LSET and UNLINK of a place that is settled change nothing.
+Every command is idempotent, so a MULTI whose answer was lost is simply sent again. SET … NX keeps
+the first result; LSET and UNLINK of a settled place change nothing.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from inferq.workers.claims.claim import Claim, Slot
 from inferq.workers.claims.runs import Run
 from inferq.workers.claims.verdicts import Failed, Revoked
 
-#: Newest dead letters kept per model, and bytes that they may take in Redis.
+#: Most dead letters kept per model (the newest), and most bytes that they may take in Redis.
 DEAD_LETTERS_KEPT: Final = 10_000
 DEAD_LETTERS_BYTES: Final = 256 * 1024 * 1024
-#: Of these, quarantined ones: beyond the first number the oldest go, until the second is left.
+#: Quarantined ones among them: if there are more than the first number, the oldest are dropped
+#: until the second number is left.
 QUARANTINED_KEPT: Final = 1_000
 QUARANTINED_LEFT: Final = 900
-#: What a quarantined one begins with: ``quarantined`` is the first key of its map.
+#: How a quarantined letter begins: ``quarantined`` is the first key of its map.
 QUARANTINED_MARK: Final = b"\x88\xabquarantined"
 #: How long dead letters are kept after the last one, in seconds.
 DEAD_LETTERS_S: Final = 7 * 24 * 3600
@@ -36,7 +37,7 @@ DEAD_PAYLOAD_S: Final = DEAD_LETTERS_S
 #: See letters.lua; KEYS and ARGV are its arguments in their order.
 KEEP_LETTERS: Final = source("letters") + "return keep_letters(KEYS[1], KEYS[2], unpack(ARGV))\n"
 
-#: Most keys that one command names: Lua, which is needed on a full Redis, takes a few thousand.
+#: Most keys in one command: Lua, which is used on a full Redis, takes a few thousand.
 KEYS_AT_ONCE: Final = 1_000
 _KEEP_LETTERS: Final = KEEP_LETTERS.encode()
 
@@ -45,15 +46,15 @@ SUCCESS: Final = "success"
 FAILURE: Final = "failure"
 REVOKED: Final = "revoked"
 DEAD_LETTER: Final = "dead_letter"
-#: Its result was stored before: the client had cancelled it, or it had been computed elsewhere.
+#: A result was stored before: the client cancelled it, or another worker computed it.
 OVERTAKEN: Final = "overtaken"
 
 
 class Settlement(msgspec.Struct, frozen=True, eq=False):
     """How one request ended.
 
-    `outcome` is its encoded result meta; empty where nobody can be answered, or Celery's own
-    handler takes it on. `before` are commands that belong into the same MULTI (that hand-over).
+    `outcome` is its encoded result meta. It is empty if nobody can be answered, or if Celery's own
+    handler takes the request over. `before`: commands for the same MULTI, such as that hand-over.
     """
 
     slot: Slot
@@ -66,10 +67,10 @@ class Settlement(msgspec.Struct, frozen=True, eq=False):
     running: bool = False
     attempts: int = 0
     #: Its field of attempts:<m>, if workers died decoding it or publishing its links.
-    suspect: str | None = None
+    attempts_field: str | None = None
     payload_keys: tuple[str, ...] = ()
     dead_letter: bytes | None = None
-    #: The dead letter is of bytes that no worker can read: it goes before others do.
+    #: The dead letter holds bytes that no worker can read: it is dropped before others are.
     quarantined: bool = False
     before: tuple[Command, ...] = ()
     #: Called once the MULTI was answered.
@@ -84,7 +85,7 @@ class Settlement(msgspec.Struct, frozen=True, eq=False):
     sent_ms: float | None = None
     #: The run that computed it, if one did.
     run: Run | None = None
-    #: Its result was stored ahead of this, for those to read who are told of it first.
+    #: Its result was stored ahead of this MULTI, for tasks that follow it and read it.
     stored: bool = False
     #: The whole message, if it has links, a chain or a chord: these are published ahead of this.
     canvas: bytes | None = None
@@ -101,12 +102,13 @@ class Settlement(msgspec.Struct, frozen=True, eq=False):
 class Settle:
     """Commands that settle some requests, and which reply decides which request.
 
-    They stand inside the MULTI of a fenced round trip, `storing` ahead of `releasing`.
+    They are part of a fenced MULTI, `storing` ahead of `releasing`.
     """
 
-    #: What stores results and dead letters, and tells who waits: sent again if Redis goes back.
+    #: Commands that store results and dead letters and tell who waits; sent again if Redis goes
+    #: back.
     storing: list[Command]
-    #: All else: claims, payloads, what is handed to Celery.
+    #: All others: for claims, payloads, and what is handed to Celery.
     releasing: list[Command]
     #: (index of the reply that decides it, place among the settlements) of each stored result.
     _deciding: list[tuple[int, int]]
@@ -155,8 +157,8 @@ class Settle:
                 stopped.append(f"{done.model}/{done.request_id}")
             if done.attempts and done.request_id is not None:
                 absolved[done.model].append(done.request_id)
-            if done.suspect is not None:
-                absolved[done.model].append(done.suspect)
+            if done.attempts_field is not None:
+                absolved[done.model].append(done.attempts_field)
             done.slot.claim.settled.add(done.slot.index)
             touched[done.slot.claim].append(done.slot.index)
         storing += [_keep_letters(names, model, added) for model, added in letters.items()]
@@ -173,7 +175,7 @@ class Settle:
     def overtaken(self, replies: Sequence[Reply]) -> frozenset[int]:
         """Places of the settlements whose request had a result already; `replies`: to `commands`.
 
-        Whose result was stored ahead is not among them: the one that is there is its own.
+        Settlements with `stored` are not among them: the result that is there is their own.
         """
         if None not in replies:
             return frozenset()
@@ -191,7 +193,7 @@ def _dead_letter(names: Names, done: Settlement, letter: bytes) -> Iterator[Comm
 
 
 def _telling(stored: Sequence[str], replies: Mapping[str, Sequence[str]]) -> Iterator[Command]:
-    """What tells who waits of the results under the keys `stored`, and of ids, by reply channel."""
+    """Commands that tell who waits: the results under the keys `stored`; ids by reply channel."""
     for at in range(0, len(stored), KEYS_AT_ONCE):
         keys = stored[at : at + KEYS_AT_ONCE]
         yield ("EVAL", source("publish"), len(keys), *keys)
@@ -202,7 +204,7 @@ def _telling(stored: Sequence[str], replies: Mapping[str, Sequence[str]]) -> Ite
 def _ending(
     names: Names, incarnation: str, touched: Mapping[Claim, Sequence[int]]
 ) -> Iterator[Command]:
-    """What blanks the settled places of claims, and deletes those in which nothing is left."""
+    """Commands that blank the settled places of claims and delete claims with nothing left."""
     finished = [claim.key for claim in touched if claim.complete]
     for claim, places in touched.items():
         if not claim.complete:
@@ -224,7 +226,7 @@ def without_scripts(commands: Iterable[Command]) -> list[Command]:
     """`commands` of a Settle (each word as bytes), to run in a script: that may call no other."""
     out: list[Command] = []
     for command in commands:
-        if command[0] == b"EVAL":  # of which force.lua does the same
+        if command[0] == b"EVAL":  # force.lua does the same for these
             what = b"LETTERS" if command[1] == _KEEP_LETTERS else b"TELL"
             out.append((what, *command[3:]))
         else:

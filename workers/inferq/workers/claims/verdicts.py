@@ -1,4 +1,4 @@
-"""What reading a claimed message comes to: a request that may join a batch, or how it ends."""
+"""The results of reading a claimed message: a request that may join a batch, or how it ends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from inferq.workers.claims.claim import Slot
 
 
 class Opened(msgspec.Struct, frozen=True):
-    """A request whose message was read and whose tensors were not yet."""
+    """A request whose message was read, but not its tensors yet."""
 
     slot: Slot
     ticket: Ticket
@@ -49,20 +49,20 @@ Known = TypeVar("Known", bound=Opened | Failed | Revoked)
 
 
 def retried(found: Known, attempts: int) -> Known:
-    """The same, now known to have cost `attempts` workers their life."""
+    """The same, after `attempts` workers died computing it."""
     return replace(found, ticket=replace(found.ticket, attempts=attempts))
 
 
 class Foreign(msgspec.Struct, frozen=True):
-    """Another task: Celery's own handler takes it, as `handed`."""
+    """A foreign task: Celery's own handler takes it over, as `handed`."""
 
     slot: Slot
     message: bytes
     handed: bytes
 
 
-class Early(msgspec.Struct, frozen=True):
-    """A good request whose ETA, `due_ms` in Redis ms, is ahead."""
+class ScheduledRequest(msgspec.Struct, frozen=True):
+    """A valid request whose ETA, `due_ms` in Redis ms, is ahead."""
 
     slot: Slot
     message: bytes

@@ -45,8 +45,8 @@ UNVERIFIED = "unverified: no GPU here; the first worker that loads it verifies i
     "--batch",
     default=None,
     metavar="MIN,OPT,MAX",
-    help="Smallest, usual and largest batch, as 1,8,64. Default: [profile] in model.toml, or else "
-    "1, the preferred size and max_batch_size.",
+    help="Smallest, optimum and largest batch, as 1,8,64. Default: [profile] in model.toml, or "
+    "else 1, the preferred size and max_batch_size.",
 )
 @click.option(
     "--flavour",
@@ -90,10 +90,10 @@ def build(
     """Build MODEL for TensorRT, and keep the plan where workers find it.
 
     A plan that was built before from the same file, for the same TensorRT, GPU, shapes and
-    precision is taken from the cache. Where there is a GPU it is compared with ONNX Runtime on
-    zeros, random and given inputs; one that differs too much fails.
+    precision, is taken from the cache. If there is a GPU, the plan is compared with ONNX Runtime on
+    zeros, random and given inputs. A plan that differs too much is refused.
     """
-    from inferq.workers.cuda.libcuda import compute_capability  # noqa: PLC0415
+    from inferq.workers.cuda.libcuda import gpu_kind  # noqa: PLC0415
     from inferq.workers.models.repository import load_model  # noqa: PLC0415 (heavy)
     from inferq.workers.trt import logs, network, running  # noqa: PLC0415
     from inferq.workers.trt.builder import BuildRequest, ensure_plan  # noqa: PLC0415
@@ -103,7 +103,7 @@ def build(
     from inferq.workers.trt.profiles import parse_batch  # noqa: PLC0415
     from inferq.workers.trt.pruning import prune  # noqa: PLC0415
 
-    # What goes wrong is told once, by the exception.
+    # Errors are reported once, by the exception.
     for module in (network, running, logs):
         logging.getLogger(module.__name__).addHandler(logging.NullHandler())
     try:
@@ -118,7 +118,7 @@ def build(
                     flavour=find_flavour(flavour_name or table.get("flavour", "auto")),
                     precision=precision or table.get("precision", "fp32"),
                     batch=None if batch is None else parse_batch(batch),
-                    capability=compute_capability(),
+                    gpu=gpu_kind(),
                 )
                 given = _given(samples, spec)
                 plan = ensure_plan(order, folder, progress=progress, force=force)
@@ -127,7 +127,7 @@ def build(
         for each in spec.passed_over:
             say(f"inferq: passed over: {each}", err=True)
         if as_json:
-            say_json(_told(order, plan, others))
+            say_json(_as_json(order, plan, others))
         else:
             _print(order, plan)
             _print_pruned(others)
@@ -140,7 +140,7 @@ def build(
 def _check_file(repository: Path, model: str) -> None:
     """ConfigError if the version that is served has no ONNX file, before anything is read of it.
 
-    What else may be wrong with the model is told by `load_model`.
+    `load_model` reports whatever else is wrong with the model.
     """
     from inferq.workers.models.registry import model_files  # noqa: PLC0415
     from inferq.workers.trt.builder import FILE  # noqa: PLC0415
@@ -161,7 +161,7 @@ def _check_file(repository: Path, model: str) -> None:
 
 
 def _given(path: Path | None, spec: ModelSpec) -> list[dict[str, Array]]:
-    """What --verify names, before a build that may take minutes."""
+    """The inputs that --verify names, read before a build that may take minutes."""
     from inferq.workers.trt.verify import load_samples  # noqa: PLC0415
 
     return [] if path is None else load_samples(path, spec)
@@ -174,10 +174,10 @@ def _verified(
     samples: list[dict[str, Array]],
     progress: Steps,
 ) -> Plan:
-    """`plan`, compared with ONNX Runtime if that can be done here and was not before."""
+    """`plan`, compared with ONNX Runtime if that is possible here and was not done before."""
     from inferq.workers.trt.verify import verify_plan  # noqa: PLC0415
 
-    if order.capability is None or (plan.record.verified and not samples):
+    if order.gpu is None or (plan.record.verified and not samples):
         return plan
     try:
         from inferq.workers.trt.lanes import loaded_once  # noqa: PLC0415
@@ -200,7 +200,7 @@ def _print_pruned(others: Sequence[Other]) -> None:
             say(f"deleted {other.path}: {size}")
 
 
-def _told(order: BuildRequest, plan: Plan, others: Sequence[Other]) -> dict[str, Any]:
+def _as_json(order: BuildRequest, plan: Plan, others: Sequence[Other]) -> dict[str, Any]:
     record = plan.record
     return {
         "model": order.spec.name,
@@ -214,9 +214,9 @@ def _told(order: BuildRequest, plan: Plan, others: Sequence[Other]) -> dict[str,
         "precision": record.key.precision,
         "verified": record.verified,
         "max_error": record.max_error,
-        # Lines that model.toml lacks for workers to take this plan.
-        "model_toml": _to_be_told(order),
-        # Those of the model's other plans that --prune deleted, or left as they are in use.
+        # Lines that model.toml lacks: without them workers do not take this plan.
+        "model_toml": _missing_knobs(order),
+        # The model's other plans: --prune deleted them, or left them because they are in use.
         "pruned": [
             {"path": str(other.path), "bytes": other.bytes, "deleted": not other.in_use}
             for other in others
@@ -233,13 +233,13 @@ def _print(order: BuildRequest, plan: Plan) -> None:
         f"{order.flavour.name} {order.flavour.version} as {record.key.precision}; {known}"
     )
     say("\n".join(_profile_lines(plan)))
-    told = _to_be_told(order)
+    told = _missing_knobs(order)
     if told:
         say("\n".join(["workers take this plan if model.toml says:", *told]))
 
 
 def _profile_lines(plan: Plan) -> list[str]:
-    """The shapes that it was built for: the smallest, the usual and the largest."""
+    """The smallest, optimum and largest shapes that the plan was built for."""
     profiles = plan.record.key.profiles
     shown = [
         ", ".join(f"{span.name} {_shapes(span.min, span.opt, span.max)}" for span in ranges)
@@ -256,8 +256,8 @@ def _shapes(*shapes: tuple[int, ...]) -> str:
     return " … ".join("x".join(map(str, shape)) or "scalar" for shape in different)
 
 
-def _to_be_told(order: BuildRequest) -> list[str]:
-    """What model.toml lacks that was an option here: workers know no options."""
+def _missing_knobs(order: BuildRequest) -> list[str]:
+    """Options of this build that model.toml lacks: workers have no such options."""
     from inferq.workers.models.ranges import profile_sizes  # noqa: PLC0415
     from inferq.workers.trt.profiles import as_toml  # noqa: PLC0415
 
@@ -280,7 +280,7 @@ def _to_be_told(order: BuildRequest) -> list[str]:
 
 
 def _is_flavour(name: str, order: BuildRequest) -> bool:
-    """Whether `name` in model.toml is, here, the flavour that was built with."""
+    """Whether `name` in model.toml means, on this host, the flavour of this build."""
     from inferq.workers.trt.flavours import find_flavour  # noqa: PLC0415
 
     try:
@@ -290,7 +290,7 @@ def _is_flavour(name: str, order: BuildRequest) -> bool:
 
 
 def _differs(order: BuildRequest) -> bool:
-    """Whether workers, who know no --batch, would look for another plan."""
+    """Whether workers, which have no --batch, would look for another plan."""
     from inferq.workers.models.ranges import profile_sizes  # noqa: PLC0415
 
     try:

@@ -1,4 +1,4 @@
-"""Shows how far a build is, on a terminal or in lines, and stops it on Ctrl-C."""
+"""Shows the progress of a build, as bars or lines, and stops it on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from inferq.workers.logs.printing import plain, say
 
-#: Phases within phases that are shown: as lines, and as bars, which vanish again.
+#: How deep nested phases are shown: as lines, and as bars, which vanish again.
 LINES_DEPTH: Final = 2
 BARS_DEPTH: Final = 4
 
@@ -92,7 +92,7 @@ def shown() -> Iterator[Steps]:
 
 @contextmanager
 def stopping(steps: Steps) -> Iterator[None]:
-    """Ctrl-C is noted: an exception within TensorRT's callbacks would be lost."""
+    """Ctrl-C only sets a flag: an exception within TensorRT's callbacks would be lost."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

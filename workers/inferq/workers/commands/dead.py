@@ -1,4 +1,4 @@
-"""``inferq dead``: what is to be done about requests that ended up as dead letters."""
+"""``inferq dead``: list, show, replay and drop dead letters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from inferq.workers.queues.letter import Letter, headers_in, problem_with
 FIRST_BYTES = 200
 _COLUMNS = ("model", "id", "reason", "attempts", "age", "worker", "size")
 
-#: What became of a letter: as a line, and as fields of JSON.
+#: What was done with a letter: as a line, and as fields of JSON.
 _Done = tuple[str, dict[str, Any]]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -45,7 +45,7 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="JSON, for progr
 
 
 def _selection(command: F) -> F:
-    """What `replay` and `drop` are told."""
+    """The arguments of `replay` and `drop`."""
     for decorate in (
         click.option("--yes", is_flag=True, help="Do not ask before --all."),
         click.option("--all", "everything", is_flag=True, help="All letters of --model."),
@@ -183,7 +183,7 @@ def _each(
 def _named(
     letters: DeadLetters, ids: Sequence[str], model: str | None
 ) -> tuple[dict[str, set[bytes]], list[str]]:
-    """Model → digests of the letters of these `ids` (none: of all), and the ids of no letter."""
+    """Model → digests of the letters of these `ids` (none given: of all), and the unknown ids."""
     named: dict[str, set[bytes]] = {}
     known: set[str] = set()
     for each in [model] if model else letters.models():
@@ -195,7 +195,10 @@ def _named(
 
 
 def _act_on(picked: Iterable[Letter], act: Callable[[Letter], _Done], as_json: bool) -> bool:
-    """Whether one of them was refused. What was done is told at once, or as JSON at the end."""
+    """Apply `act`; True if one was refused.
+
+    Each result is printed at once, or as JSON at the end.
+    """
     refused = False
     told: list[dict[str, Any]] = []
     try:
@@ -208,7 +211,7 @@ def _act_on(picked: Iterable[Letter], act: Callable[[Letter], _Done], as_json: b
             except InferqError as problem:
                 say(f"Error: {plain(letter.name)}: {plain(problem.message)}", err=True)
                 refused = True
-    finally:  # also of a Redis that was lost half way
+    finally:  # also if Redis was lost half way
         if as_json:
             say_json(told)
     return refused
@@ -228,7 +231,7 @@ def _unknown(name: str, model: str | None) -> str:
 
 @contextmanager
 def _letters(redis_url: str | None) -> Iterator[DeadLetters]:
-    """The dead letters of the Redis that was named; what goes wrong is one line."""
+    """The dead letters of that Redis. Errors are reported in one line."""
     try:
         settings = Settings.load(redis_url=redis_url)
         url, master = settings.redis_url, settings.sentinel_master

@@ -1,4 +1,4 @@
-"""``inferq health``: do the workers on this host consume? For people and containers' probes."""
+"""``inferq health``: whether the workers on this host consume. For people and container probes."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ from inferq.workers.supervision.redis_identity import place_of, run_id_of
 def health(path: Path | None, redis_url: str | None, as_json: bool) -> None:
     """Exit status 0 if every worker of this Redis here consumes, else 1, with the reason.
 
-    Workers of other Redis servers are passed over, and named; without a URL all are looked at.
-    A worker that serves some of its models but not all is healthy, and says so. One that waits for
-    a Redis that does not answer here either is healthy: to restart it would be of no use.
+    Workers of other Redis servers are named and left out; without a URL all are checked.
+    A worker that serves only some of its models is healthy, and those it lacks are named. One that
+    waits for a Redis that does not answer here either is healthy: a restart would not help it.
     """
     paths = [path] if path else _found()
     beats = {each: read_beat(each, anybodys=path is not None) for each in paths}
@@ -53,7 +53,7 @@ def health(path: Path | None, redis_url: str | None, as_json: bool) -> None:
         problem, remark = _judge(beat, redis_url)
         healthy = healthy and problem is None
         if as_json:
-            told.append(_told(each, beat, problem))
+            told.append(_as_json(each, beat, problem))
         else:
             _tell(each, beat, problem, remark)
     if as_json:
@@ -62,7 +62,7 @@ def health(path: Path | None, redis_url: str | None, as_json: bool) -> None:
 
 
 def _found() -> list[Path]:
-    """All heartbeats where workers that run here have them. ClickException: there are none."""
+    """All heartbeats in the folders where workers on this host write them. ClickException: none."""
     folders = runtime_folder.all_known()
     problems = {folder: runtime_folder.problem_of(folder) for folder in folders}
     paths = [
@@ -85,11 +85,11 @@ def _found() -> list[Path]:
 
 
 def _own(beats: dict[Path, Beat | None], redis_url: str | None) -> dict[Path, Beat | None]:
-    """Those of the Redis asked about. ClickException if all are of others."""
+    """The beats of the workers of that Redis. ClickException if all are of others."""
     try:
         settings = Settings.load(redis_url=redis_url)
         mine = place_of(settings)
-    except ConfigError:  # which Redis is not said
+    except ConfigError:  # no Redis is named
         return beats
     run_id: str | None = None
     own: dict[Path, Beat | None] = {}
@@ -114,7 +114,7 @@ def _own(beats: dict[Path, Beat | None], redis_url: str | None) -> dict[Path, Be
 
 
 def _judge(beat: Beat | None, redis_url: str | None) -> tuple[str | None, str]:
-    """What is wrong, and what else there is to say."""
+    """What is wrong with the worker, and further remarks."""
     if beat is None:
         return "no heartbeat there", ""
     problem = problem_of(beat)
@@ -134,7 +134,7 @@ def _judge(beat: Beat | None, redis_url: str | None) -> tuple[str | None, str]:
     return problem, ""
 
 
-def _told(path: Path, beat: Beat | None, problem: str | None) -> dict[str, Any]:
+def _as_json(path: Path, beat: Beat | None, problem: str | None) -> dict[str, Any]:
     known = msgspec.to_builtins(beat) if beat is not None else {}
     return {"file": os.fspath(path), "healthy": problem is None, "problem": problem, **known}
 

@@ -1,4 +1,4 @@
-"""``inferq infer MODEL``: one request from the command line, from array files to array files."""
+"""``inferq infer MODEL``: sends one request from array files, and prints or writes its outputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from inferq.workers.logs.printing import plain, say, say_json
 
 if TYPE_CHECKING:
     from inferq.producer import Result
-    from inferq.shared.schema import Array
+    from inferq.shared.schema import Array, Tensors
 
 #: Values shown of each output.
 SHOWN: Final = 8
@@ -67,8 +67,8 @@ def infer(
 ) -> None:
     """Run MODEL on the arrays of a FILE.npz (-: standard input) and of each --input.
 
-    Each array is an input of the model, with its very dtype, and with rows in dim 0. Prints the
-    outputs, and where the time went. Exit status 1 if there is no result, with the error.
+    Each array is an input of the model, of exactly its dtype, with rows in dim 0. Prints the
+    outputs, and where the time went. Without a result it prints the error; exit status 1.
 
     --json writes values as nested lists: numbers that are not finite as "NaN", "Infinity" or
     "-Infinity", complex ones as [re, im].
@@ -77,12 +77,12 @@ def infer(
     from inferq.workers.models.array_files import write_npz  # noqa: PLC0415
 
     try:
-        given = _inputs(arrays, inputs)
+        given = read_inputs(arrays, inputs)
         with Client(redis_url) as client:
             result = client.infer(model, given, timeout=timeout, timeout_ms=timeout * 1000)
         if output is not None:
             write_npz(output, result.outputs)
-        told = _told(model, result, output) if as_json else None
+        told = _as_json(model, result, output) if as_json else None
     except InferqError as problem:
         raise click.ClickException(plain(problem.message)) from problem
     if told is not None:
@@ -91,7 +91,8 @@ def infer(
         _print(result, output)
 
 
-def _inputs(arrays: str | None, inputs: tuple[str, ...]) -> dict[str, Array]:
+def read_inputs(arrays: str | None, inputs: tuple[str, ...]) -> dict[str, Array]:
+    """The arrays of ``FILE.npz | -`` and of each ``--input``. ConfigError."""
     from inferq.workers.models.array_files import read_npy, read_npz, unpack_npz  # noqa: PLC0415
 
     found: dict[str, Array] = {}
@@ -111,29 +112,36 @@ def _inputs(arrays: str | None, inputs: tuple[str, ...]) -> dict[str, Array]:
     return found
 
 
-def _told(model: str, result: Result, output: Path | None) -> dict[str, Any]:
-    """ConfigError if the outputs are too many values for JSON, and are not written elsewhere."""
-    count = sum(array.size for array in result.outputs.values())
+def _as_json(model: str, result: Result, output: Path | None) -> dict[str, Any]:
+    return {
+        "model": model,
+        "request_id": result.request_id,
+        "latency_ms": round(result.latency_ms, 3),
+        "outputs": told_outputs(result.outputs, output),
+        "receipt": msgspec.to_builtins(result.receipt),
+        "output": str(output) if output is not None else None,
+    }
+
+
+def told_outputs(outputs: Tensors, output: Path | None) -> dict[str, Any]:
+    """`outputs` for JSON; with `output`, the file that they were written to, however many.
+
+    ConfigError if they have too many values for JSON and are not written to a file.
+    """
+    count = sum(array.size for array in outputs.values())
     if count > MAX_VALUES and output is None:
         raise ConfigError(
             f"the outputs are {count} values; expected at most {MAX_VALUES} with --json; "
             "--output OUT.npz takes any number"
         )
     return {
-        "model": model,
-        "request_id": result.request_id,
-        "latency_ms": round(result.latency_ms, 3),
-        "outputs": {
-            name: {
-                "dtype": str(array.dtype),
-                "shape": list(array.shape),
-                # None: they are in OUT.npz only.
-                "data": _lists(array) if count <= MAX_VALUES else None,
-            }
-            for name, array in result.outputs.items()
-        },
-        "receipt": msgspec.to_builtins(result.receipt),
-        "output": str(output) if output is not None else None,
+        name: {
+            "dtype": str(array.dtype),
+            "shape": list(array.shape),
+            # None: they are in OUT.npz only.
+            "data": _lists(array) if count <= MAX_VALUES else None,
+        }
+        for name, array in outputs.items()
     }
 
 
@@ -142,7 +150,7 @@ def _lists(array: Array) -> Any:
 
 
 def _finite(value: Any) -> Any:
-    """`value` in what JSON has."""
+    """`value` as JSON can hold it."""
     if isinstance(value, list):
         return [_finite(each) for each in value]
     if isinstance(value, complex):
@@ -152,14 +160,19 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _print(result: Result, output: Path | None) -> None:
-    for name, array in result.outputs.items():
+def print_outputs(outputs: Tensors, output: Path | None) -> None:
+    """A line for each, and one for the file that they were written to."""
+    for name, array in outputs.items():
         shape = ", ".join(map(str, array.shape))
         first = " ".join(_short(value) for value in array.flat[:SHOWN].tolist())
         more = " …" if array.size > SHOWN else ""
         say(f"{plain(name)}: {array.dtype}[{shape}] {first}{more}")
     if output is not None:
         say(f"written to {output}")
+
+
+def _print(result: Result, output: Path | None) -> None:
+    print_outputs(result.outputs, output)
     receipt = result.receipt
     if receipt is None:
         say(f"took {result.latency_ms:.1f} ms; no receipt")

@@ -1,4 +1,4 @@
-"""``inferq models DIR``: what is in a model repository, and what is wrong with it."""
+"""``inferq models DIR``: lists the models of a repository, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def models(folder: Path, as_json: bool) -> None:
         raise click.ClickException(problem.message) from problem
     passed_over = [plain(name) for name in sorted((*folders.others, *folders.rest))]
     if as_json:
-        told = [_told(spec) for spec in good]
+        told = [_as_json(spec) for spec in good]
         told += [{"name": each.model, "problem": each.reason} for each in bad]
         say_json(sorted(told, key=lambda each: str(each["name"])))
     else:
@@ -49,14 +49,14 @@ def models(folder: Path, as_json: bool) -> None:
         raise SystemExit(1)
 
 
-def _told(spec: ModelSpec) -> dict[str, Any]:
+def _as_json(spec: ModelSpec) -> dict[str, Any]:
     changed = spec.config.changed()
     return {
         "name": spec.name,
         "problem": None,
         "version": spec.version,
         "versions": list(spec.versions),
-        # Newer versions than that which is served, whose files are not all there.
+        # Versions newer than the served one whose files are incomplete.
         "passed_over": [
             {"version": each.version, "reason": each.reason} for each in spec.passed_over
         ],
@@ -68,7 +68,7 @@ def _told(spec: ModelSpec) -> dict[str, Any]:
         "inputs": msgspec.to_builtins(spec.told.inputs),
         "outputs": msgspec.to_builtins(spec.told.outputs),
         "labels": len(spec.labels),
-        # What model.toml sets, and in the engine's own table.
+        # What model.toml sets, including the engine's own table.
         "knobs": msgspec.to_builtins(changed, str_keys=True),
         "engine_table": msgspec.to_builtins(dict(spec.engine_table), str_keys=True),
     }
@@ -108,7 +108,7 @@ def _knobs(spec: ModelSpec) -> list[str]:
     changed = spec.config.changed()
     if spec.labels:
         changed["labels"] = f"{len(spec.labels)} names"
-    # The column beside shows max_batch_size, and the fake engine's inputs are its signature.
+    # Another column shows max_batch_size, and the fake engine's inputs are its signature.
     lines = [f"{key} = {_toml(value)}" for key, value in changed.items() if key != "max_batch_size"]
     own = {key: value for key, value in spec.engine_table.items() if key != "inputs"}
     return lines + [f"{spec.config.engine}.{key} = {_toml(value)}" for key, value in own.items()]

@@ -9,7 +9,7 @@ import click
 
 
 class NumberRange(click.FloatRange):
-    """A number within bounds, as click's, which takes "nan" for one."""
+    """A number within bounds, like click's, but without "nan", which click accepts."""
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None

@@ -1,4 +1,4 @@
-"""``inferq queues``: how much waits where, and who serves it."""
+"""``inferq queues``: how many requests wait in each queue, and how many workers serve it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from inferq.shared.connect import check_server, redis_client
 from inferq.shared.errors import InferqError
 from inferq.shared.names import is_model_name
 from inferq.shared.settings import Settings
-from inferq.workers.claims.amiss import find_amiss
+from inferq.workers.claims.wrong_type import find_wrong_types
 from inferq.workers.logs.printing import age, plain, print_table, say, say_json
 from inferq.workers.metrics.published import read_rates
 from inferq.workers.queues.depths import Depth, DepthReader, Depths
@@ -52,7 +52,9 @@ def queues(models: tuple[str, ...], as_json: bool, redis_url: str | None) -> Non
             check_server(client)
             depths = DepthReader(client, settings.names()).read(models or None)
             rates = read_rates(client, settings.names())
-            amiss = find_amiss(client, settings.names(), [each.model for each in depths.models])
+            wrong = find_wrong_types(
+                client, settings.names(), [each.model for each in depths.models]
+            )
     except InferqError as problem:
         raise click.ClickException(problem.message) from problem
     except RedisError as problem:
@@ -61,11 +63,11 @@ def queues(models: tuple[str, ...], as_json: bool, redis_url: str | None) -> Non
         told = msgspec.to_builtins(depths, str_keys=True)
         for each in told["models"]:
             each["rate"] = rates.get(each["model"])
-        told["amiss"] = [msgspec.to_builtins(each) for each in amiss]
+        told["wrong_type"] = [msgspec.to_builtins(each) for each in wrong]
         say_json(told)
         return
     _print(depths, rates)
-    for key in amiss:
+    for key in wrong:
         say(plain(str(key)), err=True)
 
 

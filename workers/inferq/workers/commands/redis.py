@@ -1,4 +1,4 @@
-"""``inferq redis``: a Redis to try things with, which ends with the command."""
+"""``inferq redis``: a Redis for trying things; it ends with the command."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 from inferq.shared.errors import InferqError
 from inferq.workers.logs.printing import say
 
-#: Seconds between looks whether the server runs.
+#: Seconds between checks that the server runs.
 _LOOK_S: Final = 0.25
 
 
@@ -33,7 +33,7 @@ _LOOK_S: Final = 0.25
 def redis_command(port: int, kind: str) -> None:
     """Run a Redis for trying things, until Ctrl-C, SIGTERM or SIGHUP.
 
-    However the command ends, its server does too, and all data with it: nothing is kept.
+    When the command ends, its server ends, too, and all data is lost: nothing is kept.
     """
     from inferq.workers.process.children import end_on_signals  # noqa: PLC0415
     from inferq.workers.process.embedded import EmbeddedRedis  # noqa: PLC0415 (heavy)

@@ -155,7 +155,7 @@ def worker(
         celery_files.check(celery_options, len(places))
         addresses = devices.addresses(settings.metrics, len(places))
         served = _queues(queues) or _all_queues(repository, strict=settings.strict)
-        folder = None if settings.heartbeat_file else runtime_folder.usual()
+        folder = None if settings.heartbeat_file else runtime_folder.default()
         # Two stacks may serve on one GPU, under one name.
         whose = place_of(settings).digest
         if folder:

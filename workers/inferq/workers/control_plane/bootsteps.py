@@ -1,4 +1,4 @@
-"""How the data plane lives in a Celery worker: started after its pool, drained at its stop."""
+"""Celery boot steps that start the data plane after the pool and drain it at the end."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from inferq.shared.errors import ConfigError
 from inferq.shared.names import model_of
 from inferq.shared.settings import Settings
 from inferq.workers.control_plane import celery_private
-from inferq.workers.control_plane.found import Found, find_models
 from inferq.workers.control_plane.main_loop import TICK_S
+from inferq.workers.control_plane.repository_scan import RepositoryScan, scan_repository
 from inferq.workers.control_plane.service import Service
 from inferq.workers.cuda.pinning import pin
 from inferq.workers.logs.printing import plain_lines
@@ -24,12 +24,12 @@ from inferq.workers.process.visible_passwords import visible_password
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between looks for what died workers held until its ETA.
+#: Seconds between two checks for messages that dead workers held until their ETA.
 RESTORE_EVERY_S = 10.0
 
 
 def refuse(reason: str) -> SystemExit:
-    """A worker that cannot be started says so in one line."""
+    """End a worker that cannot start, with one line that says why."""
     return SystemExit(f"inferq: {plain_lines(reason)}")
 
 
@@ -58,7 +58,7 @@ class DataPlaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
         share_with(self._settings.processes)
         self._found = self._read_models(worker)
 
-    def _read_models(self, worker: WorkController) -> Found:
+    def _read_models(self, worker: WorkController) -> RepositoryScan:
         queues = celery_private.selected_queues(worker.app)
         if queues is None:
             raise refuse("no queues: expected -Q inferq.<model>[,inferq.<model>…]")
@@ -68,7 +68,7 @@ class DataPlaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
         if self._settings.models is None:
             raise refuse("no model repository: set INFERQ_MODELS or use inferq worker --models DIR")
         try:
-            found = find_models(
+            found = scan_repository(
                 self._settings.models, models, on_cpu=self._settings.device == "cpu"
             )
             found.check(strict=self._settings.strict)
@@ -79,7 +79,7 @@ class DataPlaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def start(self, worker: WorkController) -> None:
         told = visible_password(sys.argv[1:])
-        if told and not self._settings.incarnation:  # else our supervisor has said it
+        if told and not self._settings.incarnation:  # else the supervisor has logged it
             logger.warning("%s", told)
         worker.inferq = Service(worker, self._settings, self._found)
         try:
@@ -104,7 +104,7 @@ class DataPlaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
 
 class QueuesStep(bootsteps.StartStopStep):  # type: ignore[misc]
-    """Consumer step: takes our queues from Celery's own consumer, each time it connects."""
+    """Consumer step: takes models' queues from Celery's own consumer each time that connects."""
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
 

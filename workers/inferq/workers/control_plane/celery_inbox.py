@@ -1,8 +1,8 @@
-"""Other tasks on their way to Celery's own handler: how many it holds, and what waits for it.
+"""Foreign tasks on their way to Celery's own handler: those it holds, and those that wait.
 
-Each stands in kombu's unacked by then. Celery's main thread takes one at a time and turns its event
-loop in between, so remote control is heard between two tasks. What it has not taken when the worker
-ends goes back to its queue; what it holds, kombu itself puts back.
+Each is in kombu's unacked by then. Celery's main thread takes one at a time and runs its event loop
+in between, so remote control is answered between two tasks. When the worker ends, tasks that Celery
+has not taken go back to their queue; kombu itself puts back those that Celery holds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from inferq.workers.control_plane import celery_private
 
 logger = logging.getLogger(__name__)
 
-#: Most tasks that Celery holds, and bytes of their messages; others wait in Redis.
+#: Most tasks that Celery holds, and most bytes of their messages; others wait in Redis.
 MAX_HELD: Final = 64
 MAX_HELD_BYTES: Final = 4 << 20
 
@@ -35,12 +35,12 @@ class Handed:
 
 
 class CeleryInbox:
-    """`expect` and `put` are called from the data plane's thread, all else from Celery's."""
+    """The data plane's thread calls `expect` and `put`; Celery's thread calls all other methods."""
 
     def __init__(self, key_prefix: str) -> None:
         self._key_prefix = key_prefix
         self._lock = threading.Lock()
-        #: To be put here once they are settled; those that never are (the lease is lost) vanish.
+        #: They are put here once they are settled. Those that never are (the lease is lost) vanish.
         self._expected: weakref.WeakSet[Handed] = weakref.WeakSet()
         self._waiting: deque[Handed] = deque()
         #: Taken by Celery and not acknowledged yet.
@@ -48,7 +48,7 @@ class CeleryInbox:
         self._consumer: Consumer | None = None
 
     def expect(self, handed: Handed) -> bool:
-        """Whether there is room for it; then it counts from now on."""
+        """Whether there is room for it; if so, it counts from now on."""
         with self._lock:
             all_of_them = [*self._expected, *self._waiting, *self._held]
             size = sum(len(each.message) for each in all_of_them)
@@ -58,7 +58,7 @@ class CeleryInbox:
         return True
 
     def put(self, handed: Handed) -> None:
-        """It is settled, and stands in kombu's unacked."""
+        """Add a message that is settled and in kombu's unacked."""
         with self._lock:
             self._expected.discard(handed)
             self._waiting.append(handed)
@@ -67,7 +67,7 @@ class CeleryInbox:
             consumer.call_soon(self._take)
 
     def open(self, consumer: Consumer) -> None:
-        """Celery has connected, perhaps anew: kombu has put back what it held before."""
+        """Celery has connected, perhaps again: kombu has put back what it held before."""
         with self._lock:
             self._consumer = consumer
             self._held.clear()
@@ -93,7 +93,7 @@ class CeleryInbox:
             self._held.discard(handed)
 
     def put_back(self, client: redis.Redis) -> None:
-        """The worker ends: what Celery has not taken goes back to where it came from."""
+        """At the worker's end: put what Celery has not taken back into its queues."""
         self.close()
         with self._lock:
             left = list(self._waiting)
@@ -102,7 +102,7 @@ class CeleryInbox:
             return
         try:
             with client.pipeline(transaction=True) as pipe:
-                for handed in reversed(left):  # the first one is claimed first again
+                for handed in reversed(left):  # so that the first is claimed first again
                     for command in celery_private.acked_commands(handed.message, self._key_prefix):
                         pipe.execute_command(*command)  # type: ignore[no-untyped-call]
                     pipe.rpush(handed.queue, handed.message)

@@ -1,4 +1,4 @@
-"""What inferq uses of Celery 5.7 and kombu 5.7 beyond their public interface, all of it but canvas.
+"""What inferq uses of Celery 5.7 and kombu 5.7 beyond their public interface, except canvas.
 
 tests/integration/test_celery_private.py fails when an upgrade changes any of this.
 """
@@ -59,15 +59,15 @@ def count_tasks(task: str, count: int) -> None:
 
 
 def selected_queues(app: Celery) -> list[str] | None:
-    """The queues given by ``-Q``; None: there was no ``-Q``."""
+    """The queues given by ``-Q``; None without ``-Q``."""
     selected = app.amqp.queues._consume_from
     return None if not selected else list(selected)
 
 
 def hear_no_others(worker: WorkController, remote_control: bool) -> None:
-    """Have a worker not listen to other workers' events; without remote control, nor ask them.
+    """Make a worker ignore other workers' events and, without remote control, ask them nothing.
 
-    Gossip keeps Celery's logical clocks in step, of which nothing here makes use.
+    Gossip keeps Celery's logical clocks in step, which nothing here uses.
     """
     worker.options["without_gossip"] = True
     if not remote_control:
@@ -80,12 +80,12 @@ def is_solo(pool_cls: object) -> bool:
 
 
 def keep_out_working_directory() -> None:
-    """Have Celery import nothing from there in this process, as it otherwise does by name."""
+    """Keep Celery from importing modules from the working directory in this process."""
     imports.cwd_in_path = nullcontext
 
 
 def asks_for_prefork(arguments: Sequence[str]) -> bool:
-    """Whether a command line names prefork, which Celery takes for "as the app is set up"."""
+    """Whether a command line names prefork, by which Celery means "as the app is configured"."""
     joined = "\0".join(arguments)
     return any(f"{option}prefork" in joined for option in ("-P", "-P\0", "--pool=", "--pool\0"))
 
@@ -93,13 +93,13 @@ def asks_for_prefork(arguments: Sequence[str]) -> bool:
 def stop_worker(exitcode: int) -> None:
     """Ask Celery's main loop to end the worker process, with this status.
 
-    By a warm shutdown: a cold one would end with status 0, whatever was asked for.
+    It is a warm shutdown: a cold one would always end with status 0.
     """
     worker_state.should_stop = exitcode
 
 
 def be_quiet(worker: Any, say: Callable[[str], None]) -> None:
-    """Keep `worker` from printing its banner; what its signal handlers print goes to `say`."""
+    """Keep `worker` from printing its banner. Its signal handlers print to `say`."""
     worker.quiet = True
 
     def safe_say(text: str, *_: object) -> None:
@@ -115,7 +115,7 @@ def is_terminating() -> bool:
 
 
 def unacked_commands(message: bytes, prefix: str) -> Sequence[Command]:
-    """What kombu's QoS.append writes of a delivered message."""
+    """The commands by which kombu's QoS.append records a delivered message."""
     raw = json.loads(message)
     properties = raw["properties"]
     tag, info = properties["delivery_tag"], properties["delivery_info"]
@@ -127,13 +127,13 @@ def unacked_commands(message: bytes, prefix: str) -> Sequence[Command]:
 
 
 def acked_commands(message: bytes, prefix: str) -> Sequence[Command]:
-    """What has kombu forget a message that was delivered."""
+    """The commands that make kombu forget a delivered message."""
     tag = json.loads(message)["properties"]["delivery_tag"]
     return (("ZREM", prefix + UNACKED_INDEX, tag), ("HDEL", prefix + UNACKED, tag))
 
 
 def read_body(raw: Mapping[str, Any]) -> Any:
-    """The body of a message, as Celery's handler reads it. Raises whatever that would meet."""
+    """The body of a message, as Celery's handler reads it. Raises whatever that would raise."""
     body = pybase64.b64decode(raw["body"]) if _is_base64(raw) else raw["body"]
     kind, encoding = raw["content-type"], raw["content-encoding"]
     return serialization.loads(body, kind, encoding, accept={codec.JSON, codec.MSGPACK})
@@ -144,7 +144,7 @@ def _is_base64(raw: Mapping[str, Any]) -> bool:
 
 
 def _settle_once(settle: Callable[..., None], settled: Callable[[], None], **options: Any) -> None:
-    """Celery acknowledges twice where a result cannot be stored, which ends a stock worker."""
+    """If a result cannot be stored, Celery acknowledges twice, which ends a stock worker."""
     settled()
     try:
         settle(**options)
@@ -153,10 +153,10 @@ def _settle_once(settle: Callable[..., None], settled: Callable[[], None], **opt
 
 
 def deliver(consumer: Consumer, message: bytes, settled: Callable[[], None]) -> None:
-    """Give a message that stands in kombu's unacked to Celery's own handler, in the main thread.
+    """Give a message in kombu's unacked to Celery's own handler, in the main thread.
 
-    `settled` is called when it is acknowledged. One that the handler cannot even read, which would
-    end a stock worker, is answered and dropped.
+    `settled` is called when it is acknowledged. A message that the handler cannot even read, which
+    would end a stock worker, is answered and dropped.
     """
     raw = json.loads(message)
     channel = consumer.task_consumer.channel
@@ -183,10 +183,10 @@ def deliver(consumer: Consumer, message: bytes, settled: Callable[[], None]) -> 
 
 
 def let_tasks_end(consumer: Consumer) -> None:
-    """Have a cold shutdown leave the task that Celery's own handler executes to end by itself.
+    """Make a cold shutdown wait for the task that Celery's own handler executes.
 
-    Nothing can end it before: the solo pool executes it in the main thread, where the signal's
-    handler interrupts it, and what that raises would become the task's failure.
+    It cannot be ended earlier: the solo pool executes it in the main thread, where the signal's
+    handler interrupts it, and what that handler raises would become the task's failure.
     """
     consumer.cancel_active_requests = lambda: None
 
@@ -198,7 +198,7 @@ def restore_messages(consumer: Consumer) -> None:
     """
     channel = consumer.task_consumer.channel
     if not channel.active_queues:
-        with suppress(*channel.connection_errors):  # the consumer finds out by itself
+        with suppress(*channel.connection_errors):  # the consumer notices by itself
             channel.qos.restore_visible(interval=1)
 
 
@@ -211,9 +211,9 @@ def task_events_enabled(consumer: Consumer | None) -> bool | None:
 
 
 def name_event_groups(consumer: Consumer) -> None:
-    """Name the groups of events that a worker sends by ``-E``.
+    """Name the groups of events that a worker with ``-E`` sends.
 
-    Stock ``disable_events`` finds nothing to disable where none is named, which means all.
+    Stock ``disable_events`` disables nothing if none is named, although that means all.
     """
     dispatcher = consumer.event_dispatcher
     if dispatcher is not None and not dispatcher.groups:

@@ -1,4 +1,4 @@
-"""Celery's part in the data plane: canvas, hand-over of foreign messages, totals, the end."""
+"""What Celery's half does for the data plane: canvas, foreign messages, totals, the end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from celery.worker import WorkController
 from inferq.shared.names import TASK, Names
 from inferq.workers.canvas.publisher import Canvas
 from inferq.workers.claims.claim import Slot
-from inferq.workers.claims.scheduled import Scheduled
+from inferq.workers.claims.scheduled import ScheduledKeeper
 from inferq.workers.claims.settlement import Settlement
 from inferq.workers.control_plane import celery_private
 from inferq.workers.control_plane.celery_inbox import CeleryInbox, Handed
@@ -22,13 +22,13 @@ class CelerySide(Control):
     """Does what the data plane asks of Celery's half of a worker."""
 
     def __init__(
-        self, worker: WorkController, canvas: Canvas, later: Scheduled, names: Names
+        self, worker: WorkController, canvas: Canvas, scheduled: ScheduledKeeper, names: Names
     ) -> None:
         self._worker = worker
         self._canvas = canvas
-        self._later = later
+        self._scheduled = scheduled
         self._names = names
-        #: Other tasks, on their way to Celery's own handler.
+        #: Foreign tasks, on their way to Celery's own handler.
         self.inbox = CeleryInbox(names.prefix)
 
     def publish_canvas(self, incarnation: str, settlement: Settlement, message: bytes) -> None:
@@ -37,7 +37,7 @@ class CelerySide(Control):
     def hand_over(self, slot: Slot, model: str, message: bytes, handed: bytes) -> Settlement:
         given = Handed(handed, self._names.queue(model, slot.claim.step))
         if not self.inbox.expect(given):
-            return self._later.postpone(slot, message)
+            return self._scheduled.postpone(slot, message)
         return Settlement(
             slot,
             model,
@@ -59,10 +59,10 @@ class CelerySide(Control):
 
 
 class TaskTotals(Observer):
-    """Keeps Celery's own total of tasks true, which ``inspect stats`` and Flower show."""
+    """Counts requests in Celery's own total of tasks, which ``inspect stats`` and Flower show."""
 
     def __init__(self) -> None:
-        # The entry is there before the data plane's thread counts in it and others read it.
+        # Make the entry before the data plane's thread adds to it and others read it.
         celery_private.count_tasks(TASK, 0)
 
     def settled(self, settled: Settled) -> None:

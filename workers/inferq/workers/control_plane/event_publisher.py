@@ -1,7 +1,7 @@
 """Publishes task events to whoever listens (Flower, ``celery events``), off the request path.
 
-What comes in within `GATHER_S` goes out in one message. Where Redis is slow or away events are
-dropped and counted, and so is what does not fit the queue: requests never wait for them.
+Events of `GATHER_S` go out in one message. If Redis is slow or away, or the queue of events is
+full, events are dropped and counted: requests never wait for them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Event = dict[str, Any]
 
 #: Seconds that events wait for more of them.
 GATHER_S: Final = 0.1
-#: Events that wait to be published; of half as many on, no new request is told of.
+#: Most events that wait to be published. From half as many on, no events of new requests are added.
 MAX_QUEUED: Final = 20_000
 #: Events in one message.
 MAX_AT_ONCE: Final = 500
@@ -34,17 +34,17 @@ MAX_AT_ONCE: Final = 500
 TIMEOUT_S: Final = 2.0
 #: Seconds until Redis is tried again after it failed.
 RETRY_S: Final = 1.0
-#: Seconds for what is left at the end.
+#: Seconds to publish what is left at the end.
 LAST_S: Final = 3.0
-#: Seconds between log lines about what was not sent.
+#: Seconds between log lines about events that were not sent.
 SAY_EVERY_S: Final = 60.0
 
 
 class EventPublisher:
     """`start` spawns the thread; `put` may be called from any, at any time.
 
-    `client` is used by that thread alone, and its timeouts bound every publication. `forward` is
-    Celery's logical clock, `left_out` tells how many requests were not told of at all.
+    Only that thread uses `client`, whose timeouts bound every publication. `forward` advances
+    Celery's logical clock; `left_out` returns how many requests were left out.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class EventPublisher:
     def put(self, events: Sequence[Event], *, begin: bool = False) -> bool:
         """Have `events` published, in this order; False if they were dropped.
 
-        `begin`: they are of requests of which nothing was sent yet, and leave room for the others.
+        `begin`: they are the first events of their requests; they leave room for the other events.
         """
         if len(self._queue) + len(events) > (MAX_QUEUED // 2 if begin else MAX_QUEUED):
             self.dropped += len(events)
@@ -113,7 +113,7 @@ class EventPublisher:
         deadline = time.monotonic() + LAST_S
         while self._queue and self._flush() and time.monotonic() < deadline:
             pass
-        if self._sent:  # Celery has said so already, but each event brings a worker back to life
+        if self._sent:  # Celery has sent it already, but later events say that the worker lives
             self._publish("worker.offline", {"type": "worker-offline", "timestamp": time.time()})
         self._client.close()
 
@@ -145,7 +145,7 @@ class EventPublisher:
         return True
 
     def _say(self) -> None:
-        """What was not sent, once a minute."""
+        """Log, once a minute, what was not sent."""
         now = time.monotonic()
         told, said = (self._left_out(), self.dropped), self._said
         if told == said or now < self._said_at + SAY_EVERY_S:

@@ -1,4 +1,4 @@
-"""Which requests task events tell of, where there are more than anybody could look at."""
+"""Chooses requests for task events if there are more than anybody could look at."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _ALL: Final = 1 << 16
 
 
 def _place(request_id: str) -> int:
-    """Where the id lies among all: the same in every worker, so that workers choose alike."""
+    """The place of an id among all ids: the same in every worker, so that workers choose alike."""
     return crc32(request_id.encode()) & (_ALL - 1)
 
 
 class Sampler:
     """Chooses at most `per_s` requests a second (and as many more at once after a pause).
 
-    Above that it takes those ids that lie low enough, evenly over time. What ended a worker before
-    is always taken. One thread calls `choose`.
+    Above that rate it chooses low enough ids, evenly over time. A request that ended a worker
+    before is always chosen. One thread calls `choose`.
     """
 
     def __init__(self, per_s: int) -> None:
@@ -38,7 +38,7 @@ class Sampler:
         self.left_out = 0
 
     def choose(self, items: Sequence[Waiting], now: float) -> Sequence[Waiting]:
-        """Those of `items` that are to be told of. `now`: monotonic s."""
+        """Those of `items` for which events are sent. `now`: monotonic s."""
         self._tokens = min(self._per_s, self._tokens + (now - self._at) * self._per_s)
         self._at = now
         self._seen += len(items)

@@ -1,10 +1,10 @@
-"""kombu's Redis transport, such that what others write to Redis costs only itself.
+"""Changes kombu's Redis transport so that a bad value in Redis affects nothing but itself.
 
-As it is, one broadcast that is no message, one odd member of a table of bindings or one odd record
-of `unacked` ends the worker, or has it connect anew for ever. So does one record that Redis does
-not let this process put back: each consumer of kombu tries to, of whatever any consumer took long
-ago and never acknowledged. `install` replaces what reads these, in this process.
-tests/integration/test_celery_private.py fails when an upgrade changes any of it.
+In stock kombu, one broadcast that is no message, one odd member of a table of bindings or one odd
+record of `unacked` ends the worker or makes it reconnect for ever. So does one record that Redis
+does not let this process put back: each consumer of kombu tries to put back whatever any consumer
+took long ago and never acknowledged. `install` replaces the functions that read these, in this
+process. tests/integration/test_celery_private.py fails when an upgrade changes any of it.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from kombu.transport import redis as transport
 from kombu.utils.encoding import bytes_to_str
 from redis.exceptions import NoPermissionError, ResponseError
 
-from inferq.workers.claims.amiss import HASH, LIST, SET, ZSET, Told, is_wrong_type
+from inferq.workers.claims.wrong_type import HASH, LIST, SET, ZSET, WrongTypeReports, is_wrong_type
 
 logger = logging.getLogger(__name__)
 
-#: Longest broadcast that is read: a worker tells another of 50,000 revoked ids in 3 MB.
+#: Longest broadcast that is read: a worker's answer with 50,000 revoked ids has 3 MB.
 MAX_BROADCAST_BYTES: Final = 8 << 20
-#: Records of `unacked` that are looked at in one trip, and trips each time.
+#: Records of `unacked` that are read in one trip, and trips each time.
 PAGE: Final = 100
 MAX_PAGES: Final = 100
 NOTHING_ROUTED: Final = "No answers to Celery's remote control go by it"
 NOT_SWEPT: Final = "Celery's old bindings stay"
 NOT_PUT_BACK: Final = "What dead workers held for Celery is not put back"
 
-_told = Told()
-#: Stock's own, which these go on to use.
+_wrong_types = WrongTypeReports()
+#: Stock functions, which the replacements call.
 _queue_bind = transport.Channel._queue_bind
 _refresh_bindings = transport.Channel._refresh_bindings
 _sweep_bindings = transport.Channel.sweep_bindings
@@ -43,11 +43,11 @@ _size = transport.Channel._size
 
 
 class Odd(Exception):
-    """What was read is none of kombu's. Its text says why."""
+    """What was read is not kombu's. The text says why."""
 
 
 def install() -> None:
-    """Have kombu live through whatever it reads."""
+    """Make kombu survive whatever it reads."""
     channel, qos = transport.Channel, transport.QoS
     channel._receive_one = _receive_one
     channel._queue_bind = _bind
@@ -63,7 +63,7 @@ def install() -> None:
 
 
 def _receive_one(self: Any, client: Any) -> bool | None:
-    """Channel._receive_one, but one broadcast that cannot be read is passed over."""
+    """Channel._receive_one, but it skips a broadcast that cannot be read."""
     try:
         response = client.parse_response()
     except self.connection_errors:
@@ -147,7 +147,7 @@ def _sweep(self: Any, limit: int = 100) -> int:
 
 @contextmanager
 def _passing_over_types(channel: Any, *exchanges: str) -> Iterator[None]:
-    """Tell of the tables of these exchanges that are of another type, and go on."""
+    """Report the tables of these exchanges that have the wrong type, and go on."""
     try:
         yield
     except ResponseError as problem:
@@ -179,12 +179,12 @@ def _get_table(self: Any, exchange: str) -> list[tuple[str, ...]]:
 def _tell(channel: Any, key: str, expected: str, until: str) -> None:
     with channel.conn_or_acquire() as client:
         kind = bytes_to_str(client.type(channel.global_keyprefix + key))
-    _told.amiss(channel.global_keyprefix + key, kind, expected, until)
+    _wrong_types.report(channel.global_keyprefix + key, kind, expected, until)
 
 
 def _say_once(key: str, member: str, what: str) -> None:
-    if (known := f"{member} in {key}") not in _told:
-        _told.note(known)
+    if (known := f"{member} in {key}") not in _wrong_types:
+        _wrong_types.note(known)
         logger.error("%s in %s is %s", member, key, what)
 
 
@@ -192,9 +192,9 @@ def _say_once(key: str, member: str, what: str) -> None:
 
 
 def _restore_visible(self: Any, start: int = 0, num: int | None = 10, interval: int = 10) -> None:
-    """QoS.restore_visible, but what cannot be put back stays there and keeps no other.
+    """QoS.restore_visible, but what cannot be put back stays there and does not stop the rest.
 
-    Without its mutex: each is put back in a transaction of its own, by one of those who try.
+    It has no mutex: each message is put back in a transaction of its own, so only one process does.
     """
     self._vrestore_count += 1
     if (self._vrestore_count - 1) % (interval or 1):
@@ -222,11 +222,11 @@ def _restore_visible(self: Any, start: int = 0, num: int | None = 10, interval: 
             _tell(self.channel, self.unacked_key, HASH, NOT_PUT_BACK)
         else:
             for key in (self.unacked_index_key, self.unacked_key):
-                _told.right(self.channel.global_keyprefix + key)
+                _wrong_types.resolve(self.channel.global_keyprefix + key)
 
 
 def _put_back(qos: Any, tag: bytes, client: Any) -> bool:
-    """Whether it went back, or was not there any more."""
+    """Whether it was put back, or is not there any more."""
     try:
         qos.restore_by_tag(tag, client)
     except Odd as problem:
@@ -241,7 +241,7 @@ def _put_back(qos: Any, tag: bytes, client: Any) -> bool:
 
 @cache
 def _say_refused() -> None:
-    """Once: it is tried again and again."""
+    """Log it once, although kombu tries again and again."""
     logger.warning(
         "kombu's unacked holds a message of a queue that this process' Redis user may not write "
         "to: it stays there until a worker of that queue puts it back"
@@ -249,7 +249,7 @@ def _say_refused() -> None:
 
 
 def _restore_by_tag(self: Any, tag: Any, client: Any = None, leftmost: bool = False) -> None:
-    """QoS.restore_by_tag, but raises Odd for what cannot be put back, which then stays there."""
+    """QoS.restore_by_tag, but raises Odd for what cannot be put back, which stays there."""
 
     def restore(pipe: Any) -> None:
         record = pipe.hget(self.unacked_key, tag)
@@ -264,7 +264,7 @@ def _restore_by_tag(self: Any, tag: Any, client: Any = None, leftmost: bool = Fa
 
 
 def _destination(channel: Any, pipe: Any, record: bytes) -> tuple[list[str], str]:
-    """The keys of the queues that a record belongs into, and its message. Raises Odd."""
+    """The keys of a record's queues, and its message. Raises Odd."""
     parts = _parsed(record)
     if not isinstance(parts, list) or len(parts) != 3:
         raise Odd("it is no message with an exchange and a routing key")

@@ -1,8 +1,8 @@
-"""What a worker is told by remote control, and by other workers as it starts.
+"""Reads what remote control, and other workers at the start, send to a worker.
 
-Whoever may publish in Redis may say anything there. As it is, a message that is none has Celery
-leave its mailbox and open it anew, or ends the worker. Here each costs only itself and one log
-line: it is read as what it should be, or passed over. `install` replaces what reads it.
+Anybody who may publish in Redis can send anything there. In stock Celery a broken message makes the
+worker reopen its mailbox, or ends the worker. Here a message is either read as it should be, or
+skipped with one log line. `install` replaces the functions that read messages.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from inferq.workers.control_plane.revokes import MAX_REVOKED, Revokes, TooMany, 
 
 logger = logging.getLogger(__name__)
 
-#: Largest logical clock that is believed: any above it would stay for ever.
+#: Largest logical clock that is accepted: a larger one would stay for ever.
 MAX_CLOCK: Final = 1 << 53
-#: Most bytes of a command, but for those that name requests.
+#: Most bytes of a command, except commands that name requests.
 MAX_BYTES: Final = 64 * 1024
 NAMING: Final = frozenset({"revoke", "terminate", "query_task", "hello"})
-#: Seconds within which other workers are heard at the start, and how many.
+#: Seconds to wait for other workers' answers at the start, and most answers that are read.
 HELLO_S: Final = 5.0
 MAX_NODES: Final = 1_000
 #: Longest text of a problem in a log line or an answer.
@@ -60,20 +60,20 @@ class Command(msgspec.Struct):
             return hostname in self.destination
         if not self.pattern or not self.matcher:
             return True
-        if self.matcher != "glob":  # a regular expression may take for ever
+        if self.matcher != "glob":  # a regular expression could run for ever
             raise Odd(f"its matcher is {self.matcher!r}; expected 'glob'")
         return fnmatch(hostname, self.pattern)
 
 
 class Neighbour(msgspec.Struct):
-    """What another worker answers to `hello`; of older ones `revoked` is a mapping."""
+    """Another worker's answer to `hello`; in older versions `revoked` is a mapping."""
 
     clock: Clock = 0
     revoked: list[Id] | dict[Id, Any] | None = None
 
 
 def install() -> None:
-    """Have Celery's workers in this process live through whatever they are told."""
+    """Make Celery's worker in this process survive whatever it is sent."""
     Pidbox.on_message = _on_message
     Pidbox.start = _start
     Mingle.sync = _sync
@@ -86,7 +86,7 @@ def _start(self: Any, consumer: Any) -> None:
 
 
 def _on_decode_error(_message: Any, problem: Exception) -> None:
-    """Stock acknowledges it, by a tag that its sender chose."""
+    """Skip the message. Stock Celery acknowledges it, by a tag that its sender chose."""
     logger.warning("a control message is passed over: %s", _short(problem))
 
 
@@ -102,7 +102,7 @@ def _on_message(self: Any, body: Any, message: Any) -> None:
 
 
 def _read(box: Any, body: Any, message: Any) -> Command | None:
-    """The command that a message holds; None: it is for others. Raises Odd."""
+    """The command in a message; None: it is for other workers. Raises Odd."""
     try:
         command = msgspec.convert(body, Command)
         clock = msgspec.convert(message.headers.get("clock") or 0, Clock)
@@ -150,11 +150,11 @@ def _short(problem: Exception) -> str:
 
 
 class _Enough(Exception):
-    """No more answers are waited for."""
+    """Ends the wait for answers."""
 
 
 def _sync(_self: Any, consumer: Any) -> None:
-    """Learn from other workers what is revoked, as Celery's own does."""
+    """Learn from other workers which ids are revoked, as Celery's own mingle does."""
     try:
         answers = _ask(consumer)
     except Exception as problem:

@@ -1,4 +1,4 @@
-"""Whether Celery's own event loop turns: it answers remote control, and ends the worker."""
+"""Watches that Celery's event loop runs: it answers remote control, and ends the worker."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Final
 
 #: Seconds between its ticks.
 TICK_S: Final = 1.0
-#: Seconds without one after which it hangs: it connects anew within half of that.
+#: Seconds without a tick after which the loop counts as hanging: reconnecting takes half of that.
 STALL_S: Final = 60.0
 
 
 class MainLoop:
     """`tick` is called from that loop, `problem` once a second, from another thread.
 
-    `excused` says whether it need not turn now: Redis is away, a task of Celery's own is executed.
-    `answering_since` is when Redis came back last, which it may not have noticed yet.
+    `excused` returns whether it need not run now: Redis is away, or Celery executes a foreign task.
+    `answering_since` returns when Redis last came back, which the loop may not have noticed yet.
     """
 
     name = "celery"
@@ -30,7 +30,7 @@ class MainLoop:
         self._excused = excused
         self._answering_since = answering_since
         self._clock = clock
-        #: When it last ticked, or was excused; None: it has not begun.
+        #: When it last ticked or was excused; None: it has not started.
         self._well_at: float | None = None
 
     def tick(self) -> None:

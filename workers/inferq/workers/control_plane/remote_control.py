@@ -1,8 +1,8 @@
-"""Remote control that tells the truth: what Celery's panel shows, plus what the data plane holds.
+"""Remote control commands that include what the data plane holds, beside Celery's own tasks.
 
-Celery iterates live sets in ``inspect active`` and its like; ours answers from snapshots, since the
-data plane's thread changes what it holds all the time. Commands that a worker of ours has no use
-for answer so: each costs at most what it says.
+Celery iterates live sets in ``inspect active`` and similar commands. These answer from snapshots,
+since the data plane's thread changes what it holds all the time. Commands that make no sense for a
+worker of inferq answer why.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def add_consumer(
 
 
 def _consume(consumer: Any, queue: str) -> None:
-    """In Celery's event loop, which what is raised here would end."""
+    """Consume in Celery's event loop; an exception here would end that loop."""
     try:
         consumer.add_task_queue(queue)
     except consumer.connection_errors:
@@ -154,9 +154,9 @@ def cancel_consumer(state: Any, queue: str, **options: Any) -> Any:
 def revoke(state: Any, task_id: Any, **options: Any) -> Any:
     """Revoke task by task id (or list of ids).
 
-    Stock Celery stores REVOKED at once, in the worker's own serialiser, which the client of a
-    request may not read. The data plane answers when its turn comes, in the request's. Nothing
-    that runs is ended, whatever `terminate` says: the process is all requests'.
+    Stock Celery stores REVOKED at once, in the worker's own serialiser, which the request's client
+    may not read. The data plane answers when the request's turn comes, in the request's serialiser.
+    Nothing that runs is ended, whatever `terminate` says: all requests share the process.
     """
     try:
         ids = _revokes.add(task_id)
@@ -231,7 +231,7 @@ def shutdown(state: Any, msg: Any = None, **options: Any) -> Any:
 
 
 def _refuse(name: str, why: str, kind: str = "control") -> None:
-    """Have the command answer `why` it is none of a worker of ours."""
+    """Make the command answer `why` workers of inferq do not offer it."""
 
     def refused(state: Any, *args: Any, **options: Any) -> Any:
         return stock.nok(f"{name}: {why}")

@@ -1,7 +1,7 @@
-"""How many requests may be revoked by remote control: Celery's set of revoked ids is all workers'.
+"""Limits how many requests remote control may revoke: all workers share the set of revoked ids.
 
-A broadcast does not say who sent it, so nobody has a share of his own. What is bounded is what one
-message may name, and how many ids all of them may add in a time: as many at once as the set holds.
+A broadcast does not say who sent it, so there is no limit per sender. Limited are the ids in one
+message, and the ids a second that all messages add: at once, as many as the set holds.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from celery.worker import state as worker_state
 
 from inferq.shared.codec.messages import MAX_ID_CHARS
 
-#: Most ids that one message revokes, or that a worker tells another one of.
+#: Most ids that one message revokes, or that a worker sends to another one.
 MAX_REVOKED: Final = 10_000
 #: Ids a second that are added, on average.
 REVOKED_PER_S: Final = 5_000
 
 
 class TooMany(Exception):
-    """These are not revoked. Its text says why."""
+    """The ids are not revoked. The text says why."""
 
 
 class Revokes:
-    """Adds to the ids that Celery takes for revoked. For one thread."""
+    """Adds to Celery's revoked ids. For one thread."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -33,7 +33,7 @@ class Revokes:
         self._at = clock()
 
     def add(self, ids: object) -> list[str]:
-        """Take `ids`, one or a list of them, for revoked. Raises TooMany; TypeError: no ids."""
+        """Revoke `ids`, one or a list of them. Raises TooMany; TypeError if they are no ids."""
         named = [ids] if isinstance(ids, str) else ids
         if not isinstance(named, list | tuple | set | None):
             raise TypeError(f"task_id is a {type(ids).__name__}; expected an id or a list of ids")
@@ -58,6 +58,6 @@ class Revokes:
 
 
 def newest() -> list[str]:
-    """The ids that were revoked last, the oldest first: as many as one worker tells another."""
+    """The newest revoked ids, oldest first: as many as one worker sends to another."""
     worker_state.revoked.purge()
     return list(worker_state.revoked)[-MAX_REVOKED:]

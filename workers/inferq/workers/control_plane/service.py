@@ -1,4 +1,4 @@
-"""All that serves requests in one worker process, put together: models, lease, data plane."""
+"""Puts together all that serves requests in one worker process: models, lease, data plane."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from inferq.shared.names import queue_of
 from inferq.shared.settings import Settings
 from inferq.workers.canvas.link_queues import LinkQueues
 from inferq.workers.canvas.publisher import Canvas
-from inferq.workers.claims.amiss import LIST, type_of
 from inferq.workers.claims.clock import RedisClock
 from inferq.workers.claims.lease import Lease
 from inferq.workers.claims.recovery import Recoverer
 from inferq.workers.claims.runs import Finished
-from inferq.workers.claims.scheduled import Scheduled
+from inferq.workers.claims.scheduled import ScheduledKeeper
 from inferq.workers.claims.settlement import Settlement
+from inferq.workers.claims.wrong_type import LIST, type_of
 from inferq.workers.control_plane import celery_private
 from inferq.workers.control_plane.celery_inbox import CeleryInbox
 from inferq.workers.control_plane.celery_side import CelerySide, TaskTotals
-from inferq.workers.control_plane.found import Found, log_not_served
 from inferq.workers.control_plane.main_loop import MainLoop
+from inferq.workers.control_plane.repository_scan import RepositoryScan, log_not_served
 from inferq.workers.control_plane.task_events import TaskEvents
 from inferq.workers.cuda.telemetry import GpuTelemetry
 from inferq.workers.data_plane import reporting
@@ -48,7 +48,7 @@ from inferq.workers.data_plane.loading import LoadingModel
 from inferq.workers.data_plane.observers import Observers
 from inferq.workers.data_plane.plane import DataPlane
 from inferq.workers.data_plane.served_model import ServedModel
-from inferq.workers.logs.slow import told_if_slow
+from inferq.workers.logs.slow import warn_if_slow
 from inferq.workers.metrics.published import StatsPublisher
 from inferq.workers.models.not_served import NotServed, listed, not_served
 from inferq.workers.process.memory import keep_freed_memory, keep_objects
@@ -77,37 +77,37 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between tries while Redis cannot be reached at the start.
 RETRY_S = 2.0
-#: Exit status of a worker that cannot serve what it was told to (sysexits.h).
+#: Exit status of a worker that cannot serve its models (sysexits.h).
 EX_CONFIG = 78
 
 
 class Service:
     """Everything that serves requests in this process. `start` returns at once."""
 
-    def __init__(self, worker: WorkController, settings: Settings, found: Found) -> None:
+    def __init__(self, worker: WorkController, settings: Settings, found: RepositoryScan) -> None:
         self._worker = worker
         self._settings = settings
         self._names = settings.names()
         self._clock = RedisClock()
         self._client = redis_client(settings.redis_url, sentinel_master=settings.sentinel_master)
-        self._later = Scheduled(self._client, self._names, self._clock)
+        self._scheduled = ScheduledKeeper(self._client, self._names, self._clock)
         self._recoverer = Recoverer(self._client, self._names, settings.lease_s)
         self._lease: Lease | None = None
         self._canvas = Canvas(settings, self._client, self._on_ready)
-        #: Replaced, never changed: other threads read it. A model that was loaded stands in place
-        #: of the one that was to be.
+        #: Replaced, never changed in place: other threads read it. A loaded model takes the place
+        #: of its LoadingModel.
         self._models: Sequence[LoadingModel | ServedModel] = [
             LoadingModel(spec) for spec in found.specs
         ]
-        #: Held while one takes the other's place.
+        #: Held while the list is replaced.
         self._replacing = threading.Lock()
-        #: Those that are loaded, by name.
+        #: The loaded models, by name.
         self._served: dict[str, ServedModel] = {}
         #: Replaced, never changed: other threads read it.
         self._not_served = found.not_served
         self._others = found.others
         self._events = TaskEvents(worker, settings, self._served)
-        self._side = CelerySide(worker, self._canvas, self._later, self._names)
+        self._side = CelerySide(worker, self._canvas, self._scheduled, self._names)
         counts = Counts({model.name: model.counts for model in self._models})
         self._observers = Observers([counts, self._events, TaskTotals(), BatchLog()])
         self._foreign = (
@@ -130,8 +130,10 @@ class Service:
         self._host = socket.gethostname()
         self._started_at = time.time()
         self._stopping = False
+        #: While it was loaded.
+        self._engine_failed = False
         self.plane: DataPlane | None = None
-        #: Our queues as kombu declares them, by name, for ``inspect active_queues``.
+        #: The models' queues as kombu declares them, by name, for ``inspect active_queues``.
         self.queues: dict[str, Any] = {}
 
     def start(self) -> None:
@@ -154,6 +156,7 @@ class Service:
             self._when_redis_answers(self._serve)
         except FatalEngineError as problem:
             logger.critical("%s", problem)
+            self._engine_failed = True
             self._give_up(EX_FATAL_ENGINE)
         except InferqError as problem:
             logger.critical("%s", problem)
@@ -163,13 +166,14 @@ class Service:
             self._give_up(EX_CONFIG)
 
     def _load_models(self) -> None:
-        """Load one after the other; one that cannot be loaded is set aside.
+        """Load one model after the other; one that cannot be loaded is set aside.
 
-        FatalEngineError, which ends them all; ConfigError: there is none left, or all are wanted.
+        Raises FatalEngineError, after which none can be served; ConfigError: none is left, or
+        `strict`.
         """
         for model in [each for each in self._models if isinstance(each, LoadingModel)]:
             try:
-                with told_if_slow(logger, model.name, "loading it and warming it up"):
+                with warn_if_slow(logger, model.name, "loading it and warming it up"):
                     served = model.load(
                         self._worker.hostname,
                         self._names,
@@ -202,7 +206,10 @@ class Service:
             self._models = [served if each is loading else each for each in self._models]
 
     def _set_aside(self, model: LoadingModel, reason: str) -> None:
-        """Serve the others; what is sent to this one waits in its queue. ConfigError if strict."""
+        """Serve the other models; requests for this one wait in its queue.
+
+        ConfigError if strict.
+        """
         if self._settings.strict:
             raise ConfigError(reason)
         found = not_served(model.name, reason)
@@ -221,7 +228,7 @@ class Service:
             )
 
     def _when_redis_answers(self, step: Callable[[], object]) -> None:
-        """Take `step`, again and again until Redis can be reached, as Celery's own side does."""
+        """Retry `step` until Redis can be reached, as Celery's own side does."""
         while not self._stopping:
             try:
                 step()
@@ -231,8 +238,7 @@ class Service:
                 time.sleep(RETRY_S)
 
     def _give_up(self, status: int) -> None:
-        for model in self._models:
-            model.close(timeout=1.0)
+        self._close_models()
         celery_private.stop_worker(status)
         self._side.wake()
 
@@ -258,7 +264,7 @@ class Service:
             models,
             lease=lease,
             recoverer=self._recoverer,
-            later=self._later,
+            scheduled=self._scheduled,
             control=self._side,
             observers=self._observers,
             result_expires_s=settings.result_expires_s,
@@ -267,7 +273,7 @@ class Service:
         lease.start()
         self._canvas.start()
         self._recoverer.start()
-        self._later.start()
+        self._scheduled.start()
         self._events.start()
         self.plane = plane
         if self._heartbeat is not None:
@@ -292,7 +298,7 @@ class Service:
 
     @property
     def status_of_shutdown(self) -> int:
-        """With which it ends when remote control says so: its supervisor decides what follows."""
+        """The exit status after `control shutdown`: by it the supervisor decides what follows."""
         return EX_SHUT_DOWN if self._settings.incarnation else 0
 
     @property
@@ -305,11 +311,11 @@ class Service:
         return self._models
 
     def not_served(self) -> list[NotServed]:
-        """What it was to serve and does not. For any thread."""
+        """Models that it was told to serve and does not. For any thread."""
         return self._not_served
 
     def active_queues(self) -> list[Any]:
-        """Our queues that requests are claimed from."""
+        """The models' queues from which requests are claimed."""
         return [
             self.queues[q]
             for m in self._models
@@ -317,7 +323,7 @@ class Service:
         ]
 
     def consume(self, queue: str, consuming: bool) -> bool:
-        """Claim from `queue`, or no longer; False if it is no queue of a model loaded here."""
+        """Begin or stop to claim from `queue`. False if no model loaded here has that queue."""
         with self._replacing:
             found = [model for model in self._models if queue_of(model.name) == queue]
             for model in found:
@@ -327,7 +333,7 @@ class Service:
         return bool(found)
 
     def why_not_consume(self, queue: str) -> str | None:
-        """Why Celery's own handler is not to consume `queue`, no model's; None: it may."""
+        """Why Celery's own handler may not consume `queue`, which is no model's; None: it may."""
         if self._foreign is None:
             return "other tasks than inferq's are not run; expected INFERQ_FOREIGN_TASKS=1"
         if queue.startswith("inferq"):
@@ -343,7 +349,7 @@ class Service:
 
     def stop_claiming(self) -> None:
         self._stopping = True
-        self._told_to_end()
+        self._stop_blaming()
         if self._heartbeat is not None:
             self._heartbeat.stopping = True
         if self.plane is not None:
@@ -352,10 +358,10 @@ class Service:
     def stop(self, grace_s: float) -> None:
         """Finish what computes within `grace_s` seconds, hand back the rest, free the engines.
 
-        Waits in short steps, so that a cold shutdown asked for meanwhile takes effect.
+        Waits in short steps, so that a request for a cold shutdown takes effect meanwhile.
         """
         self._stopping = True
-        self._told_to_end()
+        self._stop_blaming()
         if self.plane is not None:
             self._drain(self.plane, grace_s)
         self._publisher.stop()
@@ -365,15 +371,22 @@ class Service:
             self._heartbeat.stop()
         if self._gpu is not None:
             self._gpu.close()
-        if self._is_busy():
-            end_at_once(self._is_busy, lambda: int(self._worker.exitcode or 0))
+        if self._must_end_at_once():
+            end_at_once(self._must_end_at_once, lambda: int(self._worker.exitcode or 0))
 
-    def _told_to_end(self) -> None:
+    def _stop_blaming(self) -> None:
         for model in self._models:
-            model.told_to_end()
+            model.stop_blaming()
+
+    def _must_end_at_once(self) -> bool:
+        return self._is_busy() or self._is_beyond_use()
+
+    def _is_beyond_use(self) -> bool:
+        """Whether an engine has said that nothing can run in this process any more."""
+        return self._engine_failed or (self.plane is not None and self.plane.engine_failed)
 
     def _is_busy(self) -> bool:
-        """Whether a thread loads a model, or is a lane's."""
+        """Whether a thread loads a model or drives a lane."""
         return self._loader.is_alive() or any(model.is_driven for model in self._models)
 
     def _drain(self, plane: DataPlane, grace_s: float) -> None:
@@ -386,14 +399,18 @@ class Service:
                 plane.drain(self._worker.app.conf.worker_soft_shutdown_timeout)
         self.inbox.put_back(self._client)
         self._recoverer.stop()
-        self._later.stop()
+        self._scheduled.stop()
         self._canvas.stop()
         self._events.stop()
+        self._close_models()
+
+    def _close_models(self) -> None:
+        free = not self._is_beyond_use()
         for model in self._models:
-            model.close(timeout=1.0)
+            model.close(timeout=1.0, free=free)
 
     def stats(self) -> WorkerStats:
-        """What this worker has done so far, and how it is. For any thread; may ask the GPU."""
+        """What this worker has done so far, and its state. For any thread; may query the GPU."""
         plane, gpu = self.plane, self._gpu
         state = LOADING if plane is None else SERVING
         return WorkerStats(
@@ -417,7 +434,7 @@ class Service:
         return "cpu" if self._gpu is None else f"gpu{self._gpu.gpu.index} {self._gpu.gpu.name}"
 
     def problem(self) -> str | None:
-        """Why it does not serve; None if it does, or waits for a Redis that is away."""
+        """Why it does not serve; None if it does, or if it waits for a Redis that is away."""
         plane = self.plane
         if self._stopping:
             return f"it is {STOPPING}"
@@ -432,21 +449,21 @@ class Service:
         return loops_problem(bad) if bad else None
 
     def _may_pause(self) -> bool:
-        """Whether Celery's event loop need not turn now."""
+        """Whether Celery's event loop need not run now."""
         return self._stopping or not self._answered() or celery_private.is_executing()
 
     def _answering_since(self) -> float:
         return 0.0 if self.plane is None else self.plane.answering_since
 
     def _answered(self) -> bool:
-        """Whether Redis answers the data plane; False: there is none yet."""
+        """Whether Redis answers the data plane; False if there is no data plane yet."""
         plane = self.plane
         return plane is not None and time.monotonic() - plane.answered_at < UNANSWERED_S
 
     def _loops(self) -> list[Loop]:
-        """Those that run in this worker, and those that are to."""
+        """The background loops that should run in this worker."""
         found: list[Loop] = [
-            self.main_loop, self._later.loop, self._recoverer.loop, self._publisher.loop,
+            self.main_loop, self._scheduled.loop, self._recoverer.loop, self._publisher.loop,
             self._events.loop, self._canvas.loop,
         ]  # fmt: skip
         some = (self._lease, self._gpu, self._endpoint)

@@ -1,12 +1,12 @@
-"""Celery's task events of the requests that the data plane serves: what Flower shows of them.
+"""Sends Celery's task events for the data plane's requests; Flower shows them.
 
     task-received    it was claimed and waits for a lane; after `task-retried` if it ended a worker
     task-started     a lane began to compute it
     task-succeeded   its result is stored; `runtime` is what its batch took
     task-failed, task-revoked
 
-Above INFERQ_EVENTS_PER_S requests are left out, whole ones; but never one that fails or is revoked:
-then what came before is told together with its end. Nothing of this waits for Redis, or raises.
+Above INFERQ_EVENTS_PER_S, whole requests are left out, but never one that fails or is revoked: its
+earlier events are then sent together with its end. Nothing here waits for Redis, or raises.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from inferq.workers.process.periodic import Periodic
 
 #: Longest text in an event, in characters.
 MAX_TEXT: Final = 500
-#: Requests whose end is awaited. What is never settled here, for want of a lease, is among them.
+#: Most requests that are remembered until they end. Some never end here, since a lease was lost.
 MAX_OPEN: Final = 20_000
 
 
 class _Open(msgspec.Struct):
-    """A request of which events tell, until it is settled. Times: Unix s."""
+    """A request with events, until it is settled. Times: Unix s."""
 
     received: float
-    #: False while nothing was sent yet: it was not chosen, and fails.
-    told: bool = True
+    #: False: nothing was sent before, since it was not chosen; now it fails.
+    sent: bool = True
     started: float | None = None
     #: Seconds.
     runtime: float | None = None
@@ -56,13 +56,13 @@ class _Open(msgspec.Struct):
 class TaskEvents(Observer):
     """Sends the task events of one worker, while they are enabled as stock Celery has it (-E).
 
-    What its methods raise is said by those who tell it: no event is worth a request.
+    `Observers` logs what its methods raise: no request fails because of an event.
     """
 
     def __init__(
         self, worker: WorkController, settings: Settings, models: Mapping[str, ServedModel]
     ) -> None:
-        """`models`: those that are loaded, by name; more may be added."""
+        """`models`: the loaded ones, by name; more may be added later."""
         self._worker = worker
         self._models = models
         self._enabled = bool(worker.task_events)
@@ -89,7 +89,7 @@ class TaskEvents(Observer):
         self._publisher.start()
 
     def stop(self) -> None:
-        """Send what is left, within seconds."""
+        """Send what is left; that takes some seconds at most."""
         self._publisher.stop()
 
     def info(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class TaskEvents(Observer):
         }
 
     def claimed(self, items: Sequence[Waiting]) -> None:
-        """These were claimed and wait for a lane."""
+        """These requests were claimed and wait for a lane."""
         if not self._is_on():
             return
         now = time.time()
@@ -115,7 +115,7 @@ class TaskEvents(Observer):
                     self._open.pop(request_id, None)
 
     def started(self, items: Sequence[Waiting]) -> None:
-        """A lane starts to compute these."""
+        """A lane starts to compute these requests."""
         told = self._open
         if not told:
             return
@@ -125,7 +125,7 @@ class TaskEvents(Observer):
             self._publisher.put(events)
 
     def finished(self, finished: Finished) -> None:
-        """A lane has ended a batch, whose requests are to be settled."""
+        """A lane has ended a batch; its requests are settled later."""
         told = self._open
         for outcome in finished.outcomes:
             known = told.get(outcome.item.ticket.id)
@@ -135,7 +135,7 @@ class TaskEvents(Observer):
                 behind = time.time() - time.monotonic()
                 received = behind + outcome.item.arrived_mono_ms / 1000
                 told[outcome.item.ticket.id] = _Open(
-                    received, told=False, started=behind + finished.began
+                    received, sent=False, started=behind + finished.began
                 )
 
     def _note(self, known: _Open, outcome: Outcome) -> None:
@@ -150,17 +150,17 @@ class TaskEvents(Observer):
         known.result = _short(f"{{{shown}}}")
 
     def settled(self, settled: Settled) -> None:
-        """These have a stored result, or were handed on."""
+        """These requests have a stored result, or were handed on."""
         told, events = self._open, []
         now = time.time()
         for done in settled.settlements:
             known = told.pop(done.request_id, None)  # type: ignore[arg-type]
             if done.ended is not None:
                 events += self._ended_badly(done.ended, known, now)
-            elif known is not None and known.told and done.ending == FAILURE:
+            elif known is not None and known.sent and done.ending == FAILURE:
                 reason = f"{done.error_code}: its links could not be published"
                 events.append(_failed(done.request_id, reason, reason, now))
-            elif known is not None and known.told and done.outcome:
+            elif known is not None and known.sent and done.outcome:
                 events.append(
                     {
                         "type": "task-succeeded",
@@ -174,10 +174,10 @@ class TaskEvents(Observer):
             self._publisher.put(events)
 
     def _ended_badly(self, ended: Failed | Revoked, known: _Open | None, now: float) -> list[Event]:
-        """The end of a request that has no outputs, behind what was not told of it so far."""
+        """The events of a request that ends without outputs, with those not sent so far first."""
         ticket = ended.ticket
         events: list[Event] = []
-        if known is None or not known.told:
+        if known is None or not known.sent:
             if not self._is_on():
                 return []
             known = known or _Open(now)
@@ -199,7 +199,7 @@ class TaskEvents(Observer):
         return events
 
     def _is_on(self) -> bool:
-        """As Celery's event dispatcher was set last: it is gone while a worker stops."""
+        """The last state of Celery's event dispatcher, which is gone while a worker stops."""
         enabled = celery_private.task_events_enabled(self._worker.consumer)
         if enabled is not None:
             self._enabled = enabled
@@ -207,7 +207,7 @@ class TaskEvents(Observer):
 
 
 def _beginning(ticket: Ticket, arguments: str, received: float) -> list[Event]:
-    """What is told of a request that was claimed. `received`: Unix s."""
+    """The first events of a request that was claimed. `received`: Unix s."""
     expires = ticket.expires_ms
     event: Event = {
         "type": "task-received", "uuid": ticket.id, "timestamp": received,
@@ -248,13 +248,13 @@ def _failed(uuid: str | None, exception: str, traceback: str, at: float) -> Even
 
 
 def _arguments(item: Waiting) -> str:
-    """As our client writes them, whoever sent it: what stock Celery writes is cut, or hex."""
+    """The arguments as inferq's client writes them: stock Celery's are cut off, or hex."""
     if item.padded and item.ticket.kwargsrepr:
         return _short(item.ticket.kwargsrepr)
     return _short(codec.shown(item.ticket.model, item.inputs))
 
 
 def _short(text: str) -> str:
-    """`text` as it may stand in an event, and fits a page."""
+    """`text` made safe for an event and short enough for a page."""
     cut = text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
     return cut.encode(errors="replace").decode()

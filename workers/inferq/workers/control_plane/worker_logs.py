@@ -1,6 +1,6 @@
-"""How a Celery worker of ours logs: JSON lines instead of text if asked for, and no flood.
+"""How inferq's Celery worker logs: as JSON lines if asked for, and without floods.
 
-Text is left as Celery formats it, but for line breaks in what clients write.
+Text stays as Celery formats it, except that line breaks in what clients write are escaped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from inferq.workers.logs.json_lines import JsonLines
 from inferq.workers.logs.one_line import OneLine
 from inferq.workers.logs.stderr import write_json
 
-#: Loggers of lines that whoever may push a message can cause, one by one.
+#: Loggers of lines that anybody who may push a message can cause, one for each message.
 CLIENT_CAUSED: Final = (
     "celery.app.base",
     "celery.app.trace",
@@ -25,6 +25,7 @@ CLIENT_CAUSED: Final = (
     "celery.worker.consumer.consumer",
     "celery.worker.control",
     "celery.worker.request",
+    "inferq.user_code",
     "celery.worker.strategy",
     "inferq.workers.canvas.publisher",
     "inferq.workers.control_plane.celery_private",
@@ -34,6 +35,7 @@ CLIENT_CAUSED: Final = (
     "inferq.workers.data_plane.incarnation",
     "inferq.workers.data_plane.lanes",
     "inferq.workers.data_plane.observers",
+    "inferq.workers.claims.fenced",
     "inferq.workers.claims.ledger",
     "inferq.workers.claims.link",
     "inferq.workers.canvas.patience",
@@ -46,7 +48,7 @@ CLIENT_CAUSED: Final = (
 
 
 def stand_by(log_format: str) -> None:
-    """Have Celery's worker, should this process become one, log as `log_format` says."""
+    """Make Celery's worker, if this process becomes one, log as `log_format` says."""
     if log_format == "json":
         formatter = JsonLines()
 
@@ -70,13 +72,13 @@ def stand_by(log_format: str) -> None:
 
 
 def _keep_to_lines(**_: object) -> None:
-    # Ahead of the dam, which fills in the text of a line where it left out others.
+    # Added before `_dam`'s filter, which fills in the text of a line after it has dropped others.
     for name in CLIENT_CAUSED:
         logging.getLogger(name).addFilter(OneLine())
 
 
 def _keep_all_to_lines(logger: logging.Logger, **_: object) -> None:
-    """Whoever logs it: what a client wrote may turn up in any line."""
+    """Escape line breaks in the lines of all loggers: any may quote what a client wrote."""
     for handler in logger.handlers:
         handler.addFilter(OneLine())
 
@@ -87,6 +89,6 @@ def _dam(**_: object) -> None:
 
 
 def _write_at_once(formatter: JsonLines, text: str) -> None:
-    """From a signal handler, which may have interrupted a handler of logging's."""
+    """Write without logging's handlers: a signal handler may have interrupted one of them."""
     record = logging.LogRecord("celery.worker", logging.INFO, "", 0, text, (), None)
     os.write(2, formatter.format(record).encode() + b"\n")

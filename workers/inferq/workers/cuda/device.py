@@ -6,16 +6,19 @@ does, and no longer: PyCUDA aborts a process whose thread ends with a context st
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from pycuda import driver
 
 from inferq.shared.errors import ConfigError, EngineError, FatalEngineError
-from inferq.workers.cuda.libcuda import current_context, pop_context
+from inferq.workers.cuda import calls
+from inferq.workers.cuda.captures import CAPTURES
+from inferq.workers.cuda.libcuda import GpuKind, current_context, pop_context
 from inferq.workers.models.engine import OutOfDeviceMemory
 
 logger = logging.getLogger(__name__)
@@ -34,19 +37,76 @@ class Device:
             self._context = self._device.retain_primary_context()
             self.name: Final[str] = self._device.name()
             major, minor = self._device.compute_capability()
+            processors = self._device.get_attribute(driver.device_attribute.MULTIPROCESSOR_COUNT)
         except driver.Error as problem:
             raise ConfigError(
                 f"no CUDA device could be used ({problem}); expected a GPU and its driver "
                 "(`inferq worker --cpu` serves on the CPU)"
             ) from problem
+        self._handle: Final[int] = self._context.handle
+        #: Why CUDA is beyond use, once it is.
+        self.lost: FatalEngineError | None = None
         #: As "9.0".
         self.capability: Final = f"{major}.{minor}"
+        self.kind: Final = GpuKind(self.name, self.capability, processors)
 
     def __enter__(self) -> None:
-        self._context.push()
+        if self.lost is not None:
+            raise self.lost
+        try:
+            self._context.push()
+        except driver.Error as problem:
+            raise self._lose(problem) from problem
 
-    def __exit__(self, *_: object) -> None:
-        driver.Context.pop()
+    def __exit__(self, _kind: object, problem: BaseException | None, _trace: object) -> None:
+        try:
+            driver.Context.pop()
+        except driver.Error as sticky:
+            fatal = self._lose(sticky)
+            if not isinstance(problem, FatalEngineError):
+                raise fatal from sticky
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """The context is current, for what makes and frees nothing of PyCUDA's.
+
+        FatalEngineError: CUDA is beyond use. Either call may be answered by an error of what was
+        launched before. PyCUDA would keep the context on its own stack then, and abort the process
+        when the thread ends.
+        """
+        if self.lost is not None:
+            raise self.lost
+        try:
+            calls.push_context(self._handle)
+        except calls.DriverError as problem:
+            raise self._lose(problem) from problem
+        try:
+            yield
+        except FatalEngineError:
+            with suppress(calls.DriverError):
+                calls.pop_context()
+            raise
+        except BaseException:
+            self._pop()
+            raise
+        else:
+            self._pop()
+
+    def _pop(self) -> None:
+        try:
+            calls.pop_context()
+        except calls.DriverError as sticky:
+            raise self._lose(sticky) from sticky
+
+    def _lose(self, sticky: object) -> FatalEngineError:
+        """From now on nothing is asked of CUDA, and nothing of it is freed."""
+        if self.lost is None:
+            self.lost = FatalEngineError(f"CUDA is beyond use: {sticky}")
+        return self.lost
+
+    def keep_for_good(self, owner: object) -> None:
+        """Nothing that `owner` holds is freed, not even when the interpreter ends."""
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(owner))
 
     def memory(self) -> tuple[int, int]:
         """Free bytes, and all."""
@@ -58,14 +118,26 @@ class Device:
         """What `problem`, raised by CUDA or by what runs on it, means for the batch, and beyond.
 
         A sticky error (an illegal address, an assert, ECC) is answered to every call from then on,
-        until the process ends: so the context is asked.
+        until the process ends: so the context is asked, while no lane captures. What it says of
+        captures is of no meaning for its health: somebody else's may be under way.
         """
+        if self.lost is not None:
+            return self.lost
+        if isinstance(problem, FatalEngineError):
+            return problem
         try:
-            with self:
-                driver.Context.synchronize()  # what was submitted before it failed ends, too
-        except driver.Error as sticky:
-            return FatalEngineError(f"CUDA is beyond use: {sticky}")
-        if isinstance(problem, driver.MemoryError | OutOfDeviceMemory):
+            with CAPTURES.shared(), self.entered():
+                # What was submitted before it failed ends, too.
+                code = calls.synchronize_context()
+                if code and code not in calls.OF_CAPTURES:
+                    self._lose(calls.DriverError("cuCtxSynchronize", code))
+        except FatalEngineError as fatal:
+            return fatal
+        if self.lost is not None:
+            return self.lost
+        if isinstance(problem, driver.MemoryError | OutOfDeviceMemory) or (
+            isinstance(problem, calls.DriverError) and problem.code == calls.OUT_OF_MEMORY
+        ):
             return OutOfDeviceMemory(f"the GPU's memory is full: {problem}")
         return EngineError(f"on the GPU: {problem}")
 
@@ -74,11 +146,16 @@ class Device:
         and did not raise it.
         """
         judged = self.judge(problem)
-        by_cuda = isinstance(problem, driver.Error) or isinstance(judged, FatalEngineError)
+        by_cuda = isinstance(problem, driver.Error | calls.DriverError) or isinstance(
+            judged, FatalEngineError
+        )
         return judged if by_cuda else problem
 
     def release(self) -> None:
-        """Let go of the context. All that was made in it is gone by then."""
+        """Let go of the context. All that was made in it is gone by then; or it is beyond use."""
+        if self.lost is not None:
+            self.keep_for_good(self)
+            return
         before = current_context()
         # PyCUDA lets go of one that another thread made only if it is current, and leaves it so.
         self._context.push()

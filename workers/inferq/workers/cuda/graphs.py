@@ -1,72 +1,74 @@
-"""CUDA graphs: what a stream was given once is launched again as one thing.
-
-PyCUDA has no graphs; cuda-bindings takes its streams by their handles.
-"""
+"""CUDA graphs: what a stream was given once is launched again as one thing."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, Final
+from contextlib import suppress
+
+from inferq.workers.cuda import calls
+from inferq.workers.cuda.calls import DriverError
+from inferq.workers.models.engine import OutOfDeviceMemory
 
 logger = logging.getLogger(__name__)
-
-try:
-    from cuda.bindings import driver as _cuda
-except Exception as missing:  # noqa: BLE001 - also what a driver too old for it makes it raise
-    _cuda = None
-    _why_not: object = missing
-else:
-    _why_not = None
-
-#: What waits in the log after the first time.
-_SUCCESS: Final = 0
 
 
 class CaptureFailed(Exception):
     """It cannot be captured; it has to be enqueued each time."""
 
 
-class Graph:
-    """What `enqueue` puts on the stream, captured. The context is current whenever it is used.
+class Graphs:
+    """Whether a model's lanes capture graphs. Shared by them: what fails on one fails on all."""
 
-    Nothing runs while it is captured. CaptureFailed: the reason.
+    def __init__(self, on: bool) -> None:
+        self.on = on
+
+    def turn_off(self, problem: CaptureFailed) -> None:
+        """A capture has failed."""
+        if self.on:
+            self.on = False
+            logger.warning("runs without CUDA graphs from now on: %s", problem)
+
+
+class Graph:
+    """What `work` puts on the stream, captured. The context is current whenever it is used.
+
+    CaptureFailed: the reason.
     """
 
-    def __init__(self, stream: int, enqueue: Callable[[], None]) -> None:
-        if _cuda is None:
-            raise CaptureFailed(f"cuda-bindings cannot be used: {_why_not}")
+    def __init__(self, stream: int, work: Callable[[], None]) -> None:
         self._stream = stream
-        # Only this thread's calls are part of it, and only they can spoil it.
-        mode = _cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        _call(_cuda.cuStreamBeginCapture, stream, mode)
         try:
-            enqueue()
-        except Exception as problem:
-            _cuda.cuStreamEndCapture(stream)
+            graph = _captured(stream, work)
+            try:
+                self._executable = calls.instantiate(graph)
+            finally:
+                calls.destroy_graph(graph)
+            with suppress(DriverError):  # the first launch does it then
+                calls.upload(self._executable, stream)
+        except DriverError as problem:
             raise CaptureFailed(str(problem)) from problem
-        graph = _call(_cuda.cuStreamEndCapture, stream)
-        try:
-            self._executable = _call(_cuda.cuGraphInstantiate, graph, 0)
-        finally:
-            _cuda.cuGraphDestroy(graph)
 
     def launch(self) -> None:
-        """Put it on the stream. RuntimeError: CUDA refused."""
-        (status,) = _cuda.cuGraphLaunch(self._executable, self._stream)
-        if int(status) != _SUCCESS:
-            raise RuntimeError(f"cuGraphLaunch: {status.name}")
+        """Put it on the stream. OutOfDeviceMemory, DriverError."""
+        try:
+            calls.launch(self._executable, self._stream)
+        except DriverError as problem:
+            if problem.code == calls.OUT_OF_MEMORY:
+                raise OutOfDeviceMemory(str(problem)) from problem
+            raise
 
     def close(self) -> None:
-        """Free it. Nothing of it is running by then."""
-        _cuda.cuGraphExecDestroy(self._executable)
+        """Free it. Nothing of it is running by then. DriverError."""
+        calls.destroy_executable(self._executable)
 
 
-def _call(function: Callable[..., tuple[Any, ...]], *args: object) -> Any:
+def _captured(stream: int, work: Callable[[], None]) -> int:
+    calls.begin_capture(stream)
     try:
-        status, *results = function(*args)
-    except Exception as problem:  # as where the driver has no such function
-        raise CaptureFailed(f"{function.__name__}: {problem}") from problem
-    if int(status) != _SUCCESS:
-        raise CaptureFailed(f"{function.__name__}: {status.name}")
-    return results[0] if results else None
+        work()
+    except Exception as problem:
+        with suppress(DriverError):
+            calls.destroy_graph(calls.end_capture(stream))
+        raise CaptureFailed(str(problem)) from problem
+    return calls.end_capture(stream)

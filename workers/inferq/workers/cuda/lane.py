@@ -1,33 +1,34 @@
 """A lane on a GPU: one stream, one executor, and buffers of fixed addresses.
 
-    gather   requests' rows → pinned memory         this thread
-    h2d      pinned → device        event           the stream, from here on
-    compute  the executor, as a CUDA graph if it can be one        event
-    d2h      device → pinned        event
-    wait     for the last event, GIL released        this thread
+    gather   requests' rows → pinned memory                     this thread
+    run      copy in, compute, copy out (see submitting)        the stream, from here on
+    wait     for its end, GIL released                          this thread
 
-While one lane's stream copies, another's computes: two lanes hide the copies. Each lane's thread
-does both, submits and waits, so nothing is handed over between threads.
+A set of shapes runs twice as single commands, then it is captured: a CUDA graph of all of them, one
+launch a batch. While one lane's stream copies, another's computes: two lanes hide the copies. Each
+lane's thread does both, submits and waits, so nothing is handed over between threads.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Final, Protocol
+from typing import Final
 
-import numpy as np
 from pycuda import driver
 
-from inferq.shared.errors import RequestError
-from inferq.shared.schema import Array, GpuTimes, Tensors
-from inferq.workers.cuda.buffers import Buffer, nbytes
+from inferq.shared.errors import FatalEngineError, RequestError
+from inferq.shared.schema import Array, GpuTimes
+from inferq.workers.cuda import calls
+from inferq.workers.cuda.buffers import Block, placed
+from inferq.workers.cuda.captures import CAPTURES, no_garbage_collection
 from inferq.workers.cuda.device import Device
-from inferq.workers.cuda.graphs import CaptureFailed
-from inferq.workers.models.engine import Batch, OutOfDeviceMemory, gather_into, without_padding
+from inferq.workers.cuda.executor import Executor, Replay, Shape
+from inferq.workers.cuda.graphs import CaptureFailed, Graphs
+from inferq.workers.cuda.splitting import RowLimit, Splitter
+from inferq.workers.cuda.submitting import Copies, Submission
+from inferq.workers.models.engine import Batch, gather_into, without_padding
 from inferq.workers.models.joining import copied
 
 logger = logging.getLogger(__name__)
@@ -35,97 +36,43 @@ logger = logging.getLogger(__name__)
 #: Sets of shapes whose views and graphs are kept. Buckets are few; dims that are not padded may
 #: take any size.
 KEPT_SHAPES: Final = 64
+#: Runs of a set of shapes until it is captured: the first ones prepare what cannot be captured, and
+#: what runs once only is not worth it.
+RUNS_BEFORE_CAPTURE: Final = 2
+#: Seconds that a capture waits for others to submit what they are at. It can be made later, too.
+CAPTURE_WAIT_S: Final = 0.2
 _NON_BLOCKING: Final = 1
 
-Shape = tuple[int, ...]
 
-
-class Replay(Protocol):
-    """A captured run."""
-
-    def launch(self) -> None:
-        """Put it on the stream that it was captured on. Errors are any Exception."""
-        ...
-
-    def close(self) -> None:
-        """Free it; nothing of it is running."""
-        ...
-
-
-class Executor(Protocol):
-    """What computes on the device's memory; each belongs to one lane. Errors are any Exception."""
-
-    def rows(self, shapes: Mapping[str, Shape]) -> int:
-        """At how many rows a batch of inputs of these shapes runs: as many; or more, to which it is
-        padded; or fewer, so that it has to be split. RequestError: at none.
-        """
-        ...
-
-    def set_shapes(self, shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
-        """The next runs' inputs have these shapes; return the outputs'. RequestError: too large."""
-        ...
-
-    def set_address(self, name: str, address: int) -> None:
-        """Where this input or output stands, from now on."""
-        ...
-
-    def enqueue(self, stream: int) -> None:
-        """Put one run on the stream of this handle."""
-        ...
-
-    def capture(self, stream: int) -> Replay:
-        """One run as it would be enqueued now, after it was once. CaptureFailed: the reason."""
-        ...
-
-    def close(self) -> None:
-        """Free it; nothing of it is running."""
-        ...
-
-
-class RowLimit:
-    """How many rows fit the GPU's memory, as far as it was found out. Shared by a model's lanes.
-
-    It is counted in elements of the inputs: of small rows more fit than of large ones. Padding
-    counts: what a run takes depends on its bucket.
+def block_bytes(
+    executor: Executor,
+    inputs: Mapping[str, str],
+    outputs: Mapping[str, str],
+    largest: Sequence[Mapping[str, Shape]],
+) -> tuple[int, int]:
+    """The most bytes that all inputs, and all outputs, take with any of the sets of inputs' shapes
+    in `largest`. `inputs`, `outputs`: name → dtype.
     """
-
-    def __init__(self) -> None:
-        self._elements = math.inf
-
-    def rows(self, of: Tensors) -> float:
-        """So many rows as those of the inputs `of`, at least one."""
-        return max(1.0, self._elements / _row_elements(of))
-
-    def lower(self, of: Tensors, rows: int) -> None:
-        """No more than `rows` such rows fit."""
-        self._elements = min(self._elements, rows * _row_elements(of))
-
-
-def _row_elements(of: Tensors) -> int:
-    return max(1, sum(math.prod(array.shape[1:]) for array in of.values()))
-
-
-def tensor_bytes(
-    executor: Executor, dtypes: Mapping[str, str], largest: Sequence[Mapping[str, Shape]]
-) -> dict[str, int]:
-    """Name of each tensor of `dtypes` → the most bytes that it has with any of the sets of inputs'
-    shapes in `largest`.
-    """
-    sets = [{**shapes, **executor.set_shapes(shapes)} for shapes in largest]
-    return {
-        name: max(nbytes(dtype, shapes[name]) for shapes in sets) for name, dtype in dtypes.items()
-    }
+    most_in = most_out = 0
+    for shapes in largest:
+        with CAPTURES.shared():
+            answered = executor.set_shapes(shapes)
+        most_in = max(most_in, placed(inputs, shapes)[1])
+        most_out = max(most_out, placed(outputs, answered)[1])
+    return most_in, most_out
 
 
 class _Bound:
-    """One set of shapes: where its tensors stand in the pinned memory, and its graph."""
+    """One set of shapes: where its tensors stand, and its graph."""
 
-    def __init__(self, shapes: Mapping[str, Shape]) -> None:
-        self.shapes = dict(shapes)
+    def __init__(self, shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> None:
+        self.shapes = shapes
+        self.addresses = addresses
         self.inputs: dict[str, Array] = {}
         self.outputs: dict[str, Array] = {}
+        self.copies: Copies
         self.graph: Replay | None = None
-        self.has_run = False
+        self.runs = 0
 
 
 class CudaLane:
@@ -133,8 +80,8 @@ class CudaLane:
 
     `inputs`, `outputs`: name → dtype. `largest`: sets of the inputs' largest shapes, for any of
     which memory is taken here. PyCUDA's MemoryError: there is not enough; nothing is kept then, and
-    `executor` is closed. `buckets`: the usual batch sizes, ascending. `graphs`: whether runs are
-    captured.
+    `executor` is closed. `buckets`: the usual batch sizes, ascending. `limit`, `graphs`: shared by
+    the lanes of a model. `spin`: see `Submission`.
     """
 
     def __init__(
@@ -147,19 +94,25 @@ class CudaLane:
         limit: RowLimit,
         *,
         buckets: Sequence[int],
-        graphs: bool,
+        graphs: Graphs,
+        spin: bool = False,
     ) -> None:
         self._device = device
         self._executor = executor
-        self._limit = limit
-        self._buckets = buckets
         self._graphs = graphs
+        self._splitter = Splitter(
+            list(inputs), list(outputs), limit, buckets=buckets, takes=self._takes, run=self._run
+        )
         self._bound: OrderedDict[tuple[Shape, ...], _Bound] = OrderedDict()
-        self._current: _Bound | None = None
+        #: Whose shapes and addresses the executor has.
+        self._set: _Bound | None = None
+        #: What ran last.
+        self._last: _Bound | None = None
         self.gpu_times: GpuTimes | None = None
-        self._inputs, self._outputs = list(inputs), list(outputs)
-        self._buffers: dict[str, Buffer] = {}
-        self._events: list[driver.Event] = []
+        self._dtypes = dict(inputs), dict(outputs)
+        self._blocks: list[Block] = []
+        self._is_closed = False
+        self._submission: Submission | None = None
         with device:
             try:
                 self._stream = driver.Stream(_NON_BLOCKING)
@@ -167,44 +120,16 @@ class CudaLane:
                 executor.close()
                 raise
             try:
-                self._take({**inputs, **outputs}, largest)
+                self._submission = Submission(self._stream.handle, spin=spin)
+                for size in block_bytes(executor, inputs, outputs, largest):
+                    self._blocks.append(Block(size))
             except BaseException:
                 self._free()
                 raise
 
-    def _take(self, dtypes: Mapping[str, str], largest: Sequence[Mapping[str, Shape]]) -> None:
-        flags = driver.event_flags.BLOCKING_SYNC  # a lane that waits leaves its core to others
-        self._events += [driver.Event(flags) for _ in range(4)]
-        for name, size in tensor_bytes(self._executor, dtypes, largest).items():
-            self._buffers[name] = Buffer(dtypes[name], size)
-            self._executor.set_address(name, self._buffers[name].address)
-
     def run(self, batch: Batch) -> Mapping[str, Array]:
         """As in `Lane`. Where memory is short the batch is split, and those after it."""
-        if not batch.batchable:
-            return self._run(batch)
-        rows = self._rows(batch, batch.bucket)
-        if rows < batch.rows:
-            return self._run_split(batch, rows)
-        return self._run_fitting(batch, rows)
-
-    def _run_fitting(self, batch: Batch, rows: int) -> Mapping[str, Array]:
-        """At `rows` rows, or in smaller pieces for as long as memory is too short for them."""
-        fitting = self._rows(batch, int(min(rows, self._limit.rows(batch.parts[0]))))
-        if fitting < rows:
-            return self._run_split(batch, fitting)
-        try:
-            return self._run(replace(batch, bucket=rows) if rows != batch.bucket else batch)
-        except OutOfDeviceMemory:
-            most = self._rows(batch, (rows + 1) // 2)
-            if most >= rows:
-                raise
-            self._limit.lower(batch.parts[0], most)
-            fitting = int(self._limit.rows(batch.parts[0]))
-            logger.warning(
-                "out of GPU memory at %d rows: runs are of at most %d now", rows, fitting
-            )
-            return self._run_split(batch, self._rows(batch, fitting))
+        return self._splitter.run(batch) if batch.batchable else self._run(batch)
 
     def repeat(self, batch: Batch, times: int) -> float:
         """How many ms `batch` takes if it is computed `times` times in a row without copies, each.
@@ -212,90 +137,91 @@ class CudaLane:
         By the card's clock. It is what lanes can come close to, all of them together.
         """
         self.run(batch)
-        bound = self._current
+        bound, submission = self._last, self._submission
         assert bound is not None
-        with self._device:
-            _, began, ended, _ = self._events
-            began.record(self._stream)
-            for _ in range(times):
-                self._compute(bound)
-            ended.record(self._stream)
-            ended.synchronize()
-            taken: float = ended.time_since(began)
-        return taken / times
+        assert submission is not None
+        stream = self._stream.handle
+        with self._device.entered():
+            self._tell_executor(bound)
+            if self._graph(bound) is None:
+                return submission.repeated(lambda: self._executor.enqueue(stream), times)
+            with CAPTURES.exclusive(CAPTURE_WAIT_S):
+                alone = self._executor.capture(stream, lambda: self._executor.enqueue(stream))
+            try:
+                return submission.repeated(alone.launch, times)
+            finally:
+                alone.close()
 
-    def _rows(self, batch: Batch, rows: int) -> int:
-        """At how many rows `rows` of `batch` run: see `Executor.rows`."""
-        shapes = self._shapes(batch, rows)
-        return rows if tuple(shapes.values()) in self._bound else self._executor.rows(shapes)
-
-    def _shapes(self, batch: Batch, rows: int) -> dict[str, Shape]:
-        first = batch.parts[0]
-        if not batch.batchable:
-            return {name: first[name].shape for name in self._inputs}
-        return {name: (rows, *first[name].shape[1:]) for name in self._inputs}
-
-    def _run_split(self, batch: Batch, most: int) -> Mapping[str, Array]:
-        """In pieces of at most `most` rows, padded where no run has as few as the last one."""
-        usual = max((size for size in self._buckets if size <= most), default=most)
-        if self._rows(batch, usual) == usual:
-            most = usual
-        names = list(batch.parts[0])
-        rows = {name: np.concatenate([part[name] for part in batch.parts]) for name in names}
-        pieces = []
-        for begin in range(0, batch.rows, most):
-            part: Tensors = {name: array[begin : begin + most] for name, array in rows.items()}
-            count = min(most, batch.rows - begin)
-            bucket = next((size for size in self._buckets if count <= size <= most), count)
-            ran = self._rows(batch, bucket)
-            pieces.append(self._run_fitting(Batch([part], count, ran), ran))
-        return {name: np.concatenate([piece[name] for piece in pieces]) for name in self._outputs}
+    def _takes(self, shapes: Mapping[str, Shape]) -> int:
+        if tuple(shapes.values()) in self._bound:
+            (rows, *_) = (shape[0] for shape in shapes.values())
+            return rows
+        return self._executor.rows(shapes)
 
     def _run(self, batch: Batch) -> Mapping[str, Array]:
-        shapes = self._shapes(batch, batch.bucket)
-        with self._device:
-            try:
-                bound = self._bind(shapes)
+        submission = self._submission
+        assert submission is not None
+        try:
+            with self._device.entered():
+                bound = self._bind(batch)
                 gather_into(batch, bound.inputs)
-                self._submit(bound)
-                self._events[-1].synchronize()
-                if bound.graph is None and self._graphs and bound.has_run:
-                    self._capture(bound)
-                bound.has_run = True
-                h2d, began, ended, done = self._events
-                self.gpu_times = GpuTimes(
-                    h2d_ms=began.time_since(h2d),
-                    compute_ms=ended.time_since(began),
-                    d2h_ms=done.time_since(ended),
-                )
-            except RequestError:
-                raise  # its shapes were refused, before anything was asked of CUDA
-            except Exception as problem:
-                raise self._device.judge(problem) from problem
+                self._submit(bound, submission)
+                self.gpu_times = submission.finish()
+                self._last = bound
+                if bound.graph is None and self._graphs.on:
+                    bound.runs += 1
+                    if bound.runs >= RUNS_BEFORE_CAPTURE:
+                        self._capture(bound, submission)
+        except (RequestError, FatalEngineError):
+            raise  # its shapes were refused, before anything was asked of CUDA; or there is no CUDA
+        except Exception as problem:
+            raise self._device.judge(problem) from problem
         outputs = without_padding(batch, bound.outputs)
         return {name: copied(array) for name, array in outputs.items()}
 
-    def _bind(self, shapes: Mapping[str, Shape]) -> _Bound:
+    def _bind(self, batch: Batch) -> _Bound:
+        if batch.batchable:
+            shapes = self._splitter.shapes(batch, batch.bucket)
+        else:
+            shapes = {name: batch.parts[0][name].shape for name in self._dtypes[0]}
         key = tuple(shapes.values())
         bound = self._bound.get(key)
         if bound is None:
-            bound = self._new(key, shapes)
-        elif bound is not self._current:
-            self._bound.move_to_end(key)
-            if bound.graph is None:  # a graph has its shapes in it
-                self._current = None  # if this fails, the executor's shapes are not known
-                self._executor.set_shapes(bound.shapes)
-        self._current = bound
+            return self._new(key, shapes)
+        self._bound.move_to_end(key)
+        if self._graph(bound) is None:  # a graph has its shapes in it
+            self._tell_executor(bound)
         return bound
 
+    def _tell_executor(self, bound: _Bound) -> None:
+        """Of the shapes and addresses of the next runs."""
+        if bound is not self._set:
+            self._set = None  # if this fails, what the executor has is not known
+            with CAPTURES.shared():
+                self._executor.set_shapes(bound.shapes)
+            self._set_addresses(bound)
+
+    def _set_addresses(self, bound: _Bound) -> None:
+        for name, address in bound.addresses.items():
+            self._executor.set_address(name, address)
+        self._set = bound
+
     def _new(self, key: tuple[Shape, ...], shapes: Mapping[str, Shape]) -> _Bound:
-        self._current = None
-        bound = _Bound(shapes)
-        outputs = self._executor.set_shapes(shapes)
-        for name in self._inputs:
-            bound.inputs[name] = self._buffers[name].view(shapes[name])
-        for name in self._outputs:
-            bound.outputs[name] = self._buffers[name].view(outputs[name])
+        self._set = None
+        with CAPTURES.shared():
+            answered = self._executor.set_shapes(shapes)
+        (dtypes_in, dtypes_out), (block_in, block_out) = self._dtypes, self._blocks
+        offsets_in, bytes_in = placed(dtypes_in, shapes)
+        offsets_out, bytes_out = placed(dtypes_out, answered)
+        addresses = {name: block_in.address + at for name, at in offsets_in.items()}
+        addresses |= {name: block_out.address + at for name, at in offsets_out.items()}
+        bound = _Bound(shapes, addresses)
+        for name, at in offsets_in.items():
+            bound.inputs[name] = block_in.view(at, dtypes_in[name], shapes[name])
+        for name, at in offsets_out.items():
+            bound.outputs[name] = block_out.view(at, dtypes_out[name], answered[name])
+        bound.copies = Copies(block_in, block_out, bytes_in, bytes_out)
+        self._set_addresses(bound)
         self._bound[key] = bound
         if len(self._bound) > KEPT_SHAPES:
             _, oldest = self._bound.popitem(last=False)
@@ -303,48 +229,76 @@ class CudaLane:
                 oldest.graph.close()
         return bound
 
-    def _submit(self, bound: _Bound) -> None:
-        h2d, began, ended, done = self._events
-        h2d.record(self._stream)
-        for name, array in bound.inputs.items():
-            driver.memcpy_htod_async(self._buffers[name].address, array, self._stream)
-        began.record(self._stream)
-        self._compute(bound)
-        ended.record(self._stream)
-        for name, array in bound.outputs.items():
-            driver.memcpy_dtoh_async(array, self._buffers[name].address, self._stream)
-        done.record(self._stream)
+    def _graph(self, bound: _Bound) -> Replay | None:
+        """None: it runs as single commands."""
+        return bound.graph if self._graphs.on else None
 
-    def _compute(self, bound: _Bound) -> None:
-        if bound.graph is not None:
-            bound.graph.launch()
-        else:
-            self._executor.enqueue(self._stream.handle)
+    def _submit(self, bound: _Bound, submission: Submission) -> None:
+        graph = self._graph(bound)
+        if graph is not None:
+            graph.launch()
+            return
+        # A first run loads kernels, and chooses among them; any may be the first of something.
+        with CAPTURES.shared():
+            submission.put(bound.copies, lambda: self._executor.enqueue(self._stream.handle))
 
-    def _capture(self, bound: _Bound) -> None:
-        """What a first run prepares cannot be captured; what runs once only is not worth it."""
+    def _capture(self, bound: _Bound, submission: Submission) -> None:
+        stream, executor = self._stream.handle, self._executor
+
+        def work() -> None:
+            submission.put(bound.copies, lambda: executor.enqueue(stream), captured=True)
+
+        with CAPTURES.exclusive(CAPTURE_WAIT_S) as mine:
+            if not mine:
+                return
+            try:
+                with no_garbage_collection():
+                    bound.graph = executor.capture(stream, work)
+            except CaptureFailed as problem:
+                self._graphs.turn_off(problem)
+                self._clear_error()
+
+    def _clear_error(self) -> None:
+        """The next call may be answered by what broke the capture: so one is made for that."""
         try:
-            bound.graph = self._executor.capture(self._stream.handle)
-        except CaptureFailed as problem:
-            self._graphs = False
-            logger.info("runs without CUDA graphs: %s", problem)
+            self._executor.enqueue(self._stream.handle)
+            calls.synchronize_stream(self._stream.handle)
+        except Exception as problem:  # noqa: BLE001 - if it stays, the next batch is told
+            logger.info("a run after a capture that failed: %s", problem)
 
     def close(self) -> None:
-        """Free all of it. Nothing is running. Whatever CUDA answers, it is not raised."""
-        with self._device:
-            self._free()
+        """Free all of it. Nothing is running. Whatever CUDA answers, it is not raised. Idempotent.
+
+        Once CUDA is beyond use nothing is freed: the process is about to end, and what frees would
+        meet the error again, in destructors that end the process at a place of their own.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            with self._device:
+                self._free()
+        except FatalEngineError as fatal:
+            self._device.keep_for_good(self)
+            logger.warning("a lane is not freed: %s", fatal)
 
     def _free(self) -> None:
         # By itself: what its variables hold goes while the context is current, too.
         try:
-            self._stream.synchronize()
+            calls.synchronize_stream(self._stream.handle)
             for bound in self._bound.values():
                 if bound.graph is not None:
                     bound.graph.close()
-            self._executor.close()
-        except Exception as problem:  # noqa: BLE001 - the process is about to end then
+            if self._submission is not None:
+                self._submission.close()
+            with CAPTURES.shared():
+                self._executor.close()
+        except Exception as problem:
+            judged = self._device.judge(problem)
+            if isinstance(judged, FatalEngineError):
+                raise judged from problem
             logger.warning("a lane was not closed cleanly: %s", problem)
         self._bound.clear()
-        self._current = None
-        self._buffers.clear()
-        del self._events, self._stream
+        self._set = self._last = self._submission = None
+        self._blocks.clear()
+        del self._stream

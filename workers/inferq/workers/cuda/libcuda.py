@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from dataclasses import dataclass
 from typing import Final
 
-_LIBRARY: Final = "libcuda.so.1"
+LIBRARY: Final = "libcuda.so.1"
 #: Of enum CUdevice_attribute.
-_MAJOR, _MINOR = 75, 76
+_PROCESSORS, _MAJOR, _MINOR = 16, 75, 76
+_MAX_NAME_BYTES: Final = 256
 #: Of CUresult: what passes. Memory is short, work has not ended, or the capture of a graph was
 #: broken (900 to 908); and that there is no device. All else is answered to every call until the
 #: process ends.
@@ -18,8 +20,26 @@ _NON_BLOCKING: Final = 1
 _RELAXED: Final = 2
 
 
-def compute_capability(device: int = 0) -> str | None:
-    """The compute capability of GPU `device`, as "9.0"; None if no GPU can be used.
+@dataclass(frozen=True)
+class GpuKind:
+    """What code that was measured on one GPU can be expected to suit as well on another.
+
+    An H100, an H200 and each MIG device of either have one compute capability: they differ in their
+    names and in how many streaming multiprocessors they have.
+    """
+
+    name: str
+    #: The compute capability, as "9.0".
+    capability: str
+    #: Streaming multiprocessors.
+    processors: int
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.processors} SMs"
+
+
+def gpu_kind(device: int = 0) -> GpuKind | None:
+    """Which kind GPU `device` is of; None if no GPU can be used.
 
     Starts the driver in this process: CUDA_VISIBLE_DEVICES counts from here on. No context is made.
     """
@@ -27,19 +47,23 @@ def compute_capability(device: int = 0) -> str | None:
     handle = ctypes.c_int()
     if driver is None or driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(handle), device):
         return None
+    name = ctypes.create_string_buffer(_MAX_NAME_BYTES)
+    if driver.cuDeviceGetName(name, _MAX_NAME_BYTES, handle):
+        return None
     numbers = []
-    for attribute in (_MAJOR, _MINOR):
+    for attribute in (_MAJOR, _MINOR, _PROCESSORS):
         number = ctypes.c_int()
         if driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, handle):
             return None
-        numbers.append(str(number.value))
-    return ".".join(numbers)
+        numbers.append(number.value)
+    major, minor, processors = numbers
+    return GpuKind(name.value.decode(errors="replace"), f"{major}.{minor}", processors)
 
 
 def total_memory(device: int = 0) -> int | None:
     """Bytes of GPU `device`, or of the slice of one that is visible; None if none can be used.
 
-    Starts the driver as `compute_capability` does.
+    Starts the driver as `gpu_kind` does.
     """
     driver, handle, nbytes = _driver(), ctypes.c_int(), ctypes.c_size_t()
     if driver is None or driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(handle), device):
@@ -115,6 +139,6 @@ def _said(driver: ctypes.CDLL, code: int) -> str:
 @functools.cache
 def _driver() -> ctypes.CDLL | None:
     try:
-        return ctypes.CDLL(_LIBRARY)
+        return ctypes.CDLL(LIBRARY)
     except OSError:
         return None

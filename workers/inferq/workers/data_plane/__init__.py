@@ -1,12 +1,12 @@
 """The request path: one thread claims, forms batches, hands them to lanes and settles.
 
-plane          the loop; `scheduling` says what it takes on next, `budget` how much
-incarnation    how links join it, how it is lost, how it is handed back; `held` is what it holds
-calls          what other threads have run between two batches
-receiver       hop 3, with `intake`: from claimed bytes to requests, which `admission` has wait
+plane          the loop; `scheduling` decides what it takes on next, `budget` how much
+incarnation    joins new links, ends a lost incarnation, hands back; `held` is what it holds
+calls          runs functions of other threads between two batches
+receiver       hop 3, with `intake`: turns claimed bytes into requests; `admission` makes them wait
 served_model   one model: its engine, lanes, waiting requests and knobs
 lanes          hop 5: a thread for each lane
-settling       hop 6, with `results`: what has ended and is not settled yet
-observers      who is told of all this: `counts`, `batch_log`, and the control plane's task events
+settling       hop 6, with `results`: holds what has ended and is not settled yet
+observers      are told of all this: `counts`, `batch_log`, and the control plane's task events
 control        what the data plane asks of the control plane
 """

@@ -1,4 +1,4 @@
-"""Takes on what was claimed: it is read, counted in the budget, and given to its model to wait."""
+"""Takes on claimed requests: reads them, counts their bytes, and adds them to their model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from inferq.workers.data_plane.unfetched import Unfetched
 
 
 class Admission:
-    """Of what is claimed on one link, whose `ledger` it is. Owned by the data plane's thread."""
+    """Admits what is claimed on one link, that of `ledger`. Owned by the data plane's thread."""
 
     def __init__(
         self,
@@ -63,13 +63,15 @@ class Admission:
             self._admit(self._models[claim.model], received)
 
     def fetch(self) -> None:
-        """Fetch payloads that there is room for by now."""
+        """Fetch payloads for which there is room by now."""
         held = self._held
         for name in held.unfetched.models:
             model, room = self._models[name], held.budget.fetchable(name)
             some = held.unfetched.first(name, room, alone=not (model.waiting or model.jobs))
             if some:
-                received = self._receiver.fetch(model, some)  # breaks off: they are still there
+                received = self._receiver.fetch(
+                    model, some
+                )  # if this breaks off, they stay in the backlog
                 held.unfetched.drop(name, len(some))
                 held.budget.postponed(name, -sum(each.size for each in some))
                 self._admit(model, received)

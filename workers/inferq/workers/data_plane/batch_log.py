@@ -1,4 +1,4 @@
-"""The lines that a worker writes at DEBUG: one of each batch, and of each request not computed."""
+"""A worker's lines at DEBUG: one for each batch, and one for each request that is not computed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ class BatchLog(Observer):
             if isinstance(each, Revoked):
                 told = about(ticket.id, model=ticket.model)
                 logger.debug("%s is %s", ticket.id, each.reason, extra=told)
-            elif not isinstance(each.error, NotRegistered | DeadLettered):  # said as what is wrong
+            elif not isinstance(
+                each.error, NotRegistered | DeadLettered
+            ):  # these have a line of their own
                 told = about(ticket.id, model=ticket.model, error=each.error.code)
                 logger.debug("refused %s: %s", ticket.id, each.error.message, extra=told)
 
@@ -35,7 +37,7 @@ class BatchLog(Observer):
 
 
 def _tell(finished: Finished) -> None:
-    """What a batch that has ended held, how long it took, who failed."""
+    """Log what a batch held, how long it took, and how many requests failed."""
     model, outcomes = finished.job.model, finished.outcomes
     # A batch that failed was run again in parts.
     runs = {run.started_mono_ms: run for outcome in outcomes if (run := outcome.run) is not None}

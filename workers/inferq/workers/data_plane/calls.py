@@ -1,4 +1,4 @@
-"""Functions that other threads have the data plane's thread run, between two batches."""
+"""Functions of other threads that the data plane's thread runs between two batches."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Calls:
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
         self._waiting: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        #: Held while one is put or the end comes: none is put behind the end.
+        #: Held while a function is put and in `end`: none is put after the end.
         self._lock = threading.Lock()
         self._ended = False
 
     def put(self, function: Callable[[], T]) -> Future[T]:
-        """Have `function` run; what it returns or raises is the future's."""
+        """Queue `function`. The future gets what it returns or raises."""
         future: Future[T] = Future()
         with self._lock:
             if self._ended:
@@ -40,7 +40,7 @@ class Calls:
         return future
 
     def run(self) -> None:
-        """Run those that wait; not those that are put meanwhile. Raises nothing."""
+        """Run the queued functions, but not those that are put meanwhile. Raises nothing."""
         for _ in range(len(self._waiting)):
             function, future = self._waiting.popleft()
             if not future.set_running_or_notify_cancel():
@@ -53,7 +53,7 @@ class Calls:
                 future.set_result(result)
 
     def end(self) -> None:
-        """Fail those that wait, and all that come."""
+        """Fail the queued functions, and all that are put later."""
         with self._lock:
             self._ended = True
         while self._waiting:

@@ -1,7 +1,7 @@
-"""What a worker has done so far: counted in plain integers, read as structs.
+"""Counts what a worker has done so far in plain integers; readers get structs.
 
-The data plane's thread counts, once a batch where that is possible; any thread may take a snapshot.
-Nothing here locks: a snapshot that is taken between two additions lacks the second.
+The data plane's thread counts, once for a batch where that is possible. Any thread may take a
+snapshot. There are no locks: a snapshot taken between two additions lacks the second.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ ROWS: Final = tuple(2**power for power in range(11))
 PADDING: Final = (0, *ROWS)
 #: How a request may end.
 OUTCOMES: Final = (SUCCESS, FAILURE, REVOKED, DEAD_LETTER, OVERTAKEN)
-#: A request that says it was sent longer ago, or later, is taken to have come when it was claimed.
+#: A request that claims to be sent longer ago, or in the future, counts as sent when it was
+#: claimed.
 MAX_AGE_MS: Final = 30 * 24 * 3600 * 1000.0
 
 
 class Histogram(msgspec.Struct):
-    """Observations per bucket (not cumulative, one bucket more than there are bounds)."""
+    """Observations per bucket: not cumulative, with one bucket more than bounds."""
 
     counts: list[int]
     sum: float = 0.0
@@ -53,7 +54,7 @@ class Histogram(msgspec.Struct):
         return sum(self.counts)
 
     def copied(self) -> Histogram:
-        """As it is now, for another thread."""
+        """A copy for another thread."""
         return Histogram(list(self.counts), self.sum)
 
     def quantile(self, part: float, bounds: Sequence[float]) -> float | None:
@@ -81,7 +82,7 @@ def _empty(bounds: Sequence[float]) -> Histogram:
 
 
 class ModelStats(msgspec.Struct, kw_only=True):
-    """One model in one worker; all but the gauges grow from the worker's start on."""
+    """One model in one worker. All but the gauges grow from the worker's start on."""
 
     model: str
     version: int
@@ -90,13 +91,13 @@ class ModelStats(msgspec.Struct, kw_only=True):
     max_batch_size: int
     #: Rows that a batch aims at.
     target_batch_size: int
-    #: One of `OUTCOMES` → requests that ended so, once Redis has answered for it.
+    #: One of `OUTCOMES` → requests that ended with it, once Redis has confirmed that.
     outcomes: dict[str, int]
     #: Wire code → requests that failed with it, dead letters apart.
     errors: dict[str, int]
-    #: How often a request was begun again since the worker that had it died.
+    #: How often a request was begun again after its worker had died.
     attempts: int
-    #: Runs of the engine that succeeded, and their rows without and of padding.
+    #: Successful runs of the engine, their rows without padding, and their rows of padding.
     batches: int
     rows: int
     padding_rows: int
@@ -105,12 +106,12 @@ class ModelStats(msgspec.Struct, kw_only=True):
     padding: Histogram
     #: Of each computed request: sent (claimed, if it does not say when it was sent) → compute.
     queue_s: Histogram
-    #: Of each computed request, that of its batch: gathering the inputs and, on a GPU, copying them
-    #: there; the engine; on a GPU copying back, and what else there was until the lane was done.
+    #: Of each computed request, the times of its batch: gathering the inputs and, on a GPU, copying
+    #: them there; the engine's run; on a GPU, copying back and the rest until the lane was done.
     compute_input_s: Histogram
     compute_infer_s: Histogram
     compute_output_s: Histogram
-    #: Of each computed request: end of compute → Redis has answered for its result.
+    #: Of each computed request: end of compute → Redis has confirmed its result.
     settle_s: Histogram
     #: Of each request: sent → settled.
     total_s: Histogram
@@ -119,9 +120,9 @@ class ModelStats(msgspec.Struct, kw_only=True):
     #: `evidence.Result` → audits that ended so; and the seconds that they took, all together.
     audits: dict[str, int] = {}
     audit_s: float = 0.0
-    #: The first answer that was found to depend on who shared its batch; None: none was.
+    #: The first answer found to depend on its batch; None: there was none.
     mismatch: Mismatch | None = None
-    #: Whether the model runs request by request for that.
+    #: Whether the model runs request by request because of that.
     unbatched: bool = False
     #: Whether it runs on the CPU of a worker that is pinned to a GPU.
     off_gpu: bool = False
@@ -132,7 +133,7 @@ class ModelStats(msgspec.Struct, kw_only=True):
 
     @property
     def answered(self) -> int:
-        """Requests that got an answer from here."""
+        """Requests that this worker answered."""
         return sum(self.outcomes.values()) - self.outcomes.get(OVERTAKEN, 0)
 
 
@@ -144,13 +145,13 @@ class WorkerStats(msgspec.Struct, kw_only=True):
     host: str
     pid: int
     started_at: float
-    #: When this was true.
+    #: When this was read.
     at: float
     #: loading, serving or stopping.
     state: str
     #: Whether Redis answers the data plane.
     redis_up: bool
-    #: cpu, or what the GPU is called.
+    #: cpu, or the GPU's name.
     device: str
     #: Package → version.
     versions: dict[str, str]
@@ -159,7 +160,7 @@ class WorkerStats(msgspec.Struct, kw_only=True):
     models: list[ModelStats]
     #: Model → requests answered per second since these stats were last published; only published.
     rates: dict[str, float] = {}
-    #: What it was to serve and does not.
+    #: Models that it was told to serve and does not.
     not_served: Sequence[NotServed] = ()
     #: Folders of its repository that hold no model.
     passed_over: Sequence[str] = ()
@@ -186,7 +187,7 @@ class ModelCounts:
         self.total_s = _empty(SECONDS)
 
     def ended(self, finished: Finished) -> None:
-        """A lane is done with a batch, which was run in one piece or in several."""
+        """A lane has ended a batch, which was run in one piece or in several."""
         self.busy_s += finished.ended - finished.began
         outcomes = finished.outcomes
         place = 0
@@ -207,10 +208,11 @@ class ModelCounts:
     def settled(  # noqa: C901 - for each request: a call would cost more than what it does
         self, settled: Settled, places: range
     ) -> None:
-        """Redis has answered for what is settled at those `places`, all of this model.
+        """Redis has confirmed the settlements at those `places`, all of this model.
 
-        What is the same for all requests of a run is counted once for all of them. Outcomes come
-        last, and first in a snapshot: of a request that has one, all else is counted.
+        What is the same for all requests of a run is counted once for all of them. Outcomes are
+        counted last, and read first by a snapshot. So a request with a counted outcome is counted
+        everywhere.
         """
         sent, overtaken = settled.settlements, settled.overtaken
         now_mono_ms, redis_ms = settled.at_mono_ms, settled.redis_ms
@@ -294,7 +296,7 @@ class ModelCounts:
 
 
 class Counts(Observer):
-    """Counts what becomes of the requests of all models, each in its own of `models`."""
+    """Counts what becomes of requests, by model."""
 
     def __init__(self, models: Mapping[str, ModelCounts]) -> None:
         self._models = models
@@ -303,7 +305,7 @@ class Counts(Observer):
         self._models[finished.job.model].ended(finished)
 
     def settled(self, settled: Settled) -> None:
-        """What has no outcome of its own is passed over."""
+        """Settlements without an outcome of their own are not counted."""
         sent = settled.settlements
         begin = 0
         while begin < len(sent):

@@ -1,9 +1,10 @@
-"""Other tasks than inferq's on our queues: which of them Celery's own handler is given, and how.
+"""Foreign tasks on models' queues: which of them Celery's own handler gets, and as what message.
 
-Without INFERQ_FOREIGN_TASKS=1 none is. With it, whoever may push to a queue may have the tasks of
-this worker's app run, and no more than that: none of Celery's own, which start others, and nothing
-that grows by being unpacked. Where such a task is put back to, and what Redis knows it by until it
-has run, is not its sender's choice: the message is made anew from what Celery reads of it.
+Without INFERQ_FOREIGN_TASKS=1 it gets none. With it, anybody who may push to a queue can run the
+tasks of this worker's app, and no more than that: none of Celery's own tasks, which start others,
+and nothing compressed. The sender does not choose the queue to which such a task is put back, nor
+the tag by which Redis knows it until it has run: the message is made anew from the fields that
+Celery reads.
 """
 
 from __future__ import annotations
@@ -17,28 +18,28 @@ from inferq.shared import codec
 from inferq.shared.errors import InvalidInput, NotRegistered, PayloadTooLarge
 from inferq.workers.canvas import celery_canvas
 
-#: Most bytes of such a message. What is unpacked may take fifty times that.
+#: Most bytes of such a message. Decoded, it may take fifty times that.
 MAX_BYTES: Final = 256 * 1024
 #: Deepest nesting of one, which Celery's main thread reads recursively.
 MAX_NESTING: Final = 100
-#: Celery's own tasks: groups, chunks, what waits for the parts of a chord.
+#: Prefix of Celery's own tasks: groups, chunks, waiting for the parts of a chord.
 BUILTIN: Final = "celery."
-#: What is kept of the headers.
+#: The headers that are kept.
 _HEADERS: Final = celery_canvas.HEADERS - {"compression"}
 _FOLLOWING: Final = frozenset({"callbacks", "errbacks", "chain", "chord"})
-#: Longest name of a task that is told to anybody.
+#: Longest name of a task in a message.
 MAX_NAME: Final = 200
 
 
 def not_registered(task: str) -> NotRegistered:
-    """As Celery's exception of that name, it says no more than the task's name."""
+    """Like Celery's exception of that name, its message is the task's name."""
     return NotRegistered(task[:MAX_NAME])
 
 
 class ForeignTasks:
     """`registered` holds the names of the tasks of the worker's app.
 
-    `read_body` reads the body of a message as the handler will, and raises what that would meet.
+    `read_body` reads a message's body as the handler will, and raises what that would raise.
     """
 
     def __init__(
@@ -48,9 +49,9 @@ class ForeignTasks:
         self._read_body = read_body
 
     def message(self, message: bytes, envelope: codec.Envelope, queue: str, step: int) -> bytes:
-        """`message`, read as `envelope` from this `queue`, as Celery is to be given it.
+        """The message to give to Celery for `message`, which was read as `envelope` from `queue`.
 
-        Raises the InferqError that it is to be answered with.
+        Raises the InferqError with which it is answered.
         """
         task, compression = envelope.headers.task, envelope.headers.compression
         if task.startswith(BUILTIN) or task not in self._registered:
@@ -63,8 +64,8 @@ class ForeignTasks:
                 "that Celery's own handler runs"
             )
         embed = codec.decode_body(envelope).embed
-        # Celery takes what stands there, and in headers of the same name, for the task's own state:
-        # its id, where it is retried, what follows on it.
+        # Celery takes these fields, and headers of the same name, for the task's own state: its id,
+        # where it is retried, which tasks follow it.
         if embed.keys() - _FOLLOWING or any(embed.values()):
             raise InvalidInput(
                 "links, a chain, a chord or other state stands in it; expected none of a task that "
@@ -74,7 +75,7 @@ class ForeignTasks:
             raw = json.loads(message)
             given = _message(raw, envelope, queue, step)
             body = self._read_body(given)
-        except Exception as problem:  # whatever the handler would meet in its turn
+        except Exception as problem:  # whatever the handler would raise
             raise InvalidInput(f"the message cannot be read: {problem!r}") from problem
         for part in (raw["headers"], body):
             if is_nested_deeper(part, MAX_NESTING):
@@ -104,7 +105,7 @@ def _message(
 
 
 def is_nested_deeper(value: object, levels: int) -> bool:
-    """Whether lists and mappings stand in each other more than `levels` deep."""
+    """Whether lists and mappings are nested more than `levels` deep."""
     inside = [value]
     for _ in range(levels):
         inside = [

@@ -1,4 +1,4 @@
-"""What a worker holds: its claims, and the requests of them that no lane has been given yet."""
+"""What a worker holds: its claims, and their requests that no lane has got yet."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ def running(items: Iterable[Waiting]) -> list[str]:
 
 
 class Held:
-    """Owned by the data plane's thread. What waits for lanes is in `models`."""
+    """Owned by the data plane's thread. Requests that wait for lanes are in `models`."""
 
     def __init__(self, models: Mapping[str, ServedModel], budget: Budget) -> None:
         self._models = models
         self.budget = budget
         #: By key.
         self.claims: dict[str, Claim] = {}
-        #: Claims decoded since Redis was last told.
+        #: Claims that were decoded and not marked so in Redis yet.
         self.decoded: list[Claim] = []
         self.unfetched = Backlog()
-        #: Batches that were formed and not given to the lanes yet.
+        #: Batches that were formed and are not with the lanes yet.
         self.leaving: list[tuple[ServedModel, Job]] = []
         #: Requests since the start.
         self.requests_claimed = 0
 
     def settled(self, claims: Iterable[Claim]) -> None:
-        """Requests of these were settled."""
+        """Note that requests of these claims were settled."""
         for claim in claims:
             self.budget.settled(claim)
             if claim.complete:
@@ -43,13 +43,13 @@ class Held:
     def in_batches(self) -> list[Waiting]:
         """The requests in batches that have not ended.
 
-        What a lost incarnation had begun is discarded: it is nothing of this one's.
+        Batches that a lost incarnation had begun are left out: they are not this one's.
         """
         jobs = [job for model in self._models.values() for job in model.jobs]
         return [item for job in jobs for item in job.items if item.slot.claim.key in self.claims]
 
     def request_ids(self) -> list[str]:
-        """Those of the requests that wait or compute."""
+        """The ids of the requests that wait or compute."""
         models = self._models.values()
         jobs = [item for model in models for job in model.jobs for item in job.items]
         waiting = [item for model in models for item in model.waiting.items]
@@ -57,7 +57,7 @@ class Held:
         return [*(item.ticket.id for item in (*jobs, *waiting)), *unfetched]
 
     def drop(self) -> None:
-        """All of it belongs to somebody else now."""
+        """Forget everything: it belongs to another worker now."""
         self.claims.clear()
         self.budget.clear()
         self.unfetched.clear()

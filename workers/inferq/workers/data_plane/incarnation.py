@@ -1,7 +1,7 @@
-"""A worker's incarnation from the data plane's side: links join it, it is lost, it is handed back.
+"""A worker's incarnation, seen from the data plane: joins links, is lost, is handed back.
 
 An incarnation holds claims under one lease. It outlives links to Redis. Once its lease is lost,
-others take over what it held, and the worker goes on as a new one.
+other workers take over what it held, and this worker goes on as a new incarnation.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import redis
 from redis.exceptions import RedisError
 
 from inferq.shared.names import Names
-from inferq.workers.claims.amiss import Told
+from inferq.workers.claims.fenced import FencedLink
 from inferq.workers.claims.lease import Lease
 from inferq.workers.claims.ledger import Ledger
 from inferq.workers.claims.link import Link
 from inferq.workers.claims.recovery import Recoverer
+from inferq.workers.claims.wrong_type import WrongTypeReports
 from inferq.workers.data_plane.admission import Admission
 from inferq.workers.data_plane.held import Held, running
 from inferq.workers.data_plane.served_model import ServedModel
@@ -28,12 +29,12 @@ from inferq.workers.logs.fields import about
 
 logger = logging.getLogger(__name__)
 
-#: Seconds before what Redis did not answer is asked again.
+#: Seconds before a question that Redis did not answer is repeated.
 RETRY_S = 0.2
 
 
 class Incarnation:
-    """The present one. Owned by the data plane's thread, but for `on_lost`, `id` and `run_id`."""
+    """The present one. Only `on_lost`, `id` and `run_id` may be used by other threads."""
 
     def __init__(
         self,
@@ -59,46 +60,44 @@ class Incarnation:
         self._reply_timeout_s = reply_timeout_s
         self._claim_numbers = count(1)
         self._settle_numbers = count(1)
-        self._told = Told()
-        #: Of the Redis that last knew this incarnation, and all that it had settled; empty: none.
+        self._wrong_types = WrongTypeReports()
+        #: Run id of the Redis that last knew this incarnation and all that it settled; empty: none.
         self.run_id = ""
-        #: Whether Redis went back in time, and it was not looked yet for what it took back.
+        #: Whether Redis went back in time and its claims were not read anew since.
         self._went_back = False
         #: Whether the lease's thread found the fence gone.
         self.is_lost = False
 
     @property
     def id(self) -> str:
-        """Empty: it was not born yet."""
+        """Its name; empty: it is not registered yet."""
         return self._lease.incarnation
 
     def on_lost(self) -> None:
-        """The lease's thread found the fence gone: called from there."""
+        """The lease's thread found the fence gone, and calls this."""
         self.is_lost = True
 
     def ledger(self, link: Link) -> Ledger:
         """This incarnation's claims on a new link."""
         return Ledger(
-            link,
+            FencedLink(link, self._names, self.id, list(self._models), self._wrong_types),
             self._names,
             self.id,
-            list(self._models),
             numbers=self._claim_numbers,
             settles=self._settle_numbers,
             result_ttl_s=self._result_expires_s,
-            told=self._told,
         )
 
     def catch_up(self, link: Link, ledger: Ledger, admission: Admission) -> None:
-        """Take over from earlier links: learn what became of what was sent on them.
+        """Take over from earlier links: find out what became of what was sent on them.
 
-        Where Redis went back, results that are kept are stored again first. Then each request that
-        Redis holds for us is taken on, unless it still waits, computes or is being settled here: it
-        is acknowledged if it has a result, and computed once more if not.
+        If Redis went back in time, the kept results are stored again first. Then each request that
+        Redis holds for this incarnation is taken on, unless it still waits, computes or is being
+        settled here. It is acknowledged if it has a result, and computed once more if not.
         """
         settling, claims = self._settling, self._held.claims
-        ledger.take_over()
-        ledger.arm()
+        ledger.link.take_over()
+        ledger.link.arm()
         if link.run_id != self.run_id:
             settling.publish_again()
         if settling.is_ahead_of(ledger):
@@ -109,23 +108,23 @@ class Incarnation:
         settling.store_again(ledger)
         models = frozenset(self._models)
         if self._went_back:
-            for claimed in ledger.unsettled(claims, {done.slot for done in settling.due}):
+            for claimed in ledger.records.unsettled(claims, {done.slot for done in settling.due}):
                 admission.take_on([claimed], models)
             self._went_back = False
-        for claimed in ledger.adopt(claims):
+        for claimed in ledger.records.adopt(claims):
             admission.take_on([claimed], models)
-        settling.settled_multis.last = ledger.settles_known
+        settling.settled_multis.last = ledger.link.settles_known
         self.run_id = link.run_id
 
     def mark_all(self, ledger: Ledger) -> None:
-        """Tell Redis all that it is to know of what is held."""
+        """Mark in Redis all that is held: which requests compute, and which claims were decoded."""
         held = self._held
         ledger.mark(running(held.in_batches()), list(held.claims.values()))
 
     def begin_anew(self, *, forgotten: bool) -> None:
-        """Another worker took over what this incarnation held: drop it all, be a new one.
+        """Another worker took over what this incarnation held: drop it all and register a new one.
 
-        `forgotten`: it is another Redis now, which may have gone back behind this one's birth.
+        `forgotten`: Redis was restarted, and may have gone back to before this incarnation existed.
         """
         lost, ids = self.id, self._held.request_ids()
         told = about(*ids, requests=len(ids), incarnation=lost)
@@ -144,11 +143,11 @@ class Incarnation:
     def hand_back(self, until: float, *, blame: bool) -> None:
         """Put everything that is still held back into its queues, and give up the lease.
 
-        Tried until then (monotonic s), and a little longer. `blame`: what computes may be what
-        ended this worker, and is counted as that.
+        It is tried until `until` (monotonic s), and a little longer. `blame`: requests that compute
+        may have ended this worker, and an attempt is counted for each.
         """
         for model in self._models.values():
-            model.recall()  # or lanes would still begin what others are about to compute
+            model.recall()  # else lanes would still begin what others are about to compute
         incarnation = self.id
         ids = self._held.request_ids()
         deadline = max(until, time.monotonic()) + self._reply_timeout_s
@@ -166,6 +165,8 @@ class Incarnation:
                 return
             except RedisError as problem:
                 if time.monotonic() > deadline:
-                    logger.error("claims not handed back, others will recover them: %s", problem)
+                    logger.error(
+                        "claims were not handed back, other workers will recover them: %s", problem
+                    )
                     return
                 time.sleep(RETRY_S)

@@ -1,4 +1,4 @@
-"""Hop 3. Turns claimed messages into requests that may join a batch, or says why one may not.
+"""Hop 3. Turns claimed messages into requests that may join a batch, or into errors.
 
 Two steps, so that the claim-checked payloads of a whole claim are fetched in one round trip:
 `open` reads the message itself, `admit` its tensors.
@@ -40,21 +40,21 @@ from inferq.workers.canvas.place import place_of
 from inferq.workers.claims.claim import Slot
 from inferq.workers.claims.message import arguments, references_in, unix_ms
 from inferq.workers.claims.verdicts import (
-    Early,
     Failed,
     Foreign,
     Opened,
     Quarantined,
     Revoked,
+    ScheduledRequest,
 )
 from inferq.workers.data_plane.foreign_tasks import MAX_BYTES, ForeignTasks, not_registered
 from inferq.workers.models.batch_layout import moved
 
-#: A message body may have so many bytes for each of its inputs' (a number written out in JSON, in
-#: base64), and so many besides. What is decoded may take 40 times that: maps in maps.
+#: A message body may have so many bytes for each byte of its inputs (numbers as text in JSON, in
+#: base64), and so many in addition. Decoded, it may take 40 times that: maps in maps.
 WRITTEN_OUT: Final = 10
 BODY_BYTES: Final = 4 << 20
-#: Longest description of a request that is kept with it, in characters: Celery's own limit.
+#: Longest description that is kept with a request, in characters: Celery's own limit.
 MAX_REPR_CHARS: Final = 1_024
 _ARGUMENTS = frozenset({"inputs", "model", "outputs"})
 
@@ -64,7 +64,7 @@ def _is_str(value: object) -> bool:
 
 
 class Intake:
-    """Reads the messages of one model's queues. Pure but for the two callables it is given."""
+    """Reads the messages of one model's queues. Pure, except for the two callables it is given."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class Intake:
         self._padding = padding
         self._is_revoked = is_revoked
         self._redis_ms = redis_ms
-        #: None: no other task than ours is run.
+        #: None: no foreign task is run.
         self._foreign = foreign
         self._links = links
         self._check = InputCheck(advert)
@@ -93,14 +93,14 @@ class Intake:
         self._required = frozenset(self._order)
         self._optional = frozenset(spec.name for spec in signature.optional)
         self._dtypes = {spec.name: spec.dtype for spec in signature.inputs + signature.optional}
-        #: Requests always fit together if no dim but the batch may vary.
+        #: If no dim but the batch may vary, all requests may share a batch.
         self._varies = any(
             not isinstance(dim, int) for spec in signature.inputs for dim in spec.row_shape
         )
 
     def open(  # noqa: C901, PLR0912 - the checks of one message, in their order
         self, slot: Slot, message: bytes
-    ) -> Opened | Failed | Revoked | Foreign | Early | Quarantined:
+    ) -> Opened | Failed | Revoked | Foreign | ScheduledRequest | Quarantined:
         """Read one message. Never raises."""
         if len(message) > self._most_message:
             told = (
@@ -164,14 +164,14 @@ class Intake:
             if headers.eta is not None:
                 due_ms = unix_ms("eta", headers.eta)
                 if due_ms > self._redis_ms():
-                    return Early(slot, message, due_ms)
+                    return ScheduledRequest(slot, message, due_ms)
         except InferqError as error:
             return Failed(slot, ticket, _bare(error))
         return Opened(slot, ticket, inputs, references, outputs)
 
     def _other_task(
         self, slot: Slot, envelope: codec.Envelope, message: bytes
-    ) -> Failed | Foreign | Early:
+    ) -> Failed | Foreign | ScheduledRequest:
         headers = envelope.headers
         try:
             if self._foreign is None:
@@ -183,13 +183,13 @@ class Intake:
             if headers.eta is not None:
                 due_ms = unix_ms("eta", headers.eta)
                 if due_ms > self._redis_ms():
-                    return Early(slot, message, due_ms)
+                    return ScheduledRequest(slot, message, due_ms)
         except InferqError as error:
             return Failed(slot, self._other_ticket(slot, envelope, message), _bare(error))
         return Foreign(slot, message, handed)
 
     def _other_ticket(self, slot: Slot, envelope: codec.Envelope, message: bytes) -> Ticket:
-        """Whom another task that is not run is answered to, and what follows on it."""
+        """The ticket of a foreign task that is not run: who is answered, which tasks follow it."""
         ticket = replace(self._ticket(slot, envelope), task=envelope.headers.task)
         if ticket.reply is not None and not self._names.is_reply(ticket.reply):
             ticket = replace(ticket, reply=None)
@@ -202,7 +202,7 @@ class Intake:
                 check_few(body.embed, len(message), self._links)
                 ticket = replace(ticket, canvas=message)
         except InferqError:
-            pass  # nobody can tell what follows on it
+            pass  # the tasks that follow it cannot be read
         return ticket
 
     def admit(  # noqa: C901 - what is done to each request, in its order: a call costs more
@@ -255,7 +255,7 @@ class Intake:
         )
 
     def too_late(self, slot: Slot, ticket: Ticket) -> Failed | Revoked | None:
-        """Whether its deadline or expiry has passed, or it was revoked: asked before it runs."""
+        """Whether its deadline or expiry has passed, or it was revoked; checked before it runs."""
         if ticket.deadline_ms is not None and self._redis_ms() > ticket.deadline_ms:
             late = self._redis_ms() - ticket.deadline_ms
             return Failed(
@@ -268,7 +268,7 @@ class Intake:
         return None
 
     def _too_large(self, slot: Slot, message: bytes, told: str) -> Failed | Quarantined:
-        """What is not even looked at, but for who asked."""
+        """The verdict on a message that is too large: only who sent it is read."""
         ticket = codec.guess_ticket(message, self._advert.name)
         if ticket is None:
             return Quarantined(slot, message, told)
@@ -326,9 +326,9 @@ class Intake:
 
 
 def _bare(error: InferqError) -> InferqError:
-    """The same without the frames in which it came up, and all that was decoded there.
+    """The same error without its traceback, whose frames hold all that was decoded.
 
-    Frames and errors hold each other, so only a garbage collection would let go of that.
+    Frames and errors refer to each other, so only a garbage collection would free that memory.
     """
     error.__traceback__ = error.__context__ = error.__cause__ = None
     return error

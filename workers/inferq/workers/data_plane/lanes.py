@@ -1,23 +1,24 @@
-"""Hop 5. One thread per lane: takes a batch, runs it, hands back one outcome per request.
+"""Hop 5. One thread per lane takes a batch, runs it, and hands back one outcome per request.
 
-A bad request fails alone: a batch that raises is run again in halves until the culprit is by
-itself. Batches do not depend on each other, so nothing here needs a lock. What has run may be
-audited (see audit.py), once it was handed back.
+A bad request fails alone: a batch that raises is run again in halves until the bad request runs by
+itself. Batches do not depend on each other, so nothing here needs a lock. Once a batch was handed
+back it may be audited (see audit.py).
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from queue import Empty, SimpleQueue
 
 import numpy as np
 
-from inferq.shared.errors import EngineError, FatalEngineError, InferqError
+from inferq.shared.errors import EngineError, FatalEngineError, InferqError, RequestError
 from inferq.shared.schema import Tensors, Ticket
 from inferq.workers.audit.audit import Audit, OddRows
 from inferq.workers.batching.policy import Knobs
@@ -27,6 +28,7 @@ from inferq.workers.claims.runs import Finished, Job, Outcome, Run
 from inferq.workers.claims.verdicts import Failed, Revoked
 from inferq.workers.logs.fields import about
 from inferq.workers.models.engine import Batch, Lane, RowsDiffer, check_rows
+from inferq.workers.models.lane_threads import LaneThread, LaneThreads
 from inferq.workers.warmup.fit import Fit, lacks_memory
 
 logger = logging.getLogger(__name__)
@@ -39,12 +41,12 @@ def execute(  # noqa: C901, PLR0912 - each way in which a batch may fail, in the
     odd: OddRows | None = None,
     fit: Fit | None = None,
 ) -> list[Outcome]:
-    """Run `items` as one batch on `lane`; in halves where that fails, or is more than fits.
+    """Run `items` as one batch on `lane`, or in halves if that fails or does not fit.
 
     Raises FatalEngineError.
 
-    Of a model that is not batchable each runs by itself, at its own rows. `odd` takes note of
-    outputs whose rows are not those of the inputs.
+    If the model is not batchable, each request runs by itself, with its own rows. `odd` notes
+    outputs with another number of rows than the inputs.
     """
     if not knobs.batchable and len(items) > 1:
         return [outcome for item in items for outcome in execute(lane, [item], knobs)]
@@ -83,7 +85,9 @@ def execute(  # noqa: C901, PLR0912 - each way in which a batch may fail, in the
             return [Outcome(items[0], None, None, EngineError(problem.message))]
         outputs = None
     except Exception as problem:  # noqa: BLE001 - whatever an engine raises fails its request
-        if not knobs.batchable and knobs.bucket(rows) > rows:  # it may take no fewer than its first
+        if (
+            not knobs.batchable and knobs.bucket(rows) > rows
+        ):  # it may take no fewer rows than its first bucket
             return execute(lane, items, replace(knobs, batchable=True), odd, fit)
         ran = min(bucket, fit.rows(batch.parts[0])) if rows > 1 and knobs.batchable else 1
         if ran > 1 and lacks_memory(problem):
@@ -91,9 +95,9 @@ def execute(  # noqa: C901, PLR0912 - each way in which a batch may fail, in the
             return execute(lane, items, knobs, odd, fit)
         if len(items) == 1:
             return [Outcome(items[0], None, None, _engine_error(items[0].ticket, problem))]
-        outputs = None  # what its parts raise does not follow from this
+        outputs = None  # errors of its parts do not have this one as their context
     if outputs is None:
-        if len(items) == 1:  # without the padding, perhaps
+        if len(items) == 1:  # perhaps it succeeds without padding
             return execute(lane, items, replace(knobs, buckets=()), odd, fit)
         return _in_halves(lane, items, knobs, odd, fit)
     run = Run(
@@ -105,6 +109,8 @@ def execute(  # noqa: C901, PLR0912 - each way in which a batch may fail, in the
         lane.gpu_times,
         batch.gather_ms,
     )
+    if batch.errors:
+        return _with_errors(items, outputs, run, batch.errors)
     if len(items) == 1:
         return [Outcome(items[0], outputs, run)]
     outcomes: list[Outcome] = []
@@ -126,6 +132,23 @@ def _wanted(items: Sequence[Waiting]) -> Sequence[str] | None:
     return list(wanted)
 
 
+def _with_errors(
+    items: Sequence[Waiting], outputs: Tensors, run: Run, errors: Mapping[int, RequestError]
+) -> list[Outcome]:
+    """A request with an error in one of its rows is answered by the first of these alone."""
+    outcomes: list[Outcome] = []
+    row = 0
+    for item in items:
+        rows = range(row, row + item.rows)
+        row += item.rows
+        if (error := next((errors[each] for each in rows if each in errors), None)) is not None:
+            outcomes.append(Outcome(item, None, None, error))
+            continue
+        own = outputs if len(items) == 1 else {n: a[rows.start : row] for n, a in outputs.items()}
+        outcomes.append(Outcome(item, own, run))
+    return outcomes
+
+
 def _in_halves(
     lane: Lane, items: Sequence[Waiting], knobs: Knobs, odd: OddRows | None, fit: Fit
 ) -> list[Outcome]:
@@ -138,7 +161,7 @@ def _in_halves(
 
 
 def _in_pieces(lane: Lane, batch: Batch, most: int, knobs: Knobs) -> Tensors:
-    """One request of more rows than fit, run `most` at a time: its rows are independent."""
+    """Run one request with more rows than fit, `most` rows at a time: its rows are independent."""
     most = max((size for size in knobs.buckets if size <= most), default=most)
     (inputs,) = batch.parts
     pieces: list[Tensors] = []
@@ -147,6 +170,9 @@ def _in_pieces(lane: Lane, batch: Batch, most: int, knobs: Knobs) -> Tensors:
         rows = min(most, batch.rows - begin)
         piece = Batch([part], rows, knobs.bucket(rows), True, batch.shared, batch.outputs)
         pieces.append(lane.run(piece))
+        if piece.errors:
+            batch.errors = {begin + row: error for row, error in piece.errors.items()}
+            return {}
         check_rows(pieces[-1], rows)
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
@@ -160,18 +186,18 @@ def _engine_error(ticket: Ticket, problem: Exception) -> InferqError:
 
 
 class Lanes:
-    """One model's lanes, each driven by a thread of its own.
+    """One model's lanes, each driven by its thread of `threads`, which end with `stop`.
 
-    Whichever lane is free takes the next batch, so a batch that is put while all are busy costs no
-    pause between two. `too_late` tells of a request whether it needs no computing any more;
-    `on_begun` (of what starts to compute) and `on_finished` must only take note. All are called
-    from the lanes' threads.
+    A free lane takes the next batch. So a batch that is put while all are busy starts without a
+    pause. `too_late` returns why a request need not be computed any more. `on_begun` (a batch
+    starts) and `on_finished` may only take note. The lanes' threads call all three.
     """
 
     def __init__(
         self,
         name: str,
         lanes: Sequence[Lane],
+        threads: LaneThreads,
         knobs: Knobs,
         too_late: Callable[[Slot, Ticket], Failed | Revoked | None],
         on_finished: Callable[[Finished], None],
@@ -189,29 +215,35 @@ class Lanes:
         self._on_finished = on_finished
         self._on_begun = on_begun
         self._inbox: SimpleQueue[Job | None] = SimpleQueue()
-        #: So many batches that wait for the lanes are ample: nothing is in a hurry then.
+        #: If so many batches wait for the lanes, results may wait for those of the next batch.
         self.enough_ahead = math.inf
-        #: What each lane computes, and since when (monotonic ms).
+        #: The batch that each lane computes, and since when (monotonic ms).
         self._computing: list[tuple[Job, float] | None] = [None] * len(lanes)
-        self._threads = [
-            threading.Thread(target=self._run, args=place, name=f"{name}-{n}", daemon=True)
-            for n, place in enumerate(enumerate(lanes))
-        ]
+        self._lanes = list(lanes)
+        self._all_threads = threads
+        self._threads: list[LaneThread] = []
 
     def __len__(self) -> int:
-        return len(self._threads)
+        return len(self._lanes)
 
     def start(self) -> None:
         """Drive the lanes from now on."""
-        for thread in self._threads:
-            thread.start()
+        self._threads = [self._all_threads.of(lane) for lane in self._lanes]
+        for number, (lane, thread) in enumerate(zip(self._lanes, self._threads, strict=True)):
+            thread.call(functools.partial(self._run, number, lane)).add_done_callback(self._tell)
+        self._all_threads.end()
+
+    def _tell(self, ended: Future[None]) -> None:
+        problem = ended.exception()
+        if problem is not None:
+            logger.critical("a lane of %s drives no more batches", self._name, exc_info=problem)
 
     def put(self, job: Job) -> None:
-        """The next batch, for the first lane that is free."""
+        """Queue a batch for the first lane that is free."""
         self._inbox.put(job)
 
     def take_back(self) -> list[Job]:
-        """The batches that no lane has begun."""
+        """Take back the batches that no lane has begun."""
         taken: list[Job] = []
         while True:
             try:
@@ -237,7 +269,7 @@ class Lanes:
     @property
     def is_alive(self) -> bool:
         """Whether one of the threads has not ended."""
-        return any(thread.is_alive() for thread in self._threads)
+        return any(thread.is_alive for thread in self._threads)
 
     def _run(self, number: int, lane: Lane) -> None:
         audit, budget = self._audit, self._audit.budget
@@ -247,7 +279,7 @@ class Lanes:
             # kill point: lane-begun
             try:
                 finished = self._compute(number, lane, job)
-            except Exception as problem:  # or nobody would ever hear of this batch
+            except Exception as problem:  # else this batch would never end
                 logger.critical("a lane of %s failed", self._name, exc_info=True)
                 reason = f"its lane failed: {type(problem).__name__}: {problem}"
                 finished = Finished(job, (), fatal=FatalEngineError(reason))
@@ -266,7 +298,7 @@ class Lanes:
                 except FatalEngineError as fatal:
                     self._on_finished(Finished(job, (), fatal=fatal, audited=True))
                     return
-            del job, finished  # its arrays are another's now, who drops them
+            del job, finished  # do not keep its arrays: the receiver frees them
 
     def _compute(self, number: int, lane: Lane, job: Job) -> Finished:
         items: list[Waiting] = []

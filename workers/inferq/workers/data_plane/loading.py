@@ -1,4 +1,4 @@
-"""Loads one model: its engine, its warm-up, its lanes. What comes of it is a `ServedModel`."""
+"""Loads one model: its engine, its warm-up, its lanes. The result is a `ServedModel`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from inferq.workers.logs.fields import about
 from inferq.workers.models.batch_layout import laid_out
 from inferq.workers.models.chosen_outputs import chosen_lanes
 from inferq.workers.models.engine import LoadedModel
+from inferq.workers.models.lane_threads import LaneThreads
 from inferq.workers.models.off_gpu import PINNED, off_gpu
 from inferq.workers.models.registry import engine_class
 from inferq.workers.models.spec import MAX_LABEL_CHARS, ModelSpec
@@ -42,14 +43,14 @@ def _axes(specs: Sequence[TensorSpec]) -> dict[str, int]:
 
 
 class LoadingModel:
-    """One model that a worker is to serve, as long as it is not loaded: it has no requests."""
+    """A model that a worker is to serve and that is not loaded yet: it has no requests."""
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
         self.name = spec.name
         #: Whether requests will be claimed once it is loaded.
         self.consuming = True
-        #: What will become of its requests.
+        #: Counts of its requests, all 0 so far.
         self.counts = ModelCounts()
         self.audit: Audit | None = None
         self.lanes = 0
@@ -64,13 +65,13 @@ class LoadingModel:
     def reserved(self) -> list[Waiting]:
         return []
 
-    def told_to_end(self) -> None:
-        """Whatever ends this process from now on, no batch is to blame. For any thread."""
-        self._preparation.told_to_end()
+    def stop_blaming(self) -> None:
+        """Note that if this process ends from now on, no batch caused it. For any thread."""
+        self._preparation.stop_blaming()
 
-    def close(self, timeout: float) -> None:
+    def close(self, timeout: float, *, free: bool = True) -> None:
         """As a served model's: there is nothing to free, or `load` has freed it."""
-        self.told_to_end()
+        self.stop_blaming()
 
     def load(
         self,
@@ -99,10 +100,13 @@ class LoadingModel:
             with self._named():
                 loaded = laid_out(chosen_lanes(engine.load()))
             undo.callback(loaded.close)
-            undo.callback(self.told_to_end)
+            undo.callback(self.stop_blaming)
             with self._named():
                 padding = probe_padding(loaded)
-            prepared = self._preparation.prepare(loaded)
+            threads = LaneThreads(f"inferq-{spec.name}")
+            undo.callback(threads.end)
+            prepared = self._preparation.prepare(loaded, threads)
+            loaded.warmed_up()
             target = self._target(loaded, prepared)
             advert = spec.advert(
                 seconds_per_row=prepared.tuning.seconds_per_row if prepared.tuning else 0.0,
@@ -123,6 +127,7 @@ class LoadingModel:
             lanes = Lanes(
                 f"inferq-{spec.name}",
                 prepared.lanes,
+                threads,
                 target.knobs,
                 intake.too_late,
                 on_finished,
@@ -175,7 +180,7 @@ class LoadingModel:
         return served
 
     def _tell_of_rows(self) -> None:
-        """Say why requests do not share batches, or what is known of those that do."""
+        """Log why requests do not share batches, or what was found about batches."""
         if not self.spec.tells_labels:
             logger.warning(
                 "model %s: clients are not told of its %d labels; expected at most %d characters",
@@ -206,7 +211,7 @@ class LoadingModel:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Make what is raised a ConfigError that names the model, which may be one of many."""
+        """Turn errors into a ConfigError that names the model, which may be one of many."""
         try:
             yield
         except FatalEngineError:

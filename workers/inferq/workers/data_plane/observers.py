@@ -1,7 +1,7 @@
-"""Who is told what becomes of requests: task events, counts and the batch log are observers.
+"""Observers are told what becomes of requests: task events, counts and the batch log.
 
-The request path tells them once for each batch, claim or MULTI, and never for a single request.
-An observer that raises costs no request anything: it is said, and the others are told all the same.
+The request path calls them once for each batch, claim or MULTI, and never for a single request. If
+an observer raises, that is logged; requests go on, and the other observers are told all the same.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ News = TypeVar("News")
 
 
 class Settled(msgspec.Struct, frozen=True):
-    """What one MULTI has settled: Redis has answered for it."""
+    """What one MULTI has settled, as Redis has confirmed."""
 
     settlements: Sequence[Settlement]
-    #: Places of those whose request had another's result already.
+    #: Places of settlements whose request had another result already.
     overtaken: frozenset[int]
-    #: When Redis answered, in ms of the monotonic clock and of Redis' own.
+    #: When Redis answered, in ms of the monotonic clock and of Redis' clock.
     at_mono_ms: float
     redis_ms: float
 
@@ -38,27 +38,30 @@ class Settled(msgspec.Struct, frozen=True):
 class Observer:
     """Base of observers. Each overrides the methods it needs; the others are never called.
 
-    A method returns at once. All are called from the data plane's thread, but for `started`.
+    Methods return at once. The data plane's thread calls all of them except `started`.
     """
 
     def claimed(self, items: Sequence[Waiting]) -> None:
-        """These were claimed and read, and wait for a lane."""
+        """These requests were claimed and read, and wait for a lane."""
 
     def refused(self, ended: Sequence[Failed | Revoked]) -> None:
-        """These were claimed and end without waiting for a lane; they are settled later."""
+        """These requests were claimed and end without waiting for a lane.
+
+        They are settled later.
+        """
 
     def started(self, items: Sequence[Waiting]) -> None:
         """A lane begins to compute this batch. Called from the lane's thread."""
 
     def finished(self, finished: Finished) -> None:
-        """A lane has ended a batch, whose requests are settled later."""
+        """A lane has ended a batch; its requests are settled later."""
 
     def settled(self, settled: Settled) -> None:
-        """Redis has answered for what one MULTI settled."""
+        """Redis has confirmed what one MULTI settled."""
 
 
 class Observers:
-    """Tells each of `members`, in this order."""
+    """Calls each of `members`, in this order."""
 
     def __init__(self, members: Iterable[Observer] = ()) -> None:
         some = list(members)
@@ -68,7 +71,7 @@ class Observers:
         self._finished = [o.finished for o in some if type(o).finished is not Observer.finished]
         self._settled = [o.settled for o in some if type(o).settled is not Observer.settled]
         self._sayings = Sayings()
-        #: Lanes tell, too.
+        #: Lanes' threads call `started`.
         self._saying = threading.Lock()
 
     def claimed(self, items: Sequence[Waiting]) -> None:
@@ -90,7 +93,7 @@ class Observers:
         for method in methods:
             try:
                 method(news)
-            except Exception as problem:  # noqa: BLE001 - said, less and less often
+            except Exception as problem:  # noqa: BLE001 - logged, less and less often
                 self._say(method.__qualname__, problem)
 
     def _say(self, method: str, problem: Exception) -> None:
@@ -105,5 +108,5 @@ class Observers:
                     more,
                     exc_info=problem,
                 )
-        except Exception:  # noqa: BLE001 - a log that cannot be written costs no request either
+        except Exception:  # noqa: BLE001 - no request fails because a log cannot be written
             return

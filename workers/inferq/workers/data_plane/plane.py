@@ -6,9 +6,9 @@
     admit     what was claimed is decoded and waits
 
 While lanes compute (GIL released), this thread settles the batch before and claims, decodes and
-forms the batch after, which a lane takes by itself. It never waits for a lane: it sleeps until
-Redis reports a changed queue on this very connection, or a lane sets the waker (which lanes with
-short batches and more of them ahead do not: then it looks after SETTLE_WITHIN_S at the latest).
+forms the batch after, which a lane takes by itself. It never waits for a lane. It sleeps until
+Redis reports a changed queue on this connection, or a lane sets the waker. A lane with short
+batches and enough of them queued does not wake it; its results are settled within SETTLE_WITHIN_S.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from inferq.shared.names import Names
 from inferq.shared.resp import BROKEN
 from inferq.workers.claims.claim import Want
 from inferq.workers.claims.clock import RedisClock
+from inferq.workers.claims.fenced import LeaseLost, QueueId, RedisFull
 from inferq.workers.claims.lease import Lease
-from inferq.workers.claims.ledger import LeaseLost, Ledger, QueueId, RedisFull
+from inferq.workers.claims.ledger import Ledger
 from inferq.workers.claims.link import Link, Waker
 from inferq.workers.claims.payloads import PayloadReader
 from inferq.workers.claims.recovery import Recoverer
 from inferq.workers.claims.runs import Finished, Job
-from inferq.workers.claims.scheduled import Scheduled
+from inferq.workers.claims.scheduled import ScheduledKeeper
 from inferq.workers.claims.settlement import Settlement
 from inferq.workers.data_plane import scheduling
 from inferq.workers.data_plane.admission import Admission
@@ -51,13 +52,13 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-#: Longest sleep of an idle data plane, in s: then it looks at the queues, and at its connection.
+#: Longest sleep of an idle data plane, in s. Then it reads the queues, which checks its connection.
 IDLE_S = 1.0
-#: Seconds before a broken connection is replaced, and again if that fails.
+#: Seconds before a broken connection is replaced, and between further attempts.
 RECONNECT_S = 0.2
-#: Requests that wait for their links to be published, at which no more of their model are claimed.
+#: If so many requests wait for their links to be published, no more of their model are claimed.
 MAX_AWAY_IN_CANVAS = 256
-#: Seconds after which it is said again that it is broken.
+#: Seconds after which a broken connection is logged again.
 REMIND_S = 5.0
 #: Seconds before a MULTI that a full Redis refused is sent again.
 FULL_RETRY_S = 0.25
@@ -66,7 +67,7 @@ FULL_RETRY_S = 0.25
 class DataPlane:
     """Runs the request path of one worker process. `start` spawns its thread.
 
-    `control` does what Celery's half alone can do, `observers` are told what becomes of requests.
+    `control` does what only Celery's half can do. `observers` are told what becomes of requests.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class DataPlane:
         *,
         lease: Lease,
         recoverer: Recoverer,
-        later: Scheduled,
+        scheduled: ScheduledKeeper,
         control: Control,
         observers: Observers,
         result_expires_s: int,
@@ -87,7 +88,7 @@ class DataPlane:
         self._client = client
         self._clock = clock
         self._models = {model.name: model for model in models}
-        self._later = later
+        self._scheduled = scheduled
         self._control = control
         self._observers = observers
         self._reply_timeout_s = reply_timeout_s
@@ -106,16 +107,18 @@ class DataPlane:
             result_expires_s=result_expires_s,
             reply_timeout_s=reply_timeout_s,
         )
-        #: On the present link, or the one before.
+        #: The ledger on the present link, or on the one before.
         self._ledger: Ledger | None = None
         self._claiming = True
         self._drain_by: float | None = None
         self._fatal = False
+        #: Whether an engine is beyond use, and with it the process.
+        self.engine_failed = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="inferq-data-plane", daemon=True)
         #: When Redis last answered (monotonic s); 0: never yet.
         self.answered_at = 0.0
-        #: When the present connection was made (monotonic s): Redis has answered since.
+        #: When the present connection was made (monotonic s). Redis has answered since then.
         self.answering_since = 0.0
 
     # --- called from other threads ----------------------------------------------------------
@@ -124,7 +127,7 @@ class DataPlane:
         self._thread.start()
 
     def on_finished(self, finished: Finished) -> None:
-        """A lane is done: called from its thread."""
+        """A lane has ended a batch. Its thread calls this."""
         self._settling.on_finished(finished)
         if finished.lanes_run_short:
             self._waker.set()
@@ -140,16 +143,16 @@ class DataPlane:
         self._waker.set()
 
     def look(self) -> None:
-        """Look at the queues again: what may be claimed from has changed."""
+        """Look at the queues again: the set of queues to claim from has changed."""
         self._waker.set()
 
     def call(self, function: Callable[[], T]) -> Future[T]:
-        """Have `function` run in the data plane's thread, between two batches.
+        """Run `function` in the data plane's thread, between two batches.
 
-        No claim is being read and no batch formed meanwhile, while lanes compute on. All requests
-        wait for it: it returns at once. It comes within milliseconds; while Redis does not answer,
-        within `reply_timeout_s`. Wait for the future with a timeout: what has not begun by then can
-        be cancelled. DataPlaneEnded is its exception if the data plane ends before.
+        Meanwhile no claim is read and no batch is formed; lanes compute on. All requests wait for
+        `function`, so it must be short. It runs within milliseconds or, while Redis does not
+        answer, within `reply_timeout_s`. Wait for the future with a timeout; what has not begun by
+        then can be cancelled. Its exception is DataPlaneEnded if the data plane ends before.
         """
         if threading.current_thread() is self._thread:
             raise RuntimeError("called from the data plane's own thread; call the function itself")
@@ -157,12 +160,12 @@ class DataPlane:
 
     @property
     def incarnation(self) -> str:
-        """Under which it holds what it holds; empty: it was not born yet."""
+        """The name under which it holds claims; empty: it is not registered yet."""
         return self._incarnation.id
 
     @property
     def run_id(self) -> str:
-        """Of the Redis that last knew it; empty: none yet."""
+        """Run id of the Redis that last knew it; empty: none yet."""
         return self._incarnation.run_id
 
     @property
@@ -177,28 +180,29 @@ class DataPlane:
 
     @property
     def steps(self) -> int:
-        """Grows with whatever gets done: see heartbeat."""
+        """Grows with everything that is done; see heartbeat."""
         return self.claimed + self.settled + self._settling.batches_ended
 
     def backlog(self) -> bool:
         """Whether requests wait in a queue that this worker consumes, as far as it knows.
 
-        Not while links wait for a Redis that is full or away: a restart would be of no use.
+        False while links wait for a Redis that is full or away: a restart of the worker would not
+        help.
         """
         ledger = self._ledger
         if ledger is None or not self._claiming:
             return False
         claimable = {model.name for model in self._claimable() if model.consuming}
         return any(
-            depth and model in claimable for (model, _), depth in list(ledger.depths.items())
+            depth and model in claimable for (model, _), depth in list(ledger.link.depths.items())
         )
 
     def overdue(self) -> bool:
-        """Whether some batch exceeds its model's max_run_seconds."""
+        """Whether some batch has exceeded its model's max_run_seconds."""
         return any(model.overdue() for model in self._models.values())
 
     def stop_claiming(self) -> None:
-        """Claim no more and form no more batches; what computes is finished and settled."""
+        """Claim and form no more batches. Batches that compute are finished and settled."""
         self._claiming = False
         self._end_audits()
         self._waker.set()
@@ -206,7 +210,7 @@ class DataPlane:
     def drain(self, grace_s: float) -> None:
         """End within `grace_s` seconds: settle what computes, hand back the rest.
 
-        With 0 everything is handed back at once, computing or not.
+        With 0 everything is handed back at once, even what computes.
         """
         self._claiming = False
         self._drain_by = time.monotonic() + grace_s
@@ -218,7 +222,7 @@ class DataPlane:
             model.audit.stop()
 
     def join(self, timeout: float) -> bool:
-        """Wait up to `timeout` seconds for the end; True once everything is handed back."""
+        """Wait up to `timeout` seconds for the end. True once everything is handed back."""
         return self._ended.wait(timeout)
 
     @property
@@ -239,7 +243,7 @@ class DataPlane:
             self._fatal = True
             try:
                 self._hand_back()
-            finally:  # whatever else fails: a process that serves nothing must end
+            finally:  # whatever fails: a process that serves nothing must end
                 self._control.end_process()
         finally:
             self._ended.set()
@@ -248,7 +252,7 @@ class DataPlane:
         self._incarnation.hand_back(self._drain_by or 0.0, blame=self._fatal)
 
     def _serve_on_links(self) -> None:
-        """Serve until it is over, on one connection after the other."""
+        """Serve until the end, on one connection after the other."""
         broke_at = -math.inf
         while not self._over():
             self._calls.run()
@@ -261,12 +265,15 @@ class DataPlane:
                 time.sleep(RECONNECT_S)
 
     def _serve_on_link(self) -> None:
-        """Serve until it is over or the lease is lost. Raises one of BROKEN if the link breaks."""
+        """Serve until the end, or until the lease is lost.
+
+        Raises one of BROKEN if the link breaks.
+        """
         incarnation = self._incarnation
         self._settling.incarnation = incarnation.id
         link = Link(self._client, self._waker, self._reply_timeout_s)
         payloads = PayloadReader(self._client, self._reply_timeout_s)
-        receiver = Receiver(self._models, self._clock, self._control, self._later, payloads)
+        receiver = Receiver(self._models, self._clock, self._control, self._scheduled, payloads)
         try:
             link.open()
             self._ledger = ledger = incarnation.ledger(link)
@@ -304,11 +311,11 @@ class DataPlane:
             if self._incarnation.is_lost:
                 raise LeaseLost
             self._calls.run()
-            if ledger.forgot():
+            if ledger.link.forgot():
                 self._incarnation.mark_all(ledger)
             fatal = settling.collect()
             if fatal is not None:
-                self._fatal = True
+                self._fatal = self.engine_failed = True
                 self._control.end_process()
             if self._held.unfetched and self._claiming:
                 admission.fetch()
@@ -325,13 +332,13 @@ class DataPlane:
                 self.answered_at = time.monotonic()
                 continue
             if self._held.leaving:
-                ledger.flush()
+                ledger.link.flush()
                 # kill point: batch-flushed
                 self._dispatch()
             link.wait(self._sleep_s())
-            ledger.note_changes()
+            ledger.link.note_changes()
             if time.monotonic() - self.answered_at > IDLE_S:
-                ledger.arm()
+                ledger.link.arm()
                 settling.settled_multis.trim()
                 self.answered_at = time.monotonic()
 
@@ -349,7 +356,10 @@ class DataPlane:
         return max(0.0, min(until))
 
     def _form(self, ledger: Ledger) -> None:
-        """Decide what leaves. It is dispatched once Redis was told what starts."""
+        """Decide which batches leave.
+
+        They are dispatched once Redis was told which requests start.
+        """
         leaving: list[tuple[ServedModel, Job]] = []
         for model in self._models.values():
             model.due_mono_ms = None
@@ -369,7 +379,7 @@ class DataPlane:
             held.leaving += leaving
 
     def _recall(self, ledger: Ledger, model: ServedModel) -> None:
-        """Let what waits for `model`'s lanes in formed batches be formed anew, or handed back."""
+        """Take back batches that no lane of `model` has begun, to form or hand them back anew."""
         recalled = model.recall()
         if recalled:
             ledger.unmark(running(recalled))
@@ -383,10 +393,10 @@ class DataPlane:
         if not self._claiming:
             return [], []
         models, ending = self._claimable(), self._settling.ending()
-        return scheduling.wants(models, ledger.depths, ending, self._held.budget)
+        return scheduling.wants(models, ledger.link.depths, ending, self._held.budget)
 
     def _claimable(self) -> Collection[ServedModel]:
-        """The models of which more may be claimed: few of their requests wait for links."""
+        """The models of which more requests may be claimed, since few wait for links."""
         away, models = self._settling.away_in_canvas, self._models.values()
         return [m for m in models if away[m.name] < MAX_AWAY_IN_CANVAS] if away else models
 
@@ -404,10 +414,10 @@ class DataPlane:
             self._settling.settled(
                 sending,
                 exchange.storing,
-                ledger.settles_sent,
+                ledger.link.settles_sent,
                 exchange.overtaken,
                 self._clock.now(),
             )
         admission.take_on(exchange.claimed, exchange.suspicious)
         if exchange.missed:
-            ledger.arm()
+            ledger.link.arm()

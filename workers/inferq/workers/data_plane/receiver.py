@@ -1,8 +1,8 @@
-"""From claimed bytes to waiting requests, with what must be asked of Redis on the way.
+"""Turns claimed bytes into waiting requests, and asks Redis what must be known for that.
 
-A message that ended its worker while it was decoded, or while it was computed, is known by its
-entry in ``attempts:<m>``: it is then decoded by itself, runs alone, and after max_attempts is put
-among the dead letters. Where that hash is empty, which is the rule, none of this costs a thing.
+A message that ended its worker while it was decoded, or while it was computed, has an entry in
+``attempts:<m>``. It is then decoded by itself, runs alone, and after max_attempts becomes a dead
+letter. If that hash is empty, as it mostly is, none of this takes any time.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from inferq.workers.claims.claim import Claimed, Slot
 from inferq.workers.claims.clock import RedisClock
 from inferq.workers.claims.ledger import Ledger
 from inferq.workers.claims.payloads import PayloadReader
-from inferq.workers.claims.recovery import linking, suspect
-from inferq.workers.claims.scheduled import Scheduled
+from inferq.workers.claims.recovery import decoding_field, linking_field
+from inferq.workers.claims.scheduled import ScheduledKeeper
 from inferq.workers.claims.settlement import Settlement
 from inferq.workers.claims.verdicts import (
-    Early,
     Failed,
     Foreign,
     Opened,
     Quarantined,
     Revoked,
+    ScheduledRequest,
     retried,
 )
 from inferq.workers.data_plane.control import Control
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 class Dead(msgspec.Struct, frozen=True):
-    """Computing it, or publishing its links (`linking`), ended too many workers."""
+    """Computing it, or publishing its links (`linking_field`), ended too many workers."""
 
     slot: Slot
     ticket: Ticket
@@ -50,9 +50,9 @@ class Dead(msgspec.Struct, frozen=True):
 
 
 class Answered(msgspec.Struct, frozen=True):
-    """It has a result already: a copy, which a client pushed again when Redis was restarted.
+    """It has a result already: a client pushed it again when Redis was restarted.
 
-    Or it was settled, and Redis went back in time. `result`: as stored, where that is of use.
+    Or it was settled, and Redis went back in time. `result`: as stored, if it is needed.
     """
 
     slot: Slot
@@ -60,7 +60,7 @@ class Answered(msgspec.Struct, frozen=True):
     result: bytes
 
 
-Found = Opened | Failed | Revoked | Foreign | Early | Quarantined | Dead | Answered
+Verdict = Opened | Failed | Revoked | Foreign | ScheduledRequest | Quarantined | Dead | Answered
 
 
 class Received(msgspec.Struct, frozen=True):
@@ -71,29 +71,29 @@ class Received(msgspec.Struct, frozen=True):
 
     waiting: list[Waiting]
     ended: list[tuple[Settlement, bytes | None]]
-    #: Their payloads are not fetched yet, for want of room.
+    #: Requests whose payloads are not fetched yet, since there is no room for them.
     unfetched: list[Unfetched]
-    #: Place in the claim → bytes that a request with payloads takes whole, fetched or not.
+    #: Place in the claim → all bytes of a request with payloads, fetched or not.
     whole: dict[int, int]
-    #: Bytes of all payloads by their sizes.
+    #: Bytes of the payloads of each such request.
     payloads: list[int]
 
 
 class Receiver:
-    """Reads claims. What it asks of Redis may break off: then nothing was admitted or ended."""
+    """Reads claims. If a question to Redis breaks off, nothing was admitted or ended."""
 
     def __init__(
         self,
         models: Mapping[str, ServedModel],
         clock: RedisClock,
         control: Control,
-        later: Scheduled,
+        scheduled: ScheduledKeeper,
         payloads: PayloadReader,
     ) -> None:
         self._models = models
         self._clock = clock
         self._control = control
-        self._later = later
+        self._scheduled = scheduled
         self._payloads = payloads
 
     def receive(self, ledger: Ledger, claimed: Claimed, suspicious: bool, room: int) -> Received:
@@ -113,8 +113,8 @@ class Receiver:
             # kill point: claim-opened
             self._admit(model, found, received, room)
             return received
-        fields = [suspect(message) for _, message in places]
-        deaths = ledger.attempts(model.name, fields)
+        fields = [decoding_field(message) for _, message in places]
+        deaths = ledger.records.attempts(model.name, fields)
         clear = [place for place, field in zip(places, fields, strict=True) if field not in deaths]
         adopted = claimed.adopted
         found = self._open_counted(ledger, model, clear, adopted)
@@ -133,20 +133,21 @@ class Receiver:
                 )
                 received.ended.append((dead, None))
             elif count:
-                # By itself: should this end the worker again, only the culprit is counted on.
+                # Alone: if decoding ends the worker again, an attempt is counted only for this
+                # message.
                 ledger.mark([f"{model.name}/{field}"], [])
-                ledger.flush()
+                ledger.link.flush()
                 found = self._open_counted(ledger, model, [(slot, message)], adopted)
                 self._admit(model, found, received, math.inf)
                 # kill point: suspect-decoded
                 ledger.absolve(model.name, field)
         return received
 
-    def _open(self, model: ServedModel, slot: Slot, message: bytes) -> Found:
+    def _open(self, model: ServedModel, slot: Slot, message: bytes) -> Verdict:
         try:
             return model.intake.open(slot, message)
         except Exception as problem:
-            told = about(model=model.name)  # the line of its quarantine tells its id, if known
+            told = about(model=model.name)  # the line about its quarantine has its id, if known
             logger.exception("a message of %s cannot be read", model.name, extra=told)
             return Quarantined(slot, message, f"reading it raised {problem!r}")
 
@@ -156,24 +157,25 @@ class Receiver:
         model: ServedModel,
         places: Sequence[tuple[Slot, bytes]],
         adopted: bool,
-    ) -> list[Found]:
-        """As `_open`; Dead are those that ended too many workers.
+    ) -> list[Verdict]:
+        """As `_open`, with Dead for requests that ended too many workers.
 
-        Of one that ended any, a copy is Answered: with the first, the attempts are forgotten. So is
-        what has a result in an `adopted` claim.
+        A copy of a request that ended a worker is Answered if there is a result: when the first
+        copy was settled, its attempts were forgotten. In an `adopted` claim every request with a
+        result is Answered.
         """
         opened = [self._open(model, slot, message) for slot, message in places]
         tickets = [found.ticket for found in opened if isinstance(found, Opened | Failed | Revoked)]
         ids = [ticket.id for ticket in tickets]
-        links = [linking(ticket.id) for ticket in tickets if ticket.canvas is not None]
-        counts = ledger.attempts(model.name, ids + links) if ids else {}
+        links = [linking_field(ticket.id) for ticket in tickets if ticket.canvas is not None]
+        counts = ledger.records.attempts(model.name, ids + links) if ids else {}
         if not counts and not adopted:
             return opened
-        stored = ledger.stored(ids if adopted else [each for each in ids if each in counts])
-        counted: list[Found] = []
+        stored = ledger.records.stored(ids if adopted else [each for each in ids if each in counts])
+        counted: list[Verdict] = []
         for found, (slot, message) in zip(opened, places, strict=True):
             if isinstance(found, Opened | Failed | Revoked):
-                ended = counts.get(linking(found.ticket.id), 0)
+                ended = counts.get(linking_field(found.ticket.id), 0)
                 if found.ticket.canvas is not None and ended >= model.spec.config.max_attempts:
                     ticket = retried(found, ended).ticket
                     counted.append(Dead(slot, ticket, message, linking=True))
@@ -186,7 +188,7 @@ class Receiver:
                     isinstance(again, Opened)
                     and again.ticket.attempts >= model.spec.config.max_attempts
                 ):
-                    stored.add(again.ticket.id)  # as far as copies in this very claim go
+                    stored.add(again.ticket.id)  # further copies in this claim are answered
                     counted.append(Dead(slot, again.ticket, message))
                 else:
                     counted.append(again)
@@ -196,7 +198,7 @@ class Receiver:
 
     def _answered(self, ledger: Ledger, slot: Slot, ticket: Ticket) -> Answered:
         of_use = ticket.canvas is not None or ticket.payload_keys
-        return Answered(slot, ticket, ledger.result(ticket.id) if of_use else b"")
+        return Answered(slot, ticket, ledger.records.result(ticket.id) if of_use else b"")
 
     def fetch(self, model: ServedModel, some: Sequence[Unfetched]) -> Received:
         """Fetch the payloads of requests that were left `unfetched`."""
@@ -205,7 +207,7 @@ class Receiver:
         return received
 
     def _admit(
-        self, model: ServedModel, found: Sequence[Found], received: Received, room: float
+        self, model: ServedModel, found: Sequence[Verdict], received: Received, room: float
     ) -> None:
         sizes: dict[str, int] = {}
         for each in found:
@@ -216,7 +218,7 @@ class Receiver:
                 received.payloads.append(size)
                 received.whole[each.slot.index] = whole
                 if whole > room:
-                    room = 0  # and those behind it stay behind it
+                    room = 0  # those behind it wait, too
                     received.unfetched.append(Unfetched(each, whole))
                 else:
                     room -= whole
@@ -249,7 +251,7 @@ class Receiver:
     def _end(
         self,
         model: ServedModel,
-        found: Failed | Revoked | Foreign | Early | Quarantined | Dead | Answered,
+        found: Failed | Revoked | Foreign | ScheduledRequest | Quarantined | Dead | Answered,
     ) -> tuple[Settlement, bytes | None]:
         results = model.results
         match found:
@@ -277,12 +279,13 @@ class Receiver:
                     return results.unlinkable(slot, ticket, message, self._clock.now()), None
                 return results.dead(slot, ticket, message, self._clock.now()), ticket.canvas
             case Answered(slot=slot, ticket=ticket, result=result):
-                # What follows on it may be forgotten, or was never published: then it is twice.
+                # The tasks that follow it may have been lost or never published; so they may be
+                # published twice.
                 return results.answered(slot, ticket, result), ticket.canvas if result else None
             case Foreign(slot=slot, message=message, handed=handed):
                 return self._control.hand_over(slot, model.name, message, handed), None
-            case Early(slot=slot, message=message, due_ms=due_ms):
-                return self._later.keep(slot, message, due_ms), None
+            case ScheduledRequest(slot=slot, message=message, due_ms=due_ms):
+                return self._scheduled.keep(slot, message, due_ms), None
             case Quarantined(reason=reason):
                 settlement = results.quarantined(found, self._clock.now())
                 told = about(settlement.request_id, model=model.name)

@@ -1,4 +1,4 @@
-"""What a worker tells of one model: numbers, and words for people. For any thread."""
+"""What a worker reports of one model: numbers, and words for people. For any thread."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Reported(Protocol):
     def lanes(self) -> int: ...
     @property
     def max_rows(self) -> int:
-        """Of the largest batch that is formed."""
+        """Rows of the largest batch that is formed."""
 
     @property
     def target_rows(self) -> int:
-        """That a batch aims at."""
+        """Rows that a batch aims at."""
 
     def computing(self) -> list[tuple[Job, float]]:
         """The batches that lanes have begun, and when (monotonic ms)."""

@@ -1,4 +1,4 @@
-"""Encodes how requests ended: result metas with receipts, dead letters."""
+"""Encodes how requests ended: as result metas with receipts, or as dead letters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from inferq.shared.errors import (
 from inferq.shared.schema import Ticket
 from inferq.workers.batching.padding import Padding
 from inferq.workers.claims.claim import Slot
-from inferq.workers.claims.recovery import linking
+from inferq.workers.claims.recovery import linking_field
 from inferq.workers.claims.runs import Outcome, Run
 from inferq.workers.claims.settlement import DEAD_LETTER, FAILURE, REVOKED, SUCCESS, Settlement
 from inferq.workers.claims.verdicts import Failed, Quarantined, Revoked
@@ -33,10 +33,10 @@ from inferq.workers.models.batch_layout import moved_back
 
 logger = logging.getLogger(__name__)
 
-#: Most bytes of its message that a dead letter holds; Redis takes no value much larger than the
-#: largest message, and closes the connection on one that is.
+#: Most bytes of its message in a dead letter. Redis takes no value much larger than the largest
+#: message, and closes the connection on one.
 MAX_LETTER_BYTES: Final = 256 * 1024 * 1024
-#: Most bytes that are kept of what no worker can read, and characters of why.
+#: Most bytes kept of a message that no worker can read, and most characters of the reason.
 MAX_QUARANTINED_BYTES: Final = 64 * 1024
 MAX_REASON_CHARS: Final = 500
 
@@ -52,7 +52,7 @@ def _iso(hundredths: int) -> str:
 
 
 def _is_final(result: bytes) -> bool:
-    """Whether this stored result is one whose request nobody will ever send once more."""
+    """Whether nobody will send the request of this stored result again."""
     try:
         meta = codec.decode_meta(result)
     except codec.MalformedMessage:
@@ -127,7 +127,7 @@ class Results:
         running: bool = False,
         run: Run | None = None,
     ) -> Settlement:
-        """FAILURE with `error`. `run`: it was computed all the same."""
+        """FAILURE with `error`. `run`: the run, if it was computed all the same."""
         meta = codec.encode_failure(
             ticket.id, error, _now(), ticket.content_type, extra=ticket.extra
         )
@@ -150,9 +150,10 @@ class Results:
         return self._settlement(slot, ticket, meta, running=running, ending=REVOKED, ended=ended)
 
     def answered(self, slot: Slot, ticket: Ticket, result: bytes) -> Settlement:
-        """Only acknowledged, and its attempts forgotten.
+        """The settlement that only acknowledges it and forgets its attempts.
 
-        `result`: what is stored of it, if it has links or payloads; a dead letter needs its own.
+        `result`: its stored result, if it has links or payloads. A dead letter still needs its
+        payloads.
         """
         return Settlement(
             slot,
@@ -166,7 +167,7 @@ class Results:
         )
 
     def late(self, found: Failed | Revoked) -> Settlement:
-        """What a lane found to be too late to be computed."""
+        """The settlement of a request that was too late to be computed."""
         if isinstance(found, Failed):
             return self.failed(found.slot, found.ticket, found.error, running=True)
         return self.revoked(found.slot, found.ticket, found.reason, running=True)
@@ -177,15 +178,18 @@ class Results:
         return self._dead(slot, ticket, message, reason, redis_ms)
 
     def unlinkable(self, slot: Slot, ticket: Ticket, message: bytes, redis_ms: float) -> Settlement:
-        """A dead letter: publishing what follows on it ended its worker too often."""
+        """A dead letter: publishing the tasks that follow it ended its worker too often."""
         reason = f"its worker died publishing what follows on it {ticket.attempts} times"
         done = self._dead(slot, ticket, message, reason, redis_ms)
-        return replace(done, suspect=linking(ticket.id))
+        return replace(done, attempts_field=linking_field(ticket.id))
 
     def undecodable(
-        self, slot: Slot, message: bytes, suspect: str, deaths: int, redis_ms: float
+        self, slot: Slot, message: bytes, attempts_field: str, deaths: int, redis_ms: float
     ) -> Settlement:
-        """A dead letter: decoding it ended its worker too often. `suspect`: see Settlement."""
+        """A dead letter: decoding it ended its worker too often.
+
+        `attempts_field`: see Settlement.
+        """
         reason = f"its worker died decoding it {deaths} times"
         ticket = codec.guess_ticket(message, slot.claim.model)
         if ticket is None:
@@ -193,10 +197,10 @@ class Results:
         else:
             ticket = replace(ticket, attempts=deaths)
             done = self._dead(slot, ticket, message, reason, redis_ms)
-        return replace(done, suspect=suspect)
+        return replace(done, attempts_field=attempts_field)
 
     def quarantined(self, found: Quarantined, redis_ms: float, attempts: int = 0) -> Settlement:
-        """A dead letter: nobody can read it. Answered if it is an envelope that names its id."""
+        """A dead letter: nobody can read it. It is answered if it is an envelope with an id."""
         model = found.slot.claim.model
         ticket = codec.guess_ticket(found.message, model)
         if ticket is None:
@@ -237,7 +241,7 @@ class Results:
     def _quarantined(
         self, request_id: str | None, found: Quarantined, redis_ms: float, attempts: int
     ) -> bytes:
-        """The letter begins with QUARANTINED_MARK: it is told by that where letters are kept."""
+        """The letter begins with QUARANTINED_MARK, by which letters.lua recognises it."""
         return self._letter(
             request_id,
             found.message,

@@ -1,11 +1,11 @@
-"""What a worker takes on next, over all its models: which batches start, what is claimed."""
+"""Decides what a worker takes on next, over all models: which batches start, what is claimed."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
 from inferq.workers.claims.claim import Want
-from inferq.workers.claims.ledger import HINT, QueueId
+from inferq.workers.claims.fenced import HINT, QueueId
 from inferq.workers.claims.runs import Job
 from inferq.workers.data_plane.budget import Budget
 from inferq.workers.data_plane.served_model import ServedModel
@@ -14,16 +14,17 @@ from inferq.workers.data_plane.served_model import ServedModel
 def next_batches(
     models: Collection[ServedModel], now_mono_ms: float
 ) -> list[tuple[ServedModel, Job]]:
-    """The batches that leave now. `now_mono_ms`: of the monotonic clock.
+    """The batches that leave now. `now_mono_ms`: monotonic clock.
 
-    A suspect computes while nothing else does, on no lane of any model, and no audit either: should
-    it end this process once more, nobody else is blamed, nor is it blamed for others.
+    A suspect runs while no lane of any model computes and no audit runs. So if the process ends
+    once more, an attempt is counted for no other request, and the suspect gets none because of
+    others.
     """
-    suspect = next((model for model in models if model.suspect()), None)
+    suspect = next((model for model in models if model.is_suspect_first()), None)
     if suspect is not None:
         audited = [model.audit.hold() for model in models]
         busy = any(audited) or any(model.jobs for model in models)
-        return [] if busy else [(suspect, suspect.form_suspect())]
+        return [] if busy else [(suspect, suspect.form_alone())]
     if any(job.items[0].alone for model in models for job in model.jobs):
         return []
     for model in models:
@@ -38,11 +39,12 @@ def wants(
     ending: int,
     budget: Budget,
 ) -> tuple[list[Want], list[QueueId]]:
-    """What to claim, and the queues to hear of since there is room beyond that.
+    """What to claim, and the queues to listen to, since there is room for even more.
 
-    `depths`: see Ledger. `ending`: requests that are about to be settled. A model whose lanes are
-    amply supplied asks for, and hears of, more urgent requests only. One whose requests are large
-    asks for as many as its budget has room for; for one at least, if it holds none as urgent.
+    `depths`: see FencedLink. `ending`: requests that are about to be settled. A model whose lanes
+    have enough batches queued claims, and listens for, more urgent requests only. A model with
+    large requests claims as many as its budget has room for; at least one, if it holds none as
+    urgent.
     """
     wanted: list[Want] = []
     listen: list[QueueId] = []
@@ -61,7 +63,7 @@ def wants(
             if room <= 0 < total and not asked and budget.idle(model.name, step):
                 room = 1
             depth = depths.get((model.name, step), 0)
-            if depth is None:  # as likely as not as many come in as go out
+            if depth is None:  # not looked at: assume that as many come in as go out
                 depth = max(HINT, ending)
             count = min(depth, room)
             if count > 0:

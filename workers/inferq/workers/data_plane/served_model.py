@@ -1,4 +1,4 @@
-"""One model as a worker serves it: its lanes, its waiting requests, and what is formed ahead."""
+"""One model as a worker serves it: its lanes, its waiting requests, and its formed batches."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from inferq.workers.data_plane.target import Target
 from inferq.workers.models.engine import LoadedModel
 from inferq.workers.warmup.prepare import Prepared
 
-#: How much the newest request weighs in the mean rows per request.
+#: Weight of the newest request in the mean rows per request.
 _ROWS_WEIGHT = 0.1
 #: Most requests that one claim asks for.
 MAX_CLAIM = 1024
-#: Each lane has one batch formed ahead of it, or as many as it computes in so many seconds, but
-#: never more than so many: where batches are short, most of what a request costs is that it is
-#: claimed and settled by itself.
+#: For each lane one batch is formed ahead, or as many as it computes in AHEAD_S, but never more
+#: than the second number. Where batches are short, claiming and settling each by itself takes most
+#: of a request's time.
 AHEAD_S = 0.02
 MAX_AHEAD = 16
-#: How much the newest batch weighs in the mean time of a batch, if it was a short one.
+#: Weight of the newest batch in the mean time of a batch, if it was a short one.
 _BATCH_WEIGHT = 0.1
 
 
@@ -57,9 +57,9 @@ class ServedModel:
         self.intake = intake
         self.results = results
         self.sizes = Sizes(advert)
-        #: The batch size that is aimed at.
+        #: The batch size to aim at.
         self.target = target
-        #: What has become of its requests since the start.
+        #: Counts of its requests since the start.
         self.counts = counts
         self.audit = audit
         #: False while ``control cancel_consumer`` holds: nothing is claimed.
@@ -69,25 +69,25 @@ class ServedModel:
         #: What is lacking for it to run on the GPU that the worker is pinned to; empty: nothing.
         self.off_gpu = ""
         self.waiting = WaitingRequests()
-        #: Batches that were formed and have not ended, in this order: the lanes compute the first
-        #: of them, the others were formed ahead.
+        #: Batches that were formed and have not ended, in order. Lanes compute the first of them;
+        #: the others wait.
         self.jobs: list[Job] = []
-        #: Monotonic ms at which waiting requests may leave; None: when something changes.
+        #: Monotonic ms at which waiting requests may leave; None: only when something changes.
         self.due_mono_ms: float | None = None
         self._loaded = loaded
         self._prepared = prepared
         self._lanes = lanes
         self._steps = steps
-        #: Seconds that a batch takes, rather too many than too few; 0: not known.
+        #: Seconds that a batch takes, rather over- than underestimated; 0: not known.
         self._batch_s = 0.0
         self._rows_per_request = 1.0
 
     # --- claiming ---------------------------------------------------------------------------
 
     def room(self) -> dict[int, int]:
-        """Priority step → how many more requests of it to claim: what may be formed ahead.
+        """Priority step → how many more requests of it to claim, to form batches ahead.
 
-        Less urgent ones that wait already do not count: an urgent request is always let in.
+        Less urgent requests that wait already do not count: there is always room for an urgent one.
         """
         held = self.waiting.rows.copy()
         for job in self.jobs[len(self._lanes) :]:
@@ -107,15 +107,15 @@ class ServedModel:
     # --- forming ----------------------------------------------------------------------------
 
     def form(self, now_mono_ms: float) -> Iterator[Job]:
-        """The batches to `put` now: none while the first in line is a suspect."""
+        """The batches to `put` now; none while the first in line is a suspect."""
         while (decision := self._decide(now_mono_ms)) is not None:
             yield self._form(decision)
 
-    def suspect(self) -> bool:
-        """Whether the first in line may have ended a worker: it is to compute all by itself."""
+    def is_suspect_first(self) -> bool:
+        """Whether the first in line may have ended a worker: it must run alone."""
         return bool(self.waiting) and self.waiting.items[0].alone
 
-    def form_suspect(self) -> Job:
+    def form_alone(self) -> Job:
         """The suspect's own batch."""
         return self._form(Leave((0,), self.waiting.items[0].rows, 0))
 
@@ -129,7 +129,7 @@ class ServedModel:
         """The next batch for a free lane or, once all compute, the next full one for whichever
         lane is free first: requests that still lack company keep the chance to find it.
         """
-        if self.suspect():
+        if self.is_suspect_first():
             return None
         free = len(self._lanes) - len(self.jobs)
         if free > 0:
@@ -150,17 +150,20 @@ class ServedModel:
 
     @property
     def _depth(self) -> int:
-        """Batches that may be formed ahead of each lane."""
+        """Batches that may be formed ahead for each lane."""
         if not self._batch_s:
             return 1
         return max(1, min(MAX_AHEAD, math.ceil(AHEAD_S / self._batch_s)))
 
     def has_enough_ahead(self) -> bool:
-        """Whether so much is formed ahead of the lanes that claiming and settling may wait."""
+        """Whether so many batches wait for the lanes that claiming and settling may wait."""
         return len(self.jobs) - len(self._lanes) >= self._lanes.enough_ahead
 
     def runs_ahead(self) -> bool:
-        """Whether batches are short and some are formed ahead: ends of batches may go untold."""
+        """Whether batches are short and some wait for lanes.
+
+        Then lanes need not report each end.
+        """
         return self._lanes.enough_ahead < math.inf and len(self.jobs) > len(self._lanes)
 
     def least_urgent(self) -> int:
@@ -172,7 +175,7 @@ class ServedModel:
         self._lanes.put(job)
 
     def recall(self) -> list[Waiting]:
-        """Let requests of batches that no lane has begun wait again; return them."""
+        """Make requests of batches that no lane has begun wait again; returns them."""
         recalled: list[Waiting] = []
         for job in self._lanes.take_back():
             self.jobs.remove(job)
@@ -190,7 +193,7 @@ class ServedModel:
         return any(job.items[-1].ticket.priority > urgent for job in ahead)
 
     def ended(self, job: Job, took_s: float | None = None) -> None:
-        """A lane has finished `job`; or, without `took_s`, none will ever begin it."""
+        """A lane has ended `job`; without `took_s`: no lane will ever begin it."""
         self.jobs.remove(job)
         if took_s is not None:
             smoothed = self._batch_s + _BATCH_WEIGHT * (took_s - self._batch_s)
@@ -201,7 +204,7 @@ class ServedModel:
             self.target.unbatch()
 
     def learn(self, finished: Finished) -> None:
-        """Refine the size that is aimed at by how long this batch took, if all lanes were busy."""
+        """Refine the target size by how long this batch took, if all lanes were busy."""
         self.target.learn(finished, busy=len(self.jobs) >= len(self._lanes))
 
     # --- for any thread ---------------------------------------------------------------------
@@ -237,16 +240,18 @@ class ServedModel:
 
     @property
     def is_driven(self) -> bool:
-        """Whether a lane's thread is there."""
+        """Whether a lane's thread is alive."""
         return self._lanes.is_alive
 
-    def told_to_end(self) -> None:
-        """Whatever ends this process from now on, no batch is to blame."""
-        self._prepared.told_to_end()
+    def stop_blaming(self) -> None:
+        """Note that if this process ends from now on, no batch caused it."""
+        self._prepared.stop_blaming()
 
-    def close(self, timeout: float) -> None:
-        """End the lanes and free the model, unless a lane does not end in time."""
+    def close(self, timeout: float, *, free: bool = True) -> None:
+        """End the lanes and free the model, unless a lane does not end in time. `free` is False
+        where an engine is beyond use: what would free meets the same error, and may not return.
+        """
         self.target.keep()
-        self.told_to_end()
-        if self._lanes.stop(timeout):
+        self.stop_blaming()
+        if self._lanes.stop(timeout) and free:
             self._loaded.close()

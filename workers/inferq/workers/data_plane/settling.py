@@ -1,7 +1,7 @@
-"""What has ended and is not settled yet: when it is to be, how much of it at a time.
+"""Holds what has ended and is not settled yet, and decides when and how much to settle.
 
-Batches end on the lanes' threads, links and chords are published on another. What was settled
-lately is kept, for a Redis that goes back in time (see claims/rollback.py).
+Batches end on the lanes' threads; links and chords are published on another. What was settled
+lately is kept, in case Redis goes back in time (see claims/rollback.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 #: Longest time that results wait for those of the lanes' next batches, in s.
 SETTLE_WITHIN_S: Final = 0.02
-#: Results that one MULTI carries at most, and their bytes; the rest goes into the next.
+#: Most results in one MULTI, and most bytes of them; the rest goes into the next.
 MAX_SETTLEMENTS: Final = 1_000
 MAX_SETTLE_BYTES: Final = 32 * 1024 * 1024
 
@@ -48,7 +48,7 @@ def portion(settlements: list[Settlement]) -> list[Settlement]:
 
 
 def _other_bytes(done: Settlement) -> int:
-    """Bytes that settling it sends beside its result; a dead letter goes out twice."""
+    """Bytes that settling it sends besides its result; a dead letter is sent twice."""
     words = [word for command in done.before for word in command]
     sizes = [len(word) for word in words if isinstance(word, bytes | str)]
     return sum(sizes) + 2 * len(done.dead_letter or b"")
@@ -70,33 +70,33 @@ class Settling:
         self._observers = observers
         self._finished: deque[Finished] = deque()
         self._ready: deque[tuple[str, Settlement]] = deque()
-        #: Batches whose results wait for more.
+        #: Batches whose results wait for those of others.
         self._ended: list[Finished] = []
-        #: Requests that have ended but for their links, chain or chord, by model.
+        #: Model → requests that have ended, but whose links, chain or chord are not published yet.
         self.away_in_canvas: Counter[str] = Counter()
-        #: Of these, what Redis has not been told yet to be computing no longer ("<m>/<id>").
+        #: Those of them that are still marked in Redis as computing ("<m>/<id>").
         self._stopped: list[str] = []
         #: The incarnation whose requests these are.
         self.incarnation = ""
         #: What goes into the next MULTIs, in order.
         self.due: list[Settlement] = []
         self.settled_multis = SettledMultis()
-        #: How many of those due were sent and not answered for.
+        #: How many of those due were sent without an answer.
         self._doubtful = 0
         #: Since the start.
         self.batches_ended = 0
         self.requests_settled = 0
 
     def on_finished(self, finished: Finished) -> None:
-        """A lane is done with a batch."""
+        """A lane has ended a batch."""
         self._finished.append(finished)
 
     def on_ready(self, incarnation: str, settlement: Settlement) -> None:
-        """What belongs to a request besides its result was published."""
+        """The links, chain or chord of a request were published."""
         self._ready.append((incarnation, settlement))
 
     def collect(self) -> FatalEngineError | None:
-        """Take note of the batches that have ended; the error if an engine is beyond use."""
+        """Note the batches that have ended. Returns the error if an engine cannot be used again."""
         fatal: FatalEngineError | None = None
         while self._finished:
             finished = self._finished.popleft()
@@ -118,7 +118,7 @@ class Settling:
         return fatal
 
     def is_due(self) -> bool:
-        """False while what has ended may wait for more: each trip to Redis costs the same."""
+        """False while results may wait for more of them: each trip to Redis takes the same time."""
         if not self._ended or self.due or self._ready:
             return True
         if time.monotonic() >= self._ended[0].ended + SETTLE_WITHIN_S:
@@ -126,11 +126,11 @@ class Settling:
         return not all(self._model(finished).has_enough_ahead() for finished in self._ended)
 
     def due_at(self) -> float | None:
-        """When (monotonic s) what waits for more will wait no longer; None if nothing waits."""
+        """When (monotonic s) the results that wait will be due; None if none wait."""
         return self._ended[0].ended + SETTLE_WITHIN_S if self._ended else None
 
     def take(self, ledger: Ledger) -> None:
-        """What has ended is due now, as far as it belongs to a claim that is held."""
+        """Make what has ended due now, if it belongs to a claim that is held."""
         claims = self._held.claims
         ended, self._ended = self._ended, []
         for finished in ended:
@@ -154,7 +154,7 @@ class Settling:
                 self.due.append(settlement)
 
     def add(self, settlement: Settlement, canvas: bytes | None) -> None:
-        """One more, due at once or, with a `canvas`, once that is published."""
+        """Add a settlement. It is due at once or, with a `canvas`, once that is published."""
         if canvas is None:
             self.due.append(settlement)
         else:
@@ -167,7 +167,7 @@ class Settling:
         self._control.publish_canvas(self.incarnation, settlement, canvas)
 
     def publish_again(self) -> None:
-        """Redis was started anew, and may have forgotten what was published for those due."""
+        """Publish again what was published for those due: a restarted Redis may have lost it."""
         self._take_ready()
         again = [done for done in self.due if done.canvas is not None]
         self._doubtful = sum(done.canvas is None for done in self.due[: self._doubtful])
@@ -177,7 +177,7 @@ class Settling:
             self._publish(done, done.canvas or b"")
 
     def unanswered(self, sent: list[Settlement]) -> None:
-        """Redis may have settled the first ones due, `sent`; they are sent again."""
+        """Redis may or may not have settled `sent`, the first ones due: they are sent again."""
         self._doubtful = max(self._doubtful, len(sent))
 
     def settled(
@@ -188,15 +188,15 @@ class Settling:
         overtaken: frozenset[int],
         redis_ms: float,
     ) -> None:
-        """Redis has answered: the first ones due, `sent`, are settled, by that MULTI.
+        """Redis has confirmed that the MULTI `number` settled `sent`, the first ones due.
 
-        `overtaken`: places of those that had a result already. `redis_ms`: Redis' present.
+        `overtaken`: places of those that had a result already. `redis_ms`: Redis' time now.
         """
         self.requests_settled += len(sent)
         self._held.settled({done.slot.claim for done in sent})
         del self.due[: len(sent)]
         self.settled_multis.add(storing, len(sent), number)
-        if overtaken and self._doubtful:  # the result there may be this very one
+        if overtaken and self._doubtful:  # the stored result may be their own
             overtaken = frozenset(place for place in overtaken if place >= self._doubtful)
         self._doubtful = max(0, self._doubtful - len(sent))
         self._observers.settled(Settled(sent, overtaken, time.monotonic() * 1000, redis_ms))
@@ -211,29 +211,29 @@ class Settling:
                     )
 
     def is_ahead_of(self, ledger: Ledger) -> bool:
-        """Whether Redis went back in time: it knows less than it has answered for."""
-        return ledger.settles_known < self.settled_multis.last
+        """Whether Redis went back in time: it knows less than it has confirmed."""
+        return ledger.link.settles_known < self.settled_multis.last
 
     def store_again(self, ledger: Ledger) -> None:
-        """Store results that were settled lately and that Redis does not know any more."""
-        for multi in self.settled_multis.after(ledger.settles_known):
+        """Store again results that were settled lately and that Redis has lost."""
+        for multi in self.settled_multis.after(ledger.link.settles_known):
             ledger.settle_again(multi.storing, multi.number)
             self.settled_multis.again(multi)
 
     def ending(self) -> int:
-        """How many requests will be settled with the next MULTIs."""
+        """How many requests the next MULTIs will settle."""
         return len(self.due) + sum(len(ended.job.items) for ended in self._ended)
 
     def is_over(self) -> bool:
-        """Whether nothing is to be settled any more, of what has ended so far."""
+        """Whether everything that has ended so far is settled."""
         waiting = self._finished or self._ended or self._ready or self.due
         return not waiting and not self.away_in_canvas.total()
 
     def drop(self, *, forgotten: bool) -> None:
-        """All of it belongs to somebody else now.
+        """Forget everything: it belongs to another worker now.
 
-        `forgotten`: because Redis went back behind this incarnation's birth. Then the results that
-        it had stored are gone, and are kept to be stored again.
+        `forgotten`: because Redis went back to before this incarnation existed. Then the results
+        that it had stored are lost, and the kept ones stay, to be stored again.
         """
         self.due.clear()
         if not forgotten:

@@ -1,4 +1,4 @@
-"""The batch size that one model's batches aim at, and how it changes while they run."""
+"""The batch size that one model's batches aim at, and how it is refined while they run."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from inferq.workers.warmup.prepare import Prepared
 
 logger = logging.getLogger(__name__)
 
-#: Of batches that take less than so many seconds, one in so many is learnt from: that costs 3 µs.
+#: From batches that take less than SHORT_S, only one in so many is learnt, since learning takes 3
+#: µs.
 SHORT_S = 0.01
 LEARN_OF = 16
 
 
 class Target:
-    """Owned by the data plane's thread; `size` may be read by any."""
+    """Owned by the data plane's thread; any thread may read `size`."""
 
     def __init__(self, model: str, knobs: Knobs, prepared: Prepared, *, fixed: bool) -> None:
-        """`fixed`: model.toml says what to aim at, so it is not what warm-up measured."""
+        """`fixed`: model.toml gives the size, so it is not the one that warm-up measured."""
         self._model = model
         self._prepared = prepared
         #: None: nothing was measured that could be refined.
@@ -34,7 +35,7 @@ class Target:
             knobs = replace(knobs, preferred_batch_sizes=(tuning.best,))
             if len(tuning.sizes) > 1:
                 self._learner = Learner(tuning, tuning.best)
-        #: Of the batches for free lanes, and of those that are formed ahead.
+        #: The knobs of batches for free lanes, and of those that are formed ahead.
         self.knobs = knobs
         self.ahead = _ahead(knobs)
         #: Batches that have ended, while there is something to learn.
@@ -46,11 +47,11 @@ class Target:
         return self.knobs.target
 
     def unbatch(self) -> None:
-        """An audit found that answers depend on company: form no more batches."""
+        """An audit found that answers depend on their batch: form no more batches."""
         self._aim_with(replace(self.knobs, batchable=False, preferred_batch_sizes=(1,)))
 
     def learn(self, finished: Finished, *, busy: bool) -> None:
-        """Refine the size by how long this batch took. `busy`: all lanes were, meanwhile."""
+        """Refine the size by how long this batch took. `busy`: all lanes were busy meanwhile."""
         learner, outcomes = self._learner, finished.outcomes
         if learner is None:
             return
@@ -63,7 +64,7 @@ class Target:
         if run is None or run.requests != len(outcomes):  # it was run in parts
             return
         if row_elements(outcomes[0].item.inputs) != self._prepared.row_elements:
-            return  # longer or shorter rows than those that were measured
+            return  # rows are longer or shorter than those that were measured
         before = learner.target
         if learner.ran(run.rows + run.padding, (run.ended_mono_ms - run.started_mono_ms) / 1000):
             logger.info(
@@ -86,5 +87,5 @@ class Target:
 
 
 def _ahead(knobs: Knobs) -> Knobs:
-    """For batches that no lane waits for: only whole ones leave."""
+    """The knobs of batches for which no lane waits: only full ones leave."""
     return replace(knobs, preferred_batch_sizes=(knobs.target,), max_queue_delay_ms=math.inf)

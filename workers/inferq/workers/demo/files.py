@@ -1,4 +1,4 @@
-"""Input for magika: the files below a directory. What type is each?"""
+"""Input for magika: the files below a directory, to find the type of each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from inferq.shared.errors import InferqError
 from inferq.shared.schema import Tensors
 from inferq.workers.demo.models import MAGIKA
 
-#: A walk stops after this many files: of a whole disk's the first would do.
+#: A walk stops after this many files: of a whole disk the first ones are enough.
 MOST_FILES: Final = 200_000
 _SEED: Final = 20
 
@@ -23,7 +23,7 @@ _SEED: Final = 20
 def find_files(root: Path, limit: int) -> list[Path]:
     """Up to `limit` regular files at or below `root`, picked evenly and always the same ones.
 
-    Links are not followed; what cannot be read is left out.
+    Links are not followed. Files that cannot be read are left out.
     """
     if root.is_file():
         return [root]
@@ -67,7 +67,7 @@ class Files:
 
     @property
     def done(self) -> int:
-        """Files dealt with, of `total`."""
+        """Files that are answered, of `total`."""
         return self.answered + self.without_model + self.unreadable
 
     def requests(self) -> Iterator[Tensors]:
@@ -86,7 +86,7 @@ class Files:
             yield {"bytes": request}
 
     def take(self, outcome: Result | InferqError) -> None:
-        """The outcome of the oldest request that has none yet."""
+        """Take the outcome of the oldest request without one."""
         head = self._asked.popleft()
         self.answered += 1
         if isinstance(outcome, Result):

@@ -1,4 +1,4 @@
-"""The demo's Flower, where that is installed: started, waited for, and stopped."""
+"""Runs the demo's Flower, if it is installed: starts it, waits for it, and stops it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STOP_TIMEOUT_S: Final = 10.0
 _ANSWER_S: Final = 2.0
 _POLL_S: Final = 0.05
 _LOG_TAIL_BYTES: Final = 4_000
-#: Proxies of the environment are for elsewhere.
+#: It uses no proxy of the environment.
 _OPENER: Final = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -52,7 +52,7 @@ class FlowerProcess:
         self._log.close()
 
     def await_answer(self) -> str | None:
-        """None once it answers; what it said last, if it ends or takes too long."""
+        """Wait until it answers: None. If it ends or takes too long: the end of its output."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while self._process is not None and self._process.poll() is None:
             if self._answers():
@@ -75,7 +75,7 @@ class FlowerProcess:
 
 @contextmanager
 def running_flower(redis_url: str) -> Iterator[FlowerProcess | None]:
-    """A Flower that is stopped at the end, however that comes; None where it is not installed."""
+    """A Flower that is stopped in any case at the end; None if it is not installed."""
     if importlib.util.find_spec("flower") is None:
         yield None
         return

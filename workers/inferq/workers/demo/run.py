@@ -31,11 +31,11 @@ from inferq.workers.demo.stats import Tally
 from inferq.workers.demo.worker import WorkerProcess, running_worker, watched
 from inferq.workers.process.embedded import EmbeddedRedis
 
-#: Requests that are unresolved at a time: enough to keep every lane of a few cores busy.
+#: Requests in flight: enough to keep every lane of a few cores busy.
 IN_FLIGHT: Final = 64
 #: Seconds without any result after which the demo gives up.
 STALL_S: Final = 60.0
-#: Seconds between looks whether the worker still runs, while all stays.
+#: With `stay`: seconds between checks that the worker still runs.
 STAY_POLL_S: Final = 0.25
 
 
@@ -46,15 +46,15 @@ class Options:
     path: Path
     limit: int
     json_file: Path | None
-    #: Kind of Redis to embed where `redis_url` is None.
+    #: Kind of Redis to embed if `redis_url` is None.
     redis_kind: str
     redis_url: str | None
-    #: Whether all goes on running afterwards, until Ctrl-C or SIGTERM.
+    #: Whether everything goes on running afterwards, until Ctrl-C or SIGTERM.
     stay: bool = False
 
 
 class Feed(Protocol):
-    """Requests for one model, and what becomes of them, in the same order."""
+    """Requests for one model; takes their outcomes in the same order."""
 
     model: str
 
@@ -107,7 +107,10 @@ def run(options: Options, console: Console) -> bool:
 
 
 def _announce(flower: FlowerProcess | None, console: Console) -> str | None:
-    """Say where Flower is, and return it; or say why it is not. The demo does without it."""
+    """Print Flower's address and return it, or print why there is no Flower.
+
+    The demo goes on then.
+    """
     if flower is None:
         _say(console, f"flower  {NOT_INSTALLED}")
         return None
@@ -141,7 +144,7 @@ def _stay(worker: WorkerProcess, settings: Settings, flower: str | None, console
 
 @contextmanager
 def _redis(options: Options, console: Console) -> Iterator[Settings]:
-    """Settings that name the Redis asked for, or one of our own that runs meanwhile."""
+    """Settings with the given Redis, or with an embedded one that runs meanwhile."""
     if options.redis_url is not None:
         console.print(f"redis   {redact(options.redis_url)}")
         yield Settings.load(redis_url=options.redis_url)
@@ -158,7 +161,7 @@ def _await_models(worker: WorkerProcess, settings: Settings) -> None:
 
 
 def _say(console: Console, line: str) -> None:
-    """Addresses and commands are to be copied: as they are, in one line."""
+    """Print it as one unchanged line: addresses and commands will be copied."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -174,7 +177,7 @@ def _progress(console: Console) -> Progress:
 
 
 def _drive(client: Client, feed: Feed, worker: WorkerProcess, progress: Progress) -> Tally:
-    """Push all of `feed` and take what comes back."""
+    """Push all of `feed` and take the outcomes."""
     tally = Tally()
     task = progress.add_task(feed.model, total=feed.total, rate="")
     began = time.monotonic()

@@ -1,4 +1,4 @@
-"""What a run came to: counts, rates, percentiles, and where the requests' time went."""
+"""The results of a run: counts, rates, percentiles, and where the requests' time went."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Latency:
 class TimeSpent:
     """Means per request in ms; `queue`, `compute` and `rest` add up to the mean latency.
 
-    `forming` and `settling` are the parts of `rest` that the worker's receipts name; what is left
-    of it is Redis, the network and the client.
+    `forming` and `settling` are parts of `rest`, from the worker's receipts. The other part of it
+    is Redis, the network and the client.
     """
 
     queue: float
@@ -44,12 +44,12 @@ class Figures:
 
     requests: int
     errors: int
-    #: Requests answered in a second, errors included.
+    #: Requests answered per second, errors included.
     rps: float
     seconds: float
     latency_ms: Latency | None
     time_ms: TimeSpent | None
-    #: Rows in a batch → how many such batches ran.
+    #: Rows in a batch → number of such batches.
     batch_sizes: dict[int, int]
     #: Wire code → requests that ended with it.
     error_codes: dict[str, int]
@@ -63,7 +63,7 @@ class Tally:
     """Takes outcomes one by one; `figures` sums them up."""
 
     def __init__(self) -> None:
-        #: How long the run took, first submit → last result, in s. Set by who runs it.
+        #: Duration of the run, first submit → last result, in s. The caller sets it.
         self.seconds = 0.0
         self._errors: Counter[str] = Counter()
         self._latencies: list[float] = []
@@ -71,7 +71,7 @@ class Tally:
 
     @classmethod
     def of(cls, tallies: Sequence[Tally]) -> Self:
-        """Runs that came one after the other, taken together."""
+        """Several runs, one after the other, as one."""
         whole = cls()
         for tally in tallies:
             whole.seconds += tally.seconds
@@ -125,7 +125,7 @@ class Tally:
         )
 
     def _batch_sizes(self) -> dict[int, int]:
-        # Each request tells of its batch, so a batch of n requests is told of n times.
+        # Each request's receipt has its batch, so a batch of n requests appears n times.
         batches: dict[int, float] = {}
         for receipt in self._receipts:
             batches[receipt.batch_size] = batches.get(receipt.batch_size, 0) + 1 / receipt.requests

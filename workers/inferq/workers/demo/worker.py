@@ -1,4 +1,4 @@
-"""The demo's one worker process: started, waited for, watched, and stopped."""
+"""Runs the demo's one worker process: starts it, waits for it, watches it, and stops it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LOG_TAIL_BYTES: Final = 4_000
 
 
 class WorkerFailed(InferqError):
-    """The worker process ended, or did not come up. The message ends with the end of its log."""
+    """The worker process ended, or did not start. The message ends with the end of its log."""
 
     code = "worker_failed"
 
@@ -53,7 +53,7 @@ class WorkerProcess:
         self._process = start_child(self._command, self._log.file, env=self._env)
 
     def stop(self) -> None:
-        """SIGTERM; it finishes or hands back what it holds. Idempotent."""
+        """Send SIGTERM; the worker finishes or hands back what it holds. Idempotent."""
         if self._process is not None:
             end_child(self._process, STOP_TIMEOUT_S)
         self._log.close()
@@ -63,7 +63,7 @@ class WorkerProcess:
         return self._process is None or self._process.poll() is not None
 
     def await_models(self, client: redis.Redis, names: Names, models: Iterable[str]) -> None:
-        """Return once every one of `models` is served. WorkerFailed."""
+        """Return once all of `models` are served. Raises WorkerFailed."""
         deadline = time.monotonic() + START_TIMEOUT_S
         missing = set(models)
         while missing:
@@ -85,7 +85,7 @@ class WorkerProcess:
 
 @contextmanager
 def running_worker(models: Path, redis_url: str) -> Iterator[WorkerProcess]:
-    """A worker process that is stopped at the end, however that comes."""
+    """A worker process that is stopped in any case at the end."""
     worker = WorkerProcess(models, redis_url)
     try:
         worker.start()
@@ -96,7 +96,7 @@ def running_worker(models: Path, redis_url: str) -> Iterator[WorkerProcess]:
 
 @contextmanager
 def watched(worker: WorkerProcess, on_end: Callable[[], None]) -> Iterator[None]:
-    """While inside: call `on_end`, once and from another thread, if the worker ends."""
+    """Meanwhile call `on_end`, once and from another thread, if the worker ends."""
     leaving = threading.Event()
 
     def watch() -> None:

@@ -1,4 +1,4 @@
-"""``inferq doctor``: what is in the way of serving, and what to do about it.
+"""``inferq doctor``: checks what prevents serving, and says what to do about it.
 
 finding.py   what a check finds, and how long one may take
 redis.py     the Redis that holds queues, claims and results

@@ -79,7 +79,7 @@ def _findings(folder: Path | None, redis_url: str | None) -> Iterator[Finding]:
 
 
 def _of_redis(settings: Settings) -> Iterator[Finding]:
-    """What Redis says of itself and, if it can be asked, what the workers behind it say."""
+    """The findings about Redis and, if it answers, about its workers."""
     from inferq.workers.doctor.network import network  # noqa: PLC0415
     from inferq.workers.doctor.redis import (  # noqa: PLC0415
         examine,

@@ -1,4 +1,4 @@
-"""Checks of the environment: a setting whose name is misspelt is not read, and nobody says so."""
+"""Checks the environment for settings with misspelt names, which nobody reads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 from inferq.shared.settings import ENV_PREFIX, Settings
 from inferq.workers.doctor.finding import Finding, warning
 
-#: What is read beside the settings, by commands, by Flower, and by docker-compose.yml.
+#: Other variables that commands, Flower and docker-compose.yml read.
 OTHERS: Final = frozenset(
     f"{ENV_PREFIX}{name}"
     for name in (
@@ -21,7 +21,7 @@ OTHERS: Final = frozenset(
 
 
 def environment(variables: Mapping[str, str]) -> Iterator[Finding]:
-    """One line for each of `variables` that looks like a setting of ours and is none."""
+    """One line for each of `variables` that looks like a setting of inferq and is none."""
     known = {f"{ENV_PREFIX}{field.upper()}" for field in Settings.model_fields} | OTHERS
     for name in sorted(variables):
         if name.startswith(ENV_PREFIX) and name not in known:

@@ -1,4 +1,4 @@
-"""What a check finds, and how long it may take."""
+"""A check's finding, and the time limit of checks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class Level(StrEnum):
     """How bad it is."""
 
     OK = "ok"
-    #: It serves, but something may be lost or slow.
+    #: Requests are served, but something may be lost or slow.
     WARNING = "warning"
-    #: It does not serve, or not for long.
+    #: Requests are not served, or not for long.
     ERROR = "error"
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """One line. `todo`: what to do about it; empty: nothing."""
+    """One line of the report. `todo`: what to do about it; empty: nothing."""
 
     check: str
     level: Level
@@ -41,7 +41,10 @@ def error(check: str, found: str, todo: str) -> Finding:
 
 
 def within(seconds: float, check: str, look: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """What `look` finds; an error of its own if it takes longer, and then it is left alone."""
+    """What `look` finds.
+
+    If it takes longer than `seconds`: an error finding; `look` is abandoned.
+    """
     found: list[Finding] = []
     problems: list[BaseException] = []
 

@@ -1,4 +1,4 @@
-"""Checks of this host: its GPUs, and what is installed. Nothing heavy is imported."""
+"""Checks this host: its GPUs and installed packages. It imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from inferq.shared.errors import InferqError
 from inferq.workers.cuda.gpus import select
 from inferq.workers.doctor.finding import Finding, error, ok, warning
 
-#: There where the kernel has NVIDIA's driver.
+#: Exists if the kernel has NVIDIA's driver.
 DRIVER: Final = Path("/proc/driver/nvidia/version")
-#: What clients and workers do without nothing of.
+#: Packages that every client and worker needs.
 NEEDED: Final = ("celery", "kombu", "redis")
-#: What else runs models: its names as a distribution, the extra that brings it, and what for.
+#: Packages that run models: distribution names, the extra that installs them, and their purpose.
 OPTIONAL: Final = (
     (("onnxruntime", "onnxruntime-gpu"), "worker", "workers"),
     (("torch",), "torch", "engine torch"),
@@ -96,7 +96,7 @@ def _installed(name: str) -> str | None:
 
 
 def _bounds() -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Package → the first version that inferq takes and the first that it does not."""
+    """Package → the first version that inferq accepts, and the first that it does not."""
     found = {}
     try:
         lines = requires("inferq") or []

@@ -1,4 +1,4 @@
-"""Checks of the model repository: what a worker would say of it, without loading a model."""
+"""Checks the model repository as a worker would, without loading a model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _of_one(check: str, root: Path, name: str, on_cpu: bool) -> Finding:
         return error(check, problem.message, _todo(problem))
     except OSError as problem:
         return error(check, f"cannot be read: {problem}", "let the worker's user read it")
-    except Exception as problem:  # noqa: BLE001 - the other models are told of all the same
+    except Exception as problem:  # noqa: BLE001 - the other models are checked all the same
         return error(check, f"cannot be read: {problem!r}", "see what a worker logs of it")
     engine = spec.config.engine
     lacks = tensorrt_lacks() if engine == "tensorrt" else None
@@ -63,9 +63,9 @@ def _of_one(check: str, root: Path, name: str, on_cpu: bool) -> Finding:
 
 
 def _read_a_little(folder: Path) -> None:
-    """Raise OSError, which names the file, if a file of the model may not be read.
+    """Raise OSError, which names the file, if a file of the model cannot be read.
 
-    Engines say so in words of their own, or call the file damaged.
+    Engines report that in other words, or call the file damaged.
     """
     for place in (folder, *(entry for entry in folder.iterdir() if entry.is_dir())):
         for entry in place.iterdir():

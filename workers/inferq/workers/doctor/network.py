@@ -1,4 +1,4 @@
-"""Who on the way to Redis could read along, or stand in for it."""
+"""Checks whether somebody on the way to Redis could read along, or pose as Redis."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from inferq.workers.flower.access import is_loopback
 
 
 def network(url: str) -> Iterator[Finding]:
-    """What is to be said of the way that `url` takes; nothing of a socket or of loopback.
+    """Findings about the connection to `url`; none for a Unix socket or loopback.
 
-    ConfigError: it says something bad of TLS.
+    ConfigError if its TLS options are bad.
     """
     plain, tls = split_tls(url)
     hosts = _hosts(plain)
@@ -47,7 +47,7 @@ def network(url: str) -> Iterator[Finding]:
 
 
 def _hosts(url: str) -> list[str]:
-    """Those that are asked over a network."""
+    """The hosts of the URL that are reached over a network."""
     if not re.match(r"(rediss?|sentinel)://", url):
         return []
     try:

@@ -1,4 +1,4 @@
-"""Checks of the Redis that holds queues, claims and results."""
+"""Checks the Redis that holds queues, claims and results."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from inferq.shared.connect import judge_server, redact, redis_client
 from inferq.shared.errors import ConfigError
 from inferq.shared.names import Names
-from inferq.workers.claims.amiss import find_amiss
+from inferq.workers.claims.wrong_type import find_wrong_types
 from inferq.workers.doctor.finding import Finding, error, ok, warning
 from inferq.workers.queues.depths import DepthReader
 
-#: PINGs of which the median is told, after one that connects.
+#: PINGs whose median is shown, after one that connects.
 PINGS: Final = 11
-#: Milliseconds from which on a round trip is slow: each batch takes several.
+#: Milliseconds from which on a round trip counts as slow: each batch takes several.
 SLOW_MS: Final = 5.0
 #: Seconds that this host's clock may differ from Redis'.
 CLOCK_S: Final = 1.0
-#: Part of maxmemory from which on Redis is nearly full.
+#: Share of maxmemory from which on Redis counts as nearly full.
 NEARLY_FULL: Final = 0.8
 
 _FOREVER: Final = "appendonly yes and appendfsync everysec (redis.conf, or CONFIG SET)"
 
 
 def unreachable(url: str, problem: Exception) -> Finding:
-    """Why nothing can be asked of the Redis at `url`."""
+    """Why the Redis at `url` cannot be checked."""
     at = f"Redis at {redact(url)}"
     text = str(problem)
     if isinstance(problem, AuthenticationError) or "NOAUTH" in text or "WRONGPASS" in text:
@@ -51,9 +51,9 @@ def unreachable(url: str, problem: Exception) -> Finding:
 
 
 def open_to_all(url: str) -> Iterator[Finding]:
-    """Whether Redis at `url`, which has a password in it, lets in who has none.
+    """Whether the Redis at `url`, which has a password, also accepts clients without one.
 
-    Of sentinels nothing is said. Raises redis' errors.
+    Sentinels are not checked. Raises redis' errors.
     """
     if not url.startswith(("redis://", "rediss://", "unix://")) or redact(url) == url:
         return
@@ -66,13 +66,13 @@ def open_to_all(url: str) -> Iterator[Finding]:
             return
     yield warning(
         "password",
-        "Redis lets in who has none: its user default has no password",
+        "Redis accepts clients without a password: its user default has none",
         "set one, or switch that user off: ACL SETUSER default off; docs/deploy.md",
     )
 
 
 def examine(client: redis.Redis, url: str) -> Iterator[Finding]:
-    """All that is to be said of this server. Raises redis' errors: it cannot be asked."""
+    """All findings about this server. Raises redis' errors if it cannot be asked."""
     client.ping()
     yield ok("redis", f"{redact(url)} answers")
     info: dict[str, Any] = client.info()
@@ -91,14 +91,14 @@ def examine(client: redis.Redis, url: str) -> Iterator[Finding]:
 
 
 def keys(client: redis.Redis, names: Names) -> Iterator[Finding]:
-    """The keys of all models that Redis knows, as far as they are amiss. Raises redis' errors."""
+    """The keys of all models that Redis knows, that have the wrong type. Raises redis' errors."""
     models = DepthReader(client, names).models()
-    amiss = find_amiss(client, names, models)
-    for each in amiss:
-        found = f"{each.key!r} is a {each.found}; expected a {each.expected}. {each.until} so long"
+    wrong = find_wrong_types(client, names, models)
+    for each in wrong:
+        found = f"{each.key!r} is a {each.found}; expected a {each.expected}. {each.effect} so long"
         yield error("keys", found, "DEL it, or RENAME it if it is needed")
-    if not amiss:
-        yield ok("keys", f"those of {len(models)} models are what they are to be")
+    if not wrong:
+        yield ok("keys", f"those of {len(models)} models have the right types")
 
 
 def _latency(client: redis.Redis) -> Finding:
@@ -193,7 +193,7 @@ def _memory(info: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _setting(client: redis.Redis, name: str) -> str | None:
-    """None where it may not be asked for, as in some managed services."""
+    """A setting; None if it may not be read, as in some managed services."""
     try:
         told = client.config_get(name)
     except (redis.ConnectionError, redis.TimeoutError):

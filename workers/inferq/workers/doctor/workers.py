@@ -1,4 +1,4 @@
-"""Checks of the Celery workers on our queues: one that is not ours answers what it cannot serve."""
+"""Checks the Celery workers on models' queues: a stock worker drops requests that it takes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ANSWER_S: Final = 1.0
 
 
 def workers(settings: Settings) -> Iterator[Finding]:
-    """One line for each worker that consumes a queue of ours. Raises kombu's and redis' errors."""
+    """One line for each worker on a model's queue. Raises kombu's and redis' errors."""
     app = make_app(settings)
     kombu_guard.install()
     try:
@@ -55,7 +55,7 @@ def workers(settings: Settings) -> Iterator[Finding]:
 
 
 def _serving(node: str, found: str, missing: str) -> Finding:
-    """A worker of ours that serves what is `found`, and not what is `missing`."""
+    """A worker of inferq that serves `found`, and does not serve `missing`."""
     if not missing:
         return ok(f"worker {node}", found)
     return warning(
@@ -64,7 +64,7 @@ def _serving(node: str, found: str, missing: str) -> Finding:
 
 
 def _silent(settings: Settings) -> Iterator[Finding]:
-    """Nobody answers: workers whose remote control is off are known by what they publish."""
+    """Findings if no worker answers: those without remote control are known by their stats."""
     with redis_client(settings.redis_url, sentinel_master=settings.sentinel_master) as client:
         published = read_stats(client, settings.names())
     if not published:

@@ -27,7 +27,7 @@ from pydantic import BeforeValidator, Field
 from inferq.shared.errors import ConfigError, FatalEngineError
 from inferq.shared.schema import DTYPES, MAX_DIMS, MAX_TENSORS, Array, Signature, TensorSpec
 from inferq.workers.models.engine import Batch, Engine, Lane, LoadedModel, check_inputs, gather
-from inferq.workers.models.ranges import told_inputs
+from inferq.workers.models.ranges import given_optimum_inputs
 from inferq.workers.models.signatures import Declared
 from inferq.workers.models.spec import ModelSpec
 from inferq.workers.models.validation import Flag, Milliseconds, Text, TomlTable, validate
@@ -114,7 +114,7 @@ class FakeEngine(Engine):
             "cpu",
             [FakeLane(self._table) for _ in range(spec.config.lanes or 1)],
             buckets=spec.config.buckets,
-            usual=told_inputs(spec),
+            optimum=given_optimum_inputs(spec),
         )
 
 

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from inferq.workers.engines.tuning import sizes
+from inferq.workers.models.engine import FurtherLane
 from inferq.workers.models.spec import ModelSpec
 
-#: One lane's copies hide behind the other's compute.
-LANES: Final = 2
+#: One lane's copies hide behind the other's compute. Where computing is short a third one gains, or
+#: a fourth: then warm-up opens them.
+LANES, MOST_LANES = 2, 4
 #: `Engine.rounding` there: 1e-3 of an output's largest value. Not measured on a card yet.
 ROUNDING: Final = 50.0
+#: The second run of a size is captured as a CUDA graph, the third is the first launch of it.
+WARM_RUNS: Final = 3
+
+
+def further_lanes(
+    spec: ModelSpec, opens: Callable[[], FurtherLane]
+) -> Sequence[Callable[[], FurtherLane]]:
+    """`LoadedModel.further_lanes`, each opened by `opens`; none where model.toml says how many."""
+    return () if spec.config.lanes else (opens,) * (MOST_LANES - LANES)
 
 
 def gpu_buckets(spec: ModelSpec) -> tuple[int, ...]:

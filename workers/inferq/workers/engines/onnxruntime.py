@@ -58,7 +58,7 @@ from inferq.workers.models.engine import (
     reason,
     without_padding,
 )
-from inferq.workers.models.ranges import told_inputs
+from inferq.workers.models.ranges import given_optimum_inputs
 from inferq.workers.models.signatures import Declared, named
 from inferq.workers.models.spec import ModelSpec
 from inferq.workers.models.validation import validate
@@ -153,7 +153,7 @@ class OnnxRuntimeEngine(Engine):
             "cuda" if on_cuda else "cpu",
             [OnnxRuntimeLane(session, names, options, on_cuda=on_cuda) for _ in range(count)],
             buckets=gpu_buckets(spec) if on_cuda else spec.config.buckets,
-            usual=told_inputs(spec),
+            optimum=given_optimum_inputs(spec),
             parallel_lanes=not on_cuda,
             rounding=ROUNDING if on_cuda else 1.0,
         )

@@ -31,7 +31,7 @@ import torch
 from inferq.shared.errors import ConfigError, EngineError
 from inferq.shared.schema import DTYPES, Array, Tensors
 from inferq.workers.engines.cores import usable_cores
-from inferq.workers.engines.on_gpu import LANES, ROUNDING, gpu_buckets
+from inferq.workers.engines.on_gpu import LANES, ROUNDING, WARM_RUNS, further_lanes, gpu_buckets
 from inferq.workers.engines.pt2 import check_archive
 from inferq.workers.engines.torch_program import FlatFunction, Layout, flat_function, read_layout
 from inferq.workers.models.engine import (
@@ -44,7 +44,7 @@ from inferq.workers.models.engine import (
     reason,
     without_padding,
 )
-from inferq.workers.models.ranges import told_inputs, usual_inputs
+from inferq.workers.models.ranges import given_optimum_inputs, optimum_inputs
 from inferq.workers.models.signatures import Declared
 from inferq.workers.models.spec import ModelSpec
 from inferq.workers.models.validation import Flag, TomlTable, validate
@@ -92,7 +92,7 @@ class TorchEngine(Engine):
             "cpu",
             [TorchLane(function, layout) for _ in range(spec.config.lanes or usable_cores())],
             buckets=spec.config.buckets,
-            usual=told_inputs(spec),
+            optimum=given_optimum_inputs(spec),
             parallel_lanes=True,
         )
 
@@ -108,9 +108,9 @@ class TorchEngine(Engine):
             ) from problem
         _keep_to_share()
         spec, graphs = self.spec, self._table.cuda_graphs
-        buckets, usual = gpu_buckets(spec), usual_inputs(spec)
+        buckets, optimum = gpu_buckets(spec), optimum_inputs(spec)
         with ExitStack() as stack:
-            lanes = stack.enter_context(
+            lanes, another = stack.enter_context(
                 opened(
                     program,
                     layout,
@@ -125,9 +125,10 @@ class TorchEngine(Engine):
                 "cuda",
                 lanes,
                 buckets=buckets,
-                usual=usual,
+                optimum=optimum,
                 rounding=ROUNDING,
-                runs_to_be_warm=2,  # the second is captured as a CUDA graph
+                runs_to_be_warm=WARM_RUNS,
+                further_lanes=further_lanes(spec, another),
                 free=stack.pop_all().close,
             )
 

@@ -1,26 +1,27 @@
-"""An exported program on a CUDA device: what its lanes run, in memory that is not PyTorch's.
-
-PyTorch works in the primary context, as the lanes do, on a lane's own stream. Inputs and outputs
-stand in the lane's buffers; what lies between is in memory of PyTorch's allocator.
-"""
+"""An exported program on a CUDA device, with its lanes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch.export.passes import move_to_device_pass
 
-from inferq.shared.schema import DTYPES
+from inferq.shared.errors import ConfigError
 from inferq.workers.cuda import device
-from inferq.workers.cuda.graphs import CaptureFailed
-from inferq.workers.cuda.lane import CudaLane, RowLimit, Shape
+from inferq.workers.cuda.captures import CAPTURES
+from inferq.workers.cuda.graphs import Graphs
+from inferq.workers.cuda.lane import CudaLane
+from inferq.workers.cuda.splitting import RowLimit
+from inferq.workers.engines.torch_executor import TorchExecutor, out_of_memory
 from inferq.workers.engines.torch_program import FlatFunction, Layout, flat_function
-from inferq.workers.models.engine import OutOfDeviceMemory
 from inferq.workers.models.ranges import input_ranges, profile_sizes
 from inferq.workers.models.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -32,137 +33,59 @@ def opened(
     count: int,
     buckets: tuple[int, ...],
     graphs: bool,
-) -> Iterator[Sequence[CudaLane]]:
-    """`program`, on the device, with `count` lanes, until the end.
+) -> Iterator[tuple[Sequence[CudaLane], Callable[[], CudaLane]]]:
+    """`program`, on the device, with `count` lanes, until the end, and what opens one lane more.
 
     ConfigError, EngineError, FatalEngineError or what PyTorch raises.
     """
+    _check_names(layout)
     with ExitStack() as stack:
         gpu = stack.enter_context(device.acquired())
         profiles = [input_ranges(spec, each) for each in profile_sizes(spec)]
         largest = [{span.name: span.max for span in ranges} for ranges in profiles]
-        signature, limit = layout.signature, RowLimit()
-        lanes: list[CudaLane] = []
-        with gpu:
-            function = flat_function(move_to_device_pass(program, "cuda"))
-            for _ in range(count):
-                lane = CudaLane(
-                    gpu,
-                    _Executor(function, layout),
-                    {tensor.name: tensor.dtype for tensor in signature.inputs},
-                    {tensor.name: tensor.dtype for tensor in signature.outputs},
-                    largest,
-                    limit,
-                    buckets=buckets,
-                    graphs=graphs,
-                )
-                stack.callback(lane.close)
-                lanes.append(lane)
-        yield lanes
+        signature, limit, captures = layout.signature, RowLimit(), Graphs(graphs)
+        held: list[FlatFunction] = []
+        stack.callback(_empty_cache, gpu)
+        stack.callback(held.clear)
+        with gpu, out_of_memory():
+            held.append(flat_function(move_to_device_pass(program, "cuda")))
+        del program  # its weights are held by lanes until they are closed, and by nothing else
+
+        def another() -> CudaLane:
+            lane = CudaLane(
+                gpu,
+                TorchExecutor(held[0], layout),
+                {tensor.name: tensor.dtype for tensor in signature.inputs},
+                {tensor.name: tensor.dtype for tensor in signature.outputs},
+                largest,
+                limit,
+                buckets=buckets,
+                graphs=captures,
+                spin=spec.config.gpu_wait == "spin",
+            )
+            stack.callback(lane.close)
+            return lane
+
+        yield [another() for _ in range(count)], another
 
 
-class _Executor:
-    """A caller of the program, on the memory of one lane."""
-
-    def __init__(self, function: FlatFunction, layout: Layout) -> None:
-        self._function = function
-        self._layout = layout
-        self._addresses: dict[str, int] = {}
-        self._dtypes = {
-            spec.name: DTYPES[spec.dtype]
-            for spec in (*layout.signature.inputs, *layout.signature.outputs)
-        }
-        self._outputs = [spec.name for spec in layout.signature.outputs]
-        self._shapes: dict[str, Shape] = {}
-
-    def rows(self, shapes: Mapping[str, Shape]) -> int:
-        (asked, *_) = (shape[0] for shape in shapes.values())
-        least, most = self._layout.rows or (1, None)
-        return max(least, asked if most is None else min(asked, most))
-
-    def set_shapes(self, shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
-        """Runs once, on zeros: some sizes of outputs are only known to the program."""
-        zeros = {
-            name: torch.zeros(shape, dtype=_torch_dtype(self._dtypes[name].name), device="cuda")
-            for name, shape in shapes.items()
-        }
-        answered = self._call(zeros)
-        found = {
-            name: tuple(tensor.shape) for name, tensor in zip(self._outputs, answered, strict=True)
-        }
-        torch.cuda.synchronize()
-        self._shapes = {**shapes, **found}
-        return found
-
-    def set_address(self, name: str, address: int) -> None:
-        self._addresses[name] = address
-
-    def enqueue(self, stream: int) -> None:
-        with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
-            self._compute()
-
-    def capture(self, stream: int) -> _Graph:
-        try:
-            return _Graph(torch.cuda.ExternalStream(stream), self._compute)
-        except Exception as problem:
-            raise CaptureFailed(str(problem)) from problem
-
-    def close(self) -> None:
-        self._addresses.clear()
-
-    def _compute(self) -> None:
-        inputs = {
-            leaf.name: self._on_device(leaf.name) for leaf in self._layout.leaves if leaf.is_tensor
-        }
-        for name, tensor in zip(self._outputs, self._call(inputs), strict=True):
-            self._on_device(name).copy_(tensor)
-
-    def _call(self, inputs: Mapping[str, torch.Tensor]) -> Any:
-        leaves = [
-            inputs[leaf.name] if leaf.is_tensor else leaf.constant for leaf in self._layout.leaves
-        ]
-        try:
-            with torch.inference_mode():
-                return self._function(*leaves)
-        except torch.OutOfMemoryError as problem:
-            raise OutOfDeviceMemory(str(problem)) from problem
-
-    def _on_device(self, name: str) -> torch.Tensor:
-        return torch.as_tensor(
-            _Memory(self._addresses[name], self._shapes[name], self._dtypes[name].str),
-            device="cuda",
-        )
+def _check_names(layout: Layout) -> None:
+    """A lane's memory is told apart by names."""
+    inputs = {tensor.name for tensor in layout.signature.inputs}
+    for tensor in layout.signature.outputs:
+        if tensor.name in inputs:
+            raise ConfigError(
+                f"an input and an output of the model are called {tensor.name!r}; expected each "
+                'name once with torch.device = "cuda"'
+            )
 
 
-class _Memory:
-    """A lane's buffer, by the CUDA array interface (numba's, version 3)."""
-
-    def __init__(self, address: int, shape: Shape, typestr: str) -> None:
-        self.__cuda_array_interface__ = {
-            "data": (address, False),
-            "shape": shape,
-            "typestr": typestr,
-            "version": 3,
-        }
-
-
-class _Graph:
-    """PyTorch's own: its allocator has to know what belongs to a graph."""
-
-    def __init__(self, stream: Any, compute: Any) -> None:
-        self._stream = stream
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-            compute()
-
-    def launch(self) -> None:
-        with torch.cuda.stream(self._stream):
-            self._graph.replay()
-
-    def close(self) -> None:
-        self._graph.reset()
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+def _empty_cache(gpu: device.Device) -> None:
+    """Give PyTorch's free memory back to the device, and the weights, which a cycle has kept."""
+    try:
+        # PyTorch refuses while a graph is captured, and the device is waited for.
+        with CAPTURES.shared(), gpu.entered():
+            gc.collect()
+            torch.cuda.empty_cache()
+    except Exception as problem:  # noqa: BLE001 - the process is about to end then
+        logger.warning("PyTorch's memory was not given back: %s", problem)

@@ -28,6 +28,7 @@ from inferq.shared.errors import ConfigError
 from inferq.shared.schema import DTYPES, MAX_DIMS, MAX_TENSORS, Signature, TensorSpec
 
 FlatFunction = Callable[..., Sequence[torch.Tensor]]
+Shape = tuple[int, ...]
 
 #: PyTorch has no other name for "no bound".
 _UNBOUNDED: Final = 1 << 31
@@ -55,6 +56,25 @@ class Layout:
     leaves: tuple[Leaf, ...]
     #: Least and most rows (None: no bound) that the program was exported for; None: fixed.
     rows: tuple[int, int | None] | None
+    #: Names → dims: sizes, or PyTorch's symbols and what it computes of them.
+    input_dims: Mapping[str, tuple[Any, ...]]
+    output_dims: Mapping[str, tuple[Any, ...]]
+
+    def output_shapes(self, inputs: Mapping[str, Shape]) -> dict[str, Shape] | None:
+        """The outputs' shapes for inputs of these; None: only a run tells them."""
+        values = {
+            dim: size
+            for name, shape in inputs.items()
+            for dim, size in zip(self.input_dims[name], shape, strict=True)
+            if getattr(dim, "is_symbol", False)
+        }
+        found: dict[str, Shape] = {}
+        for name, dims in self.output_dims.items():
+            sizes = [_size(dim, values) for dim in dims]
+            if None in sizes:
+                return None
+            found[name] = tuple(size for size in sizes if size is not None)
+        return found
 
 
 def flat_function(program: torch.export.ExportedProgram) -> FlatFunction:
@@ -100,7 +120,26 @@ def read_layout(program: torch.export.ExportedProgram) -> Layout:
         tuple(_spec("output", name, values[node], symbols) for name, node in outputs),
     )
     rows = _rows(program, values[inputs[0]].shape)
-    return Layout(signature, tuple(leaves), rows)
+    return Layout(
+        signature,
+        tuple(leaves),
+        rows,
+        {name: tuple(map(_expression, values[name].shape)) for name in inputs},
+        {name: tuple(map(_expression, values[node].shape)) for name, node in outputs},
+    )
+
+
+def _expression(dim: Any) -> Any:
+    """A size as it is; of any other, sympy's expression of it, which has nothing of the graph."""
+    return dim if isinstance(dim, int) else dim.node.expr
+
+
+def _size(dim: Any, values: Mapping[Any, int]) -> int | None:
+    """The size of `dim` where symbols have `values`; None: one has none."""
+    if isinstance(dim, int):
+        return dim
+    size = dim.subs(values)
+    return int(size) if size.is_Integer else None
 
 
 def _outputs(graph: ExportGraphSignature) -> list[str]:

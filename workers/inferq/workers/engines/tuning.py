@@ -123,15 +123,15 @@ def sample(
     signature: Signature,
     rows: int,
     pads: Mapping[str, PadRule],
-    usual: Mapping[str, int] | None = None,
+    optimum: Mapping[str, int] | None = None,
     *,
     batchable: bool = True,
 ) -> dict[str, Array] | None:
     """Zeros that fit `signature`; None if nothing says how large a dim is.
 
-    `usual`: symbol → size; it wins over the largest bucket of `pads`.
+    `optimum`: symbol → size; it wins over the largest bucket of `pads`.
     """
-    batch, known = signature.batch_symbol if batchable else None, usual or {}
+    batch, known = signature.batch_symbol if batchable else None, optimum or {}
     arrays: dict[str, Array] = {}
     for spec in signature.inputs:
         shape: list[int] = []

@@ -1,4 +1,4 @@
-"""Stock Flower with depths that are right, a page on inference, and a password off loopback."""
+"""Stock Flower with correct queue depths, a page Inference, and a password unless on loopback."""
 
 from __future__ import annotations
 

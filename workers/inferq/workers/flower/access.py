@@ -1,6 +1,6 @@
-"""Who may see Flower: on loopback who is on this machine, elsewhere who has the password.
+"""Decides who may see Flower: on loopback, users of this machine; elsewhere, who has the password.
 
-What a browser on this machine does for a website is another matter: see `guard`.
+`guard` handles what websites do through a browser on this machine.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from inferq.shared.errors import ConfigError
 VARIABLE: Final = "INFERQ_FLOWER_BASIC_AUTH"
 HOSTS_VARIABLE: Final = "INFERQ_FLOWER_HOSTS"
 LOOPBACK: Final = "127.0.0.1"
-#: The user of a password that is made up.
+#: The user of a generated password.
 USER: Final = "inferq"
 _RANDOM_BYTES: Final = 18
-#: As a browser writes a host: a name, or a number.
+#: A host as a browser writes it: a name or an address.
 _NAME: Final = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?|\[[0-9a-f:.]+\]")
 
 
 @dataclass(frozen=True)
 class Access:
-    """What Flower is told. `made` is true of a password that nobody knows yet."""
+    """Flower's access options. `made`: the password was generated, so nobody knows it yet."""
 
-    #: "user:password" each; empty: everybody is let in.
+    #: Each is "user:password"; empty: everybody may see Flower.
     basic_auth: tuple[str, ...]
     made: bool = False
 
@@ -46,10 +46,10 @@ def is_loopback(address: str) -> bool:
 def decide(
     address: str, given: Sequence[str], variable: str | None, *, other_login: bool = False
 ) -> Access:
-    """Who is let in to a Flower that listens on `address`.
+    """Decide who may see a Flower that listens on `address`.
 
-    `given` was set as Flower's own option, `variable` is the value of `VARIABLE`; `other_login`:
-    Flower asks for an OAuth account. ConfigError: one of them is no user:password.
+    `given`: the value of Flower's own option. `variable`: the value of `VARIABLE`. `other_login`:
+    Flower asks for an OAuth account. ConfigError if a value is no user:password.
     """
     credentials = tuple(given) or tuple((variable or "").split(",") if variable else ())
     for each in credentials:
@@ -60,7 +60,7 @@ def decide(
 
 
 def hosts(given: str | None) -> frozenset[str]:
-    """The names that `given` has between commas, in lower case. ConfigError: it has others."""
+    """The comma-separated host names in `given`, in lower case. ConfigError if one is no name."""
     names = frozenset(given.lower().split(",")) if given else frozenset()
     if not all(_NAME.fullmatch(name) for name in names):
         raise ConfigError(
@@ -71,7 +71,7 @@ def hosts(given: str | None) -> frozenset[str]:
 
 
 def _check(credential: str) -> None:
-    """ConfigError, without a word of the password, for what Flower could not compare."""
+    """ConfigError for credentials that Flower cannot compare. It does not show the password."""
     user, colon, password = credential.partition(":")
     if not (colon and user and password and credential.isascii() and credential.isprintable()):
         raise ConfigError(

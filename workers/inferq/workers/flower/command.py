@@ -92,7 +92,7 @@ def flower(
 
 
 def _check_options(given: tuple[str, ...]) -> None:
-    """Flower itself passes over what it does not know."""
+    """Refuse unknown options, which Flower itself ignores."""
     from flower.options import options as known  # noqa: PLC0415 (an extra)
 
     for option in given:

@@ -1,4 +1,4 @@
-"""What `flowerconfig.py` does: Flower's options, then its pages."""
+"""Sets Flower's options and changes its pages; `flowerconfig.py` calls it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from inferq.workers.process.visible_passwords import visible_password
 
 logger = logging.getLogger(__name__)
 
-#: Where stock Flower keeps its tasks: in the working directory.
+#: The file of stock Flower's tasks, in the working directory.
 _STOCK_DB: Final = "flower"
 
 
@@ -67,19 +67,19 @@ def configure() -> None:
 
 
 def _check_tls(client: redis.Redis) -> None:
-    """ConfigError: what Flower would be shown, and log, again and again."""
+    """ConfigError for TLS errors that Flower would otherwise meet and log again and again."""
     try:
         client.ping()
     except WrongTls as problem:
         raise ConfigError(f"Redis cannot be reached: {problem}") from None
-    except RedisError as problem:  # it may come; until then the pages say so
+    except RedisError as problem:  # Redis may come; until then the pages say so
         logger.warning("Redis does not answer yet: %s", problem)
 
 
 def _decide_access(options: Any) -> None:
     if not options.address:  # stock Flower would listen on all of them
         options.address = access.LOOPBACK
-    # Whoever reaches a Unix socket is on this machine.
+    # Only users of this machine reach a Unix socket.
     address = access.LOOPBACK if options.unix_socket else options.address
     given = options.basic_auth or []
     decided = access.decide(
@@ -106,7 +106,7 @@ def _decide_access(options: Any) -> None:
 
 
 def _keep_tasks_apart(options: Any) -> None:
-    """Tasks that are kept are unpickled: by default not what stands in the working directory."""
+    """Stored tasks are unpickled, so by default they are not read from the working directory."""
     shelves.guard("--db")
     if options.persistent and options.db == _STOCK_DB:
         folder = user_cache() / "flower"

@@ -1,8 +1,8 @@
-"""The page Inference's figures: rates and percentiles of the last seconds, from workers' counts.
+"""Figures of the page Inference: rates and percentiles of the last seconds, from workers' counts.
 
-Workers publish what they counted since their start (see `metrics.counts`). What happened in the
-last `WINDOW_S` seconds is the difference between what one says now and what it said then, so some
-of what was said is kept: of each live worker at most one snapshot per `SPACING_S` seconds.
+Workers publish what they have counted since their start (see `data_plane.counts`). What happened in
+the last `WINDOW_S` seconds is the difference between a worker's counts now and then. So for each
+live worker at most one snapshot per `SPACING_S` seconds is kept.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from inferq.workers.data_plane.counts import ROWS, SECONDS, Histogram, ModelStat
 from inferq.workers.flower.readings import MODELS, Reading
 from inferq.workers.queues.depths import Depth
 
-#: Seconds that rates and percentiles are taken over.
+#: Seconds over which rates and percentiles are taken.
 WINDOW_S: Final = 20.0
 SPACING_S: Final = 4.0
-#: Workers that are looked at, and points of a model's course, at most.
+#: Most workers that are read, and most points of a model's curve.
 WORKERS: Final = 200
 POINTS: Final = 60
 #: Names in one note, at most.
 NAMES: Final = 20
-#: Seconds between two points of a course.
+#: Seconds between two points of a curve.
 POINT_S: Final = 2.0
-#: Where a request's time goes, in its order: what the page calls it and the field of `ModelStats`.
+#: The parts of a request's time, in order: name on the page → field of `ModelStats`.
 PARTS: Final = {
     "queue": "queue_s",
     "input": "compute_input_s",
@@ -49,7 +49,7 @@ class Batches(msgspec.Struct, frozen=True):
 
 
 class Rates(msgspec.Struct, frozen=True, kw_only=True):
-    """What workers did with one model in the last seconds. None: nothing to take it from."""
+    """What workers did with one model in the last seconds. None: not known."""
 
     #: Seconds that this covers.
     window_s: float
@@ -59,7 +59,7 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     batches_per_s: float
     #: Rows.
     mean_batch: float | None
-    #: Part of the computed rows that was padding, and part of their time that lanes computed.
+    #: Share of padding in the computed rows, and share of the time that lanes computed.
     padding: float | None
     busy: float | None
     batches: Sequence[Batches]
@@ -70,7 +70,7 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One model: what waits, as Redis says, and what workers say. None: nobody does."""
+    """One model: what waits, by Redis, and what workers report. None: no worker reports it."""
 
     model: str
     depth: int = 0
@@ -88,11 +88,11 @@ class ModelRow(msgspec.Struct, frozen=True, kw_only=True):
     lanes_busy: int = 0
     target_batch_size: int | None = None
     max_batch_size: int | None = None
-    #: What an audit found wrong with its answers; None: nothing. And whether it has no batches now.
+    #: What an audit found wrong with its answers (None: nothing), and whether it runs unbatched.
     mismatch: str | None = None
     unbatched: bool = False
     rates: Rates | None = None
-    #: The course of `requests_per_s` and `depth`, oldest first.
+    #: The curves of `requests_per_s` and `depth`, oldest first.
     rate_points: Sequence[float] = ()
     depth_points: Sequence[int] = ()
 
@@ -110,24 +110,24 @@ class WorkerRow(msgspec.Struct, frozen=True, kw_only=True):
     lanes: int
     lanes_busy: int
     up_s: float
-    #: Seconds since it said something new.
+    #: Seconds since it published something new.
     silent_s: float
     gpu: Mapping[str, float] | None
     versions: Mapping[str, str]
 
 
 class Missing(msgspec.Struct, frozen=True, kw_only=True):
-    """A model that workers were to serve and do not; `version`: or that newest version of it."""
+    """A model, or that newest `version` of it, that workers were told to serve and do not."""
 
     model: str
     version: int | None
     reason: str
-    #: The workers that say so.
+    #: The workers that report it.
     nodes: Sequence[str]
 
 
 class Page(msgspec.Struct, frozen=True, kw_only=True):
-    """All that the page shows. `problem`: why it is not of now."""
+    """All that the page shows. `problem`: why it is not up to date."""
 
     models: Sequence[ModelRow] = ()
     workers: Sequence[WorkerRow] = ()
@@ -136,13 +136,13 @@ class Page(msgspec.Struct, frozen=True, kw_only=True):
     age_s: float | None = None
     problem: str | None = None
     notes: Sequence[str] = ()
-    #: A percentile of so many seconds is one of as many or more.
+    #: A percentile that equals this many seconds may be longer.
     longest_s: float = SECONDS[-1]
 
 
 @dataclass
 class _Known:
-    """What one worker said."""
+    """What one worker published."""
 
     latest: WorkerStats
     #: time.monotonic() when `latest` was new.
@@ -157,7 +157,7 @@ class _Course:
 
 
 class Figures:
-    """Keeps what is needed of past readings, and makes the page of the last one."""
+    """Keeps what is needed of past readings, and makes the page from the last one."""
 
     def __init__(self) -> None:
         self._known: dict[str, _Known] = {}
@@ -227,7 +227,7 @@ class Figures:
         self._known = {name: known for name, known in self._known.items() if name in live}
         for worker in stats:
             known = self._known.get(worker.incarnation)
-            # Its clock may have been set, and nobody may have looked for long.
+            # The worker's clock may have been set, or nobody may have looked for a long time.
             if known is None or not 0 <= worker.at - known.latest.at <= WINDOW_S:
                 kept = deque([worker], maxlen=int(WINDOW_S / SPACING_S) + 2)
                 self._known[worker.incarnation] = _Known(worker, now, kept)
@@ -268,7 +268,7 @@ class Figures:
 
 
 def _missing(stats: Sequence[WorkerStats]) -> list[Missing]:
-    """Each with all workers that say the same of it."""
+    """Each missing model, with all workers that report the same reason."""
     nodes: dict[tuple[str, int, str], list[str]] = {}
     for worker in stats:
         for each in worker.not_served:
@@ -333,7 +333,7 @@ def _row(
 
 
 def _rates(changes: Sequence[tuple[ModelStats, ModelStats, float]]) -> Rates:
-    """Each of `changes` is what a worker said then and says now, so many seconds later."""
+    """Each of `changes`: a worker's counts then, its counts now, and the seconds in between."""
     ended = failures = batches = busy = 0.0
     rows = padding = 0
     for before, after, seconds in changes:
@@ -366,7 +366,7 @@ def _rates(changes: Sequence[tuple[ModelStats, ModelStats, float]]) -> Rates:
 def _since(
     changes: Iterable[tuple[ModelStats, ModelStats, float]], field: str, bounds: Sequence[float]
 ) -> Histogram:
-    """What was observed meanwhile. A worker that counts by other bounds is passed over."""
+    """What was observed meanwhile. A worker with other bounds is left out."""
     size = len(bounds) + 1
     sum_, counts = 0.0, [0] * size
     for before, after, _ in changes:
@@ -385,7 +385,7 @@ def _mean(histogram: Histogram) -> float | None:
 
 
 def _batches(sizes: Histogram) -> list[Batches]:
-    """From the first size that occurred to the last."""
+    """Bars from the first size that occurred to the last."""
     occurred = [place for place, count in enumerate(sizes.counts) if count]
     if not occurred:
         return []
@@ -397,5 +397,5 @@ def _batches(sizes: Histogram) -> list[Batches]:
 
 
 def _rounded(value: float) -> float:
-    """Four digits that say something."""
+    """Rounded to four significant digits."""
     return float(f"{value:.4g}")

@@ -1,10 +1,10 @@
-"""What inferq changes in Flower: all that leans on Flower's inside stands here.
+"""What inferq changes in Flower. All that depends on Flower's private parts is here.
 
-Flower's list of routes and its Tornado settings are objects that it reads when its application is
-made, so they are changed in place before that: two pages and an endpoint are replaced by subclasses
-of themselves, our own are added, and templates are looked for among ours first. So is the receiver
-of events. No class of Flower's is touched. `TESTED` is what the tests of this module hold for; see
-`is_tested`.
+Flower reads its list of routes and its Tornado settings when it makes its application, so they are
+changed in place before that: two pages and an endpoint are replaced by subclasses of themselves,
+inferq's pages are added, and templates are looked for among inferq's first. The receiver of events
+is replaced, too. No class of Flower is changed. The tests of this module hold for the release
+`TESTED`; see `is_tested`.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from inferq.shared.celery_app import PING_S
 from inferq.shared.connect import redact
 from inferq.workers.flower import rows
 from inferq.workers.flower.figures import WINDOW_S, Figures
-from inferq.workers.flower.readings import Readings, Told
+from inferq.workers.flower.readings import Latest, Readings
 
 #: The releases of Flower that this was tested with.
 TESTED: Final = "2.2"
-#: Where the stock navigation ends that of its own pages.
+#: The end of the links to Flower's own pages in its navigation.
 _LAST_LINK: Final = ">Broker</a>\n        </li>\n"
 _OUR_LINK: Final = """\
         <li class="nav-item">
@@ -52,7 +52,7 @@ _ASSETS: Final = {"inference.js": "text/javascript", "inference.css": "text/css"
 
 
 class Changed(Exception):
-    """This Flower is not put together as the tested one was."""
+    """This Flower is not built like the tested one."""
 
 
 def is_tested(version: str) -> bool:
@@ -66,7 +66,7 @@ def install(readings: Readings, redis_url: str) -> None:
     loader = _Templates(urls.settings["template_path"])
     loader.check()
     if getattr(events, "EventReceiver", None) is not EventReceiver:
-        raise Changed("it receives events otherwise")
+        raise Changed("it receives events in another way")
     events.EventReceiver = WatchedReceiver
     urls.handlers[:] = routes
     urls.settings.update(
@@ -78,7 +78,7 @@ def install(readings: Readings, redis_url: str) -> None:
 
 
 class WatchedReceiver(EventReceiver):  # type: ignore[misc]
-    """Notices a connection that carries nothing any more, which kombu does in event loops only."""
+    """Notices a dead connection, which kombu does only in event loops."""
 
     _cycle: Any = None
     _look_at = 0.0
@@ -96,7 +96,7 @@ class WatchedReceiver(EventReceiver):  # type: ignore[misc]
 
 
 def _routes(stock: Sequence[Any]) -> list[Any]:
-    """Flower's routes with ours among them; those are tried in their order."""
+    """Flower's routes with inferq's among them. They are tried in order."""
     replaced: dict[type, Any] = {
         BrokerView: web.url(r"/broker", BrokerPage, name="broker"),
         GetQueueLengths: (r"/api/queues/length", QueueLengths),
@@ -121,14 +121,14 @@ def _handler(route: Any) -> Any:
 
 
 class _Templates(Loader):
-    """Our templates, and Flower's where we have none of the name. Paths are names in one folder."""
+    """inferq's templates, and Flower's for all other names. Paths are names in one folder."""
 
     def __init__(self, stock: str) -> None:
         super().__init__(stock)
         self._stock = Path(stock)
 
     def check(self) -> None:
-        """Raises `Changed` if a template cannot be made of Flower's."""
+        """Raises `Changed` if inferq's templates do not fit Flower's."""
         try:
             if _LAST_LINK not in (self._stock / "navbar.html").read_text():
                 raise Changed("its navigation cannot be added to")
@@ -148,13 +148,13 @@ class _Templates(Loader):
         return Template(text, name=name, loader=self)
 
 
-async def _latest(handler: Any) -> Told:
+async def _latest(handler: Any) -> Latest:
     readings: Readings = handler.settings["inferq_readings"]
     return await readings.latest({*_consumed(handler), handler.capp.conf.task_default_queue})
 
 
 def _consumed(handler: Any) -> set[str]:
-    """Queues that a worker said it consumes, when it was asked last."""
+    """Queues that workers said they consume, when they were last asked."""
     return {
         str(queue.get("name"))
         for info in list(handler.application.workers.values())
@@ -163,7 +163,7 @@ def _consumed(handler: Any) -> set[str]:
 
 
 class BrokerPage(BrokerView):  # type: ignore[misc]
-    """All models' queues and the queues of others that a worker consumes, or that wait for one."""
+    """All models' queues, and other queues that a worker consumes or that hold messages."""
 
     @web.authenticated
     async def get(self) -> None:
@@ -198,13 +198,13 @@ class QueueLengths(GetQueueLengths):  # type: ignore[misc]
 
 
 class GuardedMetrics(Metrics):  # type: ignore[misc]
-    """Flower's metrics and the depths, for those only who may see the pages."""
+    """Flower's metrics and the depths, only for users who may see the pages."""
 
     async def get(self) -> None:
         if not self.current_user:
             raise web.HTTPError(403)
         self.application.purge_offline_worker_metrics()
-        loop = asyncio.get_running_loop()  # the depths are waited for
+        loop = asyncio.get_running_loop()  # reading the depths blocks
         self.set_header("Content-Type", CONTENT_TYPE_LATEST)
         self.write(await loop.run_in_executor(None, generate_latest))
 

@@ -1,11 +1,11 @@
-"""What Flower answers, and to whose pages: websites that an operator visits get nothing of it.
+"""Keeps websites that an operator visits from reading Flower through the operator's browser.
 
-A Flower on loopback asks for no password, since whoever is on this machine may see it. So may his
-browser, in which any website runs. One whose name is made to resolve to 127.0.0.1 would have the
-browser take Flower for that website, and read it; but then the browser names the website as Host.
-One that sends requests as they are is named as their Origin. Both must be of this machine.
+A Flower on loopback asks for no password, since users of this machine may see it. So may their
+browsers, in which any website runs. A website can make its name resolve to 127.0.0.1; the browser
+then takes Flower for that website and lets it read Flower, but names the website as Host. If a
+website sends requests directly, the browser names it as Origin. Both must be names of this machine.
 
-No page of Flower's is shown within another one, where clicks on it can be stolen.
+No page of Flower may be shown within another page, where clicks can be stolen.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _HEADERS: Final = {
     "X-Frame-Options": "DENY",  # the same to old browsers
 }
 _HOST: Final = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]:@,/\s]+)(?::[0-9]+)?")
-#: Of a refused header, as much is repeated.
+#: Characters of a refused header that the answer repeats.
 _MOST: Final = 100
 
 
 def install(hosts: Collection[str] | None) -> bool:
-    """Have the Flower that is about to be made in this process refuse the requests of strangers.
+    """Make the Flower that is about to start in this process refuse requests of strangers.
 
-    `hosts`: names that it is asked for by, besides this machine's own; None: all will do. False:
-    this Flower is not made as the tested one is, and nothing was done.
+    `hosts`: names of this Flower besides this machine's own; None: any name. Returns False if this
+    Flower is not built like the tested one; then nothing was changed.
     """
     if getattr(command, "Flower", None) is not Flower:
         return False
@@ -45,7 +45,7 @@ def install(hosts: Collection[str] | None) -> bool:
 
 
 def stranger(request: HTTPServerRequest, hosts: Collection[str]) -> str | None:
-    """What a request says of whom it was meant for or is from, if that is no name of ours."""
+    """The Host or Origin of a request, if it is no name of this Flower; else None."""
     host = request.headers.get("Host")
     if host is not None and not _is_ours(host, hosts):  # a browser always sends one
         return f"Host {_short(host)}"
@@ -91,13 +91,13 @@ class _Guarded(Flower):  # type: ignore[misc]
 
 
 class _Refused(RequestHandler):
-    """Says no, and how an operator has it say yes."""
+    """Refuses, and says how an operator can permit the request."""
 
     def initialize(self, who: str) -> None:
         self._who = who
 
     def check_xsrf_cookie(self) -> None:
-        """There is nothing to guard."""
+        """Nothing needs this check here."""
 
     def prepare(self) -> None:
         self.set_status(403)

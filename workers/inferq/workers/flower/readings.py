@@ -1,4 +1,4 @@
-"""What Redis says, for Flower's pages: read off Flower's event loop and kept for a second."""
+"""Reads Redis for Flower's pages, outside of Flower's event loop; keeps readings for a second."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Of the connection to Redis, in s: a page says that it is away rather than wait longer.
+#: Timeouts of the connection to Redis, in s. After them a page says that Redis is away.
 CONNECT_TIMEOUT_S: Final = 1.0
 SOCKET_TIMEOUT_S: Final = 2.0
-#: Seconds that a page waits for a reading; what it shows then is the one before.
+#: Seconds that a page waits for a reading. After that it shows the one before.
 PATIENCE_S: Final = 4.0
-#: Seconds that a reading serves all who ask.
+#: Seconds for which a reading is used again.
 FRESH_S: Final = 1.0
-#: Models, and queues of others, that are read at most.
+#: Most models, and most foreign queues, that are read.
 MODELS: Final = 500
 FOREIGN: Final = 200
-#: Looking for models goes through all keys of Redis. So it is done every `LOOK_EVERY_S` seconds,
-#: and where it takes long, for one part in `LOOK_SHARE` of the time. Models that a worker serves
-#: are known without.
+#: Looking for models reads all keys of Redis. So it is done every `LOOK_EVERY_S` seconds and, if it
+#: takes long, for at most one part in `LOOK_SHARE` of the time. Models with a worker are known
+#: without it.
 LOOK_EVERY_S: Final = 2.0
 LOOK_SHARE: Final = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """One look at Redis."""
+    """One reading of Redis."""
 
     #: time.monotonic() at its end.
     at: float
     depths: Depths
-    #: Messages in queues that are none of ours, by name.
+    #: Messages in queues that are not inferq's, by name.
     foreign: Mapping[str, int]
     stats: Sequence[WorkerStats]
     #: Models beyond `MODELS`.
     left_out: int
 
     def notes(self) -> list[str]:
-        """What is not shown, in words."""
+        """Sentences that say what is not shown."""
         unread = self.depths.later_unread
         told = {
             f"{self.left_out} more models are not shown.": self.left_out,
@@ -64,15 +64,15 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Told:
-    """The last good reading (None: there was none yet), and why there is none of now."""
+class Latest:
+    """The last good reading (None: there was none yet), and why there is no newer one."""
 
     reading: Reading | None
     problem: str | None = None
 
 
 class Readings:
-    """Reads at most once per `FRESH_S`, whoever asks. Use it from one event loop."""
+    """Reads at most once per `FRESH_S`, for all callers. Use it from one event loop."""
 
     def __init__(
         self, client: redis.Redis, names: Names, *, clock: Callable[[], float] = time.monotonic
@@ -81,21 +81,22 @@ class Readings:
         self._names = names
         self._reader = DepthReader(client, names)
         self._clock = clock
-        # One thread reads and one looks for models: a Redis that hangs holds no more than that.
+        # One thread reads and one looks for models: a Redis that hangs blocks no more than these.
         self._executor = ThreadPoolExecutor(2, thread_name_prefix="inferq-readings")
         self._last: Reading | None = None
         self._problem: str | None = None
         self._read_at = -math.inf
         self._reading: asyncio.Future[None] | None = None
-        #: All that have a queue or the like, first those that workers know; None: not looked yet.
+        #: All models that have a queue or other keys, those of workers first; None: not looked for
+        #: yet.
         self._models: list[str] | None = None
         self._look_at = -math.inf
         self._looking: asyncio.Future[None] | None = None
 
-    async def latest(self, queues: Collection[str] = ()) -> Told:
-        """What is known now; `queues` names others, foreign to inferq, to be counted too.
+    async def latest(self, queues: Collection[str] = ()) -> Latest:
+        """The latest reading. `queues`: foreign queues to count as well.
 
-        Never raises for Redis' sake, and waits `PATIENCE_S` at most.
+        Raises no errors of Redis, and waits at most `PATIENCE_S`.
         """
         now = self._clock()
         if self._looking is None and now >= self._look_at:
@@ -106,17 +107,17 @@ class Readings:
         if self._reading is not None:
             waited, _ = await asyncio.wait({self._reading}, timeout=PATIENCE_S)
             if not waited:
-                return Told(self._last, f"Redis has not answered for {PATIENCE_S:g} s")
-        return Told(self._last, self._problem)
+                return Latest(self._last, f"Redis has not answered for {PATIENCE_S:g} s")
+        return Latest(self._last, self._problem)
 
     async def _look(self) -> None:
-        """Find all models, which may take long: readings go on with those known before."""
+        """Find all models. That may take long; meanwhile readings use those known before."""
         began, wait_s = self._clock(), LOOK_EVERY_S
         try:
             self._models = await self._in_thread(self._reader.models)
             wait_s = max(wait_s, LOOK_SHARE * (self._clock() - began))
         except RedisError as problem:
-            logger.debug("models were not looked for: %s", problem)  # the reading says so
+            logger.debug("models were not looked for: %s", problem)  # the reading reports it
         except Exception:
             logger.exception("models could not be looked for")
         finally:
@@ -144,7 +145,7 @@ class Readings:
     def _ask(self, known: Sequence[str], foreign: Sequence[str]) -> Reading:
         stats = read_stats(self._client, self._names)
         served = {model.model for worker in stats for model in worker.models}
-        # Those that workers know come first: whoever may push makes as many others as it likes.
+        # Models that workers know come first: anybody who may push can make any number of others.
         models = list(dict.fromkeys([*sorted(filter(is_model_name, served)), *known]))
         return Reading(
             depths=self._reader.read(sorted(models[:MODELS])),
@@ -163,6 +164,6 @@ class Readings:
                     pipe.llen(f"{names.prefix}{queue}{end}")
             lengths = pipe.execute(raise_on_error=False)
         steps = len(names.priority_steps)
-        # A name that holds something else than a list counts as empty.
+        # A key that is no list counts as empty.
         counts = [each if isinstance(each, int) else 0 for each in lengths]
         return {queue: sum(counts[n * steps : (n + 1) * steps]) for n, queue in enumerate(queues)}

@@ -14,7 +14,7 @@ from inferq.workers.queues.depths import Depth
 
 @dataclass(frozen=True, kw_only=True)
 class Queue:
-    """One queue; `depth` is of a model's, None: the queue is another's."""
+    """One queue. `depth`: its model's figures; None: the queue is no model's."""
 
     name: str
     messages: int
@@ -22,20 +22,20 @@ class Queue:
 
     @property
     def by_priority(self) -> str:
-        """Such as "0: 12, 9: 3"; empty unless other priorities than the default wait."""
+        """For example "0: 12, 9: 3"; empty if only the default priority waits."""
         split = self.depth.by_priority if self.depth else {}
         waiting = {step: count for step, count in split.items() if count}
         return ", ".join(f"{step}: {n}" for step, n in waiting.items()) if any(waiting) else ""
 
     @property
     def oldest(self) -> str | None:
-        """How long the oldest waits."""
+        """How long the oldest request has waited."""
         seconds = self.depth.oldest_age_s if self.depth else None
         return None if seconds is None else age(seconds)
 
     @property
     def warning(self) -> str | None:
-        """What an operator should look at."""
+        """A warning for the operator."""
         if self.depth is None:
             return None
         if self.depth.depth and not self.depth.consumers:
@@ -45,7 +45,7 @@ class Queue:
         return None
 
     def as_json(self) -> Mapping[str, Any]:
-        """Flower's keys first, then ours."""
+        """Flower's keys first, then inferq's."""
         depth = self.depth
         if depth is None:
             return {"name": self.name, "messages": self.messages}
@@ -64,7 +64,7 @@ class Queue:
 
 
 def queues(reading: Reading, consumed: Collection[str]) -> list[Queue]:
-    """All queues of models, then those of others that are `consumed` or hold something."""
+    """All models' queues, then others that are `consumed` or hold messages."""
     ours = [
         Queue(name=queue_of(depth.model), messages=depth.depth, depth=depth)
         for depth in reading.depths.models

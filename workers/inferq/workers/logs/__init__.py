@@ -1,1 +1,1 @@
-"""Log lines: what they tell in fields, their JSON form, and how many of a kind there may be."""
+"""Log lines: their fields, their JSON form, and limits against floods."""

@@ -1,4 +1,4 @@
-"""What a log line tells beside its text, as fields that JSON lines carry (`extra=`)."""
+"""The fields of a log line beside its text (`extra=`), which JSON lines contain."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any, Final
 
-#: Request ids that one line names at most; `requests` counts them all where there are more.
+#: Most request ids in one line; `requests` counts all of them if there are more.
 MAX_IDS: Final = 32
 
 #: The fields of a JSON line, in order, after time, level, logger, message and node.
@@ -23,5 +23,5 @@ def about(*request_ids: str | None, model: str | None = None, **others: object) 
 
 
 def few(ids: Iterable[str | None]) -> list[str]:
-    """The first ones: a line stays short."""
+    """The first ids, so that a line stays short."""
     return list(islice((each for each in ids if each is not None), MAX_IDS))

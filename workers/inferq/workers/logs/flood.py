@@ -1,4 +1,4 @@
-"""Keeps those whose requests are bad, however many, from filling the logs of a worker."""
+"""Limits repeated log lines, so that many bad requests do not fill a worker's log."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-#: Lines of one kind that are written within so many seconds; the next one tells of the others.
+#: Lines of one kind that are written within WINDOW_S; the next one says how many were left out.
 BURST: Final = 20
 WINDOW_S: Final = 10.0
-#: Kinds that are counted; more are those of somebody who puts data into the text itself.
+#: Most kinds that are counted; there are more only if some code puts data into the text itself.
 MAX_KINDS: Final = 256
 
 
 class Flood(logging.Filter):
     """Lets BURST lines of a kind (text before it is filled in, level, model) pass in WINDOW_S.
 
-    DEBUG lines all pass: who asks for those wants them.
+    All DEBUG lines pass: who turns DEBUG on wants them.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -9,9 +9,9 @@ from typing import Any, Final
 
 from inferq.workers.logs.fields import FIELDS
 
-#: Bytes of a line at most: Docker's log drivers split longer ones.
+#: Most bytes of a line: Docker's log drivers split longer ones.
 MAX_LINE: Final = 16_000
-#: Bytes that each part may take of it.
+#: Most bytes of each part of it.
 MAX_MESSAGE: Final = 3_000
 MAX_EXCEPTION: Final = 7_000
 MAX_FIELD: Final = 150
@@ -54,7 +54,7 @@ def fit(text: str, most: int) -> str:
     """`text`, without its middle if it takes more than `most` (at least 100) bytes in JSON."""
     if len(text) <= most and _size(text) <= most:
         return text
-    half = (most - 50) // 2  # what is said of the middle takes less than 50
+    half = (most - 50) // 2  # the note about the middle takes less than 50
     head = _head(text[:half], half)
     tail = _head(text[: -half - 1 : -1], half)[::-1]
     return f"{head} […{len(text) - len(head) - len(tail)} characters…] {tail}"
@@ -73,7 +73,7 @@ def _size(text: str) -> int:
 def _message(record: logging.LogRecord) -> str:
     try:
         return record.getMessage()
-    except Exception as problem:  # noqa: BLE001 - somebody else's: arguments that do not fit
+    except Exception as problem:  # noqa: BLE001 - another library's arguments that do not fit its text
         return f"{record.msg!r} cannot be filled in: {problem!r}"
 
 

@@ -1,4 +1,4 @@
-"""Keeps what clients write from looking like a log line of its own."""
+"""Keeps text of clients from looking like a log line of its own."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from inferq.workers.logs.printing import plain
 class OneLine(logging.Filter):
     """Escapes line breaks and control characters in what is filled into a line's text.
 
-    And in the texts of the exceptions of its traceback. The line's own text, and the stack, keep
-    those that they have.
+    Also in the texts of the exceptions of its traceback. The line's own text, and the stack, keep
+    their line breaks.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -23,7 +23,7 @@ class OneLine(logging.Filter):
         elif args:
             record.args = tuple(map(_harmless, args))
         if record.exc_info and not record.exc_text:
-            record.exc_text = traces.told(record.exc_info)  # which formatters take as it is
+            record.exc_text = traces.format_traceback(record.exc_info)  # formatters use it as it is
         return True
 
 
@@ -32,6 +32,6 @@ def _harmless(value: object) -> object:
         return value
     try:
         text = str(value)
-    except Exception:  # noqa: BLE001 - logging says so itself when it fills in the text
+    except Exception:  # noqa: BLE001 - logging reports it itself when it fills in the text
         return value
     return value if text.isprintable() else plain(text)

@@ -1,7 +1,7 @@
-"""What commands print: text that steers no terminal, tables, JSON.
+"""Prints what commands show: text without control characters, tables, JSON.
 
-Names in a model's files, what Redis holds and what messages say is written by others. All of it is
-printed here, and by nothing else.
+Others write the names in model files, the values in Redis and the texts of messages. Commands print
+them only through this module.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import click
 
 
 def say(text: str, *, err: bool = False, mark: str = "", colour: str | None = None) -> None:
-    """Print lines to stdout, `err`: to stderr; before them `mark`, on a terminal in `colour`."""
+    """Print lines to stdout (`err`: to stderr), after `mark`; a terminal shows it in `colour`."""
     shown = click.style(plain(mark), fg=colour) if colour else plain(mark)
     click.echo(shown + plain_lines(text), err=err)
 
 
 def say_json(document: object) -> None:
-    """Print JSON, in which all that is not ASCII is escaped."""
+    """Print JSON, with everything escaped that is not ASCII."""
     click.echo(json.dumps(document, indent=2).replace("\x7f", "\\u007f"))
 
 
 @contextmanager
 def plain_failures() -> Iterator[None]:
-    """While a command runs: what it fails with is told in plain text, too."""
+    """While a command runs: its failure is also printed without control characters."""
     try:
         yield
     except click.ClickException as failure:
@@ -57,7 +57,7 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def plain(value: object) -> str:
-    """Fit for a terminal: what others wrote does not steer it."""
+    """`value` without control characters, which could steer a terminal."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
@@ -68,7 +68,7 @@ def plain_lines(text: str) -> str:
 
 
 def age(seconds: float) -> str:
-    """In the unit that suits it."""
+    """A duration in a suitable unit."""
     for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"

@@ -1,4 +1,4 @@
-"""Says what takes long while it does: whoever waits for it, or it ends, is to know for what."""
+"""Logs that something takes long while it still runs, so that who waits knows for what."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Final
 
 from inferq.workers.logs.fields import about
 
-#: Seconds after which it is said.
-TOLD_S: Final = 10.0
+#: Seconds after which it is logged.
+SLOW_S: Final = 10.0
 
 
 @contextmanager
-def told_if_slow(logger: logging.Logger, model: str, what: str) -> Iterator[None]:
-    """One line, once `what` of `model` has taken `TOLD_S` seconds inside and goes on."""
+def warn_if_slow(logger: logging.Logger, model: str, what: str) -> Iterator[None]:
+    """Log one line if `what` of `model` has taken `SLOW_S` seconds in this context and goes on."""
     timer = threading.Timer(
-        TOLD_S,
+        SLOW_S,
         logger.warning,
-        ["model %s: %s has taken %g s so far, and goes on", model, what, TOLD_S],
+        ["model %s: %s has taken %g s so far, and goes on", model, what, SLOW_S],
         {"extra": about(model=model)},
     )
     timer.daemon = True

@@ -1,6 +1,6 @@
-"""A process whose stderr is JSON lines, as far as Python writes them.
+"""Makes what Python writes to a process' stderr JSON lines.
 
-What libraries in C or C++ write to file descriptor 2 themselves stays as they write it.
+What C and C++ libraries write to file descriptor 2 stays as it is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ logger = logging.getLogger("inferq")
 def write_json(formatter: JsonLines, node: str) -> None:
     """Log lines, warnings, uncaught exceptions and prints to stderr are JSON from now on.
 
-    Lines that name no other node are `node`'s.
+    `node`: the node of lines that name no other.
     """
     formatter.node = node
     handler = logging.StreamHandler(sys.__stderr__)
@@ -35,12 +35,12 @@ def write_json(formatter: JsonLines, node: str) -> None:
 
 
 class Lines(io.TextIOBase):
-    """A text stream: each line that is written to it goes to `tell`, several at once as one."""
+    """A text stream that passes each line written to it to `tell`; several at once go as one."""
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         super().__init__()
         self._tell = tell
-        #: What each thread has begun, and whether it is telling.
+        #: The line that each thread has begun, and whether it is in `tell`.
         self._own = threading.local()
 
     def writable(self) -> bool:
@@ -51,7 +51,7 @@ class Lines(io.TextIOBase):
             raise TypeError(f"expected str, not {type(text).__name__}")
         begun: str = getattr(self._own, "begun", "") + text
         whole, newline, self._own.begun = begun.rpartition("\n")
-        # What telling writes here itself, such as a handler's own failure, has nowhere to go.
+        # What `tell` itself writes here, such as a handler's own failure, is dropped.
         if newline and whole.strip() and not getattr(self._own, "telling", False):
             self._own.telling = True
             try:

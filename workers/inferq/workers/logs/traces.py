@@ -1,7 +1,7 @@
-"""Tracebacks as text in which nobody but Python begins a line.
+"""Formats tracebacks so that texts of clients cannot begin a line.
 
-An exception's text often quotes what a client wrote, line breaks and escape codes among it. Here
-each exception's text is one line; the lines of the stack, which come from files, stay as they are.
+An exception's text often quotes what a client wrote, with line breaks and escape codes. Here each
+exception's text is one line. The lines of the stack, which come from files, stay as they are.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _WITHIN: Final = "\nThe above exception group holds this one:\n\n"
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
 
-def told(exc_info: ExcInfo) -> str:
-    """The traceback, as logging's own formatter tells it but for the exceptions' texts."""
+def format_traceback(exc_info: ExcInfo) -> str:
+    """The traceback as logging's own formatter writes it, except for the exceptions' texts."""
     kind, problem, trace = exc_info
     if kind is None or problem is None:
         return "NoneType: None"
@@ -53,7 +53,7 @@ def _parts(last: TracebackException) -> Iterator[str]:
 def _one_line(found: TracebackException) -> str:
     try:
         text = "".join(found.format_exception_only()).rstrip("\n")
-    except Exception as problem:  # noqa: BLE001 - somebody else's: its text is what fails
+    except Exception as problem:  # noqa: BLE001 - another library's exception whose text fails
         text = f"an exception that cannot be told: {type(problem).__name__}"
     text = plain(text)
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}…"

@@ -1,1 +1,1 @@
-"""What a worker counts, how others read it, and how Prometheus does."""
+"""How others read what a worker counts: from Redis, and by Prometheus."""

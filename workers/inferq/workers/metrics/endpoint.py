@@ -1,8 +1,8 @@
-"""A worker's own little HTTP server, for Prometheus: ``/metrics`` and ``/healthz``.
+"""A worker's small HTTP server for Prometheus: ``/metrics`` and ``/healthz``.
 
-One thread with an event loop of its own. Whatever a scraper does, the request path does not notice:
-each connection has a few seconds, a short request and one answer, and there are few at a time
-(`visitors`), the newest among them.
+It runs in a thread with an event loop of its own. No scraper can disturb the request path: each
+connection has a few seconds, a short request and one answer, and there are few at a time
+(`visitors`), always including the newest.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ logger = logging.getLogger(__name__)
 ANSWER_WITHIN_S: Final = 5.0
 #: Bytes that a request may have.
 MAX_REQUEST_BYTES: Final = 8 * 1024
-#: Connections that the kernel holds until there is time for them.
+#: Connections that the kernel queues until they are accepted.
 _BACKLOG: Final = 128
-#: Why none can be accepted for the moment, and seconds until that is tried again.
+#: Errors after which none can be accepted for the moment, and seconds until the next attempt.
 _NOTHING_LEFT: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _PAUSE_S: Final = 0.5
-#: What is wrong with the listening socket itself.
+#: Errors of the listening socket itself.
 _BROKEN: Final = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK)
 _REASONS: Final = {
     200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed",
@@ -48,7 +48,7 @@ Answer = tuple[int, str, bytes]
 
 
 class Endpoint:
-    """Serves `registry` at `address`. `problem` says why the worker does not serve; None: it does.
+    """Serves `registry` at `address`. `problem` returns why the worker does not serve, or None.
 
     Its methods are called from one thread.
     """
@@ -60,7 +60,7 @@ class Endpoint:
         self._registry = registry
         self._problem = problem
         self._socket: socket.socket | None = None
-        #: Of the turn that runs: ends it.
+        #: Ends the current turn.
         self._end: Callable[[], object] = lambda: None
         self._lock = threading.Lock()
         self.loop = Periodic(
@@ -71,11 +71,11 @@ class Endpoint:
             failing="no metrics for the moment",
             logger=logger,
         )
-        #: Where it is; port 0 of the address stands for any that is free.
+        #: Its URL. Port 0 in the address means any free port.
         self.url = ""
 
     def start(self) -> None:
-        """Serve from now on. ConfigError: the address cannot be had."""
+        """Begin to serve. ConfigError: the address cannot be used."""
         try:
             self._socket = _listen(self._address)
         except OSError as problem:
@@ -91,8 +91,8 @@ class Endpoint:
 
     def stop(self) -> None:
         """Idempotent."""
-        self.loop.stop(0.0)  # or the next turn would begin
-        with self._lock, suppress(RuntimeError):  # it has ended by now
+        self.loop.stop(0.0)  # else the next turn would begin
+        with self._lock, suppress(RuntimeError):  # its loop has ended by now
             self._end()
         self.loop.stop()
 
@@ -115,14 +115,14 @@ class Endpoint:
             if not self.loop.stopping:
                 await asyncio.wait((receiving, until_end), return_when=asyncio.FIRST_COMPLETED)
             if receiving.done():
-                receiving.result()  # raises what it met
+                receiving.result()  # raises its error
         finally:
             receiving.cancel()
             until_end.cancel()
             visitors.drop_all()
 
     def _answer(self, asked: bytes | None) -> bytes:
-        """The whole answer to a request of which the head is given; None: that was too long."""
+        """The whole answer to a request with this head; None: the head was too long."""
         try:
             line, *headers = (asked or b"").decode("latin-1").split("\r\n")
             method, target, _ = line.split(" ", 2)
@@ -158,15 +158,15 @@ class Endpoint:
 
 
 async def _receive(listening: socket.socket, visitors: Visitors) -> None:
-    """One after the other, so that between two of them the others get their turn."""
+    """Accept connections one by one; between two, other tasks run."""
     loop, short_of = asyncio.get_running_loop(), ""
     while True:
         try:
             peer, _ = await loop.sock_accept(listening)
         except OSError as problem:
             if problem.errno in _BROKEN:
-                raise  # the next turn listens anew
-            if problem.errno not in _NOTHING_LEFT:  # it went away before
+                raise  # the next turn opens a new socket
+            if problem.errno not in _NOTHING_LEFT:  # the client went away before
                 await asyncio.sleep(0)
                 continue
             if not short_of:
@@ -182,10 +182,10 @@ async def _receive(listening: socket.socket, visitors: Visitors) -> None:
 
 
 def _format(accepted: str) -> tuple[Callable[[CollectorRegistry], bytes], str]:
-    """How to write metrics, and its content type: the oldest format for an odd Accept header."""
+    """How to write metrics, and the content type; the oldest format for an odd Accept header."""
     try:
         encode, kind = choose_encoder(accepted)
-    except Exception:  # noqa: BLE001 - versions that are none raise what they happen to
+    except Exception:  # noqa: BLE001 - bad version numbers raise various errors
         return choose_encoder("")
     return (encode, kind) if kind.isprintable() else choose_encoder("")
 
@@ -197,7 +197,7 @@ def _listen(address: str) -> socket.socket:
     )[0]
     listening = socket.socket(family, kind, protocol)
     try:
-        # What the worker before left open in TIME_WAIT does not matter.
+        # Connections of the worker before may be in TIME_WAIT.
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(at)
         listening.listen(_BACKLOG)

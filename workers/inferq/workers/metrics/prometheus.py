@@ -32,12 +32,12 @@ from inferq.workers.process.versions import PACKAGES
 from inferq.workers.queues.depths import Depth, DepthReader
 from inferq.workers.supervision.health import LOADING, SERVING, STOPPING
 
-#: Models whose depths are told at most: each is some time series more.
+#: Most models whose depths are exported: each adds some time series.
 MODELS: Final = 500
 #: Seconds that one scrape waits for Redis.
 READ_WITHIN_S: Final = 3.0
 
-#: Of `ModelStats`, by model: histogram, its bounds, its name and what it says.
+#: Histograms of `ModelStats`, by model: field, bounds, metric name and help.
 _HISTOGRAMS: Final = (
     ("queue_s", SECONDS, "inferq_request_queue_seconds",
      "From when a request was sent until it was computed."),
@@ -54,7 +54,7 @@ _HISTOGRAMS: Final = (
     ("batch_size", ROWS, "inferq_batch_rows", "Rows of a batch, without padding."),
     ("padding", PADDING, "inferq_batch_padding_rows", "Rows of padding of a batch."),
 )  # fmt: skip
-#: Of `ModelStats`, by model.
+#: Counters of `ModelStats`, by model.
 _COUNTERS: Final = (
     (
         "attempts",
@@ -76,7 +76,7 @@ _GAUGES: Final = (
     ("off_gpu", "inferq_model_off_gpu",
      "1: it runs on the CPU, though its worker is pinned to a GPU."),
 )  # fmt: skip
-#: Of `WorkerStats.gpu`: what it is multiplied with, its name and what it says.
+#: Gauges of `WorkerStats.gpu`: field, factor, metric name and help.
 _GPU: Final = (
     ("utilisation_percent", 0.01, "inferq_gpu_utilization_ratio",
      "Part of the last moments in which the GPU ran something."),
@@ -92,7 +92,7 @@ _GPU: Final = (
      "Uncorrected memory errors in the card's life."),
     ("last_xid", 1, "inferq_gpu_last_xid", "NVIDIA's number of the last critical error."),
 )  # fmt: skip
-#: Of `Depth`, by model.
+#: Gauges of `Depth`, by model.
 _DEPTHS: Final = (
     ("oldest_age_s", "inferq_queue_oldest_age_seconds",
      "Time since the oldest of the requests that are claimed next was sent."),
@@ -105,7 +105,7 @@ _DEPTHS: Final = (
 
 
 def worker_registry(take: Callable[[], WorkerStats]) -> CollectorRegistry:
-    """What a worker's endpoint shows: its own stats, and those of its process."""
+    """What a worker's endpoint exports: its own stats, and those of its process."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
@@ -114,7 +114,7 @@ def worker_registry(take: Callable[[], WorkerStats]) -> CollectorRegistry:
 
 
 class WorkerCollector(Collector):
-    """One worker, as `take` tells of it."""
+    """Exports one worker's stats, which `take` returns."""
 
     def __init__(self, take: Callable[[], WorkerStats]) -> None:
         self._take = take
@@ -182,7 +182,7 @@ def _models(models: Sequence[ModelStats]) -> Iterator[Metric]:
 
 
 def _by_model(models: Sequence[ModelStats]) -> Iterator[Metric]:
-    """Those that have no other label."""
+    """The metrics whose only label is the model."""
     for field, name, says in _COUNTERS:
         counter = CounterMetricFamily(name, says, labels=["model"])
         for each in models:
@@ -219,12 +219,12 @@ def _redis_up(is_up: bool) -> Metric:
 
 
 class DepthCollector(Collector):
-    """How much waits where, of all models that workers know, whether or not one runs.
+    """Exports the depths of all models that workers know, whether or not a worker runs.
 
-    Whoever may push makes queues of what names it likes: of models that no worker announced, it is
-    only told how many there are.
-    Each scrape reads Redis, in a thread of its own, and goes on without after `READ_WITHIN_S`. One
-    such collector is enough for each Redis: the sum over several would count each request as often.
+    Anybody who may push can make queues of any name, so models that no worker announced are only
+    counted. Each scrape reads Redis in a thread of its own, and goes on without depths after
+    `READ_WITHIN_S`. One such collector is enough for each Redis: a sum over several would count
+    each request several times.
     """
 
     def __init__(self, client: redis.Redis, names: Names) -> None:
@@ -233,7 +233,7 @@ class DepthCollector(Collector):
         self._reading: _Reading | None = None
 
     def describe(self) -> Iterable[Metric]:
-        return ()  # or to register it would read Redis
+        return ()  # else registering it would read Redis
 
     def collect(self) -> Iterator[Metric]:
         with self._lock:
@@ -248,7 +248,7 @@ class DepthCollector(Collector):
             yield GaugeMetricFamily(
                 "inferq_queues_unannounced",
                 "Queues of models that no worker announced, or that are too many to be told apart.",
-                value=reading.untold,
+                value=reading.not_listed,
             )
 
 
@@ -260,12 +260,12 @@ class _Reading(threading.Thread):
         self._reader = reader
         self.read = threading.Event()
         self.depths: Sequence[Depth] | None = None
-        self.untold = 0
+        self.not_listed = 0
 
     def run(self) -> None:
         try:
             found = self._reader.find()
-            self.untold = len(found.strays) + found.unlisted + len(found.known[MODELS:])
+            self.not_listed = len(found.strays) + found.unlisted + len(found.known[MODELS:])
             self.depths = self._reader.read(found.known[:MODELS]).models
         except (RedisError, OSError):
             pass

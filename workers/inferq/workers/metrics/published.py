@@ -1,7 +1,7 @@
-"""Each worker's `WorkerStats` in Redis, for whoever wants to look at all of them at once.
+"""Publishes each worker's `WorkerStats` in Redis, and reads those of all workers at once.
 
-Under ``stats:<i>``, in msgpack, written every `EVERY_S` seconds and gone `EXPIRES_S` seconds after
-the last time.
+They are stored under ``stats:<i>``, in msgpack, every `EVERY_S` seconds, and expire after
+`EXPIRES_S`.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ logger = logging.getLogger(__name__)
 
 EVERY_S: Final = 2.0
 EXPIRES_S: Final = 15
-#: What is longer is not read: several thousand models' worth.
+#: Longer values are not read; this is enough for several thousand models.
 MAX_BYTES: Final = 8 * 1024 * 1024
 
 
 class StatsPublisher:
-    """Writes what `take` returns, from a thread of its own. No incarnation: nothing is written."""
+    """Publishes what `take` returns, from a thread of its own; nothing without an incarnation."""
 
     def __init__(self, client: redis.Redis, names: Names, take: Callable[[], WorkerStats]) -> None:
         self._client = client
         self._names = names
         self._take = take
-        #: The incarnation under which something was written.
+        #: The incarnation whose stats were written last.
         self._written = ""
-        #: Model → requests answered by then (monotonic s); None: not taken yet.
+        #: Model → requests answered until `_answered_at` (monotonic s); None: not taken yet.
         self._answered: dict[str, int] = {}
         self._answered_at: float | None = None
         self.loop = Periodic(
@@ -54,7 +54,7 @@ class StatsPublisher:
         self.loop.start()
 
     def stop(self) -> None:
-        """The end of the worker: nothing of it is left there."""
+        """Stop, and remove the worker's stats from Redis."""
         self.loop.stop()
         self._forget("")
 
@@ -67,7 +67,7 @@ class StatsPublisher:
         try:
             key = self._names.stats(stats.incarnation)
             self._client.set(key, msgspec.msgpack.encode(stats), ex=EXPIRES_S)
-        except RedisError as problem:  # away or full; others say so
+        except RedisError as problem:  # Redis is away or full; others log it
             logger.debug("stats are not published: %s", problem)
         else:
             self._written = stats.incarnation
@@ -75,14 +75,14 @@ class StatsPublisher:
     def _rates(self, stats: WorkerStats) -> dict[str, float]:
         before, since = self._answered, self._answered_at
         self._answered = {model.model: model.answered for model in stats.models}
-        self._answered_at = now = time.monotonic()  # the other clock may be set meanwhile
+        self._answered_at = now = time.monotonic()  # the wall clock may be set meanwhile
         if since is None or now <= since:
             return {}
         took = now - since
         return {name: (count - before[name]) / took for name, count in self._answered.items()}
 
     def _forget(self, incarnation: str) -> None:
-        """Remove what was written, unless it is still `incarnation`'s."""
+        """Remove the stats of an incarnation other than `incarnation`."""
         if self._written and self._written != incarnation:
             with suppress(RedisError):  # it expires
                 self._client.delete(self._names.stats(self._written))
@@ -94,8 +94,8 @@ def read_stats(
 ) -> list[WorkerStats]:
     """What the live workers published in the last `within_s` seconds, by node.
 
-    Without what cannot be decoded. Raises redis' errors. Two round trips; workers of the protocol
-    before are looked for, too.
+    Stats that cannot be decoded are left out. Raises redis' errors. It takes two round trips;
+    workers of the protocol version before are included.
     """
     with client.pipeline(transaction=False) as pipe:
         for each in names.all_protocols():
@@ -115,10 +115,10 @@ def read_stats(
 
 
 def read_rates(client: redis.Redis, names: Names) -> dict[str, float]:
-    """Model → requests that its workers have answered per second, all of them together.
+    """Model → requests per second that all its workers together have answered.
 
-    Each worker tells it of the `EVERY_S` before it last published; models of which none tells are
-    absent. Raises redis' errors.
+    Each worker publishes it for the `EVERY_S` before. Models without a figure are absent. Raises
+    redis' errors.
     """
     rates: dict[str, float] = {}
     for stats in read_stats(client, names, within_s=2 * EVERY_S):
@@ -130,6 +130,10 @@ def read_rates(client: redis.Redis, names: Names) -> dict[str, float]:
 def _decode(raw: bytes) -> WorkerStats | None:
     try:
         stats = msgspec.msgpack.decode(raw, type=WorkerStats)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # not a worker's of ours
+    except (
+        msgspec.DecodeError,
+        UnicodeDecodeError,
+        RecursionError,
+    ):  # not the stats of a worker of inferq
         return None
     return stats if math.isfinite(stats.at) and math.isfinite(stats.started_at) else None

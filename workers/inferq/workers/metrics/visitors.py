@@ -1,7 +1,8 @@
-"""Connections to a small HTTP server: only so many, and always room for a new one.
+"""Limits the connections to a small HTTP server, with always room for a new one.
 
-Who connects and says nothing makes room for who comes after: first within one address, so that it
-takes nothing from the others. Nobody has more than a few seconds, a short request and one answer.
+A connection that has sent no request makes room for a newer one: first one from the same address,
+so that no address displaces others. No connection has more than a few seconds, a short request and
+one answer.
 """
 
 from __future__ import annotations
@@ -12,21 +13,21 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
-#: Connections at a time, and those of one address.
+#: Most connections at a time, in all and from one address.
 MAX_CONNECTIONS: Final = 32
 MAX_PER_ADDRESS: Final = 8
 _END: Final = b"\r\n\r\n"
-#: Of an IPv6 address: whoever has one has all that share this prefix.
+#: Bits of an IPv6 address that count: who has one address has all with this prefix.
 _PREFIX: Final = 64
 
 
 class Visitors:
-    """All connections that there are, in the order in which they came. For one event loop."""
+    """All open connections, in the order in which they came. For one event loop."""
 
     def __init__(self, answer: Callable[[bytes | None], bytes], most: int, within_s: float) -> None:
-        """`answer` is asked with a request's head, or with None: it is longer than `most` bytes.
+        """`answer` gets a request's head, or None if that is longer than `most` bytes.
 
-        A connection may take `within_s` from its beginning to its end.
+        A connection is closed `within_s` seconds after it began.
         """
         self.answer = answer
         self.most = most
@@ -34,11 +35,11 @@ class Visitors:
         self._here: dict[_Visitor, None] = {}
 
     def visitor(self) -> asyncio.Protocol:
-        """What serves the next connection."""
+        """The protocol object of the next connection."""
         return _Visitor(self)
 
     def came(self, visitor: _Visitor) -> None:
-        """Of one more, for which another one is dropped if need be."""
+        """Add a connection, and drop another one if there are too many."""
         held = Counter(each.address for each in self._here)
         if held[visitor.address] >= MAX_PER_ADDRESS:
             self._drop_one_of({visitor.address})
@@ -55,7 +56,7 @@ class Visitors:
             visitor.drop()
 
     def _drop_one_of(self, addresses: set[str]) -> None:
-        """The oldest that has not asked yet; if all have, the oldest."""
+        """Drop the oldest that has sent no request yet; if all have, the oldest."""
         found = [each for each in self._here if each.address in addresses]
         next((each for each in found if not each.has_asked), found[0]).drop()
 
@@ -89,20 +90,20 @@ class _Visitor(asyncio.Protocol):
         asked = bytes(self._request[:head]) if 0 <= head <= most else None
         self._request.clear()
         self._transport.write(self._visitors.answer(asked))
-        self._transport.close()  # once it has been sent
+        self._transport.close()  # closes after it has been sent
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end.cancel()
         self._visitors.left(self)
 
     def drop(self) -> None:
-        """Close it at once, whatever it is about."""
+        """Close it at once."""
         self._visitors.left(self)
         self._transport.abort()
 
 
 def _whose(peer: object) -> str:
-    """What tells whom a connection is from, of the name that its socket has for the peer."""
+    """Whom a connection counts for: its peer's address, or the prefix of an IPv6 one."""
     host = peer[0] if isinstance(peer, tuple) else ""
     try:
         address = ipaddress.ip_address(str(host).partition("%")[0])

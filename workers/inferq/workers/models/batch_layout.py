@@ -14,8 +14,9 @@ import numpy as np
 from msgspec.structs import replace as changed
 
 from inferq.shared.errors import ConfigError
-from inferq.shared.schema import Array, GpuTimes, Signature, Tensors, TensorSpec
+from inferq.shared.schema import Array, Signature, Tensors, TensorSpec
 from inferq.workers.models.engine import Batch, Lane, LoadedModel, gather, without_padding
+from inferq.workers.models.lane_wrapper import WrappedLane, in_each
 from inferq.workers.models.signatures import Declared
 
 #: Tensor → the dim that its rows are, where that is not dim 0.
@@ -78,16 +79,12 @@ def contiguous(arrays: Tensors) -> dict[str, Array]:
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
-class _RowsElsewhere(Lane):
+class _RowsElsewhere(WrappedLane):
     """A lane of a model whose file has rows in other dims."""
 
     def __init__(self, lane: Lane, axes: Axes) -> None:
-        self._lane = lane
+        super().__init__(lane)
         self._axes = axes
-
-    @property
-    def gpu_times(self) -> GpuTimes | None:  # type: ignore[override]
-        return self._lane.gpu_times
 
     def run(self, batch: Batch) -> Mapping[str, Array]:
         inputs = contiguous(moved_back(gather(batch), self._axes))
@@ -100,7 +97,7 @@ def laid_out(loaded: LoadedModel) -> LoadedModel:
     axes = loaded.spec.config.batch_axis
     if not axes:
         return loaded
-    return replace(loaded, lanes=[_RowsElsewhere(lane, axes) for lane in loaded.lanes])
+    return in_each(loaded, lambda lane: _RowsElsewhere(lane, axes))
 
 
 # --- a batch of fixed size -----------------------------------------------------------------------

@@ -8,8 +8,9 @@ from dataclasses import replace
 from msgspec.structs import replace as changed
 
 from inferq.shared.errors import ConfigError
-from inferq.shared.schema import Array, GpuTimes, Tensors
+from inferq.shared.schema import Array, Tensors
 from inferq.workers.models.engine import Batch, Lane, LoadedModel
+from inferq.workers.models.lane_wrapper import WrappedLane, in_each
 from inferq.workers.models.signatures import Declared
 
 
@@ -48,16 +49,12 @@ def _quoted(name: str) -> str:
     return f'"{name}"'
 
 
-class _Chosen(Lane):
+class _Chosen(WrappedLane):
     """A lane of an engine that computes all outputs."""
 
     def __init__(self, lane: Lane, names: Sequence[str]) -> None:
-        self._lane = lane
+        super().__init__(lane)
         self._names = names
-
-    @property
-    def gpu_times(self) -> GpuTimes | None:  # type: ignore[override]
-        return self._lane.gpu_times
 
     def run(self, batch: Batch) -> Mapping[str, Array]:
         found = self._lane.run(batch)
@@ -69,4 +66,4 @@ def chosen_lanes(loaded: LoadedModel) -> LoadedModel:
     names = loaded.spec.config.outputs
     if not names:
         return loaded
-    return replace(loaded, lanes=[_Chosen(lane, names) for lane in loaded.lanes])
+    return in_each(loaded, lambda lane: _Chosen(lane, names))

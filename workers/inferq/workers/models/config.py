@@ -31,7 +31,7 @@ DEFAULT_MAX_BATCH_SIZE: Final = 32
 #: Of nine digits, as folders have them.
 MAX_VERSION: Final = 999_999_999
 MAX_LABELS: Final = 1_000_000
-#: Each costs memory on every lane.
+#: Most profiles: each takes memory on every lane.
 MAX_PROFILES: Final = 8
 _DAY_MS: Final = 86_400_000
 
@@ -65,7 +65,7 @@ def _tables(profile: object) -> object:
 
 def _pad_value(value: object) -> object:
     given = list(value.values()) if isinstance(value, dict) else [value]
-    # Not-a-number would spread over whatever it meets.
+    # A NaN in the padding would make results NaN.
     if all(type(each) in (int, float) and each == each for each in given):  # noqa: PLR0124
         return value
     raise ValueError("a number, or a table of numbers by input")
@@ -73,7 +73,7 @@ def _pad_value(value: object) -> object:
 
 def _from_least_to_most(sizes: tuple[int, int, int]) -> tuple[int, int, int]:
     if list(sizes) != sorted(sizes):
-        raise ValueError("the smallest, the usual and the largest size, in this order")
+        raise ValueError("the smallest, the optimum and the largest size, in this order")
     return sizes
 
 
@@ -92,21 +92,21 @@ Labels = Annotated[tuple[str, ...] | str, BeforeValidator(_names)]
 
 @pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class PadTable(PadRule):
-    """``[pad.<symbol>]``: the sizes to which that dim is padded, and what stands in the padding."""
+    """``[pad.<symbol>]``: the sizes to which that dim is padded, and the value of the padding."""
 
     buckets: Annotated[
         tuple[DimSize, ...],
         Field(min_length=1, max_length=MAX_SIZES),
         AfterValidator(_ascending),
     ]
-    #: Of all inputs, or by input: ``value = { input_ids = 1, attention_mask = 0 }``.
+    #: For all inputs, or by input: ``value = { input_ids = 1, attention_mask = 0 }``.
     value: Annotated[Any, PlainValidator(_pad_value)] = 0
 
 
 class ModelConfig(TomlTable):
     """model.toml without the engines' own tables."""
 
-    #: Empty: the first engine that takes the file found (`repository` fills it in).
+    #: Empty: the first engine that takes the file (`repository` fills it in).
     engine: str = ""
     #: The version that is served, whatever newer ones there are; 0: the newest that is whole.
     version: Annotated[int, Field(strict=True, ge=0, le=MAX_VERSION)] = 0
@@ -119,7 +119,7 @@ class ModelConfig(TomlTable):
     max_queue_delay_ms: Milliseconds = 0.0
     #: Empty: the size that warm-up measured to be best.
     preferred_batch_sizes: Sizes = ()
-    #: Batch sizes that the engine runs at; smaller batches are padded. Empty: any.
+    #: Batch sizes at which the engine runs; smaller batches are padded. Empty: any size.
     buckets: Sizes = ()
     #: Requests that may wait in the queue; 0: no limit.
     max_queue_depth: Annotated[int, Field(strict=True, ge=0, le=1 << 40)] = 100_000
@@ -130,18 +130,18 @@ class ModelConfig(TomlTable):
     max_request_bytes: Annotated[int, Field(strict=True, ge=1, le=MAX_REQUEST_BYTES)] = (
         DEFAULT_REQUEST_BYTES
     )
-    #: A batch that computes for longer costs the worker its lease.
+    #: If a batch computes for longer, the worker no longer renews its lease.
     max_run_seconds: Annotated[float, Field(strict=True, gt=0, le=7 * 86_400)] = 3600.0
-    #: How often a request may kill its worker before it is dead-lettered.
+    #: How often a request may end its worker before it becomes a dead letter.
     max_attempts: Annotated[int, Field(strict=True, ge=1, le=100)] = 3
-    #: Of requests that name none; 0 is the most urgent.
+    #: Priority of requests that name none; 0 is the most urgent.
     priority: Annotated[int, Field(strict=True, ge=0, le=9)] = 0
-    #: Of requests that name none; 0: none.
+    #: Timeout of requests that name none; 0: none.
     timeout_ms: Annotated[int, Field(strict=True, ge=0, le=_DAY_MS)] = 0
-    #: At most one batch in so many is audited: one of its requests runs again alone; 0: none is.
+    #: At most one batch in so many is audited: one of its requests runs again alone. 0: no audits.
     audit_every: Annotated[int, Field(strict=True, ge=0, le=1_000_000_000)] = 100
-    #: What becomes of a model whose answers were found to depend on their batch: it runs request by
-    #: request from then on, or is only told of.
+    #: What happens if an audit finds that answers depend on their batch: the model runs request by
+    #: request from then on, or that is only logged.
     on_mismatch: Literal["unbatch", "warn"] = "unbatch"
     #: Run every bucket once before claiming, and measure which is best.
     warm_up: Flag = True
@@ -151,25 +151,28 @@ class ModelConfig(TomlTable):
     batch_axis: dict[str, BatchAxis] = Field(default_factory=dict, max_length=MAX_TENSORS)
     #: The outputs that are computed and served, in this order; empty: all.
     outputs: Annotated[tuple[Text, ...], Field(max_length=MAX_TENSORS), AfterValidator(_once)] = ()
-    #: What the outputs' classes are called: a list, or a file in the model's folder, one a line.
+    #: The names of the outputs' classes: a list, or a file in the model's folder with one a line.
     labels: Labels = ()
     pad: dict[str, PadTable] = Field(default_factory=dict, max_length=64)
-    #: Symbol → its smallest, usual and largest size: what TensorRT builds for; ``[profile]``, or
-    #: several of them, ``[[profile]]``. Where one is silent the batch knobs and `pad` say it
-    #: (`ranges`).
+    #: How a lane waits for its card: asleep, or asking it in a loop, which takes a core and saves
+    #: the time that it takes to wake up.
+    gpu_wait: Literal["sleep", "spin"] = "sleep"
+    #: Symbol → its smallest, optimum and largest size: what TensorRT builds for; ``[profile]``, or
+    #: several of them, ``[[profile]]``. For symbols that a profile leaves out, the batch knobs and
+    #: `pad` are used (`ranges`).
     profile: Profiles = ()
 
     @property
     def default_max_batch_size(self) -> int:
-        """Rows, for a batchable model whose model.toml does not say."""
+        """max_batch_size of a batchable model whose model.toml does not say it."""
         return self.buckets[-1] if self.buckets else DEFAULT_MAX_BATCH_SIZE
 
     @property
     def known_sizes(self) -> dict[str, int]:
-        """Symbol → a size that it may have: the usual one of the first profile, or a padded one."""
+        """Symbol → a size that it may have: the optimum of the first profile, or a padded one."""
         padded = {symbol: table.buckets[0] for symbol, table in self.pad.items()}
-        usual = {symbol: sizes[1] for table in self.profile[:1] for symbol, sizes in table.items()}
-        return padded | usual
+        optimum = {name: sizes[1] for table in self.profile[:1] for name, sizes in table.items()}
+        return padded | optimum
 
     def changed(self) -> dict[str, Any]:
         """The knobs, other than the engine, that differ from their defaults."""

@@ -18,10 +18,10 @@ from typing import Any, ClassVar, Final, Literal, Protocol
 
 import numpy as np
 
-from inferq.shared.errors import EngineError
+from inferq.shared.errors import EngineError, RequestError
 from inferq.shared.schema import Array, GpuTimes, Tensors
 from inferq.workers.models.joining import copy, join
-from inferq.workers.models.ranges import Usual
+from inferq.workers.models.ranges import Optimum
 from inferq.workers.models.signatures import Declared
 from inferq.workers.models.spec import ModelSpec
 
@@ -49,10 +49,20 @@ class Batch:
     outputs: Sequence[str] | None = None
     #: What it took to put the inputs together, in ms, once that is done.
     gather_ms: float = 0.0
+    #: Row → the error that its request is answered by, once it has run; its outputs mean nothing,
+    #: and there are none if all rows have one.
+    errors: Mapping[int, RequestError] | None = None
 
 
 class OutOfDeviceMemory(EngineError):
     """The device's memory does not suffice for this batch."""
+
+
+class PerhapsNoMemory(EngineError):
+    """What failed may have lacked memory. Of a request it is its own fault, at warm-up the size's.
+
+    One request that takes all memory must not make the batches of all others smaller.
+    """
 
 
 class RowsDiffer(EngineError):
@@ -75,8 +85,16 @@ class Lane(Protocol):
         ...
 
 
-def _free_nothing() -> None:
-    """What is freed with its last reference."""
+class FurtherLane(Lane, Protocol):
+    """One that is opened while the model warms up, and closed again if nothing is gained by it."""
+
+    def close(self) -> None:
+        """Free it. Nothing of it is running. Idempotent."""
+        ...
+
+
+def _nothing() -> None:
+    """Nothing is to be done."""
 
 
 @dataclass(frozen=True)
@@ -89,18 +107,25 @@ class LoadedModel:
     lanes: Sequence[Lane]
     #: Batch sizes at which it runs, ascending; empty: any.
     buckets: tuple[int, ...] = ()
-    #: Its usual inputs, those of the largest batches first; empty: nothing tells them.
-    usual: Sequence[Usual] = ()
+    #: Its optimum inputs, those of the largest batches first; empty: nothing tells them.
+    optimum: Sequence[Optimum] = ()
     #: Whether each lane has hardware of its own (CPU cores), so that two batches on two lanes end
     #: sooner than one of twice the size on one.
     parallel_lanes: bool = False
     #: How many times as much as on a CPU two runs of other shapes may differ by rounding: a card
     #: multiplies float32 as TF32, whose mantissa is float16's.
     rounding: float = 1.0
-    #: How often a lane runs a size until the next run is as fast as any.
+    #: How often a lane runs a size until the next run is as fast as any. Beyond 1 it does so while
+    #: no other lane runs.
     runs_to_be_warm: int = 1
+    #: Each opens one lane more, which `free` frees, too, if it was not closed. Warm-up asks them,
+    #: the first one first, as long as another lane makes the model faster. Whatever they raise but
+    #: FatalEngineError says that it does not fit.
+    further_lanes: Sequence[Callable[[], FurtherLane]] = ()
+    #: Called once all sizes have run, before requests come: what was compiled can be kept.
+    warmed_up: Callable[[], None] = _nothing
     #: Frees all that the last reference does not free. Idempotent.
-    free: Callable[[], None] = _free_nothing
+    free: Callable[[], None] = _nothing
 
     def close(self) -> None:
         """Free everything. No lane is running by then. Idempotent."""
@@ -127,6 +152,14 @@ class Engine(ABC):
     @abstractmethod
     def load(self) -> LoadedModel:
         """Load the model and open its lanes. ConfigError if it cannot be; nothing is left open."""
+
+
+def answers(lane: Lane, batch: Batch) -> Mapping[str, Array]:
+    """What `lane` answers to all of `batch`; raises the error that one of its rows has."""
+    outputs = lane.run(batch)
+    for error in (batch.errors or {}).values():
+        raise error
+    return outputs
 
 
 def gather(batch: Batch) -> dict[str, Array]:

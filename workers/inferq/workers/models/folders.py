@@ -1,7 +1,7 @@
-"""The folders of a model repository: which hold a model, and which are something else.
+"""Tells which folders of a repository hold a model, and which are something else.
 
-A model's folder has a model.toml, or a version's folder, which is called by a whole number. All
-else that stands in a repository (docs/, __pycache__, lost+found) is passed over.
+A model's folder has a model.toml, or the folder of a version, whose name is a whole number.
+Everything else in a repository (docs/, __pycache__, lost+found) is ignored.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _VERSION: Final = re.compile(r"[1-9][0-9]{0,8}")
 
 @dataclass(frozen=True)
 class Folders:
-    """What stands in a repository; each sorted."""
+    """The entries of a repository; each list is sorted."""
 
-    #: Those that hold a model, or were meant to. Their names may be none of a model.
+    #: Folders that hold a model, or were meant to. Their names may be invalid.
     models: tuple[str, ...]
-    #: Folders that hold none.
+    #: Folders that hold no model.
     others: tuple[str, ...]
-    #: Files, and whatever is hidden.
+    #: Files, and hidden entries.
     rest: tuple[str, ...]
 
 
 def look_through(root: Path) -> Folders:
-    """What stands in the repository `root`. ConfigError if that is no folder that can be read."""
+    """The entries of the repository `root`. ConfigError if that is no readable folder."""
     if not root.is_dir():
         raise ConfigError(f"model repository is {str(root)!r}; expected a folder")
     models, others, rest = [], [], []
@@ -54,8 +54,8 @@ def look_through(root: Path) -> Folders:
 
 
 def inside(root: Path, path: Path) -> Path:
-    """`path` with its links followed. ConfigError if that leads out of `root`, and out of all
-    folders that `TRUSTED_ROOTS` names.
+    """`path` with links resolved. ConfigError if that is outside of `root`, and of all folders that
+    `TRUSTED_ROOTS` names.
     """
     try:
         real = path.resolve()
@@ -86,7 +86,7 @@ def trusted_roots() -> list[Path]:
 
 
 def why_no_name(name: str) -> str:
-    """What is wrong with a folder's name that no model may have."""
+    """Why a folder's name is no valid model name."""
     return (
         f"model name is {name!r}; expected letters, digits, _ . - (at most 100, "
         "the first none of . -)"
@@ -104,14 +104,14 @@ def _is_version(entry: Path) -> bool:
 
 def _is_folder(entry: Path) -> bool:
     try:
-        # Nobody knows what a link to nowhere was to lead to, so it is not passed over.
+        # A broken link may have been meant for a version, so it is not ignored.
         return entry.is_dir() or (entry.is_symlink() and not entry.exists())
     except OSError:
         return False
 
 
 def _holds_model(root: Path, entry: Path) -> bool:
-    """Whether `entry` is a model's folder, or may be one: `load_model` says what is wrong."""
+    """Whether `entry` is a model's folder, or may be one; `load_model` then says what is wrong."""
     try:
         if not entry.is_dir() or not entry.resolve().is_relative_to(root.resolve()):
             return True

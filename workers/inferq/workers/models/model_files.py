@@ -1,8 +1,8 @@
-"""Whether the files of a model's version are all there, and whole.
+"""Checks that the files of a model's version are all there, and complete.
 
-A copy that has not ended, or went wrong, leaves less: an empty folder, the beginning of a file,
-weights that are missing or too short, the pointer that git-lfs puts in a file's place. That is told
-from the files alone, without an engine. What an engine makes of a whole file is another matter.
+A copy that has not ended, or failed, leaves an empty folder, the beginning of a file, weights that
+are missing or too short, or the pointer that git-lfs puts in a file's place. The files alone show
+that, without an engine. Whether an engine accepts a complete file is not checked here.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _POINTER: Final = b"version https://git-lfs.github.com/spec/"
 
 
 class Incomplete(ConfigError):
-    """A version's files are not all there; the message names the one that is not."""
+    """A version's files are incomplete; the message names the file."""
 
 
 def check_whole(path: Path) -> None:
-    """Raise Incomplete unless the model's file `path`, and all that it names, is there and whole.
+    """Raise Incomplete unless the model file `path` and all files it names are there and complete.
 
-    What lies outside its folder is left to the engine, which refuses it.
+    Files outside its folder are not checked: the engine refuses them.
     """
     try:
         _check_file(path)
@@ -37,7 +37,7 @@ def check_whole(path: Path) -> None:
 
 
 def _check_file(path: Path) -> int:
-    """How many bytes it has."""
+    """Check a file; returns its size in bytes."""
     with path.open("rb") as file:
         head = file.read(len(_POINTER))
     if not head:
@@ -68,7 +68,7 @@ def _check_onnx(path: Path) -> None:
 
 def _check_archive(path: Path) -> None:
     try:
-        with zipfile.ZipFile(path):  # finds the list of its parts, which stands at the end
+        with zipfile.ZipFile(path):  # reads the list of its parts, which is at the end
             pass
     except (ValueError, zipfile.BadZipFile) as problem:
         raise Incomplete(

@@ -28,7 +28,7 @@ _LONG_KEY: Final = re.compile(rb"""(?<![\w"'-])(?:[\w"'-]++[ \t]*+\.[ \t]*+){%d}
 
 @dataclass(frozen=True)
 class ModelToml:
-    """A model.toml as read: the knobs, and each engine's own table as it stands."""
+    """A model.toml as read: the knobs, and each engine's own table, unchecked."""
 
     config: ModelConfig
     tables: Mapping[str, Mapping[str, Any]]
@@ -48,7 +48,7 @@ def read_toml(path: Path) -> ModelToml:
     try:
         document = tomllib.loads(raw.decode())
     except (ValueError, RecursionError) as problem:
-        # Beside TOMLDecodeError: no UTF-8, numbers longer than Python reads.
+        # TOMLDecodeError, bytes that are no UTF-8, numbers too long for Python.
         raise ConfigError(f"not TOML: {problem}") from problem
     knobs: dict[str, Any] = {}
     tables: dict[str, Mapping[str, Any]] = {}
@@ -74,7 +74,7 @@ def _validated(knobs: Mapping[str, Any]) -> ModelConfig:
     except ConfigError as problem:
         if not isinstance(knobs.get("profile"), dict):
             raise
-        # As it stands there, not as the first of several.
+        # The file has one table, so name it without an index.
         raise ConfigError(problem.message.replace("profile.0", "profile")) from None
 
 
@@ -95,7 +95,7 @@ def _check_sizes(config: ModelConfig) -> None:
 def check_pad(pad: Mapping[str, PadRule], signature: Signature) -> None:
     """ConfigError unless each padded symbol is a dim of an input, and never its dim 0.
 
-    And unless its values are of inputs that have it, whose dtypes can hold them.
+    Also unless its values are for inputs with that dim, and fit their dtypes.
     """
     firsts = {spec.shape[0] for spec in signature.inputs if spec.shape}
     inner = {dim for spec in signature.inputs for dim in spec.shape[1:] if isinstance(dim, str)}
@@ -133,7 +133,7 @@ def _check_values(symbol: str, rule: PadRule, signature: Signature) -> None:
 
 
 def _not_held(value: float, dtype: np.dtype[Any]) -> str | None:
-    """What `dtype` can hold, unless that is `value`, too."""
+    """What `dtype` can hold, if it cannot hold `value`; else None."""
     if dtype.kind == "b":
         return None if value in (0, 1) else "0 or 1"
     if dtype.kind in "iu":

@@ -1,4 +1,4 @@
-"""What a worker was to serve and does not, and why: one word for logs, stats, pages and probes."""
+"""What a worker was told to serve and does not, and why; for logs, stats, pages and probes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import msgspec
 
 from inferq.workers.logs.printing import plain
 
-#: Workers publish it every few seconds.
+#: Longest reason: workers publish it every few seconds.
 MAX_REASON_CHARS: Final = 500
 
 
 class NotServed(msgspec.Struct, frozen=True):
-    """A model, or a version that was passed over, since an older one of that model is complete.
+    """A model, or a version in whose place an older, complete one is served.
 
-    Build it with `not_served`: a folder's name and an error's text may hold anything.
+    Made by `not_served`, since a folder's name and an error's text may contain anything.
     """
 
     model: str
@@ -30,7 +30,7 @@ class NotServed(msgspec.Struct, frozen=True):
 
 
 def not_served(model: str, reason: str, version: int | None = None) -> NotServed:
-    """With all that a terminal or an encoding would stumble over escaped."""
+    """A NotServed with control characters, and what no encoding takes, escaped."""
     text = plain(" ".join(reason.split()))
     if len(text) > MAX_REASON_CHARS:
         text = text[:MAX_REASON_CHARS] + "…"
@@ -38,5 +38,5 @@ def not_served(model: str, reason: str, version: int | None = None) -> NotServed
 
 
 def listed(found: Iterable[NotServed]) -> str:
-    """All of them on one line; empty if there are none."""
+    """All of them in one line; empty if there are none."""
     return "; ".join(map(str, found))

@@ -1,9 +1,9 @@
-"""Looks through an ONNX file, without reading its weights, for what a half-finished copy lacks.
+"""Checks an ONNX file for what an unfinished copy lacks, without reading its weights.
 
-ONNX is protobuf: a message is a row of fields, each a number, a wire type and a value, and messages
-nest. A field whose value ends beyond its message was cut off. What is walked through is the graph
-and all that may hold constants, whose data may stand in files of its own.
-Sources: protobuf.dev/programming-guides/encoding, onnx/onnx.proto.
+ONNX is protobuf: a message is a sequence of fields, each a number, a wire type and a value, and
+messages nest. A field whose value ends beyond its message was cut off. The walk reads the graph and
+everything that may hold constants, whose data may be in other files. Sources:
+protobuf.dev/programming-guides/encoding, onnx/onnx.proto.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import BinaryIO, Final
 
-#: Above that nobody waits for it, and the engine judges alone. Five million take about 5 s.
+#: Most fields that are read; the engine judges larger files alone. Five million take about 5 s.
 MAX_FIELDS: Final = 5_000_000
 MAX_ENTRY_BYTES: Final = 1 << 16
 _CHUNK: Final = 1 << 16
@@ -36,7 +36,7 @@ class _Kind(Enum):
 _GRAPH_FIELD: Final = 7
 _EXTERNAL_DATA_FIELD: Final = 13
 _DATA_LOCATION_FIELD: Final = 14
-#: Kind of message → number of a field → kind of the message in it. Other fields are not looked at.
+#: Kind of message → field number → kind of the message in it. Other fields are skipped.
 _INNER: Final[Mapping[_Kind, Mapping[int, _Kind]]] = {
     _Kind.MODEL: {_GRAPH_FIELD: _Kind.GRAPH, 25: _Kind.FUNCTION},
     _Kind.GRAPH: {1: _Kind.NODE, 5: _Kind.TENSOR, 15: _Kind.SPARSE},
@@ -52,12 +52,12 @@ _INNER: Final[Mapping[_Kind, Mapping[int, _Kind]]] = {
 
 
 class Malformed(Exception):
-    """It is no ONNX file, or not a whole one; the text says why."""
+    """It is no ONNX file, or not a complete one; the text says why."""
 
 
 @dataclass(frozen=True)
 class External:
-    """Where a constant's data stands: in the file `location`, beside the model's."""
+    """The place of a constant's data: in the file `location`, beside the model's."""
 
     location: str
     offset: int
@@ -66,13 +66,13 @@ class External:
 
 
 def external_data(path: Path) -> list[External]:
-    """The data that the ONNX file `path` keeps elsewhere. Malformed; OSError."""
+    """The data that the ONNX file `path` keeps in other files. Raises Malformed, OSError."""
     with path.open("rb") as file:
         return _Walk(file).external()
 
 
 class _Walk:
-    """One walk through a file, which may grow or shrink meanwhile."""
+    """One walk through a file. The file may grow or shrink meanwhile."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -83,7 +83,7 @@ class _Walk:
         self._found: list[External] = []
 
     def external(self) -> list[External]:  # noqa: C901, PLR0912 - a branch for each wire type
-        """Of a file with too many fields: as far as it was looked through."""
+        """The external data; of a file with too many fields, those found so far."""
         ahead = [(_Kind.MODEL, 0, self._size)]
         fields, has_graph = 0, False
         while ahead:
@@ -120,7 +120,7 @@ class _Walk:
                     raise Malformed(f"nothing of ONNX stands at byte {began}")
                 if place > end:
                     self._refuse(kind, began, place)
-            ahead += reversed(children)  # in the file's order, which it is read in
+            ahead += reversed(children)  # in the file's order, in which it is read
             if is_external and "location" in entries:
                 self._found.append(_external(entries))
         if not has_graph:
@@ -152,7 +152,7 @@ class _Walk:
         raise Malformed(f"nothing of ONNX stands at byte {place}")
 
     def _entry(self, place: int, end: int) -> dict[str, str]:
-        """The key and its value that stand in a StringStringEntryProto."""
+        """The key and the value of a StringStringEntryProto."""
         if end - place > MAX_ENTRY_BYTES:
             raise Malformed(f"nothing of ONNX stands at byte {place}")
         texts = {1: "", 2: ""}

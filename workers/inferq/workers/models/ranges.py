@@ -1,8 +1,9 @@
 """How large the open dims of a model's inputs may be: by ``[profile]``, ``[pad]`` and batch knobs.
 
-A profile gives each symbol of the signature three sizes: the smallest, the usual one, for which an
-engine is to be fastest, and the largest. model.toml may hold one, ``[profile]``, or several,
-``[[profile]]``; of a symbol on which a profile is silent, the batch knobs and ``[pad]`` say it.
+A profile gives each symbol of the signature three sizes: the smallest, the optimum, for which an
+engine is tuned, and the largest. model.toml may hold one, ``[profile]``, or several,
+``[[profile]]``. For a symbol that a profile leaves out, the batch knobs and ``[pad]`` give the
+sizes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from inferq.workers.models.signatures import how_to_name
 from inferq.workers.models.spec import ModelSpec
 
 Shape = tuple[int, ...]
-#: The smallest, the usual and the largest size of one symbol.
+#: The smallest, the optimum and the largest size of one symbol.
 Sizes = tuple[int, int, int]
 
 #: Elements of one input at its largest: TensorRT's own limit.
@@ -35,7 +36,7 @@ class InputRange:
     max: Shape
 
     def holds(self, shape: Shape) -> bool:
-        """Whether `shape` is one of them."""
+        """Whether the profile includes `shape`."""
         return len(shape) == len(self.min) and all(
             least <= size <= most
             for least, size, most in zip(self.min, shape, self.max, strict=True)
@@ -43,20 +44,20 @@ class InputRange:
 
 
 @dataclass(frozen=True)
-class Usual:
-    """The usual inputs of one profile."""
+class Optimum:
+    """The inputs at the optimum of one profile."""
 
-    #: Of all symbols.
+    #: Symbol → its optimum size, for all symbols.
     sizes: Mapping[str, int]
     #: The largest batch.
     rows: int
 
 
 def profile_sizes(spec: ModelSpec, batch: Sizes | None = None) -> tuple[dict[str, Sizes], ...]:
-    """Symbol of the inputs of `spec` → its sizes, of each profile, the smallest profile first.
+    """For each profile, the smallest first: symbol of the inputs of `spec` → its sizes.
 
-    `batch` wins over model.toml in all of them. Raises ConfigError: nothing says how large a symbol
-    is, or what says it does not fit what the other knobs let pass.
+    `batch` wins over model.toml in all of them. ConfigError if nothing says how large a symbol is,
+    or if its sizes do not fit what the other knobs permit.
     """
     if batch is not None and not spec.batchable:
         raise ConfigError(
@@ -68,25 +69,25 @@ def profile_sizes(spec: ModelSpec, batch: Sizes | None = None) -> tuple[dict[str
         for table, sizes in zip(spec.config.profile or ({},), profiles, strict=True):
             sizes[symbol] = _sizes(spec, table, symbol, batch)
         _check(spec, symbol, [sizes[symbol] for sizes in profiles], batch)
-    # --batch may leave no difference.
+    # With --batch, profiles may become equal.
     found = [sizes for n, sizes in enumerate(profiles) if sizes not in profiles[:n]]
     return tuple(sorted(found, key=lambda sizes: _elements(spec, sizes)))
 
 
 def input_ranges(spec: ModelSpec, sizes: Mapping[str, Sizes]) -> tuple[InputRange, ...]:
-    """The shapes of all inputs of `spec` in one profile, open dims or not.
+    """The shapes of all inputs of `spec` in one profile, with or without open dims.
 
-    ConfigError: one is too large.
+    ConfigError if one is too large.
     """
     return tuple(_range(tensor, sizes) for tensor in spec.signature.inputs)
 
 
-def usual_inputs(spec: ModelSpec) -> tuple[Usual, ...]:
-    """Of each profile of `spec`, those of the largest batches first. ConfigError: as above."""
+def optimum_inputs(spec: ModelSpec) -> tuple[Optimum, ...]:
+    """The optimum of each profile of `spec`, largest batches first. ConfigError as above."""
     batch = spec.batch_symbol
     found = [
-        Usual(
-            {symbol: usual for symbol, (_, usual, _) in sizes.items()},
+        Optimum(
+            {symbol: optimum for symbol, (_, optimum, _) in sizes.items()},
             1 if batch is None else sizes[batch][2],
         )
         for sizes in profile_sizes(spec)
@@ -94,11 +95,11 @@ def usual_inputs(spec: ModelSpec) -> tuple[Usual, ...]:
     return tuple(sorted(found, key=lambda each: -each.rows))
 
 
-def told_inputs(spec: ModelSpec) -> tuple[Usual, ...]:
-    """The same, for an engine that takes any shape; empty if ``[profile]`` does not tell them."""
+def given_optimum_inputs(spec: ModelSpec) -> tuple[Optimum, ...]:
+    """The same for an engine that takes any shape; empty if ``[profile]`` lacks some sizes."""
     try:
-        return usual_inputs(spec) if spec.config.profile else ()
-    except ConfigError:  # only an engine that is built for its profiles needs all of them
+        return optimum_inputs(spec) if spec.config.profile else ()
+    except ConfigError:  # only an engine that is built for its profiles needs all sizes
         return ()
 
 
@@ -131,7 +132,7 @@ def _sizes(spec: ModelSpec, table: Mapping[str, Sizes], symbol: str, batch: Size
         return buckets[0], buckets[-1], buckets[-1]
     raise ConfigError(
         f"nothing says how large {symbol!r} of the inputs may be; expected in model.toml: "
-        f"[profile] {toml_key(symbol)} = [smallest, usual, largest]"
+        f"[profile] {toml_key(symbol)} = [smallest, optimum, largest]"
     )
 
 
@@ -142,19 +143,19 @@ def toml_key(symbol: str) -> str:
 
 
 def _largest_batch(spec: ModelSpec) -> int:
-    """The size at which a batch of max_batch_size runs: that of its bucket."""
+    """The size at which a batch of max_batch_size runs: its bucket."""
     most = spec.max_batch_size
     return next((size for size in spec.config.buckets if size >= most), most)
 
 
 def _check(spec: ModelSpec, symbol: str, given: list[Sizes], batch: Sizes | None) -> None:
-    """ConfigError unless one of the sizes `given` to `symbol` holds each size that can occur."""
+    """ConfigError unless each size of `symbol` that can occur is within one of those `given`."""
     config = spec.config
     where = f"profile.{symbol} is {' and '.join(str(list(sizes)) for sizes in given)}"
     of = " of one" if len(given) > 1 else ""
     occurring: tuple[int, ...] = ()
     if symbol == spec.batch_symbol:
-        # What lies between is padded to a larger batch, or split.
+        # Sizes in between are padded to a larger batch, or split.
         occurring = (config.buckets[0] if config.buckets else 1, _largest_batch(spec))
         if batch is not None:
             where = f"--batch is {','.join(map(str, batch))}"
@@ -178,7 +179,7 @@ def _check(spec: ModelSpec, symbol: str, given: list[Sizes], batch: Sizes | None
 
 
 def _elements(spec: ModelSpec, sizes: Mapping[str, Sizes]) -> int:
-    """Of all inputs at their largest."""
+    """Elements of all inputs at their largest."""
     return sum(math.prod(_shape(tensor, sizes, 2)) for tensor in spec.signature.inputs)
 
 
@@ -189,11 +190,11 @@ def _shape(tensor: TensorSpec, sizes: Mapping[str, Sizes], which: int) -> Shape:
 
 
 def _range(tensor: TensorSpec, sizes: Mapping[str, Sizes]) -> InputRange:
-    least, usual, most = (_shape(tensor, sizes, which) for which in range(3))
+    least, optimum, most = (_shape(tensor, sizes, which) for which in range(3))
     elements = math.prod(most)
     if elements > MAX_ELEMENTS:
         raise ConfigError(
             f"input {tensor} has {elements} elements at its largest, {list(most)}; "
             f"expected at most {MAX_ELEMENTS}: lower max_batch_size or the sizes in [profile]"
         )
-    return InputRange(tensor.name, least, usual, most)
+    return InputRange(tensor.name, least, optimum, most)

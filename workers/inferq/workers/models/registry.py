@@ -1,11 +1,11 @@
-"""The engines, by the name that model.toml gives them; each is imported when it is first asked for.
+"""The engines, by their names in model.toml. Each is imported when it is first needed.
 
-Our own stand in `ENGINES`. Another package adds one by an entry point ``package.module:Class`` of
-the group ``inferq.engines``, and names the model's file by one of the same name in the group
-``inferq.engine_files``. Both are read from what is installed; nothing is imported for that.
+inferq's own are in `ENGINES`. Another package adds one by an entry point ``package.module:Class``
+of the group ``inferq.engines``, and names the model's file by one of the same name in the group
+``inferq.engine_files``. Both are read from the metadata of installed packages, without an import.
 
-The working directory is passed over, wherever it stands on Python's path: what lies there was
-perhaps only copied or cloned, and an engine is code.
+The working directory is skipped wherever it is on Python's path: its content may only have been
+copied or cloned, and an engine is code.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ GROUP: Final = "inferq.engines"
 FILES_GROUP: Final = "inferq.engine_files"
 _NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 _TARGET: Final = re.compile(r"([\w.]+:\w+)\s*(?:\[\s*([\w.-]+)\s*\])?")
-#: As setuptools, too, takes the value of an entry point.
+#: An entry point's value, as setuptools accepts it.
 _FILE: Final = re.compile(r"\w+(?:\.\w+)*")
 
 
 @dataclass(frozen=True)
 class Registered:
-    """Where an engine is found, without importing it."""
+    """Where an engine is, known without importing it."""
 
     #: Module and class, as ``package.module:Class``.
     target: str
@@ -45,16 +45,16 @@ class Registered:
     files: tuple[str, ...] = ()
     #: The extra that installs what it imports; empty: there is none.
     extra: str = "worker"
-    #: What is installed by that name.
+    #: The package that provides it.
     distribution: str = "inferq"
 
     @property
     def requirement(self) -> str:
-        """What to give pip."""
+        """The argument for pip install."""
         return f"{self.distribution}[{self.extra}]" if self.extra else self.distribution
 
 
-#: Our own, in order of preference, where model.toml names none and a file fits several.
+#: inferq's own, in order of preference if model.toml names none and a file fits several.
 ENGINES: Final[Mapping[str, Registered]] = {
     "onnxruntime": Registered(
         "inferq.workers.engines.onnxruntime:OnnxRuntimeEngine", files=("model.onnx",)
@@ -62,26 +62,28 @@ ENGINES: Final[Mapping[str, Registered]] = {
     "torch": Registered(
         "inferq.workers.engines.torch:TorchEngine", files=("model.pt2",), extra="torch"
     ),
-    # Only where model.toml asks for it: ONNX Runtime runs the same file anywhere.
+    # Only if model.toml names it: ONNX Runtime runs the same file anywhere.
     "tensorrt": Registered(
         "inferq.workers.trt.engine:TensorRTEngine", files=("model.onnx",), extra="tensorrt"
     ),
+    # After those: a model.py beside a model.onnx is perhaps what wrote it.
+    "python": Registered("inferq.workers.engines.python:PythonEngine", files=("model.py",)),
     "fake": Registered("inferq.workers.engines.fake:FakeEngine"),
 }
 
 
 def engines() -> Mapping[str, Registered]:
-    """All engines by name, our own first; what is installed is looked through at the first call."""
+    """All engines by name, inferq's own first. The first call reads the installed packages."""
     return {**ENGINES, **_installed()}
 
 
 def model_files() -> tuple[str, ...]:
-    """What models' files are called, in order of preference."""
+    """The names of models' files, in order of preference."""
     return tuple(dict.fromkeys(file for entry in engines().values() for file in entry.files))
 
 
 def registered(name: str) -> Registered:
-    """What is known of the engine `name`. ConfigError, listing the known ones, if nothing is."""
+    """The engine `name`. ConfigError, which lists the known ones, if there is none."""
     known = engines().get(name)
     if known is None:
         raise ConfigError(f"engine is {name!r}; expected one of {', '.join(engines())}")
@@ -91,7 +93,7 @@ def registered(name: str) -> Registered:
 def engine_class(name: str) -> type[Engine]:
     """The class of the engine `name`.
 
-    ConfigError: there is no such engine, what it imports is not installed, or it is no engine.
+    ConfigError if there is no such engine, if its imports are not installed, or if it is no engine.
     """
     entry = registered(name)
     module_name, _, class_name = entry.target.partition(":")
@@ -102,7 +104,7 @@ def engine_class(name: str) -> type[Engine]:
             f"engine {name!r} cannot be imported ({problem}); "
             f'to install what it needs: pip install "{entry.requirement}"'
         ) from problem
-    except (Exception, SystemExit) as problem:  # a module of others' may raise anything
+    except (Exception, SystemExit) as problem:  # another package's module may raise anything
         raise ConfigError(
             f"engine {name!r} of {entry.distribution} cannot be imported: "
             f"{module_name} raised {type(problem).__name__}: {reason(problem)}"
@@ -129,7 +131,7 @@ def _flaw(found: object, name: str) -> str | None:
 
 @dataclass(frozen=True)
 class _Found:
-    """An entry point of `GROUP`, and of `FILES_GROUP` where there is one of the same name."""
+    """An entry point of `GROUP`, and the one of `FILES_GROUP` with the same name, if any."""
 
     distribution: str
     value: str
@@ -138,10 +140,10 @@ class _Found:
 
 @functools.cache
 def _installed() -> Mapping[str, Registered]:
-    """The engines of other packages; what is wrong with one is logged, on one line.
+    """The engines of other packages. A bad one is logged in one line.
 
-    Where two packages have one of the same name neither is used: which of them came first would
-    depend on the order of Python's path.
+    If two packages have one of the same name, neither is used: which one came first would depend on
+    the order of Python's path.
     """
     found: dict[str, list[_Found]] = {}
     for name, each in _entry_points():
@@ -179,14 +181,14 @@ def _why_unusable(name: str, rivals: list[_Found]) -> str | None:
 
 
 def _parts(value: str) -> tuple[str, str]:
-    """The target and the extra of an entry point that has the form of one."""
+    """The target and the extra of an entry point in the right form; else None."""
     match = _TARGET.fullmatch(value)
     assert match is not None
     return match[1], match[2] or ""
 
 
 def _entry_points() -> Iterator[tuple[str, _Found]]:
-    """Each engine's name, and where it is said to be, by all that is installed."""
+    """The name and place of each engine, by the metadata of all installed packages."""
     seen: set[str] = set()
     for distribution in metadata.distributions(path=_trusted_path()):
         try:
@@ -194,22 +196,22 @@ def _entry_points() -> Iterator[tuple[str, _Found]]:
             if not (targets := points.select(group=GROUP)):
                 continue
             owner = distribution.name
-            if owner in seen:  # further down the path: what is imported is the first
+            if owner in seen:  # later on the path: the first one is imported
                 continue
             seen.add(owner)
             files = {point.name: point.value for point in points.select(group=FILES_GROUP)}
             yield from (
                 (point.name, _Found(owner, point.value, files.get(point.name))) for point in targets
             )
-        except Exception as problem:  # noqa: BLE001 - what others have installed may be anything
+        except Exception as problem:  # noqa: BLE001 - other packages' metadata may be anything
             where = getattr(distribution, "_path", "what is installed")
             logger.warning("the entry points of %s cannot be read: %r", where, problem)
 
 
 def _trusted_path() -> list[str]:
-    """Python's path without the working directory, which it may name in several ways."""
+    """Python's path without the working directory, which may be there under several names."""
     try:
         here = os.getcwd()
-    except FileNotFoundError:  # it was deleted, so nothing stands in it
+    except FileNotFoundError:  # it was deleted, so nothing is in it
         here = ""
     return [entry for entry in sys.path if entry and os.path.realpath(entry) != here]

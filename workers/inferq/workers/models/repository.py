@@ -1,9 +1,9 @@
 """The model repository: ``models/<name>/model.toml`` and ``models/<name>/<version>/model.onnx``.
 
-Versions are whole numbers; the highest of which all files are there and whole is served. What an
-engine refuses of such a version is the model's fault: no older one stands in for it, or a wrong
-answer would go unnoticed. A model is as good as code: nothing is followed out of the repository
-(symbolic links included), and files that anyone may write are warned of, not refused, since some
+Versions are whole numbers; the highest version whose files are all there and complete is served. If
+an engine refuses such a version, no older one is served in its place: a wrong model would go
+unnoticed. A model is as dangerous as code: nothing outside of the repository is read (symbolic
+links included). Files that anybody may write cause a warning; they are not refused, since some
 container mounts make every file so.
 """
 
@@ -17,7 +17,7 @@ from typing import Final
 from inferq.shared.errors import ConfigError
 from inferq.shared.names import is_model_name
 from inferq.workers.logs.fields import about
-from inferq.workers.logs.slow import told_if_slow
+from inferq.workers.logs.slow import warn_if_slow
 from inferq.workers.models.batch_layout import filled, fixed_batch, rows_first
 from inferq.workers.models.chosen_outputs import choose
 from inferq.workers.models.config import ModelConfig
@@ -35,7 +35,7 @@ MAX_LABELS_BYTES: Final = 16 << 20
 
 
 def model_names(root: Path) -> list[str]:
-    """The models' folders in the repository `root`, sorted. ConfigError if `root` is no folder.
+    """The names of the models' folders in `root`, sorted. ConfigError if `root` is no folder.
 
     Names are not checked: `load_model` does that.
     """
@@ -45,22 +45,22 @@ def model_names(root: Path) -> list[str]:
 def load_models(
     root: Path, names: Iterable[str], *, on_cpu: bool = False
 ) -> tuple[list[ModelSpec], list[NotServed]]:
-    """Those of the models `names` that can be served, and why the others cannot.
+    """The models out of `names` that can be served, and why the others cannot.
 
-    Versions that were passed over are not among these: a ModelSpec has its own.
+    Versions that were passed over are not among these: each ModelSpec has its own.
     """
     specs: list[ModelSpec] = []
     bad: list[NotServed] = []
     for name in names:
         try:
-            with told_if_slow(logger, name, "reading it and running examples"):
+            with warn_if_slow(logger, name, "reading it and running examples"):
                 specs.append(load_model(root, name, on_cpu=on_cpu))
         except ConfigError as problem:
             bad.append(not_served(name, problem.message))
         except OSError as problem:
             bad.append(not_served(name, f"{root / name} cannot be read: {problem}"))
         except Exception as problem:
-            # Whatever a library makes of one model's files harms that model only.
+            # Whatever a library raises about one model's files affects only that model.
             logger.exception("model %r could not be read", name, extra=about(model=name))
             bad.append(not_served(name, f"it could not be read: {problem!r}"))
     return specs, bad
@@ -69,7 +69,7 @@ def load_models(
 def load_model(root: Path, name: str, *, on_cpu: bool = False) -> ModelSpec:
     """The model `name` in the repository `root`. ConfigError naming file, value, expectation.
 
-    `on_cpu`: as a machine without a GPU serves it, whatever its model.toml says of one.
+    `on_cpu`: as it is served without a GPU, whatever its model.toml says.
     """
     if not is_model_name(name):
         raise ConfigError(why_no_name(name))

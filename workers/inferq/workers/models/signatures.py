@@ -1,10 +1,11 @@
 """Finds out whether a model is batchable, and writes its signature accordingly.
 
-Files often do not say: converters leave the batch dim of inputs and outputs unnamed, or give each
-a name of its own. So dim 0 is batch if all inputs share one symbol there (or leave it unnamed),
-and the outputs, by measurement, follow the rows: what is measured wins over what is written. Rows
-must be independent too, or one client's answer would depend on its neighbours in the batch
-(`rows`). What was not shown to be so runs request by request, unless model.toml says otherwise.
+Files often do not say: converters leave the batch dim of inputs and outputs unnamed, or give each a
+different name. So dim 0 is the batch if all inputs share one symbol there (or leave it unnamed),
+and if measurements show that the outputs follow the rows: measurements win over names. Rows must
+also be independent, or one client's answer would depend on its neighbours in the batch
+(`row_probe`). A model that was not shown to be so runs request by request, unless model.toml says
+otherwise.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from inferq.shared.schema import Signature, TensorSpec
 from inferq.workers.row_probe.agreement import Difference
 from inferq.workers.row_probe.rows import NotShown, Probe, Shown, show
 
-#: The batch's name where the file gives none.
+#: The batch's name if the file gives none.
 BATCH: Final = "batch"
 
-#: What stands for "no name": two dims that are called so need not be of one size. Signs alone and
-#: negative numbers do, too.
+#: Names that mean "no name": two dims with such a name need not have the same size. So do signs
+#: alone and negative numbers.
 _NAMELESS = re.compile(
     r"[\W_]*|[+-]?\d+|none|null|nil|nan|any|unk|unknown|undef|undefined|unnamed|unspecified"
     r"|dyn|dynamic|free|var|variable|variadic",
     re.IGNORECASE,
 )
-#: What tf2onnx calls a dim that has no name: a new number each time it meets one.
+#: tf2onnx's name for a dim without a name, with a new number each time.
 _UNKNOWN = re.compile(r"unk__\d+")
-#: The same of tf2onnx, PyTorch and Paddle. Where they differ, sizes need not.
+#: Such names of tf2onnx, PyTorch and Paddle. If two differ, their sizes may still be the same.
 _INVENTED = re.compile(r"unk__\d+|.*_dynamic_axes_\d+|DynamicDimension\.\d+")
 
 Dim = int | str | None
@@ -42,10 +43,10 @@ Dim = int | str | None
 
 @dataclass(frozen=True)
 class Declared:
-    """What a model's file says of itself, and a way to try the model."""
+    """What a model's file says of the model, and a function that runs it."""
 
     signature: Signature
-    #: Runs it; None: what is declared is so.
+    #: Runs the model; None: what the file says is true.
     probe: Probe | None = None
     #: Outputs that cannot be served, which `signature` lacks → why.
     unserved: Mapping[str, str] = field(default_factory=dict)
@@ -55,22 +56,22 @@ class Declared:
 
 @dataclass(frozen=True)
 class Examined:
-    """What a model is served by."""
+    """The result: the signature to serve a model by."""
 
     signature: Signature
     #: Why it runs request by request; None: requests share batches.
     why_not_batchable: str | None
-    #: What whoever serves it should know besides.
+    #: A remark for the operator.
     remark: str | None = None
 
 
 def named(dim: Dim) -> Dim:
-    """`dim` as a file has it, or None if its name says that it has none."""
+    """The dim `dim` of a file; None if its name means "no name"."""
     return None if isinstance(dim, str) and _NAMELESS.fullmatch(dim) else dim
 
 
 def how_to_name(name: str, axis: int) -> str:
-    """What to do about the dim `axis` of the input `name`, which has no name."""
+    """How to name the dim `axis` of the input `name`, which has no name."""
     return (
         f"dim {axis} of input {name!r} has no name; give it one in the file, by the package onnx: "
         f"model.graph.input[…].type.tensor_type.shape.dim[{axis}].dim_param = 'height'"
@@ -82,8 +83,8 @@ def examine(  # noqa: C901 - a table of cases
 ) -> Examined:
     """The signature of a model, with one symbol at dim 0 of all tensors if it is batchable.
 
-    `batchable`: what model.toml says; None: nothing. `known`: symbol → a size that it may have.
-    ConfigError if model.toml says that it is batchable, and rows cannot be told apart.
+    `batchable`: model.toml's value; None: it has none. `known`: symbol → a size that it may have.
+    ConfigError if model.toml says that it is batchable, and it has no rows.
     """
     signature = declared.signature
     if batchable is False:
@@ -104,8 +105,8 @@ def examine(  # noqa: C901 - a table of cases
         apart = _why_apart(signature)
         return _unbatched(signature, apart, batchable) if apart else _batched(signature, symbol)
     signature = _with_ranks(signature, shown)
-    if shown.untold:
-        return _unbatched(*_without_untold(signature, shown), batchable)
+    if shown.unbatched:
+        return _unbatched(*_open_unbatched(signature, shown), batchable)
     varying = _varying(shown.varying) if shown.varying else None
     if not shown.differences:
         if varying is not None and not batchable:
@@ -151,7 +152,7 @@ def _renamed(spec: TensorSpec, first: Dim) -> TensorSpec:
 
 
 def _input_symbol(declared: Signature) -> str | None:
-    """The symbol of the batch that the inputs allow; None if they cannot be batched."""
+    """The batch symbol by the inputs; None if they cannot be batched."""
     firsts = {spec.shape[0] if spec.shape else 0 for spec in declared.inputs}
     invented = _INVENTED if len(firsts) > 1 else _UNKNOWN
     given = {
@@ -180,7 +181,7 @@ def _why_no_batch(signature: Signature) -> str:
 
 
 def _why_apart(signature: Signature) -> str | None:
-    """Why the outputs do not follow the rows, by what the file says; None if they may."""
+    """Why, by the file, the outputs cannot follow the rows; None if they may."""
     for spec in signature.outputs:
         if not spec.shape:
             return f"output {spec.name!r} is a scalar, without a batch dim"
@@ -193,7 +194,7 @@ def _why_apart(signature: Signature) -> str | None:
 
 
 def _with_ranks(signature: Signature, shown: Shown) -> Signature:
-    """`signature` with the ranks that outputs without any were seen to have."""
+    """`signature` with the measured ranks of outputs for which the file gives none."""
     outputs = tuple(
         spec if spec.shape else TensorSpec(spec.name, spec.dtype, (None,) * shown.dims[spec.name])
         for spec in signature.outputs
@@ -201,10 +202,10 @@ def _with_ranks(signature: Signature, shown: Shown) -> Signature:
     return replace(signature, outputs=outputs)
 
 
-def _without_untold(signature: Signature, shown: Shown) -> tuple[Signature, str]:
+def _open_unbatched(signature: Signature, shown: Shown) -> tuple[Signature, str]:
     """`signature` with dim 0 of outputs that do not follow the rows open, and why."""
     specs = {spec.name: spec for spec in signature.outputs}
-    name, seen = next(iter(shown.untold.items()))
+    name, seen = next(iter(shown.unbatched.items()))
     spec = specs[name]
     if not spec.shape:
         why = f"output {name!r} is a scalar, without a batch dim"
@@ -214,7 +215,7 @@ def _without_untold(signature: Signature, shown: Shown) -> tuple[Signature, str]
         why = f"the rows of output {name!r} do not follow those of the inputs: {seen}"
     outputs = tuple(
         _renamed(spec, None)
-        if spec.name in shown.untold and spec.shape and not isinstance(spec.shape[0], int)
+        if spec.name in shown.unbatched and spec.shape and not isinstance(spec.shape[0], int)
         else spec
         for spec in signature.outputs
     )

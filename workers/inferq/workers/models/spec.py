@@ -1,4 +1,4 @@
-"""One model of the repository as it was read and checked: what an engine is given to load."""
+"""One model of the repository as it was read and checked; an engine loads it."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class ModelSpec:
     labels: tuple[str, ...]
     #: Why the model runs request by request; None if requests share batches.
     why_not_batchable: str | None = None
-    #: What whoever serves it should know of its rows.
+    #: A remark about its rows for the operator.
     remark: str | None = None
-    #: Newer versions, whose files are not all there; the newest first.
+    #: Newer versions whose files are incomplete, the newest first.
     passed_over: tuple[NotServed, ...] = ()
 
     @property
@@ -60,7 +60,7 @@ class ModelSpec:
 
     @property
     def batch_symbol(self) -> str | None:
-        """What the signature calls the batch; None if the model is not batchable."""
+        """The signature's symbol of the batch; None if the model is not batchable."""
         return self.signature.batch_symbol if self.batchable else None
 
     def advert(self, seconds_per_row: float, result_expires_s: int) -> ModelAdvert:

@@ -1,4 +1,4 @@
-"""Checks a table of model.toml by a pydantic model, and says in one line what is wrong with it."""
+"""Checks a table of model.toml by a pydantic model, and reports errors in one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from inferq.shared.errors import ConfigError
 
-#: Rows; more than any engine runs at once.
+#: Most rows of a batch; no engine runs more at once.
 MAX_BATCH_SIZE: Final = 65_536
 MAX_SIZES: Final = 256
 MAX_LANES: Final = 256
@@ -30,7 +30,7 @@ Table = TypeVar("Table", bound=BaseModel)
 
 
 class TableError(ConfigError):
-    """What is wrong stands in a table of model.toml, not in the model's file."""
+    """An error in a table of model.toml, not in the model's file."""
 
 
 _SHOWN_CHARS: Final = 100
@@ -66,7 +66,7 @@ def validate(model: type[Table], table: Mapping[str, Any], prefix: str = "") -> 
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-    """The known key that was probably meant, or all of them, as an expectation."""
+    """The expectation for a message: the known key that was probably meant, or all known keys."""
     names = sorted(known)
     close = difflib.get_close_matches(key, names, n=1)
     return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(names)}"
@@ -78,7 +78,7 @@ def _explain(model: type[BaseModel], problem: ValidationError, prefix: str) -> s
     for error in problem.errors(include_url=False):
         place = prefix + ".".join(map(str, error["loc"]))
         if error["type"] == "too_short" and any(p.startswith(f"{place}.") for p in places):
-            continue  # It is short only of the items that were found wrong.
+            continue  # It is too short only because bad items were left out.
         places.add(place)
         if error["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
             known = model.model_fields if len(error["loc"]) == 1 else ()
@@ -95,7 +95,7 @@ def _explain(model: type[BaseModel], problem: ValidationError, prefix: str) -> s
 
 
 def _expected(error: ErrorDetails) -> str:
-    # TOML's words, where pydantic's are Python's.
+    # In TOML's words: pydantic's are Python's.
     named = _EXPECTED.get(error["type"])
     if named is not None:
         return named.format(**error.get("ctx", {}))
@@ -104,9 +104,9 @@ def _expected(error: ErrorDetails) -> str:
 
 @contextmanager
 def naming(path: Path, *, tables: Path | None = None) -> Iterator[None]:
-    """Put `path` before the message of a ConfigError that does not name it.
+    """Put `path` before the message of a ConfigError without it.
 
-    `tables`: what a TableError is of, if that is another file.
+    `tables`: the file of TableErrors, if that is another one.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Which version of a model is served, and by what: the newest of which all files are there."""
+"""Chooses the version of a model to serve, the newest with complete files, and its engine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Choice:
-    """The version that is served, and by what."""
+    """The version that is served, and the engine."""
 
     version: int
     engine: str
@@ -38,7 +38,7 @@ class Choice:
 def newest_whole(
     root: Path, name: str, versions: Sequence[int], toml: ModelToml, *, on_cpu: bool
 ) -> tuple[Choice, list[NotServed]]:
-    """The newest version of which all files are there, and the newer ones. ConfigError: none is."""
+    """The newest version with complete files, and the newer ones. ConfigError if there is none."""
     passed_over: list[NotServed] = []
     reasons: list[str] = []
     for version in reversed(versions):
@@ -51,7 +51,7 @@ def newest_whole(
 
 
 def _choice(root: Path, name: str, version: int, toml: ModelToml, *, on_cpu: bool) -> Choice:
-    """What serves that version. Incomplete: its files are not all there. ConfigError."""
+    """How that version is served. Raises Incomplete if files are missing, ConfigError."""
     version_folder = root / name / str(version)
     engine = toml.config.engine or _engine_for(version_folder)
     table = toml.tables.get(engine, {})
@@ -73,7 +73,7 @@ def _choice(root: Path, name: str, version: int, toml: ModelToml, *, on_cpu: boo
 
 
 def _engine_for(version_folder: Path) -> str:
-    """The engine that takes a file there: the first of our own, or the only one of others'."""
+    """The engine that takes a file there: the first of inferq's, or the only other one."""
     fitting = [
         engine
         for engine, entry in engines().items()
@@ -108,7 +108,9 @@ def _no_model(version_folder: Path, files: Sequence[str]) -> Incomplete:
             return Incomplete(
                 f"{misplaced} is in no version's folder; expected {version_folder / file}"
             )
-    return Incomplete(f"no model in {version_folder}; expected {' or '.join(files)} there")
+    *others, last = files
+    expected = f"{', '.join(others)} or {last}" if others else last
+    return Incomplete(f"no model in {version_folder}; expected {expected} there")
 
 
 def _warn_if_open(path: Path) -> None:

@@ -1,1 +1,1 @@
-"""What a model makes of padding is found out once it is loaded: what to cut, and whether to pad."""
+"""Measures, once a model is loaded, whether it may be padded and what to cut off its outputs."""

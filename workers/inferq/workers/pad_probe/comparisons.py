@@ -1,4 +1,4 @@
-"""Compares what a model answers to padded inputs, cut, with what it answers to unpadded ones."""
+"""Compares a model's answers to padded inputs, after cutting, with those to unpadded inputs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from inferq.workers.pad_probe.sizes import SizeProbe
 from inferq.workers.pad_probe.trials import Trials
 from inferq.workers.row_probe.agreement import Difference, difference, typical
 
-#: Sizes next to each other that are compared, as a border may fall on each in another way.
+#: Neighbouring sizes that are compared, since borders may affect each one differently.
 NEIGHBOURS: Final = 9
-#: Share of an output's largest value below which one kind of inputs shows nothing by itself.
+#: A change below this share of an output's largest value must show with other inputs, too.
 SMALL: Final = 0.03
 #: Kinds of inputs that are compared at all sizes.
 ALWAYS: Final = 3
-#: Further inputs where an output is an index or a flag, which few changes turn over; each is of
-#: another size, so many sizes further.
+#: Number of further inputs if an output is an index or a flag, which few changes alter; each is
+#: STRIDE sizes further.
 LABELS, STRIDE = 120, 7
 
 
@@ -34,11 +34,11 @@ class Case:
 
     sizes: Sizes
     example: Example
-    #: The symbols that are padded in it.
+    #: The symbols that are padded in this case.
     padded: tuple[str, ...]
-    #: Compared however long it takes.
+    #: It is compared however long that takes.
     needed: bool = False
-    #: Of the random values.
+    #: Seed of the random values.
     seed: int = 0
 
 
@@ -55,8 +55,8 @@ class Changed:
         return isinstance(self.by, Difference) and self.by.share < SMALL
 
     @property
-    def told(self) -> bool:
-        """Whether it says by how much."""
+    def is_measured(self) -> bool:
+        """Whether it gives a size of the change."""
         return isinstance(self.by, Difference) and self.by.cosine is not None
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ class Changed:
 
 
 class Comparisons:
-    """Of one model, under one set of rules."""
+    """The comparisons of one model with one set of rules."""
 
     def __init__(
         self,
@@ -89,11 +89,11 @@ class Comparisons:
         self._kinds = self._examples.kinds()
         #: Whether an output is an index or a flag.
         self._labels = any(DTYPES[spec.dtype].kind not in "fc" for spec in signature.outputs)
-        #: Output → how large its values usually are, of inputs that are neither large nor small.
-        self._usual: dict[str, float] = {}
-        #: Symbol → comparisons made in which it was padded.
+        #: Output → the typical largest value, of inputs that are neither large nor small.
+        self._typical_max: dict[str, float] = {}
+        #: Symbol → number of comparisons in which it was padded.
         self.made = dict.fromkeys(rules, 0)
-        #: Comparisons that time did not suffice for.
+        #: Comparisons that were left out for lack of time.
         self.left_out = 0
 
     def first_change(self) -> Changed | None:
@@ -104,33 +104,33 @@ class Comparisons:
                 continue
             changed = self.compare(case)
             if changed is not None and (not changed.small or self._confirmed(changed)):
-                return self._told_best(changed)
+                return self._measured_best(changed)
         return None
 
     def _confirmed(self, changed: Changed) -> bool:
-        """Whether other inputs show it, too: where values cancel out, rounding may be blown up."""
+        """Whether other inputs show it, too: where values cancel out, rounding is amplified."""
         return any(
             self.compare(replace(changed.case, example=example)) is not None
             for example in self._kinds
             if example is not changed.case.example
         )
 
-    def _told_best(self, changed: Changed) -> Changed:
-        """The same with inputs, if there are any, on which there is a number to tell."""
+    def _measured_best(self, changed: Changed) -> Changed:
+        """The same change, if possible with inputs for which its size can be given."""
         for example in self._kinds:
-            if changed.told:
+            if changed.is_measured:
                 break
             changed = self.compare(replace(changed.case, example=example)) or changed
         return changed
 
     def compare(self, case: Case) -> Changed | None:
-        """None: padding changes nothing, or the model rejects this even without."""
+        """The change by padding; None: there is none, or the model rejects even unpadded inputs."""
         inputs = self._examples.inputs(case.example, case.sizes, case.seed)
         alone = self._trials.outputs(inputs)
         if inputs is None or alone is None:
             return None
         if case.example is self._kinds[0]:
-            self._note_usual(alone)
+            self._note_typical_max(alone)
         padded, sizes = self.padding.apply(inputs)
         buckets = {
             symbol: self.rules[symbol].bucket(case.sizes[symbol]) or 0 for symbol in case.padded
@@ -146,7 +146,7 @@ class Comparisons:
 
     def _difference(self, inputs: Tensors, alone: Tensors, answer: Tensors) -> Difference | None:
         if all(a.size > 1 and (a == a.flat[0]).all() for a in inputs.values()):
-            # Where all is equal, rounding decides which of them an index names.
+            # If all values are equal, rounding decides which one an index names.
             alone = {
                 name: a
                 for name, a in alone.items()
@@ -158,7 +158,7 @@ class Comparisons:
         again = self._trials.outputs(inputs)
         if again is None:
             return found
-        # An output that varies from run to run anyhow shows nothing but its shape.
+        # Of an output that varies from run to run only the shape can be compared.
         steady = {
             name: a
             for name, a in alone.items()
@@ -167,21 +167,21 @@ class Comparisons:
         return self._largest(steady, answer)
 
     def _largest(self, expected: Tensors, got: Tensors) -> Difference | None:
-        """Of the differences of all outputs, each held to what its values usually are."""
+        """The largest difference of any output, measured by each output's typical largest value."""
         found = [
-            difference({name: array}, got, self._rounding, self._usual.get(name, 0.0))
+            difference({name: array}, got, self._rounding, self._typical_max.get(name, 0.0))
             for name, array in expected.items()
         ]
         differing = [each for each in found if each is not None]
         return max(differing, key=lambda each: each.share, default=None)
 
-    def _note_usual(self, outputs: Mapping[str, Array]) -> None:
+    def _note_typical_max(self, outputs: Mapping[str, Array]) -> None:
         for name, array in outputs.items():
             if array.dtype.kind in "fc":
                 values = np.abs(array[np.isfinite(array) & (array != 0)])
                 if values.size:
-                    usual = min(float(np.median(values)), typical(values))
-                    self._usual[name] = max(usual, self._usual.get(name, 0.0))
+                    typical_max = min(float(np.median(values)), typical(values))
+                    self._typical_max[name] = max(typical_max, self._typical_max.get(name, 0.0))
 
     def _cases(self) -> Iterator[Case]:  # noqa: C901 - a list of loops
         taken, kinds = self._taken, self._kinds
@@ -231,7 +231,7 @@ def _of_three(sizes: range) -> set[int]:
 
 
 def _within(rule: PadRule, grid: Grid) -> list[range]:
-    """The sizes that are padded to each bucket, of those to which any are."""
+    """For each bucket to which any size is padded: these sizes."""
     found: list[range] = []
     least = grid.first
     for bucket in rule.buckets:

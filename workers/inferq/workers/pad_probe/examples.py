@@ -1,9 +1,9 @@
 """Inputs on which padded and unpadded runs of a model are compared.
 
-What an input means is not known, so several kinds are tried; what the model rejects tells nothing.
-Integers are small, to be valid as indices. What may be a mask says of every place that it is there,
-or of some but the first that they are not: one that hides all of them is of no use to anybody, and
-a model may answer anything then.
+The meaning of inputs is not known, so several kinds are tried; inputs that the model rejects show
+nothing. Integers are small, so that they are valid as indices. An input that may be a mask shows
+all places, or hides some of them, but never the first: with a mask that hides everything a model
+may answer anything.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from inferq.workers.batching.padding import PadRule, padded_dims
 
 #: No example holds more input elements than this: 256 MB of float32.
 MAX_ELEMENTS: Final = 1 << 26
-#: Integers below this are taken for valid where 0 and 1 are, until the model rejects them.
+#: If 0 and 1 are valid, integers below this are taken to be valid, too, until the model rejects
+#: them.
 _WORDS: Final = 50
 
-#: Size of each open dim, by its symbol; of those without a name, by None.
+#: Symbol → size of each open dim; None → size of those without a name.
 Sizes = Mapping[str | None, int]
 _Floats = Callable[[np.random.Generator, Sequence[int]], Array]
 
@@ -35,14 +36,14 @@ class Example:
     #: In words: ``random values``.
     kind: str
     floats: _Floats
-    #: All places are there, and all integers equal.
+    #: No place is masked, and all integers are equal.
     all_there: bool = False
-    #: The input whose integers are not only 0 and 1, and whether some are below 0.
+    #: The input with other integers than 0 and 1, and whether some are negative.
     words: str = ""
     signed: bool = False
-    #: Integers of inputs that are not padded are the padded dim's size, not 0 and 1.
+    #: Integers of unpadded inputs are the padded dim's size instead of 0 and 1.
     lengths: bool = False
-    #: All values of an input are the same: where rounding decides, an index may turn over.
+    #: All values of an input are the same: then rounding decides which index an output names.
     level: bool = False
 
 
@@ -68,7 +69,7 @@ _ONES: Final = Example("ones", lambda _, shape: np.ones(shape), all_there=True, 
 
 
 class Examples:
-    """Those that fit one model, which take what each of its inputs may be into account."""
+    """The examples for one model, by what each of its inputs may mean."""
 
     def __init__(self, signature: Signature, rules: Mapping[str, PadRule]) -> None:
         self._signature = signature
@@ -99,7 +100,10 @@ class Examples:
         return [*found, _ONES]
 
     def inputs(self, example: Example, sizes: Sizes, seed: int = 0) -> dict[str, Array] | None:
-        """One row of inputs; the same ones each time. None: too large."""
+        """One row of inputs, always the same for the same arguments.
+
+        None: it would be too large.
+        """
         rng = np.random.default_rng(seed)
         shapes = {
             spec.name: [dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape]
@@ -135,7 +139,7 @@ class Examples:
         return self._mask(spec.name, shape, rng) if padded else rng.integers(0, 2, shape)
 
     def _mask(self, name: str, shape: Sequence[int], rng: np.random.Generator | None) -> Array:
-        """Other than what stands in the padding; with `rng` like it at some places."""
+        """Values other than the padding's; with `rng`, some places have the padding's value."""
         symbols = [symbol for _, symbol in self._padded[name]]
         hidden = self._rules[symbols[-1]].value_in(name) if symbols else 0
         there = 0 if hidden else 1
@@ -149,14 +153,14 @@ class Examples:
         return values
 
     def _find_masks(self) -> set[str]:
-        """The inputs that say, or may say, which places are there."""
+        """The inputs that are, or may be, masks."""
         specs = self._signature.inputs
         named = {spec.name for spec in specs if "mask" in spec.name.lower()}
         carriers = [spec for spec in specs if self._padded[spec.name]]
         if named or len(carriers) < 2:
             return named
         plain = {None, 1, *(spec.shape[0] for spec in specs if spec.shape), *self._rules}
-        # Floats without a dim of their own, beside others that have one, or that are indices.
+        # Floats without a dim of their own, beside inputs that have one or are indices.
         telling = {
             spec.name for spec in carriers if _kind(spec) not in "fc" or {*spec.shape} - plain
         }

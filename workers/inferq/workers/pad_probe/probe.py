@@ -1,4 +1,4 @@
-"""Whether a model may be padded as its model.toml says, shown by padded and unpadded runs of it."""
+"""Checks, by padded and unpadded runs, whether a model may be padded as its model.toml says."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from inferq.shared.errors import ConfigError
 from inferq.shared.schema import Array, Signature, Tensors
 from inferq.workers.batching.padding import Measured, Padding, PadRule, padded_dims
 from inferq.workers.logs.fields import about
-from inferq.workers.models.engine import Batch, LoadedModel
+from inferq.workers.models.engine import Batch, LoadedModel, answers
 from inferq.workers.models.ranges import toml_key
 from inferq.workers.pad_probe.comparisons import Changed, Comparisons
 from inferq.workers.pad_probe.sizes import SizeProbe
@@ -22,22 +22,23 @@ from inferq.workers.pad_probe.trials import Run, Trials
 
 logger = logging.getLogger(__name__)
 
-#: Seconds for all of it. What proves least is left out then, never the first comparisons.
+#: Seconds for the whole check. After them the least telling comparisons are left out, never the
+#: first.
 BUDGET_S: Final = 10.0
-#: Seconds to find what may be written instead of what is refused.
+#: Seconds to find other values to suggest when [pad] is refused.
 ADVICE_S: Final = 5.0
 
 
 def probe_padding(model: LoadedModel) -> Padding:
-    """The `Padding` of a loaded `model`. ConfigError with the reason if it must not be padded so.
+    """The `Padding` of a loaded `model`. ConfigError with the reason if padding is wrong for it.
 
-    Runs it on the first lane, which nobody else may drive yet.
+    Runs it on the first lane, which nothing else may use yet.
     """
     spec, lane = model.spec, model.lanes[0]
-    bucket = model.buckets[0] if model.buckets and spec.batchable else 1  # that of one row
+    bucket = model.buckets[0] if model.buckets and spec.batchable else 1  # the bucket of one row
 
     def run(inputs: Tensors) -> Mapping[str, Array]:
-        return lane.run(Batch([inputs], 1, bucket, spec.batchable))
+        return answers(lane, Batch([inputs], 1, bucket, spec.batchable))
 
     return measured_padding(
         spec.signature,
@@ -61,10 +62,10 @@ def measured_padding(
     rounding: float = 1.0,
     seconds: float = BUDGET_S,
 ) -> Padding:
-    """The same of a model that `run` runs.
+    """The same for a model that `run` runs.
 
-    `batch`: the symbol of the rows, of which one is run at a time; None: it is not batchable.
-    `known`: symbol → a size that it may have.
+    `batch`: the batch symbol; one row is run at a time. None: it is not batchable. `known`: symbol
+    → a size that it may have.
     """
     if not rules:
         return Padding(signature, rules)
@@ -92,7 +93,7 @@ def measured_padding(
         name,
         trials.runs,
         trials.took_s,
-        _growth_told(measured),
+        _describe_growth(measured),
         extra=about(model=name),
     )
     if comparisons.left_out:
@@ -112,7 +113,7 @@ def _padded_sizes(rule: PadRule) -> bool:
     return rule.buckets[-1] > len(rule.buckets)
 
 
-def _growth_told(measured: Measured) -> str:
+def _describe_growth(measured: Measured) -> str:
     told = [
         f"dim {axis} of {output} follows {symbol}"
         for output, growths in measured.growths.items()
@@ -130,7 +131,7 @@ def _advice(
     run: Run,
     rounding: float,
 ) -> str:
-    """What to write instead: values under which answers do not change, if one is enough."""
+    """What to write instead: values that do not change answers, if changing one value is enough."""
     trials = Trials(run, ADVICE_S)
     for symbol, value in _other_values(signature, refused.rules, changed.case.padded):
         rules = {**refused.rules, symbol: replace(refused.rules[symbol], value=value)}
@@ -151,7 +152,7 @@ def _advice(
 def _other_values(
     signature: Signature, rules: Mapping[str, PadRule], symbols: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    """For each of `symbols`, tables that differ from what its rule says in one input, then more."""
+    """For each of `symbols`, tables that differ from its rule in one input, then in more."""
     for symbol in symbols:
         rule = rules[symbol]
         dtypes = {

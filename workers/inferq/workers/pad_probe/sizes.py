@@ -1,4 +1,4 @@
-"""Measures which sizes of its padded dims a model takes, and how its outputs' sizes follow them."""
+"""Measures which sizes of padded dims a model takes, and how its outputs' sizes depend on them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ from inferq.workers.pad_probe.trials import Trials
 
 #: Sizes tried, one after the other, for open dims that are not padded.
 OPEN_SIZES: Final = (8, 32, 224, 2, 1, 3)
-#: A model takes each size, or one of so many.
+#: Largest step between the sizes that a model takes.
 MAX_STEP: Final = 64
-#: Of more buckets than these, not all are measured.
+#: If there are more buckets than this, some are not measured.
 MAX_BUCKETS: Final = 8
-#: Of the time, before the least that proves anything has to do.
+#: Share of the time after which only the minimum is measured.
 SHARE: Final = 0.5
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 class SizeProbe:
-    """One model's sizes. `base`: some that it takes, the smallest bucket of each padded symbol."""
+    """One model's sizes.
+
+    `base`: sizes that it takes, with the smallest bucket of each padded symbol.
+    """
 
     def __init__(
         self,
@@ -43,7 +46,7 @@ class SizeProbe:
         self._examples = Examples(signature, rules)
         self._batch = batch
         self._known = known
-        #: None: the size of the dims without a name.
+        #: None stands for the dims without a name.
         self._open: set[str | None] = {
             dim
             for spec in signature.inputs
@@ -53,15 +56,18 @@ class SizeProbe:
         self._shapes: dict[tuple[str, int], Shapes | None] = {}
         self._example: Example | None = None
         self.base: Sizes = {}
-        #: Symbol → those that only change with it, itself among them.
+        #: Symbol → the symbols that must have the same size, including itself.
         self.ties: dict[str, tuple[str, ...]] = {}
-        #: Each first of them → the sizes of it that the engine runs.
+        #: First symbol of each such group → the sizes that the engine runs.
         self.grids: dict[str, Grid] = {}
-        #: Another size of the open dims that are not padded, if there are any.
+        #: Other sizes of the open dims that are not padded, if there are any.
         self.other: Sizes | None = None
 
     def measured(self) -> Measured:
-        """ConfigError: the model cannot be run at its buckets, or its sizes cannot be explained."""
+        """Measure.
+
+        ConfigError if the model rejects its buckets, or if its sizes cannot be explained.
+        """
         self._find_base()
         grids: dict[str, Grid] = {}
         growths: dict[str, dict[int, tuple[str, Growth]]] = {}
@@ -115,7 +121,7 @@ class SizeProbe:
         return self._trials.outputs(self._examples.inputs(example, sizes))
 
     def shapes(self, symbol: str, size: int) -> Shapes | None:
-        """Of the outputs where `symbol` has this size and all not tied to it that of `base`."""
+        """Shapes of the outputs if `symbol` has this size; symbols not tied to it keep `base`."""
         key = symbol, size
         if key not in self._shapes:
             assert self._example is not None
@@ -131,7 +137,7 @@ class SizeProbe:
         step = self._step(symbol, buckets)
         alike = tuple(each for each, rule in self._rules.items() if rule.buckets == buckets)
         if step is None and len(alike) > 1:
-            # Converters give one size a name of its own in each input.
+            # Converters may give one size different names in each input.
             self.ties[symbol] = alike
             self._shapes.clear()
             step = self._step(symbol, buckets)
@@ -161,7 +167,7 @@ class SizeProbe:
         return grid
 
     def _step(self, symbol: str, buckets: Sequence[int]) -> int | None:
-        """From the first bucket to the nearest other size that the model takes."""
+        """The step from the first bucket to the nearest other size that the model takes."""
         start, top = buckets[0], buckets[-1]
         nearest = (size for k in range(1, MAX_STEP + 1) for size in (start - k, start + k))
         # A dim of 1 may fit any other.
@@ -171,7 +177,7 @@ class SizeProbe:
         )
 
     def _growths(self, symbol: str, grid: Grid) -> dict[tuple[str, int], Growth]:
-        """By output and axis, where the size is not constant."""
+        """Output → axis → growth, for sizes that are not constant."""
         buckets = self._rules[symbol].buckets
         near = {bucket - k * grid.step for bucket in _some(buckets) for k in range(2)}
         sizes = sorted(size for size in near if size >= grid.first)
@@ -203,7 +209,7 @@ class SizeProbe:
         )
 
     def _served(self, grid: Grid, growths: Sequence[Growth]) -> Grid:
-        """The sizes that requests may have: what an engine was not built for can be padded."""
+        """The sizes that requests may have. Sizes for which no engine was built can be padded."""
         if not self._trials.not_built or grid.step > 1:
             return grid
         smaller = range(1, grid.first)
@@ -212,7 +218,7 @@ class SizeProbe:
 
 
 def _some(buckets: Sequence[int]) -> list[int]:
-    """At most `MAX_BUCKETS` of them, the first and the last ones among them."""
+    """At most `MAX_BUCKETS` of them, including the first and the last."""
     if len(buckets) <= MAX_BUCKETS:
         return list(buckets)
     last = len(buckets) - 1

@@ -1,4 +1,4 @@
-"""Runs a model on inputs that it may reject, and watches the time that this takes."""
+"""Runs a model on inputs that it may reject, within a time limit."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ Run = Callable[[Tensors], Mapping[str, Array]]
 
 
 class Trials:
-    """The constructor starts the clock: `seconds` are there for all of them."""
+    """The constructor starts the clock: all runs together have `seconds`."""
 
     def __init__(self, run: Run, seconds: float) -> None:
         self._run = run
         self._began = time.monotonic()
         self._seconds = seconds
         self.runs = 0
-        #: Why the last inputs that were rejected were.
+        #: Why the last rejected inputs were rejected.
         self.reason = "the inputs would be too large"
-        #: Whether an engine rejected sizes for which it was not built, rather than the model.
+        #: Whether the engine rejected sizes because it was not built for them.
         self.not_built = False
 
     def outputs(self, inputs: Tensors | None) -> Mapping[str, Array] | None:
-        """What the model answers; None if it rejects `inputs`. Raises FatalEngineError."""
+        """The model's outputs; None if it rejects `inputs`. Raises FatalEngineError."""
         if inputs is None:
             return None
         self.runs += 1
@@ -37,14 +37,14 @@ class Trials:
             return self._run(inputs)
         except FatalEngineError:
             raise
-        except Exception as problem:  # noqa: BLE001 - what the model rejects tells nothing
+        except Exception as problem:  # noqa: BLE001 - inputs that the model rejects show nothing
             self.reason = str(problem)
             self.not_built = self.not_built or isinstance(problem, InvalidInput)
             logger.debug("rejected: %s", problem)
             return None
 
     def within(self, share: float) -> bool:
-        """Whether no more than this share of the time is over."""
+        """Whether at most this share of the time has passed."""
         return time.monotonic() - self._began < share * self._seconds
 
     @property

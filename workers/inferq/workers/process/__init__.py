@@ -1,1 +1,1 @@
-"""The worker's process and its host: background threads, child processes, memory, own files."""
+"""The worker's process and its host: background threads, child processes, memory, private files."""

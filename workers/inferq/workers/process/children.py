@@ -1,6 +1,6 @@
-"""Child processes that end with the process that started them, however that one ends.
+"""Child processes that end when the process that started them ends, in whatever way.
 
-What they import is installed, or stands on PYTHONPATH: never what lies in the working directory.
+They import what is installed or on PYTHONPATH, and never modules in the working directory.
 """
 
 from __future__ import annotations
@@ -29,16 +29,19 @@ os.execvp(sys.argv[2], sys.argv[2:])
 
 def start_child(
     command: Sequence[str],
-    output: IO[bytes] | None,
+    output: IO[bytes] | int | None,
     *,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
+    pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
-    """Start `command`, with stdout and stderr in `output` (None: where the caller's are).
+    """Start `command`, with stdout and stderr to `output` (None: the caller's).
+
+    It inherits the descriptors `pass_fds`, by their numbers.
 
     Its pid is the Popen's. On Linux the kernel sends it SIGKILL when the calling *thread* ends, so
-    call this from one that lives as long as the child should. It has a session of its own: Ctrl-C
-    in the terminal does not reach it, the parent decides.
+    call this from a thread that lives as long as the child should. The child has a session of its
+    own: Ctrl-C in the terminal does not reach it, and the parent decides.
     """
     return subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", _TRAMPOLINE, str(os.getpid()), *command],
@@ -48,13 +51,14 @@ def start_child(
         env=safe_environment(os.environ if env is None else env),
         cwd=cwd,
         start_new_session=True,
+        pass_fds=pass_fds,
     )
 
 
 def safe_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """`environment` for a process that does not look in the working directory for its modules.
+    """`environment` for a process that must not import modules from the working directory.
 
-    Python would put it first for a program that is started by ``-m`` or ``-c``.
+    Python puts it first for a program that is started by ``-m`` or ``-c``.
     """
     return {**environment, "PYTHONSAFEPATH": "1"}
 
@@ -71,7 +75,7 @@ def end_child(process: subprocess.Popen[bytes], timeout: float) -> int:
 
 
 def end_on_signals() -> None:
-    """Have what asks this process to end raise in its main thread, so that it ends its children.
+    """Make signals to end raise in this process' main thread, so that it ends its children.
 
     SIGINT raises KeyboardInterrupt, also in a background job, which a shell starts with SIGINT
     ignored; the others raise SystemExit.

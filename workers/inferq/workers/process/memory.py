@@ -1,10 +1,10 @@
-"""Keeps what a worker uses all its life in place: freed memory, and the objects that it began with.
+"""Saves CPU: keeps freed memory, and keeps garbage collections off a worker's first objects.
 
-glibc gives blocks over 128 KiB back to the kernel when they are freed; every request of that size
-then pays for fresh, zeroed pages. With 150 KB requests that was more than half of a worker's CPU.
+glibc returns blocks over 128 KiB to the kernel when they are freed. Every request of that size then
+takes fresh, zeroed pages. With 150 KB requests that was more than half of a worker's CPU.
 
-A full garbage collection looks at every object, of which Celery alone makes hundreds of thousands,
-and nothing else runs meanwhile: 90 ms a second or so once many links are published.
+A full garbage collection visits every object, of which Celery alone makes hundreds of thousands,
+and stops all threads: for about 90 ms in each second while many links are published.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Final
 # malloc.h
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
-#: The most that glibc takes.
+#: The largest value that glibc accepts.
 MMAP_THRESHOLD: Final = 32 * 1024 * 1024
 #: Bytes that may lie free at the end of the heap.
 TRIM_THRESHOLD: Final = 256 * 1024 * 1024
@@ -30,7 +30,7 @@ FOR_CHILDREN: Final = {
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc; False where there is another C library, which is as well."""
+    """Tell glibc to keep freed memory; False with another C library, where nothing need be done."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
@@ -41,6 +41,6 @@ def keep_freed_memory() -> bool:
 
 
 def keep_objects() -> None:
-    """Have garbage collections pass over all objects that there are now."""
+    """Make garbage collections skip all objects that exist now."""
     gc.collect()
     gc.freeze()

@@ -1,4 +1,4 @@
-"""Small files that a user keeps for itself: nobody else can have written what is read from them."""
+"""Small private files of a user: nobody else can have written what is read from them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 
 def read_own(path: Path, most: int, *, roots: bool = False, anybodys: bool = False) -> bytes:
-    """A plain file of this user's, of at most `most` bytes. OSError, ValueError.
+    """The content of a regular file of this user, at most `most` bytes. OSError, ValueError.
 
-    `roots`: or of root's. `anybodys`: or, where this user is root, of anybody's, and a link's.
+    `roots`: also a file of root. `anybodys`: if this user is root, also anybody's file, and links.
     """
     anybodys = anybodys and os.geteuid() == 0
     links = 0 if anybodys else os.O_NOFOLLOW

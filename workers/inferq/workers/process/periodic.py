@@ -1,8 +1,8 @@
-"""The loop of every background thread of a worker: whatever a turn raises, it says so and goes on.
+"""The loop of every background thread of a worker: it logs whatever a turn raises, and goes on.
 
-A turn that fails is repeated after a while, longer and longer while it fails with what nobody
-foresaw. What is said of it is said less and less often. A loop that has ended all the same, or
-whose turn takes too long, is told by `problem`, which is what the heartbeat asks.
+A failed turn is repeated after a while; after unexpected errors the wait grows. The same error is
+logged less and less often. `problem`, which the heartbeat calls, reports a loop that has ended all
+the same, or whose turn takes too long.
 """
 
 from __future__ import annotations
@@ -16,38 +16,39 @@ from typing import Final, Protocol
 
 from redis.exceptions import RedisError
 
-#: Seconds until a turn that failed is repeated: the first time, and at most.
+#: Seconds until a failed turn is repeated: the first time, and at most.
 RETRY_S: Final = 0.5
 MAX_RETRY_S: Final = 10.0
 #: Seconds that a turn may take: all its waits have timeouts of a few seconds.
 STALL_S: Final = 60.0
-#: Seconds until the same kind of failure is told again: the first time, and at most.
+#: Seconds until the same kind of failure is logged again: the first time, and at most.
 SAY_AGAIN_S: Final = 10.0
 MAX_SAY_AGAIN_S: Final = 600.0
-#: Kinds of failures that are told apart.
+#: Most kinds of failures that are remembered.
 MAX_KINDS: Final = 32
 _JOIN_S: Final = 5.0
 
-#: What turns raise while Redis is away, full or amiss: the next one may do better.
+#: What turns raise while Redis is away, is full or holds keys of the wrong type. The next turn may
+#: succeed.
 EXPECTED: Final = (RedisError, OSError)
 
 
 class Sayings:
-    """Lets the same thing be said less and less often. For one thread."""
+    """Makes the same message be logged less and less often. For one thread."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        #: Kind → when it may be said again, seconds from then on, times that it was not said.
+        #: Kind → when it may be logged again, the wait after that, and how often it was left out.
         self._said: dict[str, tuple[float, float, int]] = {}
 
     def due(self, kind: str) -> int | None:
-        """None: not now. Else how often it was not said since the last time."""
+        """None: do not log it now. Else how often it was left out since the last time."""
         now = self._clock()
         again_at, pause, unsaid = self._said.pop(kind, (-math.inf, SAY_AGAIN_S, 0))
         if now < again_at:
             self._said[kind] = again_at, pause, unsaid + 1
             return None
-        if now > again_at + MAX_SAY_AGAIN_S:  # long ago: as if for the first time
+        if now > again_at + MAX_SAY_AGAIN_S:  # long ago: counts as the first time
             pause = SAY_AGAIN_S
         self._said[kind] = now + pause, min(2 * pause, MAX_SAY_AGAIN_S), 0
         if len(self._said) > MAX_KINDS:
@@ -56,13 +57,13 @@ class Sayings:
 
 
 class Periodic:
-    """Calls `turn` again and again from a thread of its own. `name` is what the heartbeat calls it.
+    """Calls `turn` again and again from a thread of its own. `name`: its name in the heartbeat.
 
-    `turn` returns the seconds until the next one, None for `every_s` (math.inf: until `wake`, which
-    cuts all of them short). The first comes at once, or after `first_s`. A turn may take `stall_s`
-    (math.inf: it waits for somebody); one that failed is repeated after `retry_s`, at most
-    `max_retry_s`, and the log line begins with `failing`. `ending` is called in the thread at the
-    end, after the last turn.
+    `turn` returns the seconds until the next one; None means `every_s`, math.inf means until
+    `wake`. `wake` ends any such wait. The first turn comes at once, or after `first_s`. A turn may
+    take `stall_s` (math.inf: it may wait for ever). A failed turn is repeated after `retry_s`,
+    later after at most `max_retry_s`, and its log line begins with `failing`. `ending` is called in
+    the thread after the last turn.
     """
 
     def __init__(
@@ -93,21 +94,24 @@ class Periodic:
         self._failures = 0
         self._wake = threading.Event()
         self._stopping = threading.Event()
-        #: When the present turn began (monotonic s); None: none is under way.
+        #: When the present turn began (monotonic s); None: no turn runs.
         self._began: float | None = None
         self._thread = threading.Thread(target=self._run, name=f"inferq-{name}", daemon=True)
 
     def start(self) -> None:
-        """Once."""
+        """Start the thread. Call it once."""
         self._thread.start()
 
     def wake(self) -> None:
-        """Have the next turn come now; from any thread."""
+        """Begin the next turn now. For any thread."""
         if not self._wake.is_set():
             self._wake.set()
 
     def stop(self, timeout: float = _JOIN_S) -> bool:
-        """End after the present turn, waited for so many seconds; True once it has. Idempotent."""
+        """End after the present turn; wait at most `timeout` s. True once it has ended.
+
+        Idempotent.
+        """
         self._stopping.set()
         self._wake.set()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
@@ -116,7 +120,7 @@ class Periodic:
 
     @property
     def stopping(self) -> bool:
-        """For turns that take long."""
+        """Whether `stop` was called; for turns that take long."""
         return self._stopping.is_set()
 
     def pause(self, seconds: float) -> None:
@@ -124,7 +128,7 @@ class Periodic:
         self._stopping.wait(seconds)
 
     def problem(self) -> str | None:
-        """Why it does not do its work; None if it does, or need not (yet, or any more)."""
+        """Why the loop does not work; None if it does, has not started, or was stopped."""
         began = self._began
         if self._stopping.is_set() or self._thread.ident is None:
             return None
@@ -179,12 +183,12 @@ class Periodic:
             more = f" (and {unsaid} more like it before)" if unsaid else ""
             said = f"{problem}" or repr(problem)
             self._logger.log(level, f"{self._failing}: %s%s", said, more, exc_info=trace)
-        except Exception:  # noqa: BLE001 - a log that cannot be written must not end the loop
+        except Exception:  # noqa: BLE001 - a failing log must not end the loop
             return
 
 
 class Loop(Protocol):
-    """What can be asked whether it does its work."""
+    """A loop that can be asked whether it works."""
 
     @property
     def name(self) -> str: ...
@@ -193,6 +197,6 @@ class Loop(Protocol):
 
 
 def troubles(loops: Iterable[Loop]) -> dict[str, str]:
-    """Those of `loops` that do not do their work, by name, and why."""
+    """The names of `loops` that do not work, and why."""
     found = {loop.name: loop.problem() for loop in loops}
     return {name: problem for name, problem in found.items() if problem is not None}

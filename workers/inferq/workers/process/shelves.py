@@ -1,7 +1,7 @@
-"""Files that Celery and Flower unpickle: only what nobody else can have written.
+"""Guards the files that Celery and Flower unpickle: nobody else may have written them.
 
-``--statedb`` of a worker and ``--persistent`` of Flower keep a `shelve`, and whoever can write that
-runs what he likes in the process that reads it.
+``--statedb`` of a worker and ``--persistent`` of Flower keep a `shelve`. Who can write it can run
+any code in the process that reads it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from inferq.shared.errors import ConfigError
 from inferq.workers.logs.printing import plain_lines
 from inferq.workers.process import trusted_files
 
-#: What the kinds of `dbm` add to a shelf's name, one or several of them.
+#: Suffixes that the kinds of `dbm` add to a shelf's name.
 _SUFFIXES: Final = ("", ".db", ".dir", ".pag", ".dat", ".bak")
 _BECAUSE: Final = "since it is unpickled"
 
@@ -24,9 +24,9 @@ _stock_open = shelve.open
 
 
 def guard(option: str) -> None:
-    """From now on this process opens no shelf that somebody else may have written.
+    """Keep this process from opening a shelf that somebody else may have written.
 
-    It ends instead, with a line that names `option`, by which another shelf is named.
+    It ends instead, with a line that names `option`, which chooses the shelf.
     """
 
     def opened(filename: str, *args: Any, **options: Any) -> shelve.Shelf[Any]:
@@ -44,7 +44,7 @@ def guard(option: str) -> None:
 
 
 def check(path: Path, instead: str) -> None:
-    """ConfigError if anybody but this user and root may write the shelf `path`, or exchange it."""
+    """ConfigError if anybody but this user and root may write or replace the shelf `path`."""
     try:
         folder = trusted_files.trusted_folder(path.parent, instead, _BECAUSE)
         for suffix in _SUFFIXES:

@@ -1,8 +1,8 @@
-"""Files that nobody else may write: opened, replaced in one step, swept up.
+"""Opens, replaces and deletes files that nobody else may write.
 
-What is kept in them is executed. So each, and each folder on the way to it, must belong to us or to
-root, and nobody else may write it. A sticky folder of ours or root's, such as /tmp, may be on the
-way: what others put there cannot take the place of what is ours.
+Their content is executed. So each file, and each folder above it, must belong to this user or root,
+and nobody else may write it. A sticky folder of this user or root, such as /tmp, may be above it:
+others cannot replace files of this user there.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from typing import Final
 
 from inferq.shared.errors import ConfigError
 
-#: Nobody writes one file for so long: who began it was killed.
+#: No process writes one file for so long: it was killed while it wrote.
 ABANDONED_S: Final = 86_400.0
 _OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
 _ALONE: Final = "to be writable by you or root alone"
 _CODE: Final = "since plans are code"
 _CHUNK: Final = 1 << 24
-#: As `write` names what is not whole yet.
+#: The names that `write` gives to unfinished files.
 _UNFINISHED: Final = re.compile(r"\..+\.[0-9a-f]{8}")
 
 
 def make_folder(path: Path) -> None:
-    """Make `path` for us alone, and what is missing above it, if it is not there. OSError."""
+    """Make the folder `path`, and missing ones above it, for this user alone. OSError."""
     missing = [each for each in (path, *path.parents) if not each.exists()]
     for each in reversed(missing):
         each.mkdir(mode=0o700 if each == path else 0o755, exist_ok=True)
 
 
 def trusted_folder(path: Path, instead: str, because: str = _CODE) -> Path:
-    """The folder `path`, with links followed: nobody but us and root can write or exchange it.
+    """The folder `path`, links resolved. Nobody but this user and root can write or replace it.
 
-    Raises ConfigError naming the folder that others may write; `because` says why they may not, and
+    ConfigError names the folder that others may write; `because` is the reason why they must not,
     `instead` what to do. OSError.
     """
     real = path.resolve(strict=True)
@@ -58,7 +58,10 @@ def trusted_folder(path: Path, instead: str, because: str = _CODE) -> Path:
 
 @contextmanager
 def opened(path: Path) -> Iterator[int]:
-    """A plain file that nobody else may write, to read. ConfigError if it is none; OSError."""
+    """Open a regular file that nobody else may write, to read it.
+
+    ConfigError if it is none; OSError.
+    """
     # A named pipe would wait for a writer.
     file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -73,18 +76,18 @@ def opened(path: Path) -> Iterator[int]:
 
 
 def read(file: int, most: int) -> bytes:
-    """All of `file`, but no more than `most` bytes."""
+    """Up to `most` bytes of `file`."""
     with os.fdopen(os.dup(file), "rb") as reader:
         return reader.read(most)
 
 
 def write(path: Path, content: bytes) -> None:
-    """Replace `path` by a file of `content` in one step that outlives a power cut. OSError.
+    """Replace `path` by a file of `content` in one step that survives a power cut. OSError.
 
-    It may be read by those who may read its folder.
+    Everybody who may read its folder may read it.
     """
     mode = 0o600 | (path.parent.stat().st_mode & 0o044)
-    # Not the process' number: those of two containers with one folder may be equal.
+    # Not the pid: two containers that share the folder may have the same one.
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         file = os.open(
@@ -109,9 +112,10 @@ def write(path: Path, content: bytes) -> None:
 
 
 def sweep(folder: Path, ours: str) -> None:
-    """Delete what processes left in `folder` that were killed while they wrote.
+    """Delete unfinished files in `folder` of processes that were killed while they wrote.
 
-    That is what is called as `ours` and on, which nobody else writes now, and what is a day old.
+    These are files whose names begin with `ours`, which only this process writes, and any that are
+    a day old.
     """
     oldest = time.time() - ABANDONED_S
     with suppress(OSError), os.scandir(folder) as entries:
@@ -125,7 +129,7 @@ def sweep(folder: Path, ours: str) -> None:
 
 
 def problem_of(found: os.stat_result, *, shared: bool = False) -> str | None:
-    """Why others may write that of which `found` tells; None: they may not, or it is `shared`."""
+    """Why others may write the file with status `found`; None: they may not, or it is `shared`."""
     if found.st_uid not in {0, os.geteuid()}:
         return f"belongs to user {found.st_uid}"
     if found.st_mode & _OTHERS and not shared:

@@ -1,4 +1,4 @@
-"""The versions that tell workers apart, read from what is installed: nothing is imported."""
+"""Versions of installed packages, by which workers differ; nothing is imported."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
-#: What they are called here → the distributions that may bring them, the first one found counts.
+#: Name → the distributions that may provide it; the first installed one counts.
 _DISTRIBUTIONS: Final = {
     "inferq": ("inferq",),
     "celery": ("celery",),
@@ -20,7 +20,7 @@ PACKAGES: Final = ("python", *_DISTRIBUTIONS)
 
 
 def installed_versions() -> dict[str, str]:
-    """Package → version, of Python itself and of those that are installed."""
+    """Package → version, for Python and the installed packages."""
     found = {"python": platform.python_version()}
     for name, distributions in _DISTRIBUTIONS.items():
         for distribution in distributions:

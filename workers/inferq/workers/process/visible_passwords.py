@@ -1,4 +1,4 @@
-"""A password on a command line is seen by every user of the host, in the list of processes."""
+"""Warns of passwords on the command line: every user of the host sees them in the process list."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from inferq.workers.logs.printing import say
 
 _URL: Final = re.compile(r"[a-z+]+://[^;]+", re.IGNORECASE)
 _IN_QUERY: Final = re.compile(r"(?i)\bpassword=[^&]")
-#: Where else it may be said, by the option.
+#: Option → where else its value may be given.
 _ELSEWHERE: Final = {
     "--redis-url": "INFERQ_REDIS_URL",
     "--broker": "CELERY_BROKER_URL",
@@ -21,7 +21,7 @@ _ELSEWHERE: Final = {
     "--broker-api": "FLOWER_BROKER_API",
     "--broker_api": "FLOWER_BROKER_API",
 }
-#: Flower's options that are secrets themselves, and where else each may be said.
+#: Flower's secret options → where else each may be given.
 _SECRETS: Final = {
     "--basic_auth": "INFERQ_FLOWER_BASIC_AUTH",
     "--cookie_secret": "FLOWER_COOKIE_SECRET",
@@ -30,24 +30,24 @@ _SECRETS: Final = {
 
 
 def visible_password(arguments: Sequence[str]) -> str | None:
-    """What to say of a password among `arguments`; None: there is none."""
+    """The warning about a password among `arguments`; None if there is none."""
     before = ""
     for argument in arguments:
         name, _, value = argument.partition("=")
         option = name if value and name.startswith("--") else before
         if (found := _SECRETS.get(_spelt(option))) is not None:
-            return _told(option, found)
+            return _message(option, found)
         if any(map(_holds_password, _URL.findall(argument))):
             option = argument.partition("=")[0] if argument.startswith("--") else before
             if argument.startswith("-b"):
                 option = "-b"
             elsewhere = _ELSEWHERE.get(option)
-            return _told(option if elsewhere else "a URL", elsewhere or "INFERQ_REDIS_URL")
+            return _message(option if elsewhere else "a URL", elsewhere or "INFERQ_REDIS_URL")
         before = argument
     return None
 
 
-def _told(what: str, elsewhere: str) -> str:
+def _message(what: str, elsewhere: str) -> str:
     return (
         f"{what} holds a password, which every user of this host sees in the list of processes; "
         f"expected it in the environment: {elsewhere}"
@@ -55,12 +55,12 @@ def _told(what: str, elsewhere: str) -> str:
 
 
 def _spelt(option: str) -> str:
-    """An option as Flower calls it: it takes dashes for underscores."""
+    """An option as Flower spells it: it accepts dashes for underscores."""
     return "--" + option.removeprefix("--").replace("-", "_") if option[:2] == "--" else ""
 
 
 def warn_of_visible_password() -> None:
-    """On stderr, if there is one on this process' command line."""
+    """Warn on stderr if there is a password on this process' command line."""
     if (told := visible_password(sys.argv[1:])) is not None:
         say(f"inferq: {told}", err=True)
 

@@ -1,1 +1,1 @@
-"""What anybody may ask of Redis, without a worker: depths and dead letters."""
+"""What can be asked of Redis without a worker: depths and dead letters."""

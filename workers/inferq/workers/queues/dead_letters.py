@@ -1,8 +1,8 @@
-"""Dead letters: found, put back into their queue, dropped.
+"""Reads dead letters, puts them back into their queues, and drops them.
 
-What changes one letter is one script, so that workers may add letters and others may work on the
-same ones meanwhile: each is replayed or dropped once. Its bytes are what a letter is known by.
-Lists are read in blocks: a letter may be as large as a message.
+One script changes one letter, so that meanwhile workers may add letters and others may work on the
+same ones: each is replayed or dropped once. A letter is identified by its bytes. Lists are read in
+blocks, since a letter may be as large as a message.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from inferq.shared import codec
 from inferq.shared.errors import InferqError, PayloadExpired
 from inferq.shared.lua import source
 from inferq.shared.names import Names, is_model_name
-from inferq.workers.claims.recovery import suspect
+from inferq.workers.claims.recovery import decoding_field
 from inferq.workers.claims.settlement import DEAD_PAYLOAD_S
 from inferq.workers.queues.letter import Letter, in_time, payloads_in, priority_in, read_letter
 
-#: Most bytes (as far as the letters before tell) and letters that are asked for at once.
+#: Most bytes (estimated by the letters before) and most letters that are asked for at once.
 BLOCK_BYTES: Final = 8 * 1024 * 1024
 BLOCK_LETTERS: Final = 64
-#: How long a payload outlives its request's deadline at least, in seconds.
+#: How long a payload is kept at least beyond its request's deadline, in seconds.
 PAYLOAD_MARGIN_S: Final = 24 * 3600
 
 
 class Replayed(msgspec.Struct, frozen=True):
-    """At which priority step a request waits, and which headers it lost: their time has passed."""
+    """The priority step at which a request waits now, and its expired headers, which it lost."""
 
     step: int
     dropped: list[str]
@@ -54,11 +54,11 @@ class DeadLetters:
         head = self._names.dead("")
         pattern = re.sub(r"([\\*?\[\]])", r"\\\1", head) + "*"
         found = self._client.scan_iter(match=pattern, count=1000)
-        keys = {key.decode(errors="replace") for key in found}  # others' are no model's name
+        keys = {key.decode(errors="replace") for key in found}  # other programs' keys name no model
         return sorted(m for key in keys if is_model_name(m := key.removeprefix(head)))
 
     def read(self, model: str) -> Iterator[Letter]:
-        """The letters of `model`, newest first: so one that is added meanwhile hides no other."""
+        """The letters of `model`, newest first: then one that is added meanwhile hides no other."""
         seen: set[bytes] = set()
         start, count = 0, 1
         while block := self._range(model, start, start + count - 1):
@@ -71,14 +71,16 @@ class DeadLetters:
             count = _next_count(block)
 
     def pick(self, model: str, digests: Collection[bytes]) -> Iterator[Letter]:
-        """Those letters of `model`, oldest first; each may be removed before the next is asked for.
+        """The letters of `model` with these digests, oldest first. Each may be removed at once.
 
-        What someone else has removed meanwhile does not come.
+        Letters that others have removed meanwhile are left out.
         """
         wanted = set(digests)
         missing = -1
         while wanted and len(wanted) != missing:
-            missing = len(wanted)  # others' removals may have moved some past us: look once more
+            missing = len(
+                wanted
+            )  # removals by others may have moved some past this place: look again
             passed, count = 0, 1
             while wanted and (block := self._range(model, -passed - count, -passed - 1)):
                 picked = 0
@@ -111,9 +113,9 @@ class DeadLetters:
         }
 
     def replay(self, letter: Letter) -> Replayed:
-        """Put the request back as if it was pushed now, and forget that it ever failed.
+        """Put the request back as if it was pushed now, and delete its result and attempts.
 
-        Raises PayloadExpired, or InferqError: it was answered otherwise, or is no letter any more.
+        Raises PayloadExpired; InferqError if it has another result, or is no longer a letter.
         """
         if not letter.genuine:
             raise InferqError(f"{letter.reason}; it can only be dropped")
@@ -128,16 +130,16 @@ class DeadLetters:
         again = in_time(letter.message, now)
         left_s = (again.deadline_ms - now) / 1000 if again.deadline_ms else 0
         ttl_s = max(DEAD_PAYLOAD_S, PAYLOAD_MARGIN_S + int(left_s))
-        fields = [suspect(letter.message), *([letter.id] if letter.id else [])]
+        fields = [decoding_field(letter.message), *([letter.id] if letter.id else [])]
         self._take_out(letter, ["replay", again.message, stored, ttl_s, *fields])
         return Replayed(self.step(letter), again.dropped)
 
     def drop(self, letter: Letter) -> None:
-        """Delete the letter and its payloads. InferqError: it is no letter any more."""
+        """Delete the letter and its payloads. InferqError if it is no longer a letter."""
         self._take_out(letter, ["drop"])
 
     def _take_out(self, letter: Letter, how: Sequence[bytes | str | int]) -> None:
-        """Run dead.lua; `how` is what that takes after the letter."""
+        """Run dead.lua; `how`: its arguments after the letter."""
         names = self._names
         payloads = payloads_in(letter.message, names)
         meta = names.meta(letter.id) if letter.id else names.nowhere

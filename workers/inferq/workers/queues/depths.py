@@ -1,8 +1,8 @@
-"""How much waits where, of each model: told by Redis alone, whether or not a worker runs.
+"""Reads how many requests of each model wait, and where, from Redis alone, without a worker.
 
-A reading takes four round trips at most, however many requests wait: lengths are asked for, and no
-message leaves Redis (see oldest.lua). Where requests with an ETA stand is read, of the first
-`LATER_PLACES`. A key that holds something else than ours do counts as empty.
+A reading takes at most four round trips, however many requests wait: it asks for lengths, and no
+message leaves Redis (see oldest.lua). Of the scheduled requests, the models of the first
+`LATER_PLACES` are read. A key of the wrong type counts as empty.
 """
 
 from __future__ import annotations
@@ -22,44 +22,44 @@ from inferq.shared.names import ClaimName, Names, glob_of, is_model_name, model_
 from inferq.shared.schema import ModelAdvert
 from inferq.workers.claims import replies
 
-#: Most requests with an ETA whose model is looked at: those that are due first.
+#: Most scheduled requests whose model is read: those that are due first.
 LATER_PLACES: Final = 10_000
-#: Most models that are listed though no worker is known to have served them: whoever may push can
-#: make as many queues as it likes.
+#: Most models that are listed although no worker is known to have served them: anybody who may push
+#: can make any number of queues.
 STRAYS: Final = 10_000
-#: Part of max_queue_depth from which on a queue is nearly full.
+#: Share of max_queue_depth from which on a queue counts as nearly full.
 NEAR: Final = 0.8
-#: Keys that Redis looks at for one reply of a SCAN.
+#: Keys that Redis visits for one reply to SCAN.
 _SCAN_COUNT: Final = 1000
-#: What `oldest.lua` says of an empty queue.
+#: The answer of `oldest.lua` for an empty queue.
 _EMPTY: Final = b"none"
 
 
 class Depth(msgspec.Struct, frozen=True, kw_only=True):
-    """What waits of one model, in requests."""
+    """The waiting requests of one model."""
 
     model: str
-    #: In the queue, all priorities together; and by priority step.
+    #: Requests in the queue: in all, and by priority step.
     depth: int
     by_priority: Mapping[int, int]
-    #: Seconds since the oldest of those that are claimed next was sent; None: the queue is empty,
-    #: or they do not say, as those of a stock Celery app.
+    #: Seconds since the oldest of the requests that are claimed next was sent. None: the queue is
+    #: empty, or they do not say, like requests of a stock Celery app.
     oldest_age_s: float | None
-    #: With an ETA that is ahead, among the first `LATER_PLACES` of all models.
+    #: Scheduled requests, among the first `LATER_PLACES` of all models.
     later: int
-    #: Held by workers: computing, or about to.
+    #: Requests that workers hold: they compute, or are about to.
     claimed: int
     dead: int
     #: Live workers that serve the model.
     consumers: int
-    #: None: no limit, or not known since nobody announced the model in the last day.
+    #: None: no limit, or not known because no worker announced the model in the last day.
     max_queue_depth: int | None
-    #: The depth is at `NEAR` of the limit or above.
+    #: Whether the depth is at least `NEAR` of the limit.
     near_limit: bool
 
 
 class Depths(msgspec.Struct, frozen=True, kw_only=True):
-    """One reading. `later_unread`: requests with an ETA of which the model was not looked at.
+    """One reading. `later_unread`: scheduled requests whose model was not read.
 
     `unlisted`: further models, beyond `STRAYS`, that have a queue and that no worker announced.
     """
@@ -69,12 +69,12 @@ class Depths(msgspec.Struct, frozen=True, kw_only=True):
     unlisted: int = 0
 
 
-class Found(msgspec.Struct, frozen=True, kw_only=True):
+class KnownModels(msgspec.Struct, frozen=True, kw_only=True):
     """The models that Redis knows of, each list sorted."""
 
-    #: A worker announces or announced them in the last day, or left something of them.
+    #: Models that a worker announced in the last day, or of which it left keys.
     known: Sequence[str]
-    #: Those that only have a queue, `STRAYS` of them at most; and how many more queues there are.
+    #: Models that only have a queue, at most `STRAYS`; and the number of further queues.
     strays: Sequence[str]
     unlisted: int
 
@@ -90,15 +90,15 @@ class DepthReader:
     def models(self) -> list[str]:
         """The models that have a queue, dead letters, an announcement or a worker; see `find`.
 
-        Those that workers know come first.
+        Models that workers know come first.
         """
         found = self.find()
         return [*found.known, *found.strays]
 
-    def find(self) -> Found:
-        """Look for all models, by every key's name (SCAN, twice).
+    def find(self) -> KnownModels:
+        """Find all models by the names of all keys (SCAN, twice).
 
-        That takes about a second where there are a million keys.
+        That takes about a second for a million keys.
         """
         known: set[str] = set()
         for names in self._names.all_protocols():
@@ -119,7 +119,7 @@ class DepthReader:
                 strays.add(model)
             else:
                 unlisted += 1
-        return Found(
+        return KnownModels(
             known=sorted(filter(is_model_name, known)), strays=sorted(strays), unlisted=unlisted
         )
 
@@ -175,7 +175,7 @@ class DepthReader:
         )
 
     def _claimed(self, holders: Sequence[tuple[Names, str]]) -> Counter[str]:
-        """Requests that workers hold, by model. A place that is settled is blank."""
+        """Model → requests that workers hold. A settled place in a claim is blank."""
         with self._client.pipeline(transaction=False) as pipe:
             for names, incarnation in holders:
                 pipe.hkeys(names.claims(incarnation))
@@ -241,7 +241,7 @@ def _depth(
 
 
 def _times(sent: Sequence[bytes]) -> Iterator[float]:
-    """Those that are times; whoever may push a message says what it likes."""
+    """The values that are times: anybody who may push a message can write anything there."""
     for ms in sent:
         if ms not in {b"", _EMPTY}:
             with suppress(ValueError):

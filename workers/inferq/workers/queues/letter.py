@@ -1,4 +1,4 @@
-"""What a dead letter says: who asked, what it needs, and how its request is sent once more."""
+"""Reads a dead letter: who asked, what it needs, and how its request is sent again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from inferq.workers.claims.message import arguments, references_in, unix_ms
 
 
 class _Stored(msgspec.Struct, frozen=True):
-    """As results.py writes it."""
+    """A letter as results.py writes it."""
 
     id: str | None
     reason: str
@@ -39,14 +39,14 @@ class Letter(msgspec.Struct, frozen=True):
     at_ms: float
     worker: str
     message: bytes
-    #: Bytes of the request, of which what nobody can read is not kept whole.
+    #: Bytes of the request. Messages that nobody can read are not kept whole.
     size: int
-    #: False for what is no dead letter at all, and only stands where they do.
+    #: False for an entry of the list that is no dead letter.
     genuine: bool = True
 
     @property
     def name(self) -> str:
-        """What the command line calls it."""
+        """Its name on the command line."""
         return self.id or f"#{hashlib.sha1(self.message, usedforsecurity=False).hexdigest()[:12]}"
 
     @property
@@ -60,16 +60,16 @@ class Letter(msgspec.Struct, frozen=True):
 
 
 class Again(msgspec.Struct, frozen=True):
-    """A request as it is sent once more; `dropped`: headers whose time has passed."""
+    """A request as it is sent again; `dropped`: headers that have expired."""
 
     message: bytes
     dropped: list[str]
-    #: Redis ms; None: it has none ahead.
+    #: Redis ms; None: it has none that is ahead.
     deadline_ms: float | None
 
 
 class _Loose(msgspec.Struct):
-    """What can be read of an envelope that is not as it should be."""
+    """The parts of a broken envelope that can be read."""
 
     headers: Any = None
     properties: Any = None
@@ -99,7 +99,7 @@ def read_letter(model: str, raw: bytes) -> Letter:
 
 
 def headers_in(message: bytes) -> dict[str, Any]:
-    """All headers, also where a worker cannot read them; empty if there are none."""
+    """All headers, even if a worker cannot read the message; empty if there are none."""
     headers = _loose(message).headers
     return headers if isinstance(headers, dict) else {}
 
@@ -135,16 +135,16 @@ def payloads_in(message: bytes, names: Names) -> dict[str, str]:
 
 
 def in_time(message: bytes, now_ms: float) -> Again:
-    """The message without a deadline or expiry that has passed: either would end it at once.
+    """The message without an expired deadline or `expires`, which would end it at once.
 
-    All else keeps its very bytes. What cannot be read is left as it is.
+    All else keeps its bytes. A message that cannot be read is left as it is.
     """
     try:
         headers = codec.decode_envelope(message).headers
         expires_ms = unix_ms("expires", headers.expires) if headers.expires else None
     except codec.MalformedMessage:
         return Again(message, [], None)
-    except InvalidInput:  # no time at all: the worker says so
+    except InvalidInput:  # it is no time: the worker reports that
         expires_ms = None
     ends = {HEADER_DEADLINE_MS: headers.inferq_deadline_ms, "expires": expires_ms}
     passed = [header for header, ms in ends.items() if ms is not None and ms <= now_ms]

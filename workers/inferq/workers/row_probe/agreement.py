@@ -1,12 +1,14 @@
-"""Whether two runs of a model gave the same answer, and if not, by how much they differ.
+"""Compares two runs of a model: whether they gave the same answer, or how much they differ.
 
-A row is computed again in other company, or with other padding; what it comes to must not change.
+A row is computed again among other rows, or with other padding; its answer must not change.
 Integers, flags and shapes are compared by value. Floats may differ by rounding, since an engine may
-add in another order when it runs another number of rows: `ROUNDING` says by how much, by dtype.
+add in another order when it runs another number of rows: `ROUNDING` says by how much, for each
+dtype.
 
-Values next to nothing round by what they were made of, so they are measured by the larger ones
-beside them; but not by those of another kind, of which an output may hold some: what a mask puts
-in place of a score (-1e9), a time stamp. These lie decades above all others.
+The rounding of values close to 0 depends on the values they were computed from, so it is measured
+by the larger values beside them. But an output may also hold values of another kind, such as a
+mask's in place of scores (-1e9) or time stamps. These are many orders of magnitude larger, and do
+not count.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from inferq.shared.schema import Array, Tensors
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Largest difference that is taken for rounding: ``of_value · |a| + of_largest · max |a|``."""
+    """Largest difference that counts as rounding: ``of_value · |a| + of_largest · max |a|``."""
 
     of_value: float
     of_largest: float
@@ -33,20 +35,20 @@ class Tolerance:
 ROUNDING: Final[Mapping[str, Tolerance]] = {
     "float16": Tolerance(1e-2, 2e-3),
     "float32": Tolerance(1e-4, 2e-5),
-    "float64": Tolerance(1e-4, 2e-5),  # often computed in float32, and cast
+    "float64": Tolerance(1e-4, 2e-5),  # often computed in float32 and cast
     "complex64": Tolerance(1e-4, 2e-5),
     "complex128": Tolerance(1e-4, 2e-5),
 }
 
 
-#: Values of which the larger is so many times the next smaller one are of two kinds; and if there
-#: are fewer than `FEW` smaller ones, any of which may be next to nothing by chance.
+#: If a value is so many times the next smaller one, the two are of different kinds. If there are
+#: fewer than `FEW` smaller ones, which may all be close to 0 by chance, the second number applies.
 GAP: Final = 1e3
 FEW, FEW_GAP = 3, 1e5
-#: But for values next to nothing: of two kinds the smaller is so large a part of all, or the larger
-#: is all but one value.
+#: But there are two kinds only if the smaller values are at least this share of all values, or if
+#: the larger values differ by at most this factor.
 PART: Final = 0.05
-ALL_BUT_ONE: Final = 2.0
+NEARLY_EQUAL: Final = 2.0
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,9 @@ class Difference:
     """How one output of one run differs from that of another."""
 
     output: str
-    #: Largest difference, as a share of the output's largest value; inf: of shape or of NaNs.
+    #: Largest difference, as a share of the output's largest value; inf: in shape or in NaNs.
     share: float
-    #: Cosine of the angle between both, of floats of one shape.
+    #: Cosine of the angle between both, for floats of one shape.
     cosine: float | None
     #: In words: ``shape [3] in place of [4]``, ``by 0.19 of values up to 10``.
     what: str
@@ -67,20 +69,21 @@ class Difference:
 
 
 def difference(
-    expected: Tensors, got: Tensors, scale: float = 1.0, usual: float = 0.0
+    expected: Tensors, got: Tensors, scale: float = 1.0, typical_max: float = 0.0
 ) -> Difference | None:
     """The largest difference of any output, beyond rounding; None if there is none.
 
-    `scale`: multiplies what is taken for rounding; runs of equal shapes round alike (0.01, say).
-    `usual`: a usual largest value. Where all are smaller they may still differ by its rounding.
+    `scale` multiplies what counts as rounding: runs of equal shapes round alike (0.01, for
+    example). `typical_max`: the typical largest value. Smaller values may still differ by the
+    rounding of it.
     """
-    found = [_compare(name, expected[name], got[name], scale, usual) for name in expected]
+    found = [_compare(name, expected[name], got[name], scale, typical_max) for name in expected]
     differing = [each for each in found if each is not None]
     return max(differing, key=lambda each: each.share, default=None)
 
 
 def _compare(
-    name: str, expected: Array, got: Array, scale: float, usual: float
+    name: str, expected: Array, got: Array, scale: float, typical_max: float
 ) -> Difference | None:
     if expected.shape != got.shape:
         what = f"in shape: {list(got.shape)} in place of {list(expected.shape)}"
@@ -102,7 +105,7 @@ def _compare(
     if not apart.any():
         return None
     sizes = np.abs(a)
-    beside = _beside(sizes, usual)
+    beside = _beside(sizes, typical_max)
     wrong = apart > scale * (rounding.of_value * sizes + rounding.of_largest * beside)
     if not wrong.any():
         return None
@@ -118,7 +121,7 @@ def _compare(
 
 
 def typical(array: Array) -> float:
-    """The largest of an output's values, but for those of another kind that lie far above."""
+    """The largest of an output's values, without those of another kind far above."""
     if array.dtype.kind not in "fc":
         return 0.0
     sizes = np.abs(_widened(array))
@@ -126,11 +129,11 @@ def typical(array: Array) -> float:
     return float(_tops(sizes)[0]) if sizes.size else 0.0
 
 
-def _beside(sizes: Array, usual: float) -> Array:
-    """For each of `sizes` the largest of its kind; of the smallest kind at least `usual`."""
+def _beside(sizes: Array, typical_max: float) -> Array:
+    """For each of `sizes` the largest of its kind; of the smallest kind at least `typical_max`."""
     tops = _tops(sizes)
     kinds = np.searchsorted(tops[:-1], sizes)
-    tops[0] = max(tops[0], usual)
+    tops[0] = max(tops[0], typical_max)
     return tops[kinds]
 
 
@@ -144,7 +147,7 @@ def _tops(sizes: Array) -> Array:
         int(end)
         for end in np.flatnonzero(ratios >= GAP)
         if ratios[end] >= (GAP if end + 1 >= FEW else FEW_GAP)
-        and (end + 1 >= PART * there.size or there[-1] <= ALL_BUT_ONE * there[end + 1])
+        and (end + 1 >= PART * there.size or there[-1] <= NEARLY_EQUAL * there[end + 1])
     ]
     return there[[*ends, there.size - 1]]
 

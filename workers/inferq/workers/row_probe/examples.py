@@ -1,8 +1,8 @@
-"""Example inputs on which a model is tried: five rows each, three of large ones, of several kinds.
+"""Makes example inputs of several kinds to try a model: five rows each, three if rows are large.
 
 Rows may depend on each other only where values are large, negative or zero, or of very different
-magnitude, so all of these are tried. Which integers are valid (indices of a table, say) is not
-known: small ones are, most likely, and larger ones are tried for one input at a time.
+magnitude, so all of these are tried. Which integers are valid (as indices of a table, for example)
+is not known: small ones most likely are, and larger ones are tried for one input at a time.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from inferq.shared.schema import DTYPES, Array, TensorSpec
 
 Shape = tuple[int, ...]
 
-#: Of an example, and of one that would else be too large.
+#: Rows of an example, and of one that would otherwise be too large.
 ROWS: Final = 5
 FEWER_ROWS: Final = 3
 #: No example holds more input elements than this: 256 MB of float32.
 MAX_ELEMENTS: Final = 1 << 26
-#: Integers are below this, or the first of these that the model does not refuse.
+#: Integers are below the first of these limits that the model accepts.
 INTEGER_LIMITS: Final = (1000, 256, 64, 16, 8, 4)
 LOWEST_INTEGER: Final = -100
-#: So many integer inputs are tried with larger ones.
+#: Most integer inputs that are tried with larger integers.
 MAX_INTEGER_INPUTS: Final = 4
-#: Rows of few elements hold few different values: each kind is tried so often.
+#: Rows of few elements hold few different values: each kind is then tried several times.
 FEW_ELEMENTS: Final = 64
 ROUNDS: Final = 4
 
-#: Fills floats of this shape.
+#: Makes floats of this shape.
 _Floats = Callable[[np.random.Generator, Shape], Array]
 
 
@@ -42,9 +42,9 @@ class Kind:
 
     name: str
     floats: _Floats
-    #: Input → its least value and the first that is too large. All others are 0 and 1.
+    #: Input → its smallest value and the first that is too large. Other inputs are 0 and 1.
     integers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    #: Whether the rows of integers and flags are all 0 and all 1.
+    #: Whether each row of integers and flags is all 0 or all 1.
     constant: bool = False
     seed: int = 0
 
@@ -83,7 +83,7 @@ UNIT: Final = Kind("unit", _unit)
 
 
 def further_kinds(inputs: Sequence[TensorSpec]) -> Iterator[Sequence[Kind]]:
-    """What else to try, the most telling first; of each sequence, the first that is not refused."""
+    """Further kinds, the most telling first. Of each sequence, the first accepted one is used."""
     kinds = {spec.name: DTYPES[spec.dtype].kind for spec in inputs}
     floats = "f" in kinds.values() or "c" in kinds.values()
     integers = [name for name, kind in kinds.items() if kind in "iu"][:MAX_INTEGER_INPUTS]
@@ -109,7 +109,10 @@ def further_kinds(inputs: Sequence[TensorSpec]) -> Iterator[Sequence[Kind]]:
 def shapes_of(
     inputs: Sequence[TensorSpec], size: int, known: Mapping[str, int]
 ) -> dict[str, Shape] | None:
-    """Input → shape of an example. Open dims are as `known` says, or `size`. None: too large."""
+    """Input → shape of an example. Open dims have the size in `known`, or `size`.
+
+    None: too large.
+    """
     inner = {spec.name: tuple(_size(dim, size, known) for dim in spec.shape[1:]) for spec in inputs}
     elements = sum(math.prod(shape) for shape in inner.values())
     for rows in (ROWS, FEWER_ROWS):
@@ -127,7 +130,7 @@ def _size(dim: int | str | None, size: int, known: Mapping[str, int]) -> int:
 def rows_of(
     kind: Kind, inputs: Sequence[TensorSpec], shapes: Mapping[str, Shape]
 ) -> dict[str, Array]:
-    """The rows of an example of `kind`: the same ones each time."""
+    """The rows of an example of `kind`, always the same."""
     rng = np.random.default_rng(kind.seed)
     return {spec.name: _filled(kind, spec, shapes[spec.name], rng) for spec in inputs}
 

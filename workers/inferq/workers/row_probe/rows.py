@@ -1,16 +1,16 @@
 """Finds out, by running a model, whether its rows are independent of each other.
 
-Were they not, one request's answer would depend on who shared its batch. Five rows of each kind
-(`examples`) are run in several batches:
+If they were not, one request's answer would depend on the other requests of its batch. Five rows of
+each kind (`examples`) are run in several batches:
 
-- *in other company*: a row at the same place of batches of the same size. The same instructions
+- *among other rows*: a row at the same place of batches of the same size. The same instructions
   compute it, so its answer must be the same almost to the bit: a dependence of 0.01 % shows;
-- *at other places and in other sizes*, by themselves too: the answers may differ by rounding;
-- *beside its equals*, and with rows of very different magnitude.
+- *at other places and in other sizes*, alone too: the answers may differ by rounding;
+- *beside equal rows*, and with rows of very different magnitude.
 
 A model may amplify rounding: magika's answers on bytes of 0 and 1 differ by 2 % between one row and
-more, and by 0.00002 % on any other. What differs by little between a row by itself and any company
-is taken for that if it does not on another kind. None of this is a proof.
+several, and by 0.00002 % on all other inputs. A small difference between a row alone and the row
+among others counts as amplified rounding if another kind shows none. None of this is a proof.
 """
 
 from __future__ import annotations
@@ -32,39 +32,39 @@ logger = logging.getLogger(__name__)
 #: Runs the model on these inputs; raises whatever the engine raises.
 Probe = Callable[[Tensors], Mapping[str, Array]]
 
-#: Sizes tried, one after the other, for all dims whose size nothing says.
+#: Sizes tried, one after the other, for all dims of unknown size.
 SIZES: Final = (32, 224, 8, 128, 64, 16, 1, 2, 4, 256, 512, 640)
-#: Share of what is taken for rounding between runs of equal shapes.
+#: The scale of rounding between runs of equal shapes.
 EXACT: Final = 0.01
 #: Amplified rounding is at most this share of the largest value.
 AMPLIFIED: Final = 0.03
-#: A kind speaks for another one if its values are at most so many times as large.
+#: One kind counts for another if its values are at most so many times as large.
 ALIKE: Final = 10.0
-#: Rows of larger batches, and seconds of CPU in which three rows must have run for such a batch to
-#: be tried: what runs for long takes much memory, too.
+#: Rows of larger batches, and the seconds of CPU within which three rows must have run for such a
+#: batch to be tried: what runs long takes much memory, too.
 LARGER: Final = ((5, 0.1), (35, 0.02))
 #: Seconds of CPU after which only the most telling runs are made.
 BUDGET_S: Final = 0.5
-#: And after which no more are made at all, but for the first two kinds.
+#: Seconds of CPU after which no more runs are made at all, except of the first two kinds.
 MAX_S: Final = 10.0
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What was seen of a model's outputs."""
+    """What the runs showed of a model's outputs."""
 
     #: Output → number of dims.
     dims: Mapping[str, int]
-    #: Output whose dim 0 does not follow the rows → how not.
-    untold: Mapping[str, str]
-    #: How rows differ by the company that they are in; empty: they do not.
+    #: Output whose dim 0 does not follow the rows → what it is instead.
+    unbatched: Mapping[str, str]
+    #: How answers depend on the other rows; empty: they do not.
     differences: Sequence[Difference]
     #: Outputs that vary from run to run: only their shapes were compared.
     varying: Sequence[str]
 
 
 class NotShown(Exception):
-    """The model could not be run so that anything was seen; says why not."""
+    """The model could not be run in a way that shows anything; the text says why."""
 
 
 def show(inputs: Sequence[TensorSpec], known: Mapping[str, int], probe: Probe) -> Shown:
@@ -93,7 +93,7 @@ def show(inputs: Sequence[TensorSpec], known: Mapping[str, int], probe: Probe) -
 
 
 class _Study:
-    """The runs of one model, and what they have shown so far."""
+    """The runs of one model and their results so far."""
 
     def __init__(self, probe: Probe) -> None:
         self._probe = probe
@@ -101,40 +101,40 @@ class _Study:
         self._runs = 0
         #: Seconds of CPU that the kind's first batch took.
         self._took_s = 0.0
-        #: Numbers of rows that were run.
+        #: The batch sizes that were run.
         self.sizes: set[int] = set()
         #: What the model last raised.
         self.problem = ""
         self._dims: dict[str, int] = {}
-        self._untold: dict[str, str] = {}
+        self._unbatched: dict[str, str] = {}
         self._differences: list[Difference] = []
         self._varying: set[str] = set()
-        #: Output → its largest value on rows of the first kind, which is a usual one.
-        self._usual: dict[str, float] = {}
-        #: Output → how a row by itself differs, and all answers to rows of that kind.
+        #: Output → its largest value on rows of the first kind, which is typical.
+        self._typical_max: dict[str, float] = {}
+        #: Output → how a row alone differs, and all answers to rows of that kind.
         self._alone: dict[str, list[tuple[Difference, Array]]] = defaultdict(list)
-        #: Output → the largest value of each kind on which a row by itself does not differ.
+        #: Output → the largest value of each kind on which a row alone does not differ.
         self._steady: dict[str, list[float]] = defaultdict(list)
 
     @property
     def is_late(self) -> bool:
-        """Whether it has taken long, and nothing is open that a further kind may explain."""
+        """Whether it has taken long and nothing is open that a further kind could explain."""
         passed = time.process_time() - self._began
         return passed > BUDGET_S and (passed > MAX_S or not self._unexplained())
 
     @property
     def is_settled(self) -> bool:
-        """Whether nothing that is still to come could matter."""
-        return bool(self._untold)
+        """Whether no further run could change the result."""
+        return bool(self._unbatched)
 
     def shown(self) -> Shown:
         logger.debug("%d runs in %.2f s", self._runs, time.process_time() - self._began)
         found = self._differences + self._unexplained()
         differences = [each for each in found if each.output not in self._varying]
-        return Shown(self._dims, self._untold, differences, sorted(self._varying))
+        return Shown(self._dims, self._unbatched, differences, sorted(self._varying))
 
     def _unexplained(self) -> list[Difference]:
-        """How rows differ by themselves, but for amplified rounding."""
+        """How rows alone differ, without amplified rounding."""
         return [
             each
             for name, alone in self._alone.items()
@@ -143,17 +143,17 @@ class _Study:
         ]
 
     def _is_amplified(self, name: str, alone: Difference, answers: Array) -> bool:
-        """Whether a row's difference by itself is rounding, which the model made larger."""
-        # An index is turned over, or it is not.
+        """Whether the difference of a row alone is rounding that the model amplified."""
+        # An index changes or does not: there is no small difference.
         little = answers.dtype.kind not in "fc" or alone.share <= AMPLIFIED
         most = ALIKE * typical(answers)
         return little and any(largest <= most for largest in self._steady[name])
 
     def attempt(self, rows: Tensors, kind: Kind) -> bool:
-        """Run batches of `rows`. False if the model refuses them."""
+        """Run batches of `rows`. False if the model rejects them."""
         began = time.process_time()
         base, width = None, 0
-        # Some programs take two rows at most, and of large inputs there are three in all.
+        # Some programs take at most two rows, and large examples have only three.
         five = len(next(iter(rows.values()))) == ROWS
         for width in (3, 2) if five else (2,):
             base = self._run(rows, range(width))
@@ -163,16 +163,16 @@ class _Study:
             return False
         self._took_s = time.process_time() - began
         if self._differences:
-            return True  # rows that cannot be told apart would still matter
+            return True  # equal answers of all rows would still matter
         if kind is UNIT:
-            self._usual = {name: typical(array) for name, array in base.items()}
+            self._typical_max = {name: typical(array) for name, array in base.items()}
         others, last = range(width, 2 * width - 1), width - 1
         alone = [self._by_itself(rows, base, 0)]
         self._in_company(rows, base, (0, *others), 0)
         self._in_company(rows, base, (*others, last), last)
         more = kind.name in ("unit", "mixed") and not self.is_late
         if self._differences or more:
-            # If they differ, by how much is to be told of more than one row.
+            # If they differ, measure by how much on more than one row.
             alone += [self._by_itself(rows, base, row) for row in range(1, width)]
         if more and not self._differences:
             for attempt in self._further(rows, base, width):
@@ -183,7 +183,7 @@ class _Study:
         return True
 
     def _further(self, rows: Tensors, base: Tensors, width: int) -> Iterator[Callable[[], object]]:
-        """What else to run of a kind, one after the other."""
+        """Further runs of a kind, one after the other."""
         yield partial(self._in_company, rows, base, (0,) * width, 0)
         yield partial(self._elsewhere, rows, base, (*range(1, width), 0))
         if width == 2:
@@ -202,7 +202,7 @@ class _Study:
             self._in_company(rows, larger, (2, 0, *(2,) * (size - 2)), 1)
 
     def _weigh(self, base: Tensors, alone: Sequence[Mapping[str, Difference | None]]) -> None:
-        for name in base.keys() - self._untold.keys() - self._varying:
+        for name in base.keys() - self._unbatched.keys() - self._varying:
             compared = [differences[name] for differences in alone if name in differences]
             found = [each for each in compared if each is not None]
             self._alone[name] += [(each, base[name]) for each in found]
@@ -216,7 +216,7 @@ class _Study:
         index = list(chosen)
         try:
             outputs = self._probe({name: array[index] for name, array in rows.items()})
-        except Exception as problem:  # noqa: BLE001 - whatever is raised tells nothing of the rows
+        except Exception as problem:  # noqa: BLE001 - an error shows nothing about the rows
             self.problem = str(problem)
             logger.debug("a batch of %d rows failed: %s", len(index), problem)
             return None
@@ -225,13 +225,13 @@ class _Study:
         for name, array in outputs.items():
             self._dims[name] = array.ndim
             if array.ndim == 0 or len(array) != len(index):
-                self._untold.setdefault(name, f"{list(array.shape)} of {len(index)} rows")
+                self._unbatched.setdefault(name, f"{list(array.shape)} of {len(index)} rows")
         return outputs
 
     def _in_company(self, rows: Tensors, base: Tensors, chosen: Sequence[int], place: int) -> None:
         """Compare the answer at `place` of `base` with that in a batch of the same size.
 
-        The row there is the same, those beside it are others.
+        The row there is the same; the other rows differ.
         """
         got = self._run(rows, chosen)
         if got is not None:
@@ -243,7 +243,7 @@ class _Study:
             ]
 
     def _elsewhere(self, rows: Tensors, base: Tensors, chosen: Sequence[int]) -> Tensors | None:
-        """Compare with `base`, which is of the first rows, those of them that are `chosen`."""
+        """Compare the answers to `chosen` rows with those in `base`, a batch of the first rows."""
         got = self._run(rows, chosen)
         if got is None:
             return None
@@ -268,7 +268,9 @@ class _Study:
     # --- comparing --------------------------------------------------------------------------
 
     def _comparable(self, outputs: Tensors) -> list[str]:
-        return [name for name in outputs if name not in self._untold and name not in self._varying]
+        return [
+            name for name in outputs if name not in self._unbatched and name not in self._varying
+        ]
 
     def _differs(
         self,
@@ -280,25 +282,25 @@ class _Study:
         scale: float,
         again: Callable[[], Tensors | None],
     ) -> Difference | None:
-        """How `got` at `place` differs from `base` at `row`, and not from itself, run again."""
+        """How `got` at `place` differs from `base` at `row` by more than from a second run."""
         right, seen = base[name][row : row + 1], got[name][place : place + 1]
-        usual = self._usual.get(name, 0.0)
-        found = difference({name: right}, {name: seen}, scale, usual)
+        typical_max = self._typical_max.get(name, 0.0)
+        found = difference({name: right}, {name: seen}, scale, typical_max)
         if found is None:
             return None
         repeated = again()
-        if repeated is None or name in self._untold:
+        if repeated is None or name in self._unbatched:
             return None
         same = repeated[name][place : place + 1]
-        if difference({name: seen}, {name: same}, scale, usual) is None:
+        if difference({name: seen}, {name: same}, scale, typical_max) is None:
             return found
-        if difference({name: seen}, {name: same}, 1.0, usual) is None:
-            # It rounds otherwise from run to run.
-            return difference({name: right}, {name: seen}, 1.0, usual)
+        if difference({name: seen}, {name: same}, 1.0, typical_max) is None:
+            # It rounds differently from run to run.
+            return difference({name: right}, {name: seen}, 1.0, typical_max)
         self._varying.add(name)
         return None
 
 
 def _tells_apart(array: Array) -> bool:
-    """Whether not all rows have the same answer, which would tell nothing."""
+    """Whether rows have different answers: equal ones show nothing."""
     return len(array) > 1 and difference({"": array[:1]}, {"": array[1:2]}) is not None

@@ -1,7 +1,8 @@
 """How a process ends in which a thread still loads a model, or a lane computes: at once.
 
 Python ends such a thread wherever it happens to be, and PyCUDA aborts a process whose thread ends
-with a context pushed: a worker that was told to stop would look like one that crashed.
+with a context pushed: a worker that was told to stop would look like one that crashed. So ends one
+whose engine is beyond use, too: libraries of CUDA's may abort, or wait for ever, as they free.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class Heartbeat:
         self.redis: RedisPlace | None = None
         self.stopping = False
         self._serves = False
-        self._folder_is_usual = False
+        self._folder_is_default = False
         self._steps = 0
         self._progressed = time.monotonic()
         self._loop = Periodic(
@@ -109,7 +109,7 @@ class Heartbeat:
 
     def start(self) -> None:
         """Write it, from now on. ConfigError if it cannot be written."""
-        self._folder_is_usual = runtime_folder.is_known(self._path.parent)
+        self._folder_is_default = runtime_folder.is_known(self._path.parent)
         try:
             self._write()
         except OSError as problem:
@@ -138,7 +138,7 @@ class Heartbeat:
 
     def _write(self) -> None:
         folder = self._path.parent
-        if self._folder_is_usual:
+        if self._folder_is_default:
             runtime_folder.make(folder)
         else:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)

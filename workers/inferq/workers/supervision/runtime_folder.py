@@ -28,7 +28,7 @@ _INSTEAD: Final = (
 )
 
 
-def usual() -> Path:
+def default() -> Path:
     """The folder for workers that start here. It may not be there yet."""
     return all_known()[0]
 

@@ -36,13 +36,17 @@ USED: Final[Mapping[str, Sequence[str]]] = {
     "ICudaEngine": (
         "num_io_tensors", "get_tensor_name", "get_tensor_mode", "get_tensor_dtype",
         "get_tensor_shape", "get_tensor_profile_shape", "num_optimization_profiles",
-        "device_memory_size_v2", "create_runtime_config", "create_execution_context",
+        "device_memory_size_v2", "num_aux_streams", "create_runtime_config",
+        "create_execution_context",
     ),
+    "IRuntimeConfig": ("set_execution_context_allocation_strategy",),
+    "ExecutionContextAllocationStrategy": ("USER_MANAGED",),
     "TensorIOMode": ("INPUT",),
     "DataType": ("FLOAT", "HALF", "INT8", "INT32", "INT64", "UINT8", "BOOL"),
     "IExecutionContext": (
-        "set_optimization_profile_async", "set_input_shape", "infer_shapes", "get_tensor_shape",
-        "set_tensor_address", "execute_async_v3",
+        "set_optimization_profile_async", "set_device_memory", "set_aux_streams",
+        "set_input_shape", "infer_shapes", "get_tensor_shape", "set_tensor_address",
+        "execute_async_v3",
     ),
 }  # fmt: skip
 #: The same, of one flavour only.
@@ -62,10 +66,11 @@ USED_ONLY: Final[Mapping[str, Mapping[str, Sequence[str]]]] = {
         ),
         "IRuntimeConfig": (
             "cuda_graph_strategy", "create_runtime_cache", "set_runtime_cache",
+            "dynamic_shapes_kernel_specialization_strategy",
         ),
+        "DynamicShapesKernelSpecializationStrategy": ("EAGER",),
         "CudaGraphStrategy": ("WHOLE_GRAPH_CAPTURE",),
         "IRuntimeCache": ("serialize", "deserialize"),
-        "IExecutionContext": ("is_stream_capturable",),
     },
 }  # fmt: skip
 

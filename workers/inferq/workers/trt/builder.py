@@ -7,8 +7,11 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
+
 from inferq.shared.errors import ConfigError
 from inferq.shared.schema import TensorSpec
+from inferq.workers.cuda.libcuda import GpuKind
 from inferq.workers.models.ranges import InputRange, Sizes, input_ranges, profile_sizes
 from inferq.workers.models.spec import ModelSpec
 from inferq.workers.trt.flavours import ANY_GPU, Flavour
@@ -16,7 +19,7 @@ from inferq.workers.trt.model_digest import model_digest
 from inferq.workers.trt.network import Network, build, data_dependent, parse
 from inferq.workers.trt.phases import Progress, phase
 from inferq.workers.trt.plan_record import PlanKey, new_record
-from inferq.workers.trt.plans import VARIABLE, Plan, PlanFolder
+from inferq.workers.trt.plans import VARIABLE, Plan, PlanFolder, timing_cache_name
 from inferq.workers.trt.precision import check_precision, prepare
 from inferq.workers.trt.profiles import open_ranges
 
@@ -27,17 +30,17 @@ FILE: Final = "model.onnx"
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What is to be built. `capability` is that of the GPU at hand, as "9.0"; None: there is none.
+    """What is to be built. `gpu` is of the kind at hand; None: there is none.
 
-    `batch`: the smallest, usual and largest batch in place of model.toml's. `workspace_bytes`: the
-    most device memory that a kernel may take for itself while it runs; None: all there is.
+    `batch`: the smallest, optimum and largest batch in place of model.toml's. `workspace_bytes`:
+    the most device memory that a kernel may take for itself while it runs; None: all there is.
     """
 
     spec: ModelSpec
     flavour: Flavour
     precision: str = "fp32"
     batch: Sizes | None = None
-    capability: str | None = None
+    gpu: GpuKind | None = None
     workspace_bytes: int | None = None
 
     @property
@@ -90,7 +93,7 @@ def plan_key(order: BuildRequest) -> PlanKey:
             f"model {order.spec.name!r} is served from {path.name if path else 'no file'}; "
             f"expected {FILE}: TensorRT builds ONNX files"
         )
-    if order.capability is None and not flavour.builds_anywhere:
+    if order.gpu is None and not flavour.builds_anywhere:
         raise ConfigError(
             f"flavour is {flavour.name!r}, which builds only where there is a GPU, and none was "
             "found; expected --flavour tensorrt-rtx"
@@ -99,7 +102,8 @@ def plan_key(order: BuildRequest) -> PlanKey:
         model=model_digest(path),
         flavour=flavour.name,
         flavour_version=flavour.version,
-        capability=order.capability or ANY_GPU,
+        capability=order.gpu.capability if order.gpu else ANY_GPU,
+        gpu=str(order.gpu) if order.gpu else ANY_GPU,
         precision=order.precision,
         profiles=order.profiles,
     )
@@ -117,10 +121,7 @@ def _acceptable(order: BuildRequest, key: PlanKey) -> list[PlanKey]:
     """The keys of the plans that serve as well, the best first."""
     if not order.flavour.builds_anywhere or key.capability == ANY_GPU:
         return [key]
-    return [
-        key,
-        PlanKey(key.model, key.flavour, key.flavour_version, ANY_GPU, key.precision, key.profiles),
-    ]
+    return [key, msgspec.structs.replace(key, capability=ANY_GPU, gpu=ANY_GPU)]
 
 
 def _build(
@@ -136,7 +137,7 @@ def _build(
     _check_tensors(spec, network)
     _check_shapes(spec, flavour, network, key.profiles)
     open_ones = [open_ranges(spec, ranges) for ranges in key.profiles]
-    cache_name = f"timing.{flavour.name}.{flavour.version}.{key.capability}"
+    cache_name = timing_cache_name(key)
     plan, measured = build(
         flavour,
         network,

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from inferq.shared.errors import ConfigError
-from inferq.workers.engines.on_gpu import LANES, ROUNDING, gpu_buckets
+from inferq.workers.engines.on_gpu import LANES, ROUNDING, WARM_RUNS, further_lanes, gpu_buckets
 from inferq.workers.models.engine import Engine, LoadedModel
-from inferq.workers.models.ranges import usual_inputs
+from inferq.workers.models.ranges import optimum_inputs
 from inferq.workers.models.signatures import Declared
 from inferq.workers.models.spec import ModelSpec
 from inferq.workers.models.validation import Flag, TomlTable, validate
@@ -65,7 +65,7 @@ class TensorRTEngine(Engine):
         spec, table = self.spec, self._table
         buckets = gpu_buckets(spec)
         with ExitStack() as stack:
-            lanes = stack.enter_context(
+            session = stack.enter_context(
                 opened_session(
                     spec,
                     find_flavour(table.flavour),
@@ -78,10 +78,12 @@ class TensorRTEngine(Engine):
             return LoadedModel(
                 spec,
                 "cuda",
-                lanes,
+                session.lanes,
                 buckets=buckets,
-                usual=usual_inputs(spec),
+                optimum=optimum_inputs(spec),
                 rounding=ROUNDING,
-                runs_to_be_warm=2,  # the second is captured as a CUDA graph
+                runs_to_be_warm=WARM_RUNS,
+                further_lanes=further_lanes(spec, session.another),
+                warmed_up=session.keep_compiled,
                 free=stack.pop_all().close,
             )

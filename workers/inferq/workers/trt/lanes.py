@@ -12,11 +12,13 @@ from inferq.shared.errors import ConfigError
 from inferq.shared.schema import Array, Tensors
 from inferq.workers.cuda import device, memory_share
 from inferq.workers.cuda.device import Device
-from inferq.workers.cuda.lane import CudaLane, RowLimit, tensor_bytes
+from inferq.workers.cuda.graphs import Graphs
+from inferq.workers.cuda.lane import CudaLane, block_bytes
+from inferq.workers.cuda.splitting import RowLimit
 from inferq.workers.models.engine import Batch, Lane
 from inferq.workers.trt.executor import ProfileExecutor
 from inferq.workers.trt.flavours import Flavour
-from inferq.workers.trt.running import Context, Loaded, deserialize
+from inferq.workers.trt.running import Loaded, deserialize
 from inferq.workers.trt.verify import Run
 
 logger = logging.getLogger(__name__)
@@ -29,12 +31,9 @@ class Opened:
     """A plan on the GPU."""
 
     lanes: Sequence[CudaLane]
-    #: The first lane's, one for each profile.
-    contexts: Sequence[Context]
-
-
-def _no_cache(_profile: int) -> None:
-    return None
+    loaded: Loaded
+    #: Opens one lane more, which is closed with the others. ConfigError: it does not fit.
+    another: Callable[[], CudaLane]
 
 
 @contextmanager
@@ -47,24 +46,25 @@ def opened(
     buckets: Sequence[int],
     own_graphs: bool = False,
     cuda_graphs: bool = False,
-    runtime_cache: Callable[[int], bytes | None] = _no_cache,
+    spin: bool = False,
+    runtime_cache: bytes | None = None,
 ) -> Iterator[Opened]:
     """`plan`, loaded, with `count` lanes, until the end.
 
     `buckets`: the batch sizes that it runs at, ascending; empty: any. `own_graphs`: TensorRT
-    captures CUDA graphs by itself; `cuda_graphs`: the lanes do. `runtime_cache`: by profile, see
-    `Loaded.context`. Raises ConfigError, saying what would fit, if the GPU's memory does not
-    suffice; EngineError.
+    captures CUDA graphs by itself; `cuda_graphs`: the lanes do. `spin`: see `Submission`.
+    `runtime_cache`: see `deserialize`. Raises ConfigError, saying what would fit, if the GPU's
+    memory does not suffice; EngineError.
     """
     lanes: list[CudaLane] = []
     with gpu:
-        loaded = deserialize(flavour, plan)
+        loaded = deserialize(flavour, plan, runtime_cache)
     held = memory_share.Held()
     held.add(len(plan))  # about its weights
     del plan  # gigabytes, maybe
     try:
         with gpu:
-            contexts = _open_lanes(
+            another = _open_lanes(
                 gpu,
                 loaded,
                 lanes,
@@ -73,9 +73,9 @@ def opened(
                 buckets=buckets,
                 own_graphs=own_graphs,
                 cuda_graphs=cuda_graphs,
-                runtime_cache=runtime_cache,
+                spin=spin,
             )
-        yield Opened(lanes, contexts)
+        yield Opened(lanes, loaded, another)
     finally:
         for lane in lanes:
             lane.close()
@@ -94,43 +94,41 @@ def _open_lanes(
     buckets: Sequence[int],
     own_graphs: bool,
     cuda_graphs: bool,
-    runtime_cache: Callable[[int], bytes | None],
-) -> Sequence[Context]:
-    """Add them to `lanes`; what it takes is logged before it is taken. Returns the first one's
-    contexts.
+    spin: bool,
+) -> Callable[[], CudaLane]:
+    """Add them to `lanes`; what they take is logged before it is taken.
+
+    Returns what opens one more.
     """
     inputs = {tensor.name: tensor.dtype.name for tensor in loaded.tensors if tensor.is_input}
     outputs = {tensor.name: tensor.dtype.name for tensor in loaded.tensors if not tensor.is_input}
     profiles = [[loaded.range(name, n) for name in inputs] for n in range(loaded.profiles)]
-    caches = [runtime_cache(profile) for profile in range(loaded.profiles)]
 
     def executor() -> ProfileExecutor:
-        made = ProfileExecutor(profiles, list(outputs))
+        made = ProfileExecutor(loaded, profiles, list(outputs), own_graphs=own_graphs)
         try:
-            made.open(loaded, own_graphs, caches)
+            made.open()
         except BaseException:
             made.close()
             raise
         return made
 
     largest = [{span.name: span.max for span in ranges} for ranges in profiles]
-    limit = RowLimit()
-    context_bytes = len(profiles) * loaded.context_bytes
+    limit, graphs = RowLimit(), Graphs(cuda_graphs)
+    context_bytes = loaded.context_bytes  # a lane's contexts share it
     check_memory(gpu, count, context_bytes, buckets)
     # Only a context can tell how large the outputs are.
     first = executor()
     try:
-        buffers = sum(tensor_bytes(first, {**inputs, **outputs}, largest).values())
+        buffers = sum(block_bytes(first, inputs, outputs, largest))
         free, total = gpu.memory()
         logger.info(
-            "%d lanes of %.1f MB of GPU memory each (%.1f MB for tensors, %.1f MB for %d of "
-            "TensorRT's contexts), and %.1f MB of pinned memory; %.0f of %.0f MB of the GPU are "
-            "free",
+            "%d lanes of %.1f MB of GPU memory each (%.1f MB for tensors, %.1f MB that TensorRT's "
+            "contexts share), and %.1f MB of pinned memory; %.0f of %.0f MB of the GPU are free",
             count,
             (context_bytes + buffers) / _MB,
             buffers / _MB,
             context_bytes / _MB,
-            len(profiles),
             buffers / _MB,
             (free + context_bytes) / _MB,
             total / _MB,
@@ -140,20 +138,32 @@ def _open_lanes(
     except BaseException:
         first.close()
         raise
-    for number in range(count):
-        lanes.append(
-            CudaLane(
-                gpu,
-                executor() if number else first,
-                inputs,
-                outputs,
-                largest,
-                limit,
-                buckets=buckets,
-                graphs=cuda_graphs,
-            )
+
+    def add(executor: ProfileExecutor) -> CudaLane:
+        lane = CudaLane(
+            gpu,
+            executor,
+            inputs,
+            outputs,
+            largest,
+            limit,
+            buckets=buckets,
+            graphs=graphs,
+            spin=spin,
         )
-    return first.contexts
+        lanes.append(lane)
+        return lane
+
+    def another() -> CudaLane:
+        with gpu:
+            check_memory(gpu, 1, context_bytes + buffers, buckets)
+            lane = add(executor())
+        held.add(context_bytes + buffers)
+        return lane
+
+    for number in range(count):
+        add(executor() if number else first)
+    return another
 
 
 def check_memory(
@@ -164,7 +174,7 @@ def check_memory(
     What a smaller batch would take is estimated: in proportion to its rows.
     """
     free, total = gpu.memory()
-    free += taken  # a context may take its memory later than it says
+    free += taken
     free = min(free, memory_share.left(total))
     if count * each <= free:
         return

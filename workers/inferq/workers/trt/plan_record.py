@@ -27,6 +27,8 @@ class PlanKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     flavour_version: str
     #: Of the GPU that it was built for, as "9.0"; "any": bound to none.
     capability: str
+    #: The kind of that GPU: kernels are chosen by measuring them. "any": bound to none.
+    gpu: str
     precision: str
     #: The shapes of all inputs, of each optimization profile.
     profiles: tuple[tuple[InputRange, ...], ...]

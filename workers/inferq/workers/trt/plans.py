@@ -18,6 +18,7 @@ import glob
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from typing import Final
 import msgspec
 
 from inferq.shared.errors import ConfigError
+from inferq.workers.cuda.libcuda import GpuKind
 from inferq.workers.process import trusted_files
 from inferq.workers.process.user_cache import user_cache
 from inferq.workers.trt import plan_lock
@@ -88,12 +90,22 @@ def _absolute(path: Path) -> Path:
     return found
 
 
-def runtime_cache_name(plan: Path, profile: int) -> str:
-    """What a runtime cache of the plan in the file `plan` is called, for `read_cache`.
+def timing_cache_name(key: PlanKey) -> str:
+    """What the timing cache of builds like that of `key` is called, for `read_cache`."""
+    gpu = _in_file_name(f"{key.capability} {key.gpu}")
+    return f"timing.{key.flavour}.{key.flavour_version}.{gpu}"
 
-    Each optimization profile of a plan has one.
+
+def runtime_cache_name(plan: Path, gpu: GpuKind) -> str:
+    """What the runtime cache of the plan in the file `plan` is called on `gpu`, for `read_cache`.
+
+    A plan that is bound to no GPU is compiled for each kind of them.
     """
-    return f"runtime.{plan.stem}.{profile}"
+    return f"runtime.{plan.stem}.{_in_file_name(str(gpu))}"
+
+
+def _in_file_name(text: str) -> str:
+    return re.sub(r"[^\w.]+", "-", text, flags=re.ASCII)
 
 
 def runtime_caches(plan: Path) -> list[Path]:

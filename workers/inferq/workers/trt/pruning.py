@@ -14,7 +14,7 @@ from pathlib import Path
 from inferq.shared.errors import ConfigError
 from inferq.workers.trt.builder import BuildRequest
 from inferq.workers.trt.plan_lock import StillLocked, locked
-from inferq.workers.trt.plan_record import read_record
+from inferq.workers.trt.plan_record import PlanKey, read_record
 from inferq.workers.trt.plans import Plan, PlanFolder, runtime_caches
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,9 @@ def prune(folder: PlanFolder, order: BuildRequest, keep: Plan) -> list[Other]:
     Those of other flavours and of other GPUs are left: this machine does not know what is asked of
     them. ConfigError: the folder cannot be written.
     """
-    gpus = {keep.record.key.capability, order.capability}
+    gpus = {_gpu(keep.record.key)}
+    if order.gpu is not None:
+        gpus.add((order.gpu.capability, str(order.gpu)))
     found: list[Other] = []
     for path in _plans_of(folder.path, order.spec.name):
         if path == keep.path:
@@ -48,10 +50,14 @@ def prune(folder: PlanFolder, order: BuildRequest, keep: Plan) -> list[Other]:
             continue
         # Without its record nobody can use it.
         if record is None or (
-            record.key.flavour == order.flavour.name and record.key.capability in gpus
+            record.key.flavour == order.flavour.name and _gpu(record.key) in gpus
         ):
             found.append(_delete(folder, path))
     return found
+
+
+def _gpu(key: PlanKey) -> tuple[str, str]:
+    return key.capability, key.gpu
 
 
 def _plans_of(folder: Path, model: str) -> Iterator[Path]:

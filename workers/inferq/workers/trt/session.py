@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 from inferq.workers.cuda import device
 from inferq.workers.cuda.lane import CudaLane
@@ -12,11 +15,22 @@ from inferq.workers.models.spec import ModelSpec
 from inferq.workers.trt.builder import BuildRequest, ensure_plan
 from inferq.workers.trt.flavours import Flavour
 from inferq.workers.trt.lanes import opened, runs_on
-from inferq.workers.trt.plans import Plan, PlanFolder, runtime_cache_name
-from inferq.workers.trt.running import Context
+from inferq.workers.trt.plans import PlanFolder, runtime_cache_name
+from inferq.workers.trt.running import Loaded
 from inferq.workers.trt.verify import verify_plan
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Session:
+    """A model's plan on the GPU."""
+
+    lanes: Sequence[CudaLane]
+    #: Keeps what the lanes have compiled up to now, for later processes.
+    keep_compiled: Callable[[], None]
+    #: See `Opened`.
+    another: Callable[[], CudaLane]
 
 
 @contextmanager
@@ -28,8 +42,8 @@ def opened_session(
     lanes: int,
     buckets: Sequence[int],
     graphs: bool,
-) -> Iterator[Sequence[CudaLane]]:
-    """The lanes of `spec`'s plan, which is built if it is not yet, until the end.
+) -> Iterator[Session]:
+    """`spec`'s plan, which is built if it is not yet, on lanes until the end.
 
     ConfigError: no plan of the model can be had, or it does not fit, or answers wrongly.
     EngineError, FatalEngineError: CUDA failed meanwhile.
@@ -38,9 +52,10 @@ def opened_session(
         gpu = stack.enter_context(device.acquired())
         folder = PlanFolder()
         stack.callback(folder.close)
-        order = BuildRequest(spec, flavour, precision, capability=gpu.capability)
+        order = BuildRequest(spec, flavour, precision, gpu=gpu.kind)
         with gpu:  # a build measures kernels on it
             plan = ensure_plan(order, folder)
+        compiled = _Compiled(folder, runtime_cache_name(plan.path, gpu.kind))
         # With both, TensorRT would capture what is being captured.
         own = flavour.has_own_graphs
         made = stack.enter_context(
@@ -52,7 +67,8 @@ def opened_session(
                 buckets=buckets,
                 own_graphs=graphs and own,
                 cuda_graphs=graphs and not own,
-                runtime_cache=lambda profile: folder.read_cache(_cache_name(plan, profile)),
+                spin=spec.config.gpu_wait == "spin",
+                runtime_cache=compiled.read() if flavour.has_runtime_cache else None,
             )
         )
         if not plan.record.verified:
@@ -63,20 +79,29 @@ def opened_session(
                 spec.name,
                 checked.record.max_error,
             )
-        _keep_compiled(folder, plan, made.contexts)
-        stack.callback(_keep_compiled, folder, plan, made.contexts)
-        yield made.lanes
+        keep = functools.partial(compiled.keep, made.loaded)
+        stack.callback(keep)  # sizes that were not warmed up are compiled while it serves
+        yield Session(made.lanes, keep, made.another)
 
 
-def _keep_compiled(folder: PlanFolder, plan: Plan, contexts: Sequence[Context]) -> None:
-    """For the next process: what TensorRT-RTX compiled for this GPU, by the first lane's contexts,
-    one for each profile.
-    """
-    for profile, context in enumerate(contexts):
-        compiled = context.runtime_cache()
-        if compiled is not None:
-            folder.write_cache(_cache_name(plan, profile), compiled)
+class _Compiled:
+    """What TensorRT-RTX compiles of a plan for the GPU at hand: kept for the next process."""
 
+    def __init__(self, folder: PlanFolder, name: str) -> None:
+        self._folder = folder
+        self._name = name
+        self._digest = b""
 
-def _cache_name(plan: Plan, profile: int) -> str:
-    return runtime_cache_name(plan.path, profile)
+    def read(self) -> bytes | None:
+        """What was kept last."""
+        content = self._folder.read_cache(self._name)
+        self._digest = hashlib.sha256(content or b"").digest()
+        return content
+
+    def keep(self, loaded: Loaded) -> None:
+        """Keep what was compiled up to now, unless it is what was kept last."""
+        content = loaded.runtime_cache()
+        if content is None or hashlib.sha256(content).digest() == self._digest:
+            return
+        self._folder.write_cache(self._name, content)
+        self._digest = hashlib.sha256(content).digest()

@@ -104,7 +104,7 @@ def verify_plan(
 
 
 def make_samples(spec: ModelSpec, ranges: Sequence[InputRange]) -> list[dict[str, Array]]:
-    """Inputs at the smallest, usual and largest shapes of `ranges`: zeros, then random ones.
+    """Inputs at the smallest, optimum and largest shapes of `ranges`: zeros, then random ones.
 
     The same ones every time. Floats are normally distributed; integers are 0 and 1, which most
     models take as indices, too; bytes are any.

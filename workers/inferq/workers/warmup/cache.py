@@ -1,11 +1,11 @@
-"""What warm-up found out, kept for the next start: one small JSON file for each model and machine.
+"""Keeps what warm-up measured for the next start: a small JSON file for each model and machine.
 
     <model>.<version>.<key>.json             run times, and sizes that ended a process
     <model>.<version>.<key>.<token>.trying   a live process' note (see `notes`)
 
-They stand in inferq/warm-up of the user's cache, written for the user alone and read only if they
-are the user's own. Nothing in them is code; what is damaged or foreign is ignored, and said.
-Without such a folder all is measured at each start.
+They are in inferq/warm-up of the user's cache, written for the user alone and read only if they are
+the user's own. Nothing in them is code. Damaged or foreign files are ignored with a log line.
+Without such a folder everything is measured at each start.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 FORMAT: Final = 1
 MAX_BYTES: Final = 64 << 10
 MAX_KILLED: Final = 16
-#: A file that nobody wrote for so long is deleted, and a size that ended a process tried again.
+#: A file is deleted after so long without a write, and a size that ended a process is tried again.
 KEPT_S: Final = 30 * 86_400.0
 #: Most files in the folder; the oldest go.
 MAX_FILES: Final = 512
@@ -41,40 +41,42 @@ _MAX_S: Final = 1e6
 
 
 class Killed(msgspec.Struct, frozen=True):
-    """A size that ran for the first time, or was the largest that ran, when a process ended."""
+    """A size that ran for the first time, or was the largest so far, when a process ended."""
 
-    #: Of the inputs, and the rows that these were.
+    #: Elements of the inputs, and their rows.
     elements: int
     rows: int
     #: Unix s.
     at: float
     #: The memory that was allowed then, in bytes.
     allowed: int
-    #: The kernel killed for want of memory, or it happened twice. Otherwise it is only believed
-    #: once: the start after the next tries that size again.
+    #: The kernel killed for lack of memory, or it happened twice. Otherwise only one start stays
+    #: below that size; the next one tries it again.
     sure: bool
-    #: Whether a start has stayed below it.
+    #: Whether a start has stayed below that size.
     heeded: bool = False
 
 
 class Record(msgspec.Struct):
-    """What is kept of one model on one machine."""
+    """What is kept for one model on one machine."""
 
     format: int = FORMAT
     #: Rows → seconds of a batch, all lanes at work.
     seconds: dict[int, float] = {}
     killed: list[Killed] = []
+    #: How many those were; 0: not known.
+    lanes: int = 0
 
     @property
     def is_sound(self) -> bool:
-        """Whether all of it can be true."""
+        """Whether all values are possible."""
         return self.format == FORMAT and all(
             0 < rows < _MAX_ROWS and 0 < taken < _MAX_S for rows, taken in self.seconds.items()
         )
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
-    """What tells apart what must not be mixed up: the SHA-256 of `parts`."""
+    """The SHA-256 of `parts`: records with other parts get another key."""
     text = msgspec.json.encode({"format": FORMAT, **parts}, order="deterministic")
     return hashlib.sha256(text).hexdigest()
 
@@ -93,12 +95,12 @@ def files_digest(folder: Path) -> str:
 
 @dataclass
 class Cache:
-    """The folder, made on `open`. None of its calls raises: what is not kept only costs time."""
+    """The folder; `open` makes it. No method raises: what is not kept is only measured again."""
 
     folder: Path | None = None
 
     def open(self) -> None:
-        """Make the folder, and delete what is old in it."""
+        """Make the folder, and delete old files in it."""
         try:
             if self.folder is None:
                 self.folder = user_cache() / "warm-up"
@@ -113,7 +115,7 @@ class Cache:
             self.folder = None
 
     def read(self, stem: str) -> Record:
-        """What was kept; an empty record if nothing was, or nothing sound."""
+        """The record that was kept; an empty one if there is none, or a damaged one."""
         if self.folder is None:
             return Record()
         path = self.folder / f"{stem}.json"

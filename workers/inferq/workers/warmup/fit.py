@@ -1,4 +1,4 @@
-"""No batch runs that is larger than what fits; one larger than any before it is noted first."""
+"""Keeps batches from being larger than what fits, and notes one larger than any before it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from inferq.workers.warmup.notes import Notes, Size
 
 logger = logging.getLogger(__name__)
 
-#: What libraries say where memory could not be had.
+#: What libraries' errors say when there is not enough memory.
 _SAID = (
     "bad_alloc",
     "bad allocation",
@@ -27,7 +27,7 @@ _SAID = (
 
 
 def lacks_memory(problem: BaseException | None) -> bool:
-    """Whether `problem`, or what it came from, is that memory could not be had."""
+    """Whether `problem`, or one of its causes, is a lack of memory."""
     while problem is not None:
         if isinstance(problem, MemoryError | OutOfDeviceMemory):
             return True
@@ -44,7 +44,7 @@ def row_elements(inputs: Tensors) -> int:
 
 
 class Fit:
-    """How much fits of one model, counted in elements of the inputs. Shared by its lanes.
+    """How large batches of one model may be, in elements of the inputs. Its lanes share it.
 
     `row`: elements of each row; None: rows differ.
     """
@@ -59,9 +59,9 @@ class Fit:
         self._name = name
         self._notes = notes
         self._row = row
-        #: The most of one batch.
+        #: Most elements of one batch.
         self.elements = elements
-        #: Batches of at most so many rows need not be looked at: such ran before.
+        #: Batches of at most so many rows need no check: such batches ran before.
         self.free: float = 1
         self._look()
 
@@ -76,13 +76,13 @@ class Fit:
             self.free = 1
 
     def rows(self, inputs: Tensors) -> float:
-        """The most rows such as those of `inputs`, at least one."""
+        """The most rows like those of `inputs` that fit; at least one."""
         if self.elements == math.inf:
             return math.inf
         return max(1, self.elements // row_elements(inputs))
 
     def lower(self, inputs: Tensors, rows: int) -> None:
-        """Memory did not suffice for `rows` such rows: at most half of them fit."""
+        """Memory did not suffice for `rows` such rows: from now on at most half of them fit."""
         most = max(1, rows // 2)
         fits = most * row_elements(inputs)
         if fits < self.elements:
@@ -100,7 +100,7 @@ class Fit:
 
     @contextmanager
     def running(self, inputs: Tensors, rows: int) -> Iterator[None]:
-        """While `rows` such rows run."""
+        """A context in which `rows` such rows run."""
         elements = rows * row_elements(inputs)
         if self._notes is None or elements <= self._notes.survived:
             yield

@@ -1,7 +1,7 @@
-"""What a larger batch will take, from what the smaller ones took; and whether that is there.
+"""Estimates how much memory a larger batch takes, from smaller ones, and whether it is there.
 
-Sizes are elements of the inputs: rows of different lengths compare. What a process takes grows by
-the line through what it took so far, at least in proportion.
+Sizes are elements of the inputs, so that rows of different lengths compare. The memory of a process
+is extrapolated by a line through what it took so far, and at least in proportion.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Final
 from inferq.workers.process import shares
 from inferq.workers.warmup.limits import Gauge, Limit, Usage, forget_peak, limits, usage
 
-#: What a model takes grows by so much in service beyond what warm-up saw: batches of changing sizes
+#: In service a model takes so many times the memory that warm-up saw: batches of changing sizes
 #: leave gaps in an engine's memory (ONNX Runtime's arena: measured 1.2 to 1.3).
 IN_SERVICE: Final = 1.3
-#: So much more than expected may a size take that is tried long before the ones between.
+#: A size that is tried long before the ones in between may take so many times what is expected.
 UNSEEN: Final = 2.0
-#: This share of a limit is left to all else: requests, results, other processes.
+#: Share of a limit that is left to everything else: requests, results, other processes.
 RESERVE: Final = 0.05
 
 _GAUGES: Final[tuple[Gauge, ...]] = ("resident", "mapped")
@@ -26,7 +26,7 @@ _GAUGES: Final[tuple[Gauge, ...]] = ("resident", "mapped")
 
 @dataclass(frozen=True)
 class Short:
-    """A batch does not fit: what it would take beyond what is taken now, and what is left."""
+    """Why a batch does not fit: the memory it would take in addition, and what is left."""
 
     needed: int
     limit: Limit
@@ -49,7 +49,10 @@ def _shared(limit: Limit, now: Usage) -> Limit:
 
 
 class Forecast:
-    """Of one model, from `start` on. Where the kernel does not tell, everything fits."""
+    """The forecast of one model, from `start` on.
+
+    If the kernel gives no figures, everything fits.
+    """
 
     def __init__(
         self,
@@ -61,11 +64,11 @@ class Forecast:
         self._left = left
         self._forget = forget
         self._base: Usage | None = None
-        #: Elements that have run at once → the most that was taken beyond the base, by gauge.
+        #: Elements that have run at once → the most memory taken beyond the base, by gauge.
         self._grown: dict[int, dict[Gauge, int]] = {}
 
     def start(self) -> None:
-        """What is taken now is not the batches'."""
+        """Take the memory in use now as the base, which batches do not use."""
         self._forget()
         try:
             self._base = self._read()
@@ -73,13 +76,13 @@ class Forecast:
             self._base = None
 
     def ran(self, elements: int) -> None:
-        """Batches of so many elements in all have just run."""
+        """Note that batches of so many elements in all have just run."""
         if self._base is None:
             return
         now = self._read()
         before = self._grown.get(elements, dict.fromkeys(_GAUGES, 0))
         self._grown[elements] = {
-            # The peak of what is mapped cannot begin anew: what was mapped before counts as base.
+            # The peak of mapped memory cannot be reset: what was mapped before counts as base.
             gauge: max(before[gauge], now.peak(gauge) - self._base.peak(gauge))
             for gauge in _GAUGES
         }

@@ -1,7 +1,7 @@
-"""The lanes' real batches go on refining which size is best.
+"""Refines which size is best by the lanes' real batches.
 
-What all sizes have in common, a machine that is busy otherwise or inputs that are no zeros, says
-nothing about which is best: each size is judged by how it differs from the others meanwhile.
+What slows all sizes alike, such as a busy machine or inputs other than zeros, does not show which
+is best. So each size is judged by how it differs from the others at the same time.
 """
 
 from __future__ import annotations
@@ -12,44 +12,47 @@ from typing import Final
 
 from inferq.workers.engines.tuning import Tuning
 
-#: How much the newest batch weighs in the mean of its size, and in that of all sizes.
+#: Weight of the newest batch in the mean of its size, and in that of all sizes.
 WEIGHT: Final = 0.01
 COMMON_WEIGHT: Final = 0.01
-#: Batches of one size before it is believed.
+#: Batches of one size before its mean is used.
 ENOUGH: Final = 100
-#: Batches between two looks at which size is best.
+#: Batches between two decisions about which size is best.
 LOOK: Final = 64
-#: Another size has to serve so many times the rows that the present one does, so many looks in a
-#: row.
+#: Another size replaces the present one if it serves so many times its rows, in so many decisions
+#: in a row.
 BETTER: Final = 1.05
 LOOKS: Final = 3
 
 
 class Learner:
-    """Of one model. Owned by the data plane's thread."""
+    """Learns one model's best size. Owned by the data plane's thread."""
 
     def __init__(self, tuning: Tuning, target: int) -> None:
         self._tuning = tuning
         self._sizes = list(tuning.sizes)
-        #: The size that is aimed at.
+        #: The size to aim at.
         self.target = target
-        #: How many times the expected seconds a batch takes: of each size, and of all.
+        #: Seconds of a batch divided by the expected ones: of each size, and of all.
         self._ratios = [1.0] * len(self._sizes)
         self._counts = [0] * len(self._sizes)
         self._common = 1.0
         self._until_look = LOOK
-        #: What the last looks found better, and how many of them.
+        #: The size that the last decisions found better, and how many of them.
         self._better: tuple[int, int] = target, 0
 
     def ran(self, rows: int, seconds: float) -> bool:
-        """A batch ran at `rows` while all lanes were busy. Whether `target` has changed."""
+        """Note a batch that ran at `rows` while all lanes were busy.
+
+        Returns whether `target` changed.
+        """
         place = min(bisect_left(self._sizes, rows), len(self._sizes) - 1)
         ratio = seconds / self._tuning.batch_s(rows)
         count = self._counts[place] = self._counts[place] + 1
-        # The mean of the first ones, so that the very first does not count for more.
+        # The plain mean of the first ones, so that the very first does not count for more.
         self._ratios[place] += max(WEIGHT, 1 / count) * (ratio - self._ratios[place])
         if self._sizes[place] in self._tuning.seconds:
-            # Of a size that was not measured, its own time is what was to be found out.
+            # Only measured sizes count here: others have no expected time of their own.
             self._common += COMMON_WEIGHT * (ratio - self._common)
         self._until_look -= 1
         if self._until_look:
@@ -63,7 +66,7 @@ class Learner:
         return max(self._counts) >= ENOUGH
 
     def learnt(self) -> Tuning:
-        """What was measured, corrected by what ran since."""
+        """The measurements, corrected by the batches since."""
         return replace(
             self._tuning,
             seconds={

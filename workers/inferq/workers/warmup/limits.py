@@ -1,8 +1,8 @@
-"""What memory this process may still take: of its cgroups, of its own limits, of the machine.
+"""Reads how much memory this process may still take: by its cgroups, its own limits, the machine.
 
-Reads /proc and the cgroup file systems, version 1 and 2, and never writes. A cgroup's limit counts
-for all below it, so each level up to the root is looked at. Page cache that the kernel would give
-up first does not count as used.
+It reads /proc and the cgroup file systems, version 1 and 2. A cgroup's limit applies to all cgroups
+below it, so each level up to the root is read. Page cache that the kernel can drop does not count
+as used.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Final, Literal
 
 PROC: Final = Path("/proc")
-#: A cgroup of version 1 without a limit tells nearly 2^63.
+#: A cgroup of version 1 without a limit shows nearly 2^63.
 _NONE: Final = 1 << 60
 _KILLS: Final = "oom_kill"
 
-#: What is measured of this process against a limit: what lies in memory, or all that is mapped.
+#: Which memory of this process counts against a limit: resident, or everything mapped.
 Gauge = Literal["resident", "mapped"]
 
 
@@ -27,7 +27,7 @@ Gauge = Literal["resident", "mapped"]
 class Limit:
     """A limit on memory, in bytes."""
 
-    #: As a message names it.
+    #: Its name in messages.
     name: str
     limit: int
     used: int
@@ -40,7 +40,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Usage:
-    """What this process takes, in bytes, and has taken at most."""
+    """The memory of this process in bytes: now, and at most so far."""
 
     resident: int
     resident_peak: int
@@ -55,7 +55,7 @@ class Usage:
 
 
 def usage(proc: Path = PROC) -> Usage:
-    """Of this process. OSError, KeyError or ValueError where the kernel does not tell."""
+    """Usage of this process. OSError, KeyError or ValueError if the kernel does not give it."""
     found = _table(proc / "self" / "status")
     resident, mapped = found["VmRSS"] * 1024, found["VmSize"] * 1024
     return Usage(
@@ -67,13 +67,13 @@ def usage(proc: Path = PROC) -> Usage:
 
 
 def forget_peak(proc: Path = PROC) -> None:
-    """Let the peak of what lies in memory begin anew. Where that is not allowed, it stays."""
+    """Reset the peak of resident memory. If that is not permitted, the peak stays."""
     with suppress(OSError):
         (proc / "self" / "clear_refs").write_text("5")
 
 
 def limits(proc: Path = PROC) -> list[Limit]:
-    """All that apply to this process, as far as can be read."""
+    """All limits that apply to this process, as far as they can be read."""
     found = [limit for folder in _cgroups(proc) if (limit := _of_cgroup(folder)) is not None]
     most, _ = resource.getrlimit(resource.RLIMIT_AS)
     try:
@@ -88,7 +88,7 @@ def limits(proc: Path = PROC) -> list[Limit]:
 
 
 def oom_kills(proc: Path = PROC) -> dict[str, int]:
-    """How often the kernel has killed for want of memory: by cgroup, and on the whole machine.
+    """How often the kernel has killed for lack of memory: by cgroup, and on the whole machine.
 
     The names of cgroups begin with ``/``.
     """
@@ -105,7 +105,7 @@ def oom_kills(proc: Path = PROC) -> dict[str, int]:
 
 
 def was_killed(before: Mapping[str, int], now: Mapping[str, int], *, own: bool = False) -> bool:
-    """Whether the kernel killed for want of memory between the two readings of `oom_kills`.
+    """Whether the kernel killed for lack of memory between the two readings of `oom_kills`.
 
     `own`: only in this process' own cgroups.
     """
@@ -117,7 +117,7 @@ def was_killed(before: Mapping[str, int], now: Mapping[str, int], *, own: bool =
 
 
 def boot_id(proc: Path = PROC) -> str:
-    """Tells this run of the kernel from others; empty where it is not told."""
+    """Identifies this boot of the machine; empty if it is not known."""
     try:
         return (proc / "sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -162,7 +162,7 @@ def _cgroups(proc: Path) -> list[Path]:
 def _upwards(mount: Path, root: Path, path: Path) -> Iterator[Path]:
     """The cgroup `path`, and those above it, of the hierarchy whose `root` stands at `mount`.
 
-    Where the container has a view of its own, that does not show `path`, `mount` is the cgroup.
+    If a container's view does not show `path`, `mount` is the cgroup.
     """
     inside = path.relative_to(root) if path.is_relative_to(root) else Path()
     folder = mount / inside

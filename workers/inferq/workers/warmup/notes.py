@@ -1,8 +1,9 @@
-"""Which size a process tries for the first time, in a file that outlives the process.
+"""Notes which size a process tries for the first time, in a file that outlives the process.
 
-SIGKILL leaves no time to say anything. So before a batch runs that is larger than any before it,
-one write notes it, and one more that it was survived. The live process holds a lock on its note: a
-note without one is of a process that is gone. One that was told to end deletes its note.
+SIGKILL leaves no time to write. So before a batch runs that is larger than any before it, one write
+notes it, and another one afterwards that the process survived it. A live process holds a lock on
+its note: a note without a lock belongs to a dead process. A process that is told to end deletes its
+note.
 """
 
 from __future__ import annotations
@@ -27,25 +28,26 @@ from inferq.workers.warmup.cache import MAX_BYTES, Cache, Killed, Record
 
 logger = logging.getLogger(__name__)
 
-#: A note is one write of so many bytes: whoever dies meanwhile has written all of it, or nothing.
+#: A note is one write of so many bytes: a process that dies meanwhile has written all of it or
+#: nothing.
 NOTE_BYTES: Final = 4096
-#: An end that nothing explains is held against a size for so long.
+#: Seconds for which an unexplained end counts against a size.
 UNSURE_S: Final = 600.0
-#: Two such ends at one size within so long are no chance.
+#: Two such ends at one size within so many seconds are no coincidence.
 AGAIN_S: Final = 86_400.0
-#: Memory limits that differ by less are the same.
+#: Memory limits that differ by a smaller share count as the same.
 _SAME: Final = 0.02
 
 
 class Size(msgspec.Struct, frozen=True):
-    """Elements of a batch's inputs, and the rows that these are."""
+    """Elements of a batch's inputs, and its rows."""
 
     elements: int
     rows: int
 
 
 class Note(msgspec.Struct, frozen=True):
-    """What a live process says of one model."""
+    """A live process' note about one model."""
 
     pid: int
     #: Unix s.
@@ -53,18 +55,18 @@ class Note(msgspec.Struct, frozen=True):
     boot: str
     #: The memory that was allowed, in bytes.
     allowed: int
-    #: Runs for the first time; None: nothing does.
+    #: The size that runs for the first time; None: none does.
     trying: Size | None
-    #: The largest that it has survived.
+    #: The largest size that it has survived.
     survived: Size | None
-    #: Whether requests are served: then `survived` may be too much after all.
+    #: Whether requests are served: then even `survived` may be too large.
     serving: bool
-    #: As `limits.oom_kills` told.
+    #: The result of `limits.oom_kills` at that time.
     oom_kills: dict[str, int]
 
 
 class Notes:
-    """One model's note in this process, and what earlier ones left. For any thread."""
+    """One model's note in this process, and those that earlier processes left. For any thread."""
 
     def __init__(self, cache: Cache, stem: str, allowed: int) -> None:
         self._cache = cache
@@ -82,9 +84,9 @@ class Notes:
         self.record = Record()
 
     def open(self) -> Killed | None:
-        """Judge what earlier processes left, and begin a note of this one's.
+        """Judge the notes that earlier processes left, and begin this one's.
 
-        Returns the smallest size that is not to be tried.
+        Returns the smallest size that must not be tried.
         """
         self.record = self._cache.read(self._stem)
         folder = self._cache.folder
@@ -114,7 +116,7 @@ class Notes:
         self.record.killed = [*kept, msgspec.structs.replace(killed, sure=sure)]
 
     def _holds(self, killed: Killed) -> bool:
-        """Whether a start is to stay below it."""
+        """Whether this start must stay below that size."""
         age = time.time() - killed.at
         same = abs(killed.allowed - self._allowed) <= _SAME * max(killed.allowed, self._allowed)
         return same and (killed.sure or (not killed.heeded and age < UNSURE_S))
@@ -125,7 +127,7 @@ class Notes:
         file = None
         try:
             file = os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            # Before it has its name: nobody takes it for one of the dead.
+            # Locked before it gets its name, so that nobody takes it for a dead process' note.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._file, self._path = file, path
             self._write()
@@ -140,7 +142,7 @@ class Notes:
 
     @contextmanager
     def trying(self, size: Size) -> Iterator[None]:
-        """While batches of `size` run, which is larger than all that were survived."""
+        """A context in which batches of `size` run, which is larger than all that were survived."""
         with self._lock:
             self._trying.append(size)
             self._write()
@@ -154,7 +156,7 @@ class Notes:
                 self._write()
 
     def serve(self) -> None:
-        """Requests are served from now on."""
+        """Note that requests are served from now on."""
         with self._lock:
             self._serving = True
             self._write()
@@ -165,12 +167,12 @@ class Notes:
 
     @property
     def place(self) -> Path | None:
-        """The file to delete for what is remembered to be forgotten."""
+        """The file to delete so that everything remembered is forgotten."""
         folder = self._cache.folder
         return folder / f"{self._stem}.json" if folder is not None else None
 
     def close(self) -> None:
-        """This process was told to end: whatever ends it, no size is to blame. Idempotent."""
+        """Delete the note: this process was told to end, so no size is the cause. Idempotent."""
         with self._lock:
             if self._file is None or self._path is None:
                 return
@@ -201,7 +203,7 @@ class Notes:
 
 
 def _left(path: Path) -> Iterator[Killed]:
-    """What the note at `path` tells of its process, if that is gone; the note is deleted."""
+    """The size that ended the process of the note at `path`, if any; the note is deleted."""
     with _dead(path) as note:
         if note is None:
             return
@@ -210,7 +212,7 @@ def _left(path: Path) -> Iterator[Killed]:
         if note.trying is not None:
             sure = same_boot and limits.was_killed(note.oom_kills, now)
             yield Killed(note.trying.elements, note.trying.rows, note.at, note.allowed, sure)
-        # It had survived that size, but then other sizes and requests were in memory, too.
+        # It had survived that size, but later other sizes and requests were in memory, too.
         elif (
             (largest := note.survived) is not None
             and note.serving
@@ -222,7 +224,7 @@ def _left(path: Path) -> Iterator[Killed]:
 
 @contextmanager
 def _dead(path: Path) -> Iterator[Note | None]:
-    """The note at `path` if its process is gone, which is deleted then; None otherwise."""
+    """The note at `path`, which is deleted, if its process is dead; else None."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -246,7 +248,7 @@ def _dead(path: Path) -> Iterator[Note | None]:
 
 
 def absolve(pid: int) -> None:
-    """The process `pid` has ended for another reason than the sizes that it tried."""
+    """Delete the notes of the process `pid`, which has ended for another reason than a size."""
     with suppress(Exception):
         for path in (user_cache() / "warm-up").glob("*.trying"):
             with suppress(OSError, ValueError, msgspec.DecodeError):

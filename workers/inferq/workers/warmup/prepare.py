@@ -1,7 +1,7 @@
-"""One model's warm-up: its sizes run on all lanes, within the memory that there is.
+"""One model's warm-up: runs its sizes on all lanes, within the available memory.
 
-What was measured is kept beside the digest of the model and what the machine is, so that the next
-start only runs the sizes, and what ended a process is not tried again.
+What was measured is kept under a key of the model's digest and the machine. So the next start only
+runs the sizes once, and does not try one that ended a process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from inferq.workers.engines.cores import usable_cores
 from inferq.workers.engines.tuning import Tuning, sample, sizes
 from inferq.workers.logs.fields import about
 from inferq.workers.models.engine import Batch, Lane, LoadedModel
-from inferq.workers.models.ranges import Usual
+from inferq.workers.models.lane_threads import LaneThreads
+from inferq.workers.models.ranges import Optimum
 from inferq.workers.models.spec import ModelSpec
 from inferq.workers.process.versions import installed_versions
 from inferq.workers.warmup import limits
@@ -38,19 +39,19 @@ logger = logging.getLogger(__name__)
 class Prepared:
     """A loaded model, ready for requests."""
 
-    #: Those that fit.
+    #: The lanes that fit.
     lanes: Sequence[Lane]
-    #: The most rows of a batch that is formed.
+    #: Most rows of a formed batch.
     rows: int
     fit: Fit
     #: None: nothing was measured.
     tuning: Tuning | None = None
-    #: Elements of the inputs of one row that was measured.
+    #: Elements of the inputs of one measured row.
     row_elements: int = 0
     notes: Notes | None = None
 
     def serve(self) -> None:
-        """Requests are served from now on."""
+        """Note that requests are served from now on."""
         if self.notes is not None:
             self.notes.serve()
 
@@ -58,16 +59,20 @@ class Prepared:
         """Keep what was measured, for the next start."""
         if self.notes is not None:
             self.notes.record.seconds = dict(learnt.seconds)
+            self.notes.record.lanes = learnt.lanes
             self.notes.save()
 
-    def told_to_end(self) -> None:
+    def stop_blaming(self) -> None:
         """Whatever ends this process from now on, no batch is to blame. For any thread."""
         if self.notes is not None:
             self.notes.close()
 
 
 class Preparation:
-    """Of one model. `start` before the engine loads: the files' digest takes time, too."""
+    """The warm-up of one model.
+
+    Call `start` before the engine loads: the files' digest takes time.
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
         self._spec = spec
@@ -86,20 +91,20 @@ class Preparation:
         except OSError as problem:
             logger.info("%s cannot be read: %s", path, problem.strerror)
 
-    def told_to_end(self) -> None:
+    def stop_blaming(self) -> None:
         """Whatever ends this process from now on, no batch is to blame."""
         if self._notes is not None:
             self._notes.close()
 
-    def prepare(self, model: LoadedModel) -> Prepared:
-        """Warm up `model`. ConfigError: it cannot run one row."""
+    def prepare(self, model: LoadedModel, threads: LaneThreads) -> Prepared:
+        """Warm up `model`, its lanes in their `threads`. ConfigError: it cannot run one row."""
         spec = self._spec
         tried = sizes(spec.max_batch_size, model.buckets) if spec.batchable else [1]
         killed = self._open(model) if len(tried) > 1 else None
         refused = self._refused(killed) if killed is not None else None
         if not spec.config.warm_up:
             return self._as_it_is(model, tried, killed, refused)
-        first, *others = model.usual or [Usual({}, tried[-1])]
+        first, *others = model.optimum or [Optimum({}, tried[-1])]
         if self._make(model, tried[0], first) is None:
             self._tell_untried()
             return self._as_it_is(model, tried, killed, refused)
@@ -107,6 +112,7 @@ class Preparation:
         runs = Runs(
             spec.name,
             model.lanes,
+            threads,
             lambda size: self._batch(model, size, first),
             tried,
             forecast=Forecast(),
@@ -114,6 +120,8 @@ class Preparation:
             known=known,
             refused=(killed.elements, refused) if killed is not None and refused else None,
             times=model.runs_to_be_warm,
+            further=model.further_lanes,
+            lanes_known=self._notes.record.lanes if self._notes is not None and known else 0,
         )
         try:
             warmed = runs.run()
@@ -126,7 +134,7 @@ class Preparation:
             raise self._cannot_run(problem) from problem
         self._tell(warmed, len(model.lanes))
         prepared = Prepared(
-            model.lanes[: warmed.lanes],
+            warmed.lanes,
             warmed.rows,
             self._fit(warmed.elements if warmed.why else math.inf),
             warmed.tuning,
@@ -151,7 +159,7 @@ class Preparation:
                 "batch": [spec.max_batch_size, list(model.buckets), spec.batch_symbol],
                 "lanes": len(model.lanes),
                 "pad": {symbol: repr(rule) for symbol, rule in spec.config.pad.items()},
-                "usual": [repr(usual) for usual in model.usual],
+                "optimum": [repr(optimum) for optimum in model.optimum],
                 "machine": _machine(),
             }
         )
@@ -172,7 +180,7 @@ class Preparation:
     def _as_it_is(
         self, model: LoadedModel, tried: Sequence[int], killed: Killed | None, refused: str | None
     ) -> Prepared:
-        """Without any run."""
+        """The result without any run."""
         rows, elements = tried[-1], math.inf
         if killed is not None and refused is not None:
             elements = max(1, killed.elements - 1)
@@ -194,15 +202,15 @@ class Preparation:
             total += math.prod(sizes_of)
         return max(1, total)
 
-    def _batch(self, model: LoadedModel, size: int, usual: Usual) -> Batch:
-        batch = self._make(model, size, usual)
+    def _batch(self, model: LoadedModel, size: int, optimum: Optimum) -> Batch:
+        batch = self._make(model, size, optimum)
         assert batch is not None
         return batch
 
-    def _make(self, model: LoadedModel, size: int, usual: Usual) -> Batch | None:
+    def _make(self, model: LoadedModel, size: int, optimum: Optimum) -> Batch | None:
         spec = self._spec
         arrays = sample(
-            spec.signature, size, spec.config.pad, usual.sizes, batchable=spec.batchable
+            spec.signature, size, spec.config.pad, optimum.sizes, batchable=spec.batchable
         )
         if arrays is None:
             return None
@@ -231,7 +239,7 @@ class Preparation:
         logger.warning(
             "model %s is not warmed up, and what fits the memory is not known, since nothing says "
             "how large %s is; expected its sizes in model.toml, as in "
-            "[profile] symbol = [smallest, usual, largest]",
+            "[profile] symbol = [smallest, optimum, largest]",
             self._spec.name,
             " or ".join(open_dims[:3]) or "an input",
             extra=about(model=self._spec.name),
@@ -242,10 +250,10 @@ class Preparation:
             logger.warning(
                 "model %s: %d of %d lanes, since %s; in model.toml, lanes = %d says so",
                 self._spec.name,
-                warmed.lanes,
+                len(warmed.lanes),
                 lanes,
                 warmed.why_lanes,
-                warmed.lanes,
+                len(warmed.lanes),
                 extra=about(model=self._spec.name),
             )
         if warmed.why:
@@ -265,7 +273,7 @@ class Preparation:
 
 
 def _machine() -> dict[str, Any]:
-    """What run times depend on."""
+    """Properties of the machine on which run times depend."""
     model = ""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

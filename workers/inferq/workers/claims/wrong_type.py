@@ -1,7 +1,7 @@
-"""Keys of ours that hold something else than we expect: told once, left alone, looked at again.
+"""Keys that hold another Redis type than expected: reported once, never deleted, checked again.
 
-Whoever may write to Redis may put a string where a model's queue is to be. Only what that key is
-for stands still then, until an operator removes it; nothing of ours deletes what it did not write.
+Anybody who may write to Redis can put a string where a model's queue belongs. Then only what that
+key is for stops, until an operator removes the key. inferq deletes nothing that it did not write.
 """
 
 from __future__ import annotations
@@ -24,33 +24,35 @@ HASH: Final = "hash"
 SET: Final = "set"
 ZSET: Final = "zset"
 STRING: Final = "string"
-#: Keys that are remembered as told of.
-MAX_TOLD: Final = 1_000
+#: Most keys that are remembered as reported.
+MAX_REPORTED: Final = 1_000
 
 
 def is_wrong_type(problem: object) -> bool:
-    """Whether Redis refused a command since its key is of another type (a script's words, too)."""
+    """Whether Redis refused a command, or one in a script, since its key has another type."""
     return isinstance(problem, ResponseError | ReplyError) and "WRONGTYPE" in str(problem)
 
 
 @dataclass(frozen=True)
-class Amiss:
-    """`key` is a `found` and should be an `expected`; `until` it is, something stands still."""
+class WrongType:
+    """`key` is a `found` and should be an `expected`. `effect`: what stops until it is removed."""
 
     key: str
     found: str
     expected: str
-    until: str
+    effect: str
 
     def __str__(self) -> str:
         return (
-            f"key {self.key!r} is a {self.found}; expected a {self.expected}. {self.until} "
+            f"key {self.key!r} is a {self.found}; expected a {self.expected}. {self.effect} "
             f"until it is removed: DEL it, or RENAME it if it is needed"
         )
 
 
-class Told:
-    """Says of each key once that it is amiss, and once that it no longer is. For one thread."""
+class WrongTypeReports:
+    """Logs each key once when it has the wrong type, and once when it is right again.
+
+    For one thread."""
 
     def __init__(self) -> None:
         self._keys: dict[str, None] = {}
@@ -61,20 +63,20 @@ class Told:
     def __contains__(self, key: str) -> bool:
         return key in self._keys
 
-    def amiss(self, key: str, found: str, expected: str, until: str) -> None:
-        """`until`: a sentence, on which "until it is removed" follows."""
-        if key not in self._keys and found not in (expected, "none"):  # or it is right by now
+    def report(self, key: str, found: str, expected: str, effect: str) -> None:
+        """`effect`: a sentence, on which "until it is removed" follows."""
+        if key not in self._keys and found not in (expected, "none"):  # it may be right by now
             self.note(key)
-            logger.error("%s", Amiss(key, found, expected, until))
+            logger.error("%s", WrongType(key, found, expected, effect))
 
     def note(self, key: str) -> None:
-        """Something is told of `key`, or of what is in it."""
+        """Remember that `key`, or something in it, was reported."""
         self._keys[key] = None
-        if len(self._keys) > MAX_TOLD:
+        if len(self._keys) > MAX_REPORTED:
             del self._keys[next(iter(self._keys))]
 
-    def right(self, key: str) -> bool:
-        """`key` is as it should be; True if it was amiss before."""
+    def resolve(self, key: str) -> bool:
+        """Note that `key` is as it should be. True if it had been reported."""
         if key not in self._keys:
             return False
         del self._keys[key]
@@ -88,8 +90,8 @@ def type_of(client: redis.Redis, key: str | bytes) -> str:
     return kind.decode() if isinstance(kind, bytes) else str(kind)
 
 
-def find_amiss(client: redis.Redis, names: Names, models: Sequence[str]) -> list[Amiss]:
-    """The keys of `models`, and those that all share, that are amiss. Raises redis' errors."""
+def find_wrong_types(client: redis.Redis, names: Names, models: Sequence[str]) -> list[WrongType]:
+    """The keys of `models`, and those all models share, of the wrong type. Raises redis' errors."""
     wanted = [*_shared(names), *(each for model in models for each in _of_model(names, model))]
     with client.pipeline(transaction=False) as pipe:
         for key, *_ in wanted:
@@ -97,13 +99,13 @@ def find_amiss(client: redis.Redis, names: Names, models: Sequence[str]) -> list
         kinds = pipe.execute()
     found = ((kind.decode(), *each) for kind, each in zip(kinds, wanted, strict=True))
     return [
-        Amiss(key, kind, expected, until)
-        for kind, key, expected, until in found
+        WrongType(key, kind, expected, effect)
+        for kind, key, expected, effect in found
         if kind not in (expected, "none")
     ]
 
 
-#: What stands still where such a key is amiss.
+#: What stops while such a key has the wrong type.
 NOTHING_CLAIMED: Final = "Nothing is claimed from it, nor put back into it,"
 NO_ATTEMPTS: Final = "Requests that end their worker are not counted"
 NO_DEAD_LETTERS: Final = "Dead letters of this model are not kept"

@@ -1,4 +1,4 @@
-"""What a worker finds in its repository at its start: models to serve, and what it does without."""
+"""Reads the repository at a worker's start: the models to serve, and what cannot be served."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Found:
-    """Of the models that a worker was told to serve."""
+class RepositoryScan:
+    """What was found of the models that a worker was told to serve."""
 
     specs: Sequence[ModelSpec]
     #: Those that cannot be served.
     bad: Sequence[NotServed]
-    #: Models in the repository whose names no queue can have, whatever it was told to serve.
+    #: All models in the repository with names that no queue can have.
     misnamed: Sequence[NotServed]
     #: Folders of the repository that hold no model.
     others: Sequence[str]
 
     @property
     def passed_over(self) -> list[NotServed]:
-        """Versions in whose place older ones are served."""
+        """Versions that cannot be served, for which older ones are served."""
         return [each for spec in self.specs for each in spec.passed_over]
 
     @property
@@ -41,13 +41,13 @@ class Found:
         return [*self.bad, *self.misnamed, *self.passed_over]
 
     def check(self, *, strict: bool) -> None:
-        """ConfigError if nothing can be served; `strict`: or not all, in its newest version."""
+        """ConfigError if no model can be served; `strict`: if not all newest versions can be."""
         missing = [*self.bad, *(self.passed_over if strict else ())]
         if missing and (strict or not self.specs):
             raise ConfigError("\n".join(each.reason for each in missing))
 
     def log(self) -> None:
-        """Say what is not served."""
+        """Log what is not served."""
         for each in (*self.bad, *self.misnamed):
             log_not_served(each)
         for spec in self.specs:
@@ -65,18 +65,18 @@ class Found:
 
 
 def log_not_served(each: NotServed) -> None:
-    """One line that nobody overlooks."""
+    """Log it at CRITICAL."""
     logger.critical(
         "model %r is not served: %s", each.model, each.reason, extra=about(model=each.model)
     )
 
 
-def find_models(root: Path, names: Sequence[str], *, on_cpu: bool) -> Found:
+def scan_repository(root: Path, names: Sequence[str], *, on_cpu: bool) -> RepositoryScan:
     """Read the models `names` of the repository `root`. ConfigError if that is no folder."""
     folders = look_through(root)
     specs, bad = load_models(root, names, on_cpu=on_cpu)
     misnamed = [name for name in folders.models if not is_model_name(name)]
-    return Found(
+    return RepositoryScan(
         specs=specs,
         bad=bad,
         misnamed=[not_served(name, why_no_name(name)) for name in misnamed],

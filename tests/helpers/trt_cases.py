@@ -1,0 +1,121 @@
+"""Cases of TensorRT's lanes, each run as ``python -m helpers.trt_cases NAME``.
+
+PyCUDA is real, on the fake driver (see fakecuda); the module tensorrt is a double (double_trt) that
+computes on the fake device's memory. Each function without parameters is a case.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from helpers import onnx_models
+from helpers.fakecuda.control import Control
+from inferq.shared.schema import Array
+from inferq.workers.cuda import device
+from inferq.workers.cuda.lane import KEPT_SHAPES, CudaLane
+from inferq.workers.models.engine import Batch
+from inferq.workers.models.ranges import InputRange
+from inferq.workers.trt.api import TENSORRT
+from inferq.workers.trt.flavours import find_flavour
+from inferq.workers.trt.lanes import opened
+from inferq.workers.trt.network import build, parse
+
+CONTROL = Control()
+#: So often each size runs until the next run replays a graph.
+EAGER_RUNS = 2
+
+
+@contextmanager
+def lanes(
+    write: Callable[[Path], Path],
+    profiles: Sequence[InputRange],
+    *,
+    count: int = 1,
+    graphs: bool = True,
+) -> Iterator[Sequence[CudaLane]]:
+    """Lanes of the plan of the model that `write` writes, of one input."""
+    flavour = find_flavour(TENSORRT)
+    with tempfile.TemporaryDirectory() as folder:
+        network = parse(flavour, write(Path(folder) / "model.onnx"))
+        plan, _ = build(flavour, network, [[each] for each in profiles])
+    with (
+        device.acquired() as gpu,
+        opened(gpu, flavour, plan, count=count, buckets=(), cuda_graphs=graphs) as made,
+    ):
+        yield made.lanes
+
+
+def rows(count: int, seed: int, width: int = 3) -> Array:
+    return np.random.default_rng(seed).standard_normal((count, width)).astype(np.float32)
+
+
+def check(on: CudaLane, x: Array) -> None:
+    np.testing.assert_array_equal(on.run(Batch([{"x": x}], len(x), len(x)))["y"], 2 * x)
+
+
+def up_to(most: int, width: int = 3, least: int = 1) -> InputRange:
+    return InputRange("x", (least, width), (most, width), (most, width))
+
+
+def a_graph_answers_for_its_own_shapes_whatever_ran_since() -> None:
+    """A → B → A, on a model that computes with its input's shape."""
+    with lanes(onnx_models.reshaped, [up_to(8)]) as (lane,):
+        for size in (8, 2):
+            for seed in range(EAGER_RUNS + 1):
+                check(lane, rows(size, seed))
+        before = CONTROL.count("graph_launches")
+        for seed, size in enumerate((8, 2, 2, 8, 5, 8, 2), 10):
+            check(lane, rows(size, seed))
+        assert CONTROL.count("graph_launches") == before + 6, "all but the 5 are replayed"
+
+
+def graphs_of_several_profiles_answer_for_their_own_shapes() -> None:
+    spans = [up_to(2), up_to(8)]
+    with lanes(onnx_models.reshaped, spans) as (lane,):
+        for seed in range(EAGER_RUNS + 2):
+            for size in (1, 8, 2, 5, 4, 3):
+                check(lane, rows(size, 10 * seed + size))
+
+
+def contexts_of_graphs_that_are_dropped_are_used_again() -> None:
+    """Dims that are not padded may have any size; as many graphs are kept as ever."""
+    most = 2 * KEPT_SHAPES
+    with lanes(onnx_models.reshaped, [up_to(most)]) as (lane,):
+        sizes = [*range(1, most), 5, most - 1]
+        for size in sizes:
+            for seed in range(EAGER_RUNS):
+                check(lane, rows(size, seed))
+        assert CONTROL.count("graph_execs") == KEPT_SHAPES
+        assert len(lane._executor._contexts) <= KEPT_SHAPES + 2  # type: ignore[attr-defined]
+        for size in sizes[-KEPT_SHAPES // 2 :]:
+            check(lane, rows(size, size))
+
+
+def a_lanes_contexts_share_memory_that_no_other_lane_uses() -> None:
+    """Of several profiles, and of graphs of several sizes."""
+    before = CONTROL.count("device_bytes")
+    with lanes(onnx_models.reshaped, [up_to(2), up_to(4), up_to(8)], count=2) as opened_lanes:
+        for lane in opened_lanes:
+            for size in (8, 4, 2, 1):
+                for seed in range(EAGER_RUNS + 1):
+                    check(lane, rows(size, seed))
+        used = [
+            {context._context._memory for context in lane._executor._contexts}  # type: ignore[attr-defined]
+            for lane in opened_lanes
+        ]
+        assert all(len(each) == 1 for each in used)
+        assert used[0] != used[1]
+        taken = CONTROL.count("device_bytes") - before
+        assert 2e6 <= taken < 2.1e6, "1 MB for each lane, and tensors"
+    left = {name: CONTROL.count(name) for name in ("device_bytes", "streams", "graph_execs")}
+    assert not any(left.values()), left
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]]()
