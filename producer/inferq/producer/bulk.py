@@ -119,15 +119,13 @@ def _submit(  # noqa: C901 - one loop; each error has its own consequence for th
 ) -> Dialogue[None]:
     """Submit as much of `block` as there is room for, in order; the window holds the rest."""
     items = deque(block)
-    ready: list[P] = []
+    ready: list[PendingRequest] = []
     size = 0
     asked_anew = False
     while items and window.room > 0:
         try:
             view = yield from look_up(core, job.model)
-            whole, parts = core.build_parts(
-                view, items[0], job.priority, job.timeout_ms, make, job.outputs
-            )
+            pending = core.build(view, items[0], job.priority, job.timeout_ms, make, job.outputs)
         except QueueFull as problem:
             if window.unresolved:
                 break
@@ -147,9 +145,9 @@ def _submit(  # noqa: C901 - one loop; each error has its own consequence for th
             window.fail(problem)
         else:
             items.popleft()
-            window.enter(whole)
-            ready += parts
-            size += sum(part.nbytes for part in parts) if whole.parts else whole.nbytes
+            window.enter(pending)
+            ready += pending.parts or (pending,)
+            size += pending.nbytes
             if size > BLOCK_BYTES or len(ready) > PUSH_BLOCK:
                 yield from push(core, ready, view)
                 ready, size = [], 0

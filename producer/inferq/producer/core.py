@@ -33,7 +33,7 @@ from inferq.shared.errors import (
     ResultExpired,
 )
 from inferq.shared.resp import Command, Reply, ReplyError
-from inferq.shared.schema import check_inputs, check_outputs
+from inferq.shared.schema import Array, check_inputs, check_outputs
 from inferq.shared.settings import Settings
 
 #: Why a request of a closed client has no result.
@@ -100,7 +100,12 @@ class Core:
         if advert.casts:
             arrays = cast_safely(advert, arrays)
         wanted = None if outputs is None else check_outputs(advert, outputs)
-        rows = check_inputs(advert, arrays)
+        try:
+            rows = check_inputs(advert, arrays)
+        except InvalidInput as problem:
+            if not is_beyond_a_batch(advert, problem.detail):
+                raise
+            return self._split(view, arrays, priority, timeout_ms, make, outputs)
         self.admission.admit(view, rows, now)
         encoder = self._encoders.get(advert.name)
         if encoder is None:
@@ -116,28 +121,20 @@ class Core:
         self._table[pending.request_id] = pending
         return pending
 
-    def build_parts(
+    def _split(
         self,
         view: ModelView,
-        inputs: Inputs,
-        priority: int | None,
-        timeout_ms: float | None,
+        arrays: Mapping[str, Array],
+        priority: int,
+        timeout_ms: float,
         make: Callable[[Outgoing, float], P],
-        outputs: Sequence[str] | None = None,
-    ) -> tuple[P, list[P]]:
-        """As `build`; a request of more rows than a batch may have as several. It, and these."""
-        try:
-            pending = self.build(view, inputs, priority, timeout_ms, make, outputs)
-        except InvalidInput as problem:
-            if not is_beyond_a_batch(view.advert, problem.detail):
-                raise
-        else:
-            return pending, [pending]
-        arrays = arrays_of(view.dtypes, inputs)
+        outputs: Sequence[str] | None,
+    ) -> P:
+        """A request of more rows than a batch may have, in `parts`; all of them, or none, enter."""
         parts: list[P] = []
         try:
             for piece in pieces(view.advert, arrays):
-                parts.append(self.build(view, piece, priority, timeout_ms, make, outputs))
+                parts.append(self.build(view, piece, priority, timeout_ms or None, make, outputs))
         except BaseException:
             for part in parts:
                 self.drop(part)
@@ -149,7 +146,7 @@ class Core:
         joiner = Joiner(whole, parts, view.advert.signature)
         for part in parts:
             part.watcher = joiner
-        return whole, parts
+        return whole
 
     def check_open(self) -> None:
         """ClientClosed after `end`."""

@@ -84,16 +84,16 @@ def submit(
 ) -> Dialogue[P]:
     """Check one request, encode it, push it; see `Client.submit`."""
     view = yield from look_up(core, model)
-    whole, parts = core.build_parts(view, inputs, priority, timeout_ms, make, outputs)
-    for block in in_blocks(parts):
+    pending = core.build(view, inputs, priority, timeout_ms, make, outputs)
+    for block in in_blocks(pending.parts) if pending.parts else ([pending],):
         refused = yield from push(core, block, view)
         if refused:
-            core.drop(whole)
+            core.drop(pending)
             raise refused[0]
-    return whole
+    return pending
 
 
-def in_blocks(parts: Sequence[P]) -> Iterator[Sequence[P]]:
+def in_blocks(parts: Sequence[PendingRequest]) -> Iterator[Sequence[PendingRequest]]:
     """`parts` of a request in portions that are pushed at once."""
     begin = size = 0
     for end, part in enumerate(parts, start=1):

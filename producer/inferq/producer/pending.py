@@ -151,7 +151,9 @@ class PendingRequest:
     @property
     def nbytes(self) -> int:
         """Bytes that pushing it sends; 0 once it is resolved."""
-        return 0 if self.outgoing is None else self.outgoing.nbytes
+        if self.outgoing is None:
+            return sum(part.nbytes for part in self.parts)
+        return self.outgoing.nbytes
 
     @property
     def outcome(self) -> Outcome | None:

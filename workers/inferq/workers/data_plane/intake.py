@@ -91,6 +91,8 @@ class Intake:
         self._order = [spec.name for spec in signature.inputs]
         self._axes = {spec.name: spec.batch_axis for spec in signature.inputs if spec.batch_axis}
         self._required = frozenset(self._order)
+        #: Whether inputs are not taken just as they come.
+        self._adapts = bool(advert.casts or signature.optional or self._axes)
         self._optional = frozenset(spec.name for spec in signature.optional)
         self._dtypes = {spec.name: spec.dtype for spec in signature.inputs + signature.optional}
         #: If no dim but the batch may vary, all requests may share a batch.
@@ -205,7 +207,7 @@ class Intake:
             pass  # the tasks that follow it cannot be read
         return ticket
 
-    def admit(  # noqa: C901 - what is done to each request, in its order: a call costs more
+    def admit(
         self, opened: Opened, payloads: Mapping[str, bytes | memoryview | None]
     ) -> Waiting | Failed:
         """Read the tensors and check them against the signature. Never raises."""
@@ -225,14 +227,11 @@ class Intake:
                 elif ticket.content_type == codec.JSON:
                     lists = lists or codec.is_lists(tensor)
                 arrays[name] = codec.decode_tensor(name, tensor, self._dtypes.get(name))
-            if self._advert.casts:
-                arrays = cast_safely(self._advert, arrays)
-            rows = self._check(arrays)
             shared = None
-            if self._optional and len(arrays) > len(self._required):
-                shared = {name: arrays.pop(name) for name in self._optional & arrays.keys()}
-            if self._axes:
-                arrays = moved(arrays, self._axes)
+            if self._adapts:
+                arrays, shared, rows = self._adapted(arrays)
+            else:
+                rows = self._check(arrays)
             arrays, padded = self._padding.apply(arrays)
         except InferqError as error:
             return Failed(slot, ticket, _bare(error))
@@ -244,7 +243,7 @@ class Intake:
             ticket=ticket,
             inputs=arrays,
             slot=slot,
-            compatible=self._compatible(arrays, shared),
+            compatible=self._compatible(arrays, shared) if self._varies or shared else None,
             arrived_mono_ms=time.monotonic() * 1000,
             claimed_redis_ms=self._redis_ms(),
             rows=rows,
@@ -314,6 +313,17 @@ class Intake:
         if inputs.keys() != self._required:
             check_names(self._advert, inputs)
         return inputs
+
+    def _adapted(
+        self, arrays: dict[str, Array]
+    ) -> tuple[dict[str, Array], dict[str, Array] | None, int]:
+        """Checked inputs of the model's dtypes with rows in dim 0, optional ones, and the rows."""
+        if self._advert.casts:
+            arrays = cast_safely(self._advert, arrays)
+        rows = self._check(arrays)
+        given = self._optional & arrays.keys()
+        shared = {name: arrays.pop(name) for name in given} if given else None
+        return moved(arrays, self._axes), shared, rows
 
     def _compatible(
         self, arrays: Mapping[str, Array], shared: Mapping[str, Array] | None
