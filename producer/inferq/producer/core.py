@@ -93,7 +93,7 @@ class Core:
         advert = view.advert
         priority = _checked_priority(advert.default_priority if priority is None else priority)
         timeout_ms = _checked_timeout(timeout_ms) or advert.default_timeout_ms
-        arrays = arrays_of(view.dtypes, inputs)
+        arrays = arrays_of(view.dtypes, inputs, view.text)
         rows = check_inputs(advert, arrays)
         self.admission.admit(view, rows, now)
         encoder = self._encoders.get(advert.name)

@@ -28,6 +28,8 @@ from inferq.shared.schema import (
     ModelAdvert,
     Ticket,
     check_names,
+    check_size,
+    is_text,
     most_bytes,
 )
 from inferq.workers.batching.padding import Padding
@@ -46,6 +48,7 @@ from inferq.workers.claims.verdicts import (
     ScheduledRequest,
 )
 from inferq.workers.data_plane.foreign_tasks import MAX_BYTES, ForeignTasks, not_registered
+from inferq.workers.data_plane.unfetched import text_bytes
 
 #: A message body may have so many bytes for each byte of its inputs (numbers as text in JSON, in
 #: base64), and so many in addition. Decoded, it may take 40 times that: maps in maps.
@@ -85,7 +88,8 @@ class Intake:
         self._most_body = BODY_BYTES + WRITTEN_OUT * most_bytes(advert)
         self._most_message = min(self._most_body + codec.MAX_HEAD_BYTES, codec.MAX_MESSAGE_BYTES)
         self._dtypes = {spec.name: spec.dtype for spec in advert.signature.inputs}
-        #: If no dim but the batch may vary, all requests may share a batch.
+        self._text = [name for name, dtype in self._dtypes.items() if is_text(dtype)]
+        #: Requests always fit together if no dim but the batch may vary.
         self._varies = any(
             not isinstance(dim, int) for spec in advert.signature.inputs for dim in spec.shape[1:]
         )
@@ -202,6 +206,8 @@ class Intake:
         try:
             arrays: dict[str, Array] = {}
             lists = False
+            if self._text:
+                self._check_text(opened, payloads)
             for name, tensor in opened.inputs.items():
                 key = opened.references.get(name)
                 if key is not None:
@@ -233,6 +239,17 @@ class Intake:
             alone=ticket.attempts > 0,
             padded=padded,
         )
+
+    def _check_text(
+        self, opened: Opened, payloads: Mapping[str, bytes | memoryview | None]
+    ) -> None:
+        """PayloadTooLarge before an object is made of each element: these take far more memory."""
+        size = 0
+        for name in self._text:
+            key = opened.references.get(name)
+            tensor = opened.inputs[name]
+            size += text_bytes(tensor, None if key is None else payloads.get(key))
+        check_size(self._advert, size)
 
     def too_late(self, slot: Slot, ticket: Ticket) -> Failed | Revoked | None:
         """Whether its deadline or expiry has passed, or it was revoked; checked before it runs."""
