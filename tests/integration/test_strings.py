@@ -15,6 +15,7 @@ import pytest
 import redis as redis_py
 from click.testing import CliRunner
 from helpers import onnx_models
+from helpers.python_models import python_model
 from helpers.repository import text_model
 from helpers.results import nothing_is_held
 from helpers.stock import CONTENTS, Side
@@ -38,6 +39,36 @@ TEXTS = ["a", "", "nul\0", "ü", "猫 😀", "\x1b[31m", "x" * 300]
 BYTES = [b"a", b"", b"nul\0", b"\xff\xfe", bytes(range(256))]
 
 
+CODE = """
+import numpy as np
+from inferq.model import Model
+
+class Lengths(Model):
+    inputs = {"text": "string[batch]"}
+    outputs = {"upper": "string[batch]", "raw": "bytes[batch]", "length": "int64[batch]"}
+
+    def run(self, inputs):
+        text = inputs["text"]
+        return {
+            "upper": [each.upper() for each in text],
+            "raw": [each.encode() for each in text],
+            "length": np.array([len(each) for each in text]),
+        }
+"""
+
+
+ECHO = """
+from inferq.model import Model
+
+class Echo(Model):
+    inputs = {"x": "string[batch]"}
+    outputs = {"y": "string[batch]"}
+
+    def run(self, inputs):
+        return {"y": inputs["x"]}
+"""
+
+
 @pytest.fixture(scope="module")
 def url(redis_server: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A worker that serves one model of each kind."""
@@ -54,6 +85,8 @@ def url(redis_server: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory) -
     text_model(root, "blob", "bytes")
     text_model(root, "small", knobs="max_request_bytes = 100")
     text_model(root, "padded", shape='"batch", "words"', knobs="[pad.words]\nbuckets = [2, 4]\n")
+    python_model(root, "code", CODE, knobs="lanes = 1\nbuckets = [8, 32]")
+    python_model(root, "brim", ECHO, knobs="lanes = 1\nmax_batch_size = 1\nmax_request_bytes = 100")
     with Worker(redis_server.url, root):
         yield redis_server.url
 
@@ -182,6 +215,22 @@ def test_what_is_too_large_is_refused_by_client_and_worker(
         meta = until(partial(store.get, NAMES.meta(request_id)))
         assert msgpack.unpackb(meta)["result"]["exc_type"] == "PayloadTooLarge"
     until(lambda: nothing_is_held(store))
+
+
+def test_user_code_is_given_strings_and_gives_back_strings_and_bytes(client: Client) -> None:
+    items = [{"text": [f"{n}", *TEXTS[: n % 8]]} for n in range(60)]
+    for item, result in zip(items, client.map("code", items), strict=True):
+        text = item["text"]
+        assert result.outputs["upper"].tolist() == [each.upper() for each in text]
+        assert result.outputs["raw"].tolist() == [each.encode() for each in text]
+        assert result.outputs["length"].tolist() == [len(each) for each in text]
+
+
+def test_user_code_takes_all_that_its_limit_lets_pass(client: Client) -> None:
+    outputs = client.infer("brim", {"x": ["a" * 92]}, timeout=TIMEOUT_S).outputs
+    assert outputs["y"].tolist() == ["a" * 92]
+    with pytest.raises(PayloadTooLarge):
+        client.infer("brim", {"x": ["a" * 93]}, timeout=TIMEOUT_S)
 
 
 def test_elements_that_are_no_text_are_named(client: Client) -> None:
