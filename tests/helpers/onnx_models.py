@@ -215,11 +215,38 @@ def lookup(path: Path, rows: int = 4) -> Path:
     return write(path, nodes, {"ids": (INT64, ("batch",))}, {"y": (FLOAT, ("batch", 2))}, [table])
 
 
-def text_length(path: Path) -> Path:
-    """A model that takes strings."""
-    nodes = [node("Identity", "x", "y")]
-    shape: Shape = ("batch",)
-    return write(path, nodes, {"x": (STRING, shape)}, {"y": (STRING, shape)})
+def text_identity(path: Path) -> Path:
+    """x: string[batch, 3] → y, the same."""
+    shape: Shape = ("batch", 3)
+    return write(path, [node("Identity", "x", "y")], {"x": (STRING, shape)}, {"y": (STRING, shape)})
+
+
+def text_labels(path: Path) -> Path:
+    """x: float32[batch, 3] → the label of the largest, as classifiers have it: string[batch]."""
+    labels = helper.make_tensor("labels", STRING, [3], [b"bad", b"good", "schön".encode()])
+    nodes = [
+        node("ArgMax", "x", ["best"], axis=1, keepdims=0),
+        node("Gather", ["labels", "best"], ["label"]),
+    ]
+    x, label = {"x": (FLOAT, ("batch", 3))}, {"label": (STRING, ("batch",))}
+    return write(path, nodes, x, label, [labels])
+
+
+def text_split(path: Path) -> Path:
+    """x: string[batch] → y, its words, as many as the longest of the batch has."""
+    graph = helper.make_graph(
+        [helper.make_node("StringSplit", ["x"], ["y", "n"])],
+        "test",
+        [helper.make_tensor_value_info("x", STRING, ["batch"])],
+        [
+            helper.make_tensor_value_info("y", STRING, ["batch", "words"]),
+            helper.make_tensor_value_info("n", INT64, ["batch"]),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(model.SerializeToString())
+    return path
 
 
 def split(path: Path) -> Path:

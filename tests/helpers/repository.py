@@ -32,6 +32,23 @@ def fake_model(root: Path, name: str, *, knobs: str = "", fake: str = "", width:
     (folder / "model.toml").write_text(FAKE.format(knobs=knobs, fake=fake, width=width))
 
 
+TEXT = """\
+engine = "fake"
+{knobs}
+[fake]
+inputs = [{{ name = "x", dtype = "{dtype}", shape = [{shape}] }}]
+"""
+
+
+def text_model(
+    root: Path, name: str, dtype: str = "string", shape: str = '"batch"', knobs: str = ""
+) -> None:
+    """The same of strings, or bytes."""
+    folder = root / name
+    folder.mkdir(parents=True)
+    (folder / "model.toml").write_text(TEXT.format(dtype=dtype, shape=shape, knobs=knobs))
+
+
 def spec_of(
     path: Path | None,
     table: Mapping[str, Any],

@@ -119,6 +119,11 @@ MIXED: Final[Mapping[str, str]] = {
     "indices beyond 3 of 8": """g (int64[batch] x) => (float[batch, 2] y)
         <float[8, 2] table = {0,0,0,0,0,0,0,0,1,2,3,4,5,6,7,8}> {
         v = Gather<axis=0>(table, x)  m = ReduceMean<axes=[0], keepdims=1>(v)  y = Add(v, m) }""",
+    "strings reversed": f"""g (string[batch, 2] x) => (string[batch, 2] y)
+        <int64[1] s = {{-1}}, int64[1] e = {{-9999}}, {_AXIS}> {{
+        y = Slice(x, s, e, rows, s) }}""",
+    "the mean of numbers in strings": """g (string[batch] x) => (float[batch] y) {
+        n = Cast<to=1>(x)  m = ReduceMean<axes=[0], keepdims=1>(n)  y = Add(n, m) }""",
     "one of two inputs": """g (float[batch, 4] x, int64[batch] kind) => (float[batch, 4] y)
         <float[9] table = {0,0,0,0,1,0,0,2,0}, int64[2] tail = {-1, 1}> {
         v = Gather<axis=0>(table, kind)  m = ReduceMax<axes=[0], keepdims=1>(v)  y = Add(x, m) }""",
@@ -128,6 +133,8 @@ MIXED: Final[Mapping[str, str]] = {
 
 #: Rows that do not depend on each other.
 INDEPENDENT: Final[Mapping[str, str]] = {
+    "strings": "g (string[batch, 2] x) => (string[batch, 2] y) { y = Identity(x) }",
+    "numbers in strings": "g (string[batch] x) => (float[batch] y) { y = Cast<to=1>(x) }",
     "doubled": f"{_SAME} {{ y = Add(x, x) }}",
     "largest of its own": """g (float[batch, 4] x) => (int64[batch] y) {
         y = ArgMax<axis=1, keepdims=0>(x) }""",

@@ -103,7 +103,6 @@ def junk(path: Path) -> Path:
     ("write", "reason"),
     [
         (junk, "is no whole ONNX file"),
-        (onnx_models.text_length, "input 'x' of the model is a tensor(string); expected"),
         (onnx_models.split, "output 'y' of the model is a seq(tensor(float)); expected"),
         (far_lookup, "out of data bounds"),
     ],

@@ -18,7 +18,7 @@ import pytest
 import redis as redis_py
 from celery import Celery, chain
 from helpers.events import Listener
-from helpers.repository import fake_model, message, numbered
+from helpers.repository import fake_model, message, numbered, text_model
 from helpers.stock import let_go, stock_app
 from helpers.wait import until
 from helpers.worker import Worker
@@ -55,6 +55,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         fake=f"delay_ms = {SLOW_S * 1000}",
     )
     fake_model(models, "fast", knobs="max_batch_size = 32\nwarm_up = false", fake="faults = true")
+    text_model(models, "text")
+    text_model(models, "padded", shape='"batch", "words"', knobs="[pad.words]\nbuckets = [4]\n")
     return models
 
 
@@ -66,7 +68,9 @@ def shared(redis_kind: str, models: Path) -> Iterator[tuple[Worker, Celery, List
         redis = opened.enter_context(redis_py.Redis.from_url(server.url))
         app = opened.enter_context(stock_app(server.url))
         listener = opened.enter_context(Listener(app, redis))
-        worker = opened.enter_context(Worker(server.url, models, ["m", "slow"], args=["-E"]))
+        worker = opened.enter_context(
+            Worker(server.url, models, ["m", "slow", "text", "padded"], args=["-E"])
+        )
         until_up(worker)
         yield worker, app, listener, opened.enter_context(Client(server.url))
 
@@ -183,6 +187,21 @@ def test_numbers_and_long_texts_never_get_into_events(app: Celery, listener: Lis
         assert len(json.dumps(events[0])) < MAX_EVENT_BYTES
     shape = f"{{'model': 'm', x=<8x{WIDTH} float32>}}"
     assert [listener.task(each.id).kwargs for each in sent[:2]] == [shape, shape]
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "shape"), [("text", ["secret"], "1"), ("padded", [["secret", ""]], "1x")]
+)
+def test_strings_never_get_into_events(
+    app: Celery, listener: Listener, model: str, x: object, shape: str
+) -> None:
+    """Though stock Celery writes them into its headers."""
+    sent = app.send_task("inferq.infer", kwargs={"inputs": {"x": x}}, queue=f"inferq.{model}")
+    events = listener.whole(sent.id)
+    assert types(events) == SUCCESS
+    assert events[0]["kwargs"].startswith(f"{{'model': '{model}', x=<{shape}")
+    assert events[0]["kwargs"].endswith(" string>}")
+    assert "secret" not in json.dumps(events)
 
 
 def test_expired_and_revoked_requests(app: Celery, listener: Listener, client: Client) -> None:

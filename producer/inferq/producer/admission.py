@@ -18,7 +18,7 @@ from inferq.shared import codec
 from inferq.shared.errors import ModelNotFound, QueueFull, RedisUnavailable
 from inferq.shared.names import Names, is_model_name
 from inferq.shared.resp import Command, Reply, first_error
-from inferq.shared.schema import DTYPES, ModelAdvert
+from inferq.shared.schema import DTYPES, ModelAdvert, is_text
 
 #: Seconds.
 ADVERT_AGE_S: Final = 5.0
@@ -46,11 +46,14 @@ class ModelView:
     mean_bytes: float = 0.0
     #: The inputs' dtypes, by name.
     dtypes: Mapping[str, np.dtype[Any]] = field(default_factory=dict)
+    #: Those of them that are text: ``string`` or ``bytes``.
+    text: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         signature = self.advert.signature
         specs = signature.inputs + signature.optional
         self.dtypes = {spec.name: DTYPES[spec.dtype] for spec in specs}
+        self.text = {spec.name: spec.dtype for spec in specs if is_text(spec.dtype)}
 
     @property
     def lifetime_s(self) -> float:

@@ -96,7 +96,7 @@ class Core:
         advert = view.advert
         priority = _checked_priority(advert.default_priority if priority is None else priority)
         timeout_ms = _checked_timeout(timeout_ms) or advert.default_timeout_ms
-        arrays = arrays_of(view.dtypes, inputs)
+        arrays = arrays_of(view.dtypes, inputs, view.text)
         if advert.casts:
             arrays = cast_safely(advert, arrays)
         wanted = None if outputs is None else check_outputs(advert, outputs)

@@ -36,6 +36,8 @@ PAYLOAD_TTL_S: Final = 7 * 24 * 3600
 #: Ids made at once.
 _IDS: Final = 256
 
+_NO_TEXT: Final[Mapping[str, str]] = {}
+
 Inputs = Mapping[str, npt.ArrayLike]
 
 
@@ -57,11 +59,14 @@ class Outgoing(msgspec.Struct, frozen=True, eq=False):
         return len(self.message) + sum(len(data) for _, data in self.payloads)
 
 
-def arrays_of(dtypes: Mapping[str, np.dtype[Any]], inputs: Inputs) -> dict[str, Array]:
+def arrays_of(
+    dtypes: Mapping[str, np.dtype[Any]], inputs: Inputs, text: Mapping[str, str] = _NO_TEXT
+) -> dict[str, Array]:
     """`inputs` as arrays that can be sent; `dtypes` are the model's, by input name.
 
-    An array keeps its dtype. Lists and Python numbers have none: they take the model's, if that can
-    hold their values. InvalidInput names what cannot be sent.
+    `text`: which of them are ``string`` or ``bytes``. An array keeps its dtype. Lists and Python
+    numbers have none, so they take the model's, if that holds what they say. InvalidInput names
+    what cannot be sent.
     """
     if not isinstance(inputs, Mapping):
         raise InvalidInput(f"inputs {type(inputs).__name__}; expected a mapping of name to array")
@@ -70,6 +75,8 @@ def arrays_of(dtypes: Mapping[str, np.dtype[Any]], inputs: Inputs) -> dict[str, 
         dtype = dtypes.get(name)
         if type(value) is np.ndarray and value.dtype == dtype and value.flags.c_contiguous:
             arrays[name] = value
+        elif name in text:
+            arrays[name] = codec.text_array(name, value, text[name])
         elif dtype is not None and isinstance(value, list | tuple):
             arrays[name] = codec.decode_tensor(name, list(value), dtype.name)
         elif dtype is not None and isinstance(value, int | float | complex):
@@ -122,12 +129,17 @@ class Encoder:
         tensors: dict[str, Mapping[str, Any]] = {}
         for name, array in arrays.items():
             if array.nbytes < INLINE_LIMIT:
-                tensors[name] = codec.encode_tensor(array)
+                tensor = tensors[name] = codec.encode_tensor(array)
+                # Of text only what was written says how many bytes it is.
+                if not array.dtype.hasobject or len(tensor["data"]) < INLINE_LIMIT:
+                    continue
+                data = tensor["data"]
             else:
-                key = self._names.payload(request_id, name)
-                tensors[name] = codec.encode_reference(array, key)
                 # A copy: the caller may write to the array again, and this may be pushed again.
-                payloads.append((key, array.tobytes()))
+                data = codec.pack_text(array) if array.dtype.hasobject else array.tobytes()
+            key = self._names.payload(request_id, name)
+            tensors[name] = codec.encode_reference(array, key, len(data))
+            payloads.append((key, data))
         message = self._encode(
             request_id,
             self._model,

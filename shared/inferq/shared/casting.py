@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from inferq.shared.errors import InvalidInput
-from inferq.shared.schema import DTYPES, Array, ModelAdvert
+from inferq.shared.schema import DTYPES, Array, ModelAdvert, is_text
 
 
 def cast_safely(advert: ModelAdvert, arrays: Mapping[str, Array]) -> dict[str, Array]:
@@ -20,7 +20,7 @@ def cast_safely(advert: ModelAdvert, arrays: Mapping[str, Array]) -> dict[str, A
     made = dict(arrays)
     for spec in advert.signature.inputs + advert.signature.optional:
         array, wanted = arrays.get(spec.name), DTYPES[spec.dtype]
-        if array is not None and array.dtype != wanted:
+        if array is not None and array.dtype != wanted and not is_text(spec.dtype):
             made[spec.name] = _cast(spec.name, array, wanted)
     return made
 

@@ -6,7 +6,7 @@ They are frozen and free of I/O; `codec` turns them into bytes and back.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final
 
@@ -14,21 +14,27 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from inferq.shared import text
 from inferq.shared.errors import InvalidInput, PayloadTooLarge
 
 Array = npt.NDArray[Any]
 Tensors = Mapping[str, Array]
 
-#: The dtypes that can be sent, by NumPy name. Objects, strings and dates cannot.
-DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
+#: The dtypes of numbers that can be sent, by NumPy name. Dates, and objects but for text, cannot.
+NUMBERS: Final[Mapping[str, np.dtype[Any]]] = {
     name: np.dtype(name).newbyteorder("<")
     for name in (
         "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64",
         "float16", "float32", "float64", "complex64", "complex128",
     )
 }  # fmt: skip
-#: The same, by their names in messages: ``<f4``, ``|u1``.
-WIRE_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {dt.str: dt for dt in DTYPES.values()}
+#: All dtypes that can be sent, by name; ``string`` and ``bytes`` are object arrays (`text`).
+DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
+    **NUMBERS,
+    **dict.fromkeys(text.TEXT, text.OBJECT),
+}
+#: Those of numbers, by their names in messages: ``<f4``, ``|u1``. Text has the same name there.
+WIRE_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {dt.str: dt for dt in NUMBERS.values()}
 
 MAX_DIMS: Final = 16
 #: Inputs, or outputs, of one model: a decoder of 100 layers has some 200.
@@ -190,18 +196,35 @@ class Ticket(msgspec.Struct, frozen=True):
 
 
 def nbytes(tensors: Tensors) -> int:
-    """Bytes of all `tensors` together."""
-    return sum(array.nbytes for array in tensors.values())
+    """Bytes of all `tensors` together, as limits count them: of text, as it is on the wire."""
+    return sum(
+        text.packed_bytes(array) if array.dtype.hasobject else array.nbytes
+        for array in tensors.values()
+    )
 
 
 def describe(array: Array) -> str:
-    """``<1x3x224x224 float32>``: short, for Flower, logs and messages."""
-    return _described(array.shape, array.dtype)
+    """``<1x3x224x224 float32>``, ``<8 string>``: short, for Flower, logs and messages."""
+    dtype = array.dtype
+    return _described(array.shape, text.dtype_name(array) if dtype.hasobject else dtype)
 
 
 @lru_cache(maxsize=1024)
-def _described(shape: tuple[int, ...], dtype: np.dtype[Any]) -> str:
-    return f"<{'x'.join(map(str, shape)) or 'scalar'} {dtype.name}>"
+def _described(shape: tuple[int, ...], dtype: np.dtype[Any] | str) -> str:
+    name = dtype if isinstance(dtype, str) else dtype.name
+    return f"<{'x'.join(map(str, shape)) or 'scalar'} {name}>"
+
+
+def zeros(dtype: str, shape: Sequence[int]) -> Array:
+    """Zeros. Of text these are digits: a model that reads numbers takes no empty string."""
+    if not is_text(dtype):
+        return np.zeros(shape, dtype)
+    return np.full(shape, "0" if dtype == text.STRING else b"0", object)
+
+
+def is_text(dtype: str) -> bool:
+    """Whether tensors of this dtype are object arrays: ``string`` and ``bytes``."""
+    return dtype in text.TEXT
 
 
 def most_bytes(advert: ModelAdvert) -> int:
@@ -213,7 +236,7 @@ def most_bytes(advert: ModelAdvert) -> int:
         if advert.batchable and place < required:
             dims[spec.batch_axis] = advert.max_batch_size
         sizes = [dim for dim in dims if isinstance(dim, int)]
-        if len(sizes) < len(dims):
+        if len(sizes) < len(dims) or is_text(spec.dtype):
             return advert.max_request_bytes
         total += math.prod(sizes) * DTYPES[spec.dtype].itemsize
     return min(total, advert.max_request_bytes)
@@ -231,11 +254,9 @@ class InputCheck:
         #: (name, dtype, shape after the batch), if nothing else may vary; else None.
         self._plain: list[tuple[str, np.dtype[Any], tuple[object, ...]]] | None = None
         inputs = advert.signature.inputs
-        if (
-            advert.batchable
-            and all(isinstance(dim, int) for spec in inputs for dim in spec.shape[1:])
-            and not any(spec.batch_axis for spec in inputs)
-        ):
+        fixed = all(isinstance(d, int) for i in inputs for d in i.shape[1:])
+        odd = any(i.batch_axis or is_text(i.dtype) for i in inputs)
+        if advert.batchable and fixed and not odd:
             self._plain = [(i.name, DTYPES[i.dtype], i.shape[1:]) for i in inputs]
 
     def __call__(self, inputs: Tensors) -> int:
@@ -308,6 +329,18 @@ def _brief(value: object) -> str:
     return repr(value)[:100] if isinstance(value, str | int | float) else type(value).__name__
 
 
+def check_size(advert: ModelAdvert, size: int) -> None:
+    """PayloadTooLarge if a request's inputs are more than `max_request_bytes`."""
+    if size > advert.max_request_bytes:
+        raise PayloadTooLarge(
+            f"inputs of model {advert.name!r} are {size} bytes; "
+            f"expected at most {advert.max_request_bytes} (max_request_bytes)",
+            model=advert.name,
+            size=size,
+            limit=advert.max_request_bytes,
+        )
+
+
 def check_inputs(advert: ModelAdvert, inputs: Tensors) -> int:
     """Check a request's `inputs` against what a model takes; return its rows.
 
@@ -316,11 +349,10 @@ def check_inputs(advert: ModelAdvert, inputs: Tensors) -> int:
     specs = advert.signature.inputs
     check_names(advert, inputs)
     symbols: dict[str, tuple[int, str]] = {}
-    for spec in specs:
-        _check_tensor(advert, spec, inputs[spec.name], symbols)
+    size = sum(_check_tensor(advert, spec, inputs[spec.name], symbols) for spec in specs)
     for spec in advert.signature.optional:
         if spec.name in inputs:
-            _check_tensor(advert, spec, inputs[spec.name], symbols)
+            size += _check_tensor(advert, spec, inputs[spec.name], symbols)
     rows = 1
     if advert.batchable:
         rows = inputs[specs[0].name].shape[specs[0].batch_axis]
@@ -332,25 +364,18 @@ def check_inputs(advert: ModelAdvert, inputs: Tensors) -> int:
                 rows=int(rows),
                 limit=advert.max_batch_size,
             )
-    size = nbytes(inputs)
-    if size > advert.max_request_bytes:
-        raise PayloadTooLarge(
-            f"inputs of model {advert.name!r} are {size} bytes; "
-            f"expected at most {advert.max_request_bytes} (max_request_bytes)",
-            model=advert.name,
-            size=size,
-            limit=advert.max_request_bytes,
-        )
+    check_size(advert, size)
     return int(rows)
 
 
 def _check_tensor(
     advert: ModelAdvert, spec: TensorSpec, array: Array, symbols: dict[str, tuple[int, str]]
-) -> None:
+) -> int:
+    """The bytes of the tensor, as limits count them."""
     where = f"input {spec.name!r} of model {advert.name!r}"
-    if array.dtype.newbyteorder("=") != np.dtype(spec.dtype):
+    if array.dtype.newbyteorder("=") != DTYPES[spec.dtype]:
         raise InvalidInput(
-            f"{where}: dtype {array.dtype.name}; expected {spec.dtype}", model=advert.name
+            f"{where}: dtype {text.dtype_name(array)}; expected {spec.dtype}", model=advert.name
         )
     if array.ndim != len(spec.shape):
         raise InvalidInput(
@@ -379,3 +404,12 @@ def _check_tensor(
                 f"{where}: dim {axis} of shape {list(array.shape)} is 0; expected at least 1",
                 model=advert.name,
             )
+    return _text_bytes(advert, where, spec, array) if is_text(spec.dtype) else array.nbytes
+
+
+def _text_bytes(advert: ModelAdvert, where: str, spec: TensorSpec, array: Array) -> int:
+    try:
+        text.check(array, spec.dtype)
+        return text.packed_bytes(array)
+    except text.NoText as problem:
+        raise InvalidInput(f"{where}: {problem}", model=advert.name) from None

@@ -221,6 +221,28 @@ def test_a_bad_shape_says_what_was_expected(text: str) -> None:
         arrays.read_shapes([text])
 
 
+@pytest.mark.parametrize(("dtype", "kind"), [("string", str), ("bytes", bytes)])
+@pytest.mark.parametrize("data", ["random", "zeros"])
+def test_text_can_be_made_and_travels_to_a_process(
+    dtype: str, kind: type, data: arrays.Data
+) -> None:
+    advert = _advert(TensorSpec("x", dtype, ("batch", 10)))
+    items = arrays.made(advert, {}, 3, data, 0)
+    assert arrays.check(advert, items) == 3
+    assert {*map(type, items[0]["x"].flat)} == {kind}
+    zeros = {"0", b"0"}.issuperset(items[0]["x"].flat)
+    assert zeros is (data == "zeros")
+    (back, *_) = unpacked(packed(items))
+    assert back["x"].tolist() == items[0]["x"].tolist()
+
+
+def test_files_of_numpys_own_strings_are_read(tmp_path: Path) -> None:
+    np.savez(tmp_path / "in.npz", x=np.array(["a", "bcd"]))
+    advert = _advert(TensorSpec("x", "string", ("batch",)))
+    items = arrays.read(advert, [str(tmp_path / "in.npz")], 1)
+    assert [item["x"].tolist() for item in items] == [["a"], ["bcd"]]
+
+
 def test_files_are_cut_into_requests(tmp_path: Path) -> None:
     advert = _advert(TensorSpec("x", "float32", ("batch", 2)), TensorSpec("t", "int8", ("batch",)))
     x, t = np.arange(10, dtype=np.float32).reshape(5, 2), np.arange(5, dtype=np.int8)

@@ -11,6 +11,7 @@ import pytest
 from helpers.responder import advert
 
 from inferq.shared.schema import Signature, TensorSpec, Ticket
+from inferq.shared.text import HELD_EACH
 from inferq.workers.claims.claim import Claim, Slot
 from inferq.workers.claims.fenced import QueueId
 from inferq.workers.claims.payloads import _blocks
@@ -21,9 +22,15 @@ from inferq.workers.data_plane.budget import (
     READING_S,
     Budget,
     Sizes,
+    beside_bytes,
     budget_bytes,
 )
-from inferq.workers.data_plane.unfetched import Backlog, Unfetched, payload_sizes
+from inferq.workers.data_plane.unfetched import (
+    Backlog,
+    Unfetched,
+    beside_payloads,
+    payload_sizes,
+)
 
 MB = 1024 * 1024
 STEPS = (0, 3, 6, 9)
@@ -236,9 +243,11 @@ def test_the_budget_follows_the_memory_of_the_machine(monkeypatch: pytest.Monkey
 # --- payloads that stay in Redis ----------------------------------------------------------------
 
 
-def opened(place: int, priority: int = 0, shape: object = (1, 4), dtype: str = "<f4") -> Opened:
+def opened(
+    place: int, priority: int = 0, shape: object = (1, 4), dtype: str = "<f4", **more: object
+) -> Opened:
     ticket = Ticket(str(place), "m", "", priority=priority)
-    tensor = {"dtype": dtype, "shape": shape, "key": f"key{place}"}
+    tensor = {"dtype": dtype, "shape": shape, "key": f"key{place}", **more}
     slot = Slot(Claim("c", "m", priority, 1), place)
     return Opened(slot, ticket, {"x": tensor}, {"x": f"key{place}"})
 
@@ -248,6 +257,30 @@ def test_what_a_message_says_of_its_payload_tells_how_large_it_is() -> None:
     for shape in (None, "3", [3, -1], [3, "4"], [True]):
         assert payload_sizes(opened(0, shape=shape)) == {"key0": 0}
     assert payload_sizes(opened(0, dtype="O")) == {"key0": 0}
+
+
+def test_a_payload_of_text_says_itself_how_large_it_is() -> None:
+    assert payload_sizes(opened(0, dtype="string", size=48)) == {"key0": 48}
+    for size in (None, -1, "48", True):
+        assert payload_sizes(opened(0, dtype="bytes", size=size)) == {"key0": 0}
+
+
+def test_text_counts_with_what_its_elements_take_in_memory() -> None:
+    text = np.array(["a"] * 1000, object)
+    assert beside_bytes({"x": text, "y": np.zeros(1000)}) == 1000 * HELD_EACH
+    checked = opened(0, dtype="string", shape=[1000], size=5004)
+    assert beside_payloads(checked) == 1000 * HELD_EACH
+    lying = opened(0, dtype="string", shape=[2**40, 2**40], size=5004)
+    assert beside_payloads(lying) <= 5004 // 4 * HELD_EACH
+    assert beside_payloads(opened(0, dtype="string", shape=[2**63] * 300_000, size=8)) == 0
+    assert beside_payloads(opened(0, shape=[3, 4])) == 0
+    spec = TensorSpec("x", "string", ("batch",))
+    known = Sizes(advert(signature=Signature((spec,), (spec,)), max_request_bytes=10 * MB))
+    assert known.of_text
+    assert known.inputs == 10 * MB
+    known.computed({"x": text}, {"x": text})
+    assert known.outputs == 1000 * (HELD_EACH + 1)
+    assert not sizes(4).of_text
 
 
 def test_a_payload_larger_than_any_keeps_nobody_waiting_for_room() -> None:

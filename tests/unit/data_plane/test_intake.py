@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import tracemalloc
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -349,3 +350,90 @@ def test_one_that_killed_a_worker_runs_alone() -> None:
     assert isinstance(again, Waiting)
     assert (again.alone, again.ticket.attempts) == (True, 2)
     assert not admitted(reader, message()).alone
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+TEXT = (TensorSpec("x", "string", ("batch",)),)
+WORDS = np.array(["a", "bc"], object)
+WORDS_CHECKED = {"x": codec.encode_reference(WORDS, OWN, len(codec.pack_text(WORDS)))}
+
+
+@pytest.mark.parametrize(
+    ("raw", "payloads"),
+    [
+        (message({"x": codec.encode_tensor(WORDS)}), {}),
+        (message({"x": ["a", "bc"]}, kind=codec.JSON), {}),
+        (message({"x": {"data": ["a", "bc"]}}, kind=codec.JSON), {}),
+        (message(WORDS_CHECKED), {OWN: codec.pack_text(WORDS)}),
+    ],
+)
+def test_text_is_admitted_however_it_is_written(
+    raw: bytes, payloads: Mapping[str, bytes | None]
+) -> None:
+    item = admitted(intake(*TEXT), raw, payloads)
+    assert item.inputs["x"].tolist() == ["a", "bc"]
+    assert item.rows == 2
+
+
+@pytest.mark.parametrize("kind", ["inline", "payload", "kombu"])
+def test_text_that_is_too_large_is_refused_before_its_elements_are_made(kind: str) -> None:
+    data = np.zeros(250_001, "<u4").tobytes()
+    tensor: dict[str, Any] = {"dtype": "string", "shape": [250_000], "data": data}
+    payloads: dict[str, bytes | None] = {}
+    content = codec.MSGPACK
+    if kind == "payload":
+        tensor = {"dtype": "string", "shape": [250_000], "key": OWN, "size": len(data)}
+        payloads[OWN] = data
+    if kind == "kombu":
+        content = codec.JSON
+        encoded = {"__type__": "base64", "__value__": base64.b64encode(data).decode()}
+        tensor["data"] = encoded
+    reader = intake(*TEXT, limit=100_000)
+    found = opened(reader, message({"x": tensor}, kind=content))
+    tracemalloc.start()
+    try:
+        problem = failure(reader.admit(found, payloads))
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
+    assert type(problem) is PayloadTooLarge
+    assert "expected at most 100000 (max_request_bytes)" in str(problem)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        codec.encode_tensor(X),
+        codec.encode_tensor(np.array([b"a"], object)),
+        {"dtype": "string", "shape": [1], "data": b""},
+        {"dtype": "string", "shape": [1], "data": np.array([0, 1], "<u4").tobytes() + b"\xff"},
+        {"dtype": "string", "shape": [1]},
+        [1.5],
+        [["a"], "b"],
+        b"a",
+        None,
+    ],
+    ids=repr,
+)
+def test_what_is_no_text_fails_alone(tensor: object) -> None:
+    reader = intake(*TEXT)
+    found = reader.admit(opened(reader, message({"x": tensor})), {})
+    assert type(failure(found)) is InvalidInput
+    assert "'x'" in str(failure(found))
+
+
+@pytest.mark.parametrize("size", [None, -1, True, "8", 10**9])
+def test_a_payload_of_text_that_lies_about_its_size_fails_alone(size: object) -> None:
+    tensor = {"dtype": "string", "shape": [2], "key": OWN, "size": size}
+    reader = intake(*TEXT)
+    found = reader.admit(opened(reader, message({"x": tensor})), {OWN: None})
+    assert type(failure(found)) in (PayloadExpired, PayloadTooLarge)
+
+
+def test_strings_are_padded_with_empty_ones() -> None:
+    spec = TensorSpec("x", "string", ("batch", "words"))
+    item = admitted(
+        intake(spec, words=PadRule((4,), 7.0)), message({"x": [["a", "b"]]}, kind=codec.JSON)
+    )
+    assert item.inputs["x"].tolist() == [["a", "b", "", ""]]

@@ -175,7 +175,6 @@ def test_a_model_that_is_not_batchable_is_run_as_it_is(file: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (onnx_models.text_length, "input 'x' of the model is a tensor(string); expected a tensor"),
         (onnx_models.split, "output 'y' of the model is a seq(tensor(float)); expected a tensor"),
         (
             lambda path: onnx_models.double(path, None),
@@ -195,7 +194,7 @@ def test_a_model_that_is_not_batchable_is_run_as_it_is(file: Path) -> None:
             "input 'x' of the model has 17 dims; expected ≤ 16",
         ),
     ],
-    ids=["strings", "a sequence", "no rank", "bfloat16", "too many dims"],
+    ids=["a sequence", "no rank", "bfloat16", "too many dims"],
 )
 def test_what_cannot_travel_is_refused_with_the_reason(
     file: Path, make: Callable[[Path], Path], message: str

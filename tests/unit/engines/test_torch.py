@@ -21,7 +21,7 @@ import pytest
 from helpers.repository import spec_of
 
 from inferq.shared.errors import ConfigError, EngineError
-from inferq.shared.schema import DTYPES
+from inferq.shared.schema import NUMBERS
 from inferq.workers.engines import pt2
 from inferq.workers.engines.cores import usable_cores
 from inferq.workers.models.engine import Batch, LoadedModel
@@ -354,14 +354,14 @@ def test_nested_arguments_and_constants_are_put_in_their_places(file: Path) -> N
     assert outputs["scale"].tolist() == [[1], [2]]
 
 
-@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("name", NUMBERS)
 def test_every_dtype_that_travels_goes_in_and_comes_out(file: Path, name: str) -> None:
     dtype = getattr(torch, name)
     save(file, torch.nn.Identity(), (torch.zeros(2, 3, dtype=dtype),), {"input": batch()})
     assert str(_read(file).signature) == f"(input: {name}[batch, 3]) -> (output: {name}[batch, 3])"
-    x = np.arange(6).reshape(2, 3).astype(DTYPES[name])
+    x = np.arange(6).reshape(2, 3).astype(NUMBERS[name])
     outputs = _loaded(file).lanes[0].run(Batch([{"input": x}], 2, 4))
-    assert outputs["output"].dtype == DTYPES[name]
+    assert outputs["output"].dtype == NUMBERS[name]
     assert outputs["output"].tolist() == x.tolist()
 
 

@@ -102,6 +102,16 @@ def test_samples_are_zeros_of_the_models_shapes_and_dtypes() -> None:
     assert not any(array.any() for array in found.values())
 
 
+@pytest.mark.parametrize(("dtype", "zero"), [("string", "0"), ("bytes", b"0")])
+def test_samples_of_text_are_zeros_too_which_models_that_read_numbers_take(
+    dtype: str, zero: object
+) -> None:
+    spec = TensorSpec("x", dtype, ("batch", 2))
+    found = sample(Signature((spec,), (spec,)), 3, {})
+    assert found is not None
+    assert found["x"].tolist() == [[zero, zero]] * 3
+
+
 @pytest.mark.parametrize("dim", ["n", None])
 def test_without_a_known_size_there_is_no_sample(dim: str | None) -> None:
     signature = Signature((TensorSpec("x", "float32", ("batch", dim)),), PLAIN.outputs)

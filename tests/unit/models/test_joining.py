@@ -73,6 +73,17 @@ def test_rows_of_any_dtype_are_joined_as_numpy_joins_them(dtype: np.dtype[Any], 
         np.testing.assert_array_equal(into, _expected(parts, bucket))
 
 
+@pytest.mark.parametrize("rows", [1, 2 * LARGE])
+@pytest.mark.parametrize("element", ["a", b"a"])
+def test_rows_that_are_one_string_are_joined(element: object, rows: int) -> None:
+    parts = [np.full(rows, element, object), np.array(["last"], object)]
+    expected = [*[element] * rows, *["last"] * 4]
+    assert gather(_batch(parts, rows + 4))["x"].tolist() == expected
+    into = np.empty(rows + 4, object)
+    gather_into(_batch(parts, rows + 4), {"x": into})
+    assert into.tolist() == expected
+
+
 @pytest.mark.parametrize("width", [SMALL, LARGE])
 def test_dtypes_that_no_buffer_can_hold_are_joined(width: int) -> None:
     parts = _parts([2, 1], (width,), ml_dtypes.bfloat16)

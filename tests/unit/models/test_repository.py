@@ -300,6 +300,12 @@ def _padded(root: Path, dtype: str, value: str) -> None:
         ("bool", "0.5", "expected 0 or 1"),
         ("float16", "1e5", "expected a number from -65504 to 65504, inf or -inf"),
         (
+            "string",
+            "{ x = 0 }",
+            "pad.n.value.x is 0; expected none, since input 'x' is string, and is padded with "
+            "empty ones",
+        ),
+        (
             "float32",
             "{ y = 1 }",
             "pad.n.value names 'y'; expected inputs that have the dim n (mask, x)",
@@ -321,6 +327,8 @@ def test_a_value_that_an_input_cannot_hold_is_refused_by_name(
 @pytest.mark.parametrize(
     ("dtype", "value"),
     [
+        ("string", "255"),
+        ("bytes", "{ mask = 1 }"),
         ("uint8", "255"),
         ("uint8", "7.0"),
         ("bool", "1"),

@@ -348,3 +348,27 @@ def test_two_padded_dims_are_compared_together_too() -> None:
         ConfigError, match=r"pad.h, pad.w: answers change where h 3 is padded to 4 "
     ):
         padding_of(signature, rules, corner)
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+WORDS = Signature(
+    (TensorSpec("x", "string", ("batch", "n")),), (TensorSpec("y", "string", ("batch", "m")),)
+)
+
+
+def test_strings_are_padded_with_empty_ones_which_are_cut_off_again() -> None:
+    padding = padding_of(WORDS, rule(4), lambda inputs: {"y": inputs["x"]})
+    arrays, sizes = padding.apply({"x": np.array([["a", "b"]], object)})
+    assert arrays["x"].tolist() == [["a", "b", "", ""]]
+    assert padding.cut({"y": arrays["x"]}, sizes)["y"].tolist() == [["a", "b"]]
+
+
+def test_padding_that_changes_a_string_is_refused() -> None:
+    def joined(inputs: Tensors) -> Mapping[str, Array]:
+        rows = ["|".join(row) for row in inputs["x"].tolist()]
+        return {"y": np.array([[row] for row in rows], object)}
+
+    told = refused(WORDS, rule(4), joined)
+    assert "output 'y' differs in 1 of 1 values" in told
+    assert "expected no [pad.n]" in told

@@ -101,3 +101,14 @@ def test_a_difference_from_zeros_is_told_as_one() -> None:
 def test_nothing_is_equal_to_nothing() -> None:
     empty = {"y": np.zeros((0, 4), np.float32)}
     assert difference(empty, {"y": np.zeros((0, 4), np.float32)}) is None
+
+
+def test_strings_agree_exactly_or_differ() -> None:
+    expected = np.array(["a", "b", "", "ü"], object)
+    assert difference({"y": expected}, {"y": expected.copy()}) is None
+    found = difference({"y": expected}, {"y": np.array(["a", "b", " ", "u"], object)})
+    assert found is not None
+    assert str(found) == "output 'y' differs in 2 of 4 values"
+    longer = difference({"y": expected}, {"y": expected[:3]})
+    assert longer is not None
+    assert longer.share == math.inf

@@ -25,9 +25,9 @@ from inferq.shared.errors import (
     InvalidInput,
     from_wire,
 )
-from inferq.shared.schema import DTYPES, Array, ModelAdvert, Signature, TensorSpec
+from inferq.shared.schema import NUMBERS, Array, ModelAdvert, Signature, TensorSpec
 
-ANY_DTYPE = st.sampled_from(sorted(DTYPES))
+ANY_DTYPE = st.sampled_from(sorted(NUMBERS))
 ANY_ARRAY = ANY_DTYPE.flatmap(
     lambda dtype: np_st.arrays(dtype, np_st.array_shapes(min_dims=0, max_dims=5, min_side=0))
 )

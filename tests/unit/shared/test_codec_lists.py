@@ -25,7 +25,7 @@ from inferq.producer.outgoing import arrays_of
 from inferq.shared import codec
 from inferq.shared.codec import weight
 from inferq.shared.errors import InferqError, InvalidInput
-from inferq.shared.schema import DTYPES, Array
+from inferq.shared.schema import NUMBERS, Array
 
 #: Most bytes that decoding takes for each byte of a message, and besides: of the lists and maps
 #: that any message may hold.
@@ -134,7 +134,7 @@ OF_NUMBERS: Final = (
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, "float32") for name in BOMBS]
-    + [(name, dtype) for name in OF_NUMBERS for dtype in DTYPES if dtype != "float32"],
+    + [(name, dtype) for name in OF_NUMBERS for dtype in NUMBERS if dtype != "float32"],
 )
 def test_decoding_takes_memory_in_proportion_to_the_message(name: str, dtype: str) -> None:
     message = BOMBS[name]
@@ -145,7 +145,7 @@ def test_decoding_takes_memory_in_proportion_to_the_message(name: str, dtype: st
         except InferqError as problem:
             assert len(str(problem)) < 1_000  # noqa: PT017 - either way is right
         else:
-            assert array.dtype == DTYPES[dtype]
+            assert array.dtype == NUMBERS[dtype]
 
     taken = peak(work)
     assert taken <= FACTOR * len(message) + BESIDES, f"{taken / len(message):.1f} for each byte"
@@ -185,7 +185,7 @@ CALLERS: Final[dict[str, Any]] = {
 @pytest.mark.parametrize("known", [True, False], ids=["an input", "no input of the model"])
 @pytest.mark.parametrize("value", CALLERS.values(), ids=CALLERS)
 def test_what_a_caller_puts_into_lists_is_refused_by_name_at_once(value: Any, known: bool) -> None:
-    dtypes = {"x": DTYPES["float32"]} if known else {}
+    dtypes = {"x": NUMBERS["float32"]} if known else {}
     if not known and any(isinstance(each, complex | np.complexfloating) for each in value):
         pytest.skip("complex numbers travel, where the model's dtype is not known to be another")
 
@@ -211,7 +211,7 @@ LEAVES = (
 
 @given(
     st.lists(st.sampled_from(LEAVES), min_size=1, max_size=6),
-    st.sampled_from(sorted(DTYPES)),
+    st.sampled_from(sorted(NUMBERS)),
     st.integers(1, 3),
 )
 def test_numbers_in_lists_are_kept_or_refused_and_never_become_others(
@@ -227,18 +227,18 @@ def test_numbers_in_lists_are_kept_or_refused_and_never_become_others(
     except ValueError:  # several rows: some number is no number
         return
     for number, kept in zip(numbers, got, strict=True):
-        if DTYPES[dtype].kind in "biu":
+        if NUMBERS[dtype].kind in "biu":
             assert kept == number
         elif math.isnan(number):
             assert np.isnan(kept)
         else:
             with np.errstate(all="ignore"):
-                assert kept == np.float64(float(number)).astype(DTYPES[dtype])
+                assert kept == np.float64(float(number)).astype(NUMBERS[dtype])
             assert np.isinf(kept) == math.isinf(number)
 
 
 def _holds(dtype: str, number: Any) -> bool:
-    kind = DTYPES[dtype]
+    kind = NUMBERS[dtype]
     if kind.kind in "iu":
         info = np.iinfo(kind)
         whole = math.isfinite(number) and number == int(number)

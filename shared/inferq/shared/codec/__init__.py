@@ -24,6 +24,7 @@ from inferq.shared.codec.results import (
     encode_revoked,
     encode_success,
 )
+from inferq.shared.codec.strings import pack_text, packed_text, text_array, unpack_text
 from inferq.shared.codec.tensors import (
     decode_tensor,
     encode_reference,
@@ -62,9 +63,13 @@ __all__ = [
     "encode_tensor",
     "guess_ticket",
     "is_lists",
+    "pack_text",
+    "packed_text",
     "reference_of",
     "shown",
     "tensor_bytes",
+    "text_array",
     "unpack",
+    "unpack_text",
     "wire_array",
 ]

@@ -32,7 +32,10 @@ def _contradiction(advert: ModelAdvert) -> str | None:
         return "no inputs"
     for spec in signature.inputs + signature.optional:
         if spec.dtype not in DTYPES:
-            return f"input {spec.name[:100]!r} of dtype {spec.dtype[:40]!r}"
+            return (
+                f"input {spec.name[:100]!r} of dtype {spec.dtype[:40]!r}; expected one of "
+                f"{', '.join(DTYPES)}: a newer version of inferq may know it"
+            )
         if len(spec.shape) > MAX_DIMS:
             return f"input {spec.name[:100]!r} of {len(spec.shape)} dims"
     for spec in signature.inputs + signature.outputs:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import binascii
 import json
 import reprlib
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TypeGuard
 
 import msgspec
+import pybase64
 
 from inferq.shared.codec.weight import BYTES_EACH, FREE, too_heavy
+from inferq.shared.schema import MAX_DIMS
 
 MSGPACK: Final = "application/x-msgpack"
 JSON: Final = "application/json"
@@ -55,3 +59,28 @@ def from_json(data: bytes) -> Any:
         value = json.loads(data)
         json.dumps(value, ensure_ascii=False).encode()
         return value
+
+
+def kombu_bytes(data: Mapping[str, Any]) -> object:
+    """Bytes as kombu's JSON writes them: it does so wherever a program puts bytes into a task.
+
+    `data` itself, if it is no such thing.
+    """
+    match data:
+        case {"__type__": "base64", "__value__": str(text)}:
+            try:
+                return pybase64.b64decode(text, validate=True)
+            except (binascii.Error, ValueError):
+                return text
+        case {"__type__": "bytes", "__value__": str(text)}:
+            return text.encode()
+    return data
+
+
+def is_shape(shape: object) -> TypeGuard[Sequence[int]]:
+    """Whether `shape`, of a message, is one that an array can have."""
+    return (
+        isinstance(shape, list | tuple)
+        and len(shape) <= MAX_DIMS
+        and all(type(size) is int and size >= 0 for size in shape)
+    )

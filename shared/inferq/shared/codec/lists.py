@@ -18,11 +18,11 @@ from typing import Any, Final, NoReturn
 import numpy as np
 
 from inferq.shared.errors import InvalidInput
-from inferq.shared.schema import DTYPES, MAX_DIMS, Array
+from inferq.shared.schema import MAX_DIMS, NUMBERS, Array
 
 #: Most numbers of one tensor that is written as lists: as many as a message may have bytes.
 MAX_NUMBERS: Final = 512 * 1024 * 1024
-_LISTS: Final = frozenset({list, tuple})
+LISTS: Final = frozenset({list, tuple})
 _NUMBERS: Final = frozenset({bool, int, float, complex})
 _FLOAT: Final = frozenset({float})
 _INT: Final = frozenset({int})
@@ -54,13 +54,13 @@ def _numbers(name: str, value: object, dtype: np.dtype[Any] | None, shape: list[
         kinds = set(map(type, level))
         if kinds <= _NUMBERS:
             return _flat(name, level, kinds, dtype)
-        if not kinds <= _LISTS:
+        if not kinds <= LISTS:
             return _unusual(name, level, dtype, shape)
         sizes = set(map(len, level))
         if len(sizes) > 1:
-            raise _ragged(name, f"lists of {min(sizes)} and of {max(sizes)}")
+            raise ragged(name, f"lists of {min(sizes)} and of {max(sizes)}")
         shape.append(size := sizes.pop())
-        _check_shape(name, shape)
+        check_shape(name, shape)
         if size and math.prod(shape) > MAX_NUMBERS:
             raise InvalidInput(
                 f"input {name!r}: nested lists hold more numbers than {MAX_NUMBERS}; "
@@ -109,16 +109,16 @@ def _unusual(
     shapes = {part.shape for part in parts}
     if len(shapes) > 1:
         first, other = sorted(shapes)[:2]
-        raise _ragged(name, f"parts of shape {list(first)} and of {list(other)}")
+        raise ragged(name, f"parts of shape {list(first)} and of {list(other)}")
     shape += shapes.pop()
-    _check_shape(name, shape)
+    check_shape(name, shape)
     return np.concatenate([part.ravel() for part in parts])
 
 
 def _part(name: str, value: Any, dtype: np.dtype[Any] | None, depth: int) -> Array:
     if is_list(value):
         shape = [0] * depth
-        flat = _numbers(name, value if type(value) in _LISTS else list(value), dtype, shape)
+        flat = _numbers(name, value if type(value) in LISTS else list(value), dtype, shape)
         return _fitting(name, flat, dtype).reshape(shape[depth:])
     if isinstance(value, int | float | complex | _BUFFERS) or hasattr(value, "__array__"):
         found = np.asarray(value)
@@ -137,14 +137,14 @@ def _no_number(name: str, level: Sequence[Any]) -> NoReturn:
     raise InvalidInput(f"input {name!r}: nested lists hold {wrong}; expected numbers")
 
 
-def _check_shape(name: str, shape: Sequence[int]) -> None:
+def check_shape(name: str, shape: Sequence[int]) -> None:
     if len(shape) > MAX_DIMS:
         raise InvalidInput(
             f"input {name!r}: nested lists of more than {MAX_DIMS} dims; expected at most that"
         )
 
 
-def _ragged(name: str, what: str) -> InvalidInput:
+def ragged(name: str, what: str) -> InvalidInput:
     return InvalidInput(
         f"input {name!r}: nested lists are ragged: {what} side by side; "
         "expected the same size in each dim"
@@ -156,7 +156,7 @@ def _fitting(name: str, free: Array, dtype: np.dtype[Any] | None) -> Array:
 
     InvalidInput if that, or any wire dtype, cannot hold it.
     """
-    if free.dtype.name not in DTYPES:
+    if free.dtype.name not in NUMBERS:
         raise InvalidInput(f"input {name!r}: nested lists hold {_beyond(free)}; expected numbers")
     return free if dtype is None or free.dtype == dtype else _as(name, free, dtype)
 

@@ -11,9 +11,11 @@ import numpy as np
 import pybase64
 
 from inferq.shared.codec.content import MSGPACK, MalformedMessage, from_json, pack, unpack
+from inferq.shared.codec.strings import json_text, unpack_text
 from inferq.shared.codec.tensors import decode_tensor, encode_tensor
 from inferq.shared.errors import InferqError, PayloadTooLarge, to_wire
 from inferq.shared.schema import MAX_DIMS, MAX_TENSORS, WIRE_DTYPES, Array, Receipt, Tensors
+from inferq.shared.text import TEXT, kind_of
 
 
 def encode_success(
@@ -35,28 +37,33 @@ def encode_success(
     if content_type == MSGPACK:
         result = {name: encode_tensor(array) for name, array in outputs.items()}
     else:
-        result = {
-            name: {
-                "dtype": array.dtype.str,
-                "shape": array.shape,
-                "data": _json_data(array, lists, nan),
-            }
-            for name, array in outputs.items()
-        }
+        result = {name: _json_tensor(array, lists, nan) for name, array in outputs.items()}
     return encode_meta("SUCCESS", request_id, result, date_done, content_type, receipt, extra)
 
 
-def _json_data(array: Array, lists: bool, nan: str) -> object:
-    """Nested lists if wanted. JSON has no complex numbers, so complex arrays are always bytes."""
-    if lists and array.dtype.kind != "c":
-        if nan == "bare" or array.dtype.kind != "f" or (finite := np.isfinite(array)).all():
-            return array.tolist()
-        written = np.array(array.tolist(), dtype=object)
-        for place in np.argwhere(~finite):
-            value = array[tuple(place)]
-            written[tuple(place)] = None if nan == "null" else json.dumps(float(value))
-        return written.tolist()
-    return pybase64.b64encode_as_string(array.tobytes())
+def _json_tensor(array: Array, lists: bool, nan: str) -> dict[str, Any]:
+    """With nested lists if wanted. JSON has no complex numbers, so theirs are bytes in any case;
+    text is nested lists in any case.
+    """
+    dtype, data = array.dtype.str, None
+    if array.dtype.hasobject:
+        dtype, data = kind_of(array), json_text(array)
+    elif lists and array.dtype.kind != "c":
+        data = _finite(array, nan)
+    else:
+        data = pybase64.b64encode_as_string(array.tobytes())
+    return {"dtype": dtype, "shape": array.shape, "data": data}
+
+
+def _finite(array: Array, nan: str) -> object:
+    """Nested lists, with NaN and infinity as `nan` says."""
+    if nan == "bare" or array.dtype.kind != "f" or (finite := np.isfinite(array)).all():
+        return array.tolist()
+    written = np.array(array.tolist(), dtype=object)
+    for place in np.argwhere(~finite):
+        value = array[tuple(place)]
+        written[tuple(place)] = None if nan == "null" else json.dumps(float(value))
+    return written.tolist()
 
 
 def encode_failure(
@@ -184,6 +191,11 @@ def decode_success(data: bytes) -> tuple[dict[str, Array], Receipt | None] | Non
 
 
 def _array(tensor: _WireTensor) -> Array:
-    dtype = WIRE_DTYPES[tensor.dtype]
+    try:
+        dtype = WIRE_DTYPES[tensor.dtype]
+    except KeyError:
+        if tensor.dtype not in TEXT:
+            raise
+        return unpack_text(tensor.dtype, tensor.data, tensor.shape)
     flat = np.frombuffer(tensor.data, dtype) if tensor.data.nbytes else np.empty(0, dtype)
     return flat.reshape(tensor.shape)

@@ -1,42 +1,46 @@
 """Tensors: ``{"dtype": "<f4", "shape": [..], "data": bytes}``.
 
 JSON writes `data` as base64 text (or as kombu's JSON writes bytes), or as nested lists; a
-claim-checked tensor has ``"key"`` in place of ``"data"``.
+claim-checked tensor has ``"key"`` in place of ``"data"``. Text, whose dtypes are ``string`` and
+``bytes``, has a layout of its own (`strings`), and stands in JSON as nested lists.
 """
 
 from __future__ import annotations
 
 import binascii
 import math
-from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
 import pybase64
 
-from inferq.shared.codec.content import brief
+from inferq.shared.codec.content import brief, kombu_bytes
 from inferq.shared.codec.lists import array_of, is_list
+from inferq.shared.codec.strings import decode_text, pack_text
 from inferq.shared.errors import InvalidInput
-from inferq.shared.schema import DTYPES, MAX_DIMS, WIRE_DTYPES, Array
+from inferq.shared.schema import MAX_DIMS, NUMBERS, WIRE_DTYPES, Array
+from inferq.shared.text import OBJECT, TEXT, dtype_name, kind_of
 
 _NUMBERS: Final = (list, int, float)
+_OBJECT: Final = OBJECT.str
+_ON_THE_WIRE: Final = (*WIRE_DTYPES, *TEXT)
 
 
 def wire_array(name: str, value: object) -> Array:
-    """`value` as an array that can be sent: contiguous, little-endian, of a dtype in DTYPES.
+    """`value` as numbers that can be sent: contiguous, little-endian, of a dtype in NUMBERS.
 
     Lists get the dtype that NumPy chooses.
     """
     if is_list(value):
         return array_of(name, value, None)
     array = np.asarray(value)
-    if array.dtype.name not in DTYPES:
+    if array.dtype.name not in NUMBERS:
         raise InvalidInput(
-            f"input {name!r}: dtype {array.dtype.name}; expected one of {', '.join(DTYPES)}"
+            f"input {name!r}: dtype {array.dtype.name}; expected one of {', '.join(NUMBERS)}"
         )
     if array.ndim > MAX_DIMS:
         raise InvalidInput(f"input {name!r}: {array.ndim} dims; expected at most {MAX_DIMS}")
-    wire = array.astype(DTYPES[array.dtype.name], copy=False)
+    wire = array.astype(NUMBERS[array.dtype.name], copy=False)
     return wire if wire.flags.c_contiguous else np.ascontiguousarray(wire)
 
 
@@ -49,11 +53,19 @@ def tensor_bytes(array: Array) -> bytes | memoryview:
 
 def encode_tensor(array: Array) -> dict[str, Any]:
     """A tensor's msgpack form."""
-    return {"dtype": array.dtype.str, "shape": array.shape, "data": tensor_bytes(array)}
+    dtype = array.dtype.str
+    if dtype == _OBJECT:
+        return {"dtype": kind_of(array), "shape": array.shape, "data": pack_text(array)}
+    return {"dtype": dtype, "shape": array.shape, "data": tensor_bytes(array)}
 
 
-def encode_reference(array: Array, key: str) -> dict[str, Any]:
-    """A claim-checked tensor: its bytes stand under `key`."""
+def encode_reference(array: Array, key: str, size: int | None = None) -> dict[str, Any]:
+    """A claim-checked tensor: its bytes stand under `key`.
+
+    `size`: how many they are; of numbers, dtype and shape say it.
+    """
+    if array.dtype.hasobject:
+        return {"dtype": dtype_name(array), "shape": array.shape, "key": key, "size": size}
     return {"dtype": array.dtype.str, "shape": array.shape, "key": key}
 
 
@@ -66,18 +78,23 @@ def reference_of(tensor: object) -> str | None:
 
 
 def is_lists(tensor: object) -> bool:
-    """Whether a tensor is written as nested lists rather than as bytes."""
-    return isinstance(tensor.get("data") if isinstance(tensor, dict) else tensor, _NUMBERS)
+    """Whether a tensor is written as nested lists, or as one element, rather than as bytes."""
+    if isinstance(tensor, dict):
+        return isinstance(tensor.get("data"), _NUMBERS)
+    return isinstance(tensor, (*_NUMBERS, str))
 
 
-def decode_tensor(  # noqa: C901 - for each tensor of a request: a call costs more
+def decode_tensor(  # noqa: C901, PLR0912 - for each tensor of a request: a call costs more
     name: str, tensor: object, dtype: str | None = None
 ) -> Array:
     """A tensor from its wire form. InvalidInput names `name` and what is wrong.
 
     Nested lists, or one number for a scalar, may stand alone (then `dtype` is the model's) or as
-    ``data``. The array is read-only if it shares the message's bytes.
+    ``data``. The array is read-only if it shares the message's bytes. `dtype`: see above; None:
+    whatever the tensor says.
     """
+    if dtype in TEXT or (dtype is None and _says_text(tensor)):
+        return _text(name, tensor, dtype)
     if isinstance(tensor, _NUMBERS):
         return array_of(name, tensor, _known(name, dtype))
     if not isinstance(tensor, dict):
@@ -106,7 +123,7 @@ def decode_tensor(  # noqa: C901 - for each tensor of a request: a call costs mo
             f"input {name!r}: shape {brief(shape)}; expected a list of at most {MAX_DIMS} sizes"
         )
     if isinstance(data, dict):
-        data = _kombu_bytes(data)
+        data = kombu_bytes(data)
     if isinstance(data, str):
         try:
             data = pybase64.b64decode(data, validate=True)
@@ -132,14 +149,22 @@ def _holds_nothing(array: Array, shape: list[Any]) -> bool:
     return sizes and list(array.shape) == shape[: array.ndim] and math.prod(shape) == 0
 
 
-def _kombu_bytes(data: Mapping[str, Any]) -> object:
-    """Bytes that kombu's JSON wrote, as it does for any bytes among a task's arguments."""
-    match data:
-        case {"__type__": "base64", "__value__": str(text)}:
-            return text
-        case {"__type__": "bytes", "__value__": str(text)}:
-            return text.encode()
-    return data
+def _says_text(tensor: object) -> bool:
+    kind = tensor.get("dtype") if isinstance(tensor, dict) else None
+    return isinstance(kind, str) and kind in TEXT
+
+
+def _text(name: str, tensor: object, dtype: str | None) -> Array:
+    """A tensor of the text `dtype` (None: of its own), refused before it is read if it is none."""
+    said, shape = dtype, None
+    if isinstance(tensor, dict):
+        said, shape = tensor.get("dtype", dtype), tensor.get("shape")
+    if isinstance(said, str) and said in TEXT:
+        # An array of no elements does not say of which kind these are.
+        empty = isinstance(shape, list | tuple) and 0 in shape
+        if dtype in (said, None) or empty:
+            return decode_text(name, tensor, dtype or said)
+    raise InvalidInput(f"input {name!r}: dtype {brief(said)}; expected {dtype}")
 
 
 def _known(name: str, kind: str | None) -> np.dtype[Any] | None:
@@ -147,9 +172,9 @@ def _known(name: str, kind: str | None) -> np.dtype[Any] | None:
 
 
 def _dtype(name: str, kind: object) -> np.dtype[Any]:
-    found = (WIRE_DTYPES.get(kind) or DTYPES.get(kind)) if isinstance(kind, str) else None
+    found = (WIRE_DTYPES.get(kind) or NUMBERS.get(kind)) if isinstance(kind, str) else None
     if found is None:
         raise InvalidInput(
-            f"input {name!r}: dtype {brief(kind)}; expected one of {', '.join(WIRE_DTYPES)}"
+            f"input {name!r}: dtype {brief(kind)}; expected one of {', '.join(_ON_THE_WIRE)}"
         )
     return found

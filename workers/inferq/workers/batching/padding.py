@@ -17,7 +17,8 @@ from typing import Final
 import numpy as np
 
 from inferq.shared.errors import InvalidInput
-from inferq.shared.schema import Array, Signature, Tensors, TensorSpec
+from inferq.shared.schema import Array, Signature, Tensors, TensorSpec, is_text
+from inferq.shared.text import TEXT
 from inferq.workers.batching.growth import Grid, Growth
 
 #: Number of request sizes whose cuts are remembered.
@@ -78,6 +79,10 @@ class Padding:
         self._measured = measured or Measured()
         dims = {spec.name: padded_dims(spec, rules) for spec in signature.inputs}
         self._inputs = {name: axes for name, axes in dims.items() if axes}
+        #: What stands in the padding of inputs of text.
+        self._empty = {
+            spec.name: TEXT[spec.dtype]() for spec in signature.inputs if is_text(spec.dtype)
+        }
         self._cuts = lru_cache(maxsize=_REMEMBERED)(self._find_cuts)
 
     def apply(self, arrays: Tensors) -> tuple[dict[str, Array], Mapping[str, int] | None]:
@@ -96,13 +101,16 @@ class Padding:
                 sizes[symbol] = size = shape[axis]
                 shape[axis] = self._bucket(name, axis, symbol, size)
             if array.shape != tuple(shape):
-                values = [(axis, self._rules[symbol].value_in(name)) for axis, symbol in axes]
+                values = [(axis, self._value(name, symbol)) for axis, symbol in axes]
                 padded[name] = _filled_up(array, shape, values)
         for symbols in self._measured.tied:
             if len({sizes[symbol] for symbol in symbols}) > 1:
                 given = ", ".join(f"{symbol} {sizes[symbol]}" for symbol in symbols)
                 raise InvalidInput(f"sizes are {given}; expected one size, as the model takes")
         return padded, sizes
+
+    def _value(self, name: str, symbol: str) -> float | str | bytes:
+        return self._empty[name] if name in self._empty else self._rules[symbol].value_in(name)
 
     def _bucket(self, name: str, axis: int, symbol: str, size: int) -> int:
         if not size:  # nothing but padding would be left, which no comparison has tried
@@ -153,8 +161,10 @@ class Padding:
         return cuts
 
 
-def _filled_up(array: Array, shape: Sequence[int], values: Sequence[tuple[int, float]]) -> Array:
-    """An array of `shape` that begins with `array`; along each axis, its value fills up the rest.
+def _filled_up(
+    array: Array, shape: Sequence[int], values: Sequence[tuple[int, float | str | bytes]]
+) -> Array:
+    """`array` in the beginning of one of `shape`; behind it, along each axis, its value.
 
     Where several axes are filled up, the value of the last one counts.
     """

@@ -8,9 +8,20 @@ from typing import Final, Literal
 
 import numpy as np
 
+from inferq.shared.codec import text_array
 from inferq.shared.errors import ConfigError
-from inferq.shared.schema import DTYPES, Array, ModelAdvert, TensorSpec, check_inputs, check_names
+from inferq.shared.schema import (
+    DTYPES,
+    Array,
+    ModelAdvert,
+    TensorSpec,
+    check_inputs,
+    check_names,
+    is_text,
+    zeros,
+)
 from inferq.workers.models.array_files import read_npy, read_npz
+from inferq.workers.row_probe.examples import texts
 
 Data = Literal["random", "zeros"]
 
@@ -22,6 +33,8 @@ MAX_BYTES: Final = 64 * 1024 * 1024
 MOST_FROM_FILES: Final = 1_000
 #: Random whole numbers are below it, so that they fit a byte and any vocabulary.
 BELOW: Final = 256
+#: Of one element of text, about.
+TEXT_BYTES: Final = 64
 
 
 def read_shapes(given: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -50,7 +63,7 @@ def made(
     """Requests of `batch` rows (None: as in `shapes`, else 1) that the model takes. ConfigError."""
     sizes = _sizes(advert, shapes, batch)
     nbytes = sum(
-        int(np.prod(sizes[spec.name], dtype=object)) * DTYPES[spec.dtype].itemsize
+        int(np.prod(sizes[spec.name], dtype=object)) * _element_bytes(spec)
         for spec in advert.signature.inputs
     )
     if nbytes > advert.max_request_bytes:
@@ -67,6 +80,11 @@ def made(
         }
         for _ in range(distinct)
     ]
+
+
+def _element_bytes(spec: TensorSpec) -> int:
+    """About; of text, of a sentence."""
+    return TEXT_BYTES if is_text(spec.dtype) else DTYPES[spec.dtype].itemsize
 
 
 def _sizes(
@@ -119,7 +137,9 @@ def _filled(
 ) -> Array:
     dtype = DTYPES[spec.dtype]
     if data == "zeros":
-        return np.zeros(shape, dtype)
+        return zeros(spec.dtype, shape)
+    if is_text(spec.dtype):
+        return texts(spec.dtype, shape, random)
     if dtype.kind in "iu":
         return random.integers(0, min(BELOW, np.iinfo(dtype).max + 1), shape).astype(dtype)
     if dtype.kind == "b":
@@ -143,6 +163,9 @@ def read(advert: ModelAdvert, given: Sequence[str], batch: int | None) -> list[d
                 raise ConfigError(f"--input {each!r}: {key!r} is given twice; expected once")
             arrays[key] = array
     check_names(advert, arrays)
+    for spec in advert.signature.inputs:
+        if is_text(spec.dtype):
+            arrays[spec.name] = text_array(spec.name, arrays[spec.name], spec.dtype)
     if batch is None:
         return [arrays]
     if not advert.batchable:

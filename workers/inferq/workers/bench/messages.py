@@ -9,7 +9,9 @@ from typing import IO, Final, TypeVar
 import msgspec
 import numpy as np
 
-from inferq.shared.schema import Array
+from inferq.shared.codec import pack_text, unpack_text
+from inferq.shared.schema import Array, is_text
+from inferq.shared.text import dtype_name
 from inferq.workers.bench.loads import Load
 from inferq.workers.bench.tally import Ended, Tally
 
@@ -129,15 +131,21 @@ def _read(stream: IO[bytes], decoder: msgspec.msgpack.Decoder[T]) -> T | None:
 
 def packed(items: Sequence[Mapping[str, Array]]) -> list[dict[str, Tensor]]:
     """Arrays as they are sent."""
-    return [
-        {name: Tensor(array.dtype.str, array.shape, array.tobytes()) for name, array in one.items()}
-        for one in items
-    ]
+    return [{name: _packed(array) for name, array in one.items()} for one in items]
+
+
+def _packed(array: Array) -> Tensor:
+    if array.dtype.hasobject:
+        return Tensor(dtype_name(array), array.shape, pack_text(array))
+    return Tensor(array.dtype.str, array.shape, array.tobytes())
 
 
 def unpacked(items: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Array]]:
     """What `packed` made, read-only."""
-    return [
-        {name: np.frombuffer(t.data, t.dtype).reshape(t.shape) for name, t in one.items()}
-        for one in items
-    ]
+    return [{name: _unpacked(tensor) for name, tensor in one.items()} for one in items]
+
+
+def _unpacked(tensor: Tensor) -> Array:
+    if is_text(tensor.dtype):
+        return unpack_text(tensor.dtype, tensor.data, tensor.shape)
+    return np.frombuffer(tensor.data, tensor.dtype).reshape(tensor.shape)

@@ -20,6 +20,7 @@ from inferq.shared.connect import redis_client
 from inferq.shared.errors import InferqError, RedisUnavailable, ResultTimeout
 from inferq.shared.schema import Array, ModelAdvert, nbytes
 from inferq.shared.settings import Settings
+from inferq.shared.text import dtype_name
 from inferq.workers.bench import arrays
 from inferq.workers.bench.crew import Crew, CrewFailed
 from inferq.workers.bench.figures import (
@@ -145,7 +146,7 @@ def _look(options: Options, settings: Settings) -> _Target:
     finally:
         session.close()
     inputs = [
-        InputFigures(name, array.dtype.name, list(array.shape)) for name, array in items[0].items()
+        InputFigures(name, dtype_name(array), list(array.shape)) for name, array in items[0].items()
     ]
     request = Request(
         rows=rows,

@@ -16,6 +16,7 @@ from inferq.producer.pending import Pending
 from inferq.producer.session import Session
 from inferq.producer.window import BLOCK_BYTES
 from inferq.shared.errors import InferqError, QueueFull, ResultTimeout
+from inferq.shared.schema import nbytes
 from inferq.shared.settings import Settings
 from inferq.workers.bench.loads import due_times
 from inferq.workers.bench.messages import Done, Setup, Step, Window, unpacked
@@ -55,9 +56,9 @@ class Sender:
         offset = setup.share % len(items)
         self.items = cycle(items[offset:] + items[:offset])
         self.most = PUSH_BLOCK
-        nbytes = sum(array.nbytes for array in items[0].values())
-        if nbytes:
-            self.most = max(1, min(PUSH_BLOCK, BLOCK_BYTES // nbytes))
+        size = nbytes(items[0])
+        if size:
+            self.most = max(1, min(PUSH_BLOCK, BLOCK_BYTES // size))
         self.talked_at = 0.0
 
     def close(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import math
 import sys
 from pathlib import Path
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 #: Values shown of each output.
 SHOWN: Final = 8
+#: Of a string, so many characters.
+SHOWN_CHARS: Final = 60
 #: Most values of all outputs that --json writes.
 MAX_VALUES: Final = 100_000
 
@@ -33,7 +37,8 @@ MAX_VALUES: Final = 100_000
     "inputs",
     multiple=True,
     metavar="NAME=FILE.npy",
-    help="One input's array. May be given several times, beside a FILE.npz too.",
+    help="One input's array. May be given several times, beside a FILE.npz too. Of strings also "
+    "NAME=FILE.txt, a row for each line.",
 )
 @click.option(
     "--output",
@@ -67,11 +72,12 @@ def infer(
 ) -> None:
     """Run MODEL on the arrays of a FILE.npz (-: standard input) and of each --input.
 
-    Each array is an input of the model, of exactly its dtype, with rows in dim 0. Prints the
-    outputs, and where the time went. Without a result it prints the error; exit status 1.
+    Each array is an input of the model, of exactly its dtype, with rows in dim 0; strings are of
+    NumPy's dtype U, bytes of S. Prints the outputs, and where the time went. Without a result it
+    prints the error; exit status 1.
 
     --json writes values as nested lists: numbers that are not finite as "NaN", "Infinity" or
-    "-Infinity", complex ones as [re, im].
+    "-Infinity", complex ones as [re, im], bytes as base64.
     """
     from inferq.producer import Client  # noqa: PLC0415 (NumPy)
     from inferq.workers.models.array_files import write_npz  # noqa: PLC0415
@@ -93,7 +99,12 @@ def infer(
 
 def read_inputs(arrays: str | None, inputs: tuple[str, ...]) -> dict[str, Array]:
     """The arrays of ``FILE.npz | -`` and of each ``--input``. ConfigError."""
-    from inferq.workers.models.array_files import read_npy, read_npz, unpack_npz  # noqa: PLC0415
+    from inferq.workers.models.array_files import (  # noqa: PLC0415
+        read_lines,
+        read_npy,
+        read_npz,
+        unpack_npz,
+    )
 
     found: dict[str, Array] = {}
     if arrays == "-":
@@ -103,10 +114,11 @@ def read_inputs(arrays: str | None, inputs: tuple[str, ...]) -> dict[str, Array]
     for each in inputs:
         name, equals, file = each.partition("=")
         if not (name and equals and file):
-            raise ConfigError(f"--input {each!r}; expected NAME=FILE.npy")
+            raise ConfigError(f"--input {each!r}; expected NAME=FILE.npy, or NAME=FILE.txt")
         if name in found:
             raise ConfigError(f"--input {each!r}: {name!r} is given twice; expected once")
-        found[name] = read_npy(Path(file))
+        path = Path(file)
+        found[name] = read_lines(path) if path.suffix == ".txt" else read_npy(path)
     if not found:
         raise ConfigError("no inputs; expected a FILE.npz, - for standard input, or --input")
     return found
@@ -136,13 +148,19 @@ def told_outputs(outputs: Tensors, output: Path | None) -> dict[str, Any]:
         )
     return {
         name: {
-            "dtype": str(array.dtype),
+            "dtype": _dtype(array),
             "shape": list(array.shape),
             # None: they are in OUT.npz only.
             "data": _lists(array) if count <= MAX_VALUES else None,
         }
         for name, array in outputs.items()
     }
+
+
+def _dtype(array: Array) -> str:
+    from inferq.shared.text import dtype_name  # noqa: PLC0415 (NumPy)
+
+    return dtype_name(array)
 
 
 def _lists(array: Array) -> Any:
@@ -157,6 +175,8 @@ def _finite(value: Any) -> Any:
         return [_finite(value.real), _finite(value.imag)]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
     return value
 
 
@@ -166,7 +186,7 @@ def print_outputs(outputs: Tensors, output: Path | None) -> None:
         shape = ", ".join(map(str, array.shape))
         first = " ".join(_short(value) for value in array.flat[:SHOWN].tolist())
         more = " …" if array.size > SHOWN else ""
-        say(f"{plain(name)}: {array.dtype}[{shape}] {first}{more}")
+        say(f"{plain(name)}: {_dtype(array)}[{shape}] {first}{more}")
     if output is not None:
         say(f"written to {output}")
 
@@ -190,4 +210,9 @@ def _print(result: Result, output: Path | None) -> None:
 
 
 def _short(value: object) -> str:
+    if isinstance(value, str | bytes):
+        cut = value[:SHOWN_CHARS]
+        return (json.dumps(cut, ensure_ascii=False) if isinstance(cut, str) else repr(cut)) + (
+            "…" if len(value) > SHOWN_CHARS else ""
+        )
     return f"{value:.6g}" if isinstance(value, float) else str(value)

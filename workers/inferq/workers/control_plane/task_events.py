@@ -248,8 +248,11 @@ def _failed(uuid: str | None, exception: str, traceback: str, at: float) -> Even
 
 
 def _arguments(item: Waiting) -> str:
-    """The arguments as inferq's client writes them: stock Celery's are cut off, or hex."""
-    if item.padded and item.ticket.kwargsrepr:
+    """As our client writes them, whoever sent it: what stock Celery writes holds values.
+
+    Ours knows the sizes before padding. It is told by its reply channel.
+    """
+    if item.padded and item.ticket.reply:
         return _short(item.ticket.kwargsrepr)
     return _short(codec.shown(item.ticket.model, item.inputs))
 

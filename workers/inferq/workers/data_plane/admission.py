@@ -54,7 +54,7 @@ class Admission:
             held.claims[claim.key] = claim
             if batch.adopted:
                 claim.settled.difference_update(batch.places)
-            inputs = sum(map(len, filter(None, batch.messages))) + sum(received.payloads)
+            inputs = sum(map(len, filter(None, batch.messages))) + sum(received.beside)
             held.budget.claimed(claim, batch.places, inputs, received.whole)
             # kill point: claim-decoded
             held.decoded.append(claim)

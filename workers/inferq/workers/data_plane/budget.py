@@ -13,7 +13,15 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, Protocol
 
-from inferq.shared.schema import DTYPES, ModelAdvert, Tensors, TensorSpec, most_bytes
+from inferq.shared.schema import (
+    DTYPES,
+    ModelAdvert,
+    Tensors,
+    TensorSpec,
+    is_text,
+    most_bytes,
+)
+from inferq.shared.text import HELD_EACH, held_bytes
 from inferq.workers.claims.claim import Claim
 from inferq.workers.process import shares
 
@@ -47,6 +55,8 @@ class Sizes:
         #: Of one request's inputs, and of its outputs: first of one row, as far as that is fixed.
         self.inputs = max(1, most_bytes(advert))
         self.outputs = _row_bytes(advert)
+        #: Whether inputs are objects in memory, which take more than their bytes.
+        self.of_text = any(is_text(spec.dtype) for spec in advert.signature.inputs)
         #: Whether outputs are as large whatever the inputs are.
         self._fixed = all(_row_is_fixed(spec) for spec in advert.signature.outputs)
         self._claimed: float | None = None
@@ -89,17 +99,24 @@ def _smoothed(known: float | None, new: float) -> float:
 
 
 def _bytes_of(tensors: Tensors) -> int:
-    return sum(array.nbytes for array in tensors.values())
+    return sum(
+        held_bytes(array) if array.dtype.hasobject else array.nbytes for array in tensors.values()
+    )
+
+
+def beside_bytes(tensors: Tensors) -> int:
+    """About what the elements of text take in memory besides their bytes."""
+    return HELD_EACH * sum(array.size for array in tensors.values() if array.dtype.hasobject)
 
 
 def _row_is_fixed(spec: TensorSpec) -> bool:
-    return all(isinstance(dim, int) for dim in spec.row_shape)
+    return not is_text(spec.dtype) and all(isinstance(dim, int) for dim in spec.row_shape)
 
 
 def _row_bytes(advert: ModelAdvert) -> int:
     return sum(
         math.prod(dim for dim in spec.row_shape if isinstance(dim, int))
-        * DTYPES[spec.dtype].itemsize
+        * (HELD_EACH if is_text(spec.dtype) else DTYPES[spec.dtype].itemsize)
         for spec in advert.signature.outputs
     )
 

@@ -30,6 +30,8 @@ from inferq.shared.schema import (
     Ticket,
     check_names,
     check_outputs,
+    check_size,
+    is_text,
     most_bytes,
 )
 from inferq.workers.batching.padding import Padding
@@ -48,6 +50,7 @@ from inferq.workers.claims.verdicts import (
     ScheduledRequest,
 )
 from inferq.workers.data_plane.foreign_tasks import MAX_BYTES, ForeignTasks, not_registered
+from inferq.workers.data_plane.unfetched import text_bytes
 from inferq.workers.models.batch_layout import moved
 
 #: A message body may have so many bytes for each byte of its inputs (numbers as text in JSON, in
@@ -95,6 +98,7 @@ class Intake:
         self._adapts = bool(advert.casts or signature.optional or self._axes)
         self._optional = frozenset(spec.name for spec in signature.optional)
         self._dtypes = {spec.name: spec.dtype for spec in signature.inputs + signature.optional}
+        self._text = [name for name, dtype in self._dtypes.items() if is_text(dtype)]
         #: If no dim but the batch may vary, all requests may share a batch.
         self._varies = any(
             not isinstance(dim, int) for spec in signature.inputs for dim in spec.row_shape
@@ -215,6 +219,8 @@ class Intake:
         try:
             arrays: dict[str, Array] = {}
             lists = False
+            if self._text:
+                self._check_text(opened, payloads)
             for name, tensor in opened.inputs.items():
                 key = opened.references.get(name)
                 if key is not None:
@@ -252,6 +258,17 @@ class Intake:
             shared=shared,
             outputs=opened.outputs,
         )
+
+    def _check_text(
+        self, opened: Opened, payloads: Mapping[str, bytes | memoryview | None]
+    ) -> None:
+        """PayloadTooLarge before an object is made of each element: these take far more memory."""
+        size = 0
+        for name in self._text:
+            key = opened.references.get(name)
+            tensor = opened.inputs[name]
+            size += text_bytes(tensor, None if key is None else payloads.get(key))
+        check_size(self._advert, size)
 
     def too_late(self, slot: Slot, ticket: Ticket) -> Failed | Revoked | None:
         """Whether its deadline or expiry has passed, or it was revoked; checked before it runs."""

@@ -32,9 +32,10 @@ from inferq.workers.claims.verdicts import (
     ScheduledRequest,
     retried,
 )
+from inferq.workers.data_plane.budget import beside_bytes
 from inferq.workers.data_plane.control import Control
 from inferq.workers.data_plane.served_model import ServedModel
-from inferq.workers.data_plane.unfetched import Unfetched, payload_sizes
+from inferq.workers.data_plane.unfetched import Unfetched, beside_payloads, payload_sizes
 from inferq.workers.logs.fields import about
 
 logger = logging.getLogger(__name__)
@@ -75,8 +76,8 @@ class Received(msgspec.Struct, frozen=True):
     unfetched: list[Unfetched]
     #: Place in the claim → all bytes of a request with payloads, fetched or not.
     whole: dict[int, int]
-    #: Bytes of the payloads of each such request.
-    payloads: list[int]
+    #: Bytes of all payloads by their sizes, and what elements of text take besides their bytes.
+    beside: list[int]
 
 
 class Receiver:
@@ -214,8 +215,10 @@ class Receiver:
             if isinstance(each, Opened) and each.references:
                 mine = payload_sizes(each, model.advert.max_request_bytes)
                 size = sum(mine.values())
+                if size and model.sizes.of_text:
+                    size += beside_payloads(each)
                 whole = model.sizes.whole(size)
-                received.payloads.append(size)
+                received.beside.append(size)
                 received.whole[each.slot.index] = whole
                 if whole > room:
                     room = 0  # those behind it wait, too
@@ -231,6 +234,8 @@ class Receiver:
             item = self._read(model, each, payloads) if isinstance(each, Opened) else each
             if isinstance(item, Waiting):
                 received.waiting.append(item)
+                if model.sizes.of_text and item.slot.index not in received.whole:
+                    received.beside.append(beside_bytes(item.inputs))
             else:
                 received.ended.append(self._end(model, item))
 

@@ -12,7 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import msgspec
 
 from inferq.shared.codec import MAX_MESSAGE_BYTES
-from inferq.shared.schema import MAX_DIMS, WIRE_DTYPES
+from inferq.shared.codec.content import is_shape
+from inferq.shared.schema import WIRE_DTYPES, is_text
+from inferq.shared.text import HELD_EACH, OFFSET_BYTES
 from inferq.workers.claims.verdicts import Opened
 
 
@@ -24,7 +26,8 @@ class Unfetched(msgspec.Struct, frozen=True, eq=False):
 
 
 def payload_sizes(opened: Opened, most: int = MAX_MESSAGE_BYTES) -> dict[str, int]:
-    """Payload key → bytes by the tensor's dtype and shape; 0 if these are invalid.
+    """Payload key → bytes, by the tensor's dtype and shape, of text by its size; 0 where these are
+    none.
 
     All are 0 if they are more than `most` together, which no request may have. Such a request
     fails, and no other should wait until there is room for it.
@@ -37,13 +40,40 @@ def _declared(tensor: object) -> int:
     if not isinstance(tensor, dict):
         return 0
     shape, dtype = tensor.get("shape"), tensor.get("dtype")
+    if isinstance(dtype, str) and is_text(dtype):
+        size = tensor.get("size")
+        return size if type(size) is int and size >= 0 else 0
     known = WIRE_DTYPES.get(dtype) if isinstance(dtype, str) else None
-    # The product of a million numbers takes minutes.
-    if known is None or not isinstance(shape, list | tuple) or len(shape) > MAX_DIMS:
-        return 0
-    if not all(type(size) is int and size >= 0 for size in shape):
+    # The product of a million numbers, which no shape has, takes minutes.
+    if known is None or not is_shape(shape):
         return 0
     return math.prod(shape) * known.itemsize
+
+
+def text_bytes(tensor: object, payload: bytes | memoryview | None) -> int:
+    """Bytes of a tensor of text: its `payload`'s, or what it says that this has, or its data's.
+
+    0 for lists, of whose elements objects were made already.
+    """
+    data = tensor.get("data") if isinstance(tensor, dict) else None
+    if isinstance(data, dict):  # as kombu's JSON writes bytes: base64
+        data = data.get("__value__")
+        return len(data) * 3 // 4 if isinstance(data, str) else 0
+    if isinstance(data, bytes):
+        return len(data)
+    return max(_declared(tensor), 0 if payload is None else len(payload))
+
+
+def beside_payloads(opened: Opened) -> int:
+    """About what the elements of claim-checked text take in memory besides their bytes."""
+    count = 0
+    for name in opened.references:
+        tensor = opened.inputs[name]
+        dtype, shape = tensor.get("dtype"), tensor.get("shape")
+        if isinstance(dtype, str) and is_text(dtype) and is_shape(shape):
+            # Each has an offset, so there cannot be more of them, whatever the shape says.
+            count += min(math.prod(shape), _declared(tensor) // OFFSET_BYTES)
+    return count * HELD_EACH
 
 
 class Backlog:

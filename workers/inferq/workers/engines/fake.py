@@ -65,7 +65,7 @@ class _Tensor(TomlTable):
     name: Text
     dtype: Literal[
         "bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64",
-        "float16", "float32", "float64", "complex64", "complex128",
+        "float16", "float32", "float64", "complex64", "complex128", "string", "bytes",
     ]  # fmt: skip
     shape: Annotated[tuple[Dim, ...], Field(max_length=MAX_DIMS)]
 

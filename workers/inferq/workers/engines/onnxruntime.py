@@ -30,6 +30,7 @@ from inferq.shared.schema import (
     Signature,
     Tensors,
     TensorSpec,
+    is_text,
 )
 from inferq.workers.cuda.libcuda import context_failure
 from inferq.workers.engines.cores import usable_cores
@@ -289,7 +290,7 @@ def _optional(session: ort.InferenceSession, inputs: int) -> tuple[TensorSpec, .
     for node in session.get_overridable_initializers():
         with suppress(ConfigError):
             spec = _spec(f"input {node.name!r}", node)
-            if all(isinstance(dim, int) for dim in spec.shape):
+            if all(isinstance(dim, int) for dim in spec.shape) and not is_text(spec.dtype):
                 found.append(spec)
     return tuple(found) if inputs + len(found) <= MAX_TENSORS else ()
 

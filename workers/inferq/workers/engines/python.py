@@ -24,6 +24,7 @@ import msgspec
 from pydantic import Field
 
 from inferq.shared.errors import ConfigError
+from inferq.shared.schema import MAX_TENSORS
 from inferq.workers.cuda.gpus import VISIBLE
 from inferq.workers.engines.cores import usable_cores
 from inferq.workers.engines.on_gpu import ROUNDING
@@ -35,6 +36,7 @@ from inferq.workers.models.validation import TableError, TomlTable, validate
 from inferq.workers.user_code.describe import describe
 from inferq.workers.user_code.lane import close_lanes, open_lanes
 from inferq.workers.user_code.plan import Plan
+from inferq.workers.user_code.tensors import ALIGN
 from inferq.workers.user_code.thread_lane import open_thread_lanes
 
 #: Each lane has the model's weights in memory once more.
@@ -88,7 +90,9 @@ class PythonEngine(Engine):
             config=table.config,
             timeout_s=self._timeout_s,
             load_timeout_s=table.load_timeout_s,
-            most=min(MAX_BATCH_BYTES, spec.config.max_request_bytes * spec.max_batch_size),
+            # Tensors begin at aligned places, which requests' limits do not count.
+            most=min(MAX_BATCH_BYTES, spec.config.max_request_bytes * spec.max_batch_size)
+            + MAX_TENSORS * ALIGN,
             environment=_environment(count, on_cuda),
         )
         loaded = partial(

@@ -13,9 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
-
-from inferq.shared.schema import Array, Signature
+from inferq.shared.schema import Array, Signature, zeros
 from inferq.workers.batching.padding import PadRule
 
 #: Seconds that one batch costs beside its run: the CPU of handing it to a lane and its outcomes
@@ -148,5 +146,5 @@ def sample(
                 shape.append(pads[dim].buckets[-1])
             else:
                 return None
-        arrays[spec.name] = np.zeros(shape, spec.dtype)
+        arrays[spec.name] = zeros(spec.dtype, shape)
     return arrays

@@ -62,7 +62,8 @@ def _join_held(parts: Sequence[Array], into: Array, tail: tuple[int, ...], row_b
 
 def _repeat_last(into: Array, rows: int) -> None:
     """Fill `into` up with its last row of `rows`."""
-    last, left = into[rows - 1], len(into) - rows
+    # A slice: a row that is one string would be no array.
+    last, left = into[rows - 1 : rows], len(into) - rows
     if left * last.size <= UNRELEASED_ELEMENTS or not _is_plain(into) or last.nbytes > HELD_BYTES:
         into[rows:] = last
         return

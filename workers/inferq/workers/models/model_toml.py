@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from inferq.shared.errors import ConfigError
-from inferq.shared.schema import Signature
+from inferq.shared.schema import Signature, is_text
 from inferq.workers.batching.padding import PadRule
 from inferq.workers.models.config import ModelConfig
 from inferq.workers.models.registry import engines
@@ -119,6 +119,13 @@ def _check_values(symbol: str, rule: PadRule, signature: Signature) -> None:
                 f"({', '.join(sorted(having))})"
             )
     for name, dtype in having.items():
+        if is_text(dtype):
+            if name in named:
+                raise ConfigError(
+                    f"pad.{symbol}.value.{name} is {named[name]}; expected none, since input "
+                    f"{name!r} is {dtype}, and is padded with empty ones"
+                )
+            continue
         value = rule.value_in(name)
         expected = _not_held(value, np.dtype(dtype))
         if expected is None:

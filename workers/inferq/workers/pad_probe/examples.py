@@ -15,8 +15,9 @@ from typing import Final
 
 import numpy as np
 
-from inferq.shared.schema import Array, Signature, TensorSpec
+from inferq.shared.schema import DTYPES, Array, Signature, TensorSpec, is_text
 from inferq.workers.batching.padding import PadRule, padded_dims
+from inferq.workers.row_probe.examples import texts
 
 #: No example holds more input elements than this: 256 MB of float32.
 MAX_ELEMENTS: Final = 1 << 26
@@ -112,7 +113,9 @@ class Examples:
         if sum(map(math.prod, shapes.values())) > MAX_ELEMENTS:
             return None
         return {
-            spec.name: self._values(example, spec, shapes[spec.name], sizes, rng).astype(spec.dtype)
+            spec.name: self._values(example, spec, shapes[spec.name], sizes, rng).astype(
+                DTYPES[spec.dtype]
+            )
             for spec in self._signature.inputs
         }
 
@@ -125,6 +128,8 @@ class Examples:
         rng: np.random.Generator,
     ) -> Array:
         padded = self._padded[spec.name]
+        if is_text(spec.dtype):
+            return texts(spec.dtype, shape, None if example.level else rng)
         if spec.name in self._masks:
             return self._mask(spec.name, shape, None if example.all_there or not padded else rng)
         if _kind(spec) in "fc":
@@ -155,24 +160,28 @@ class Examples:
     def _find_masks(self) -> set[str]:
         """The inputs that are, or may be, masks."""
         specs = self._signature.inputs
-        named = {spec.name for spec in specs if "mask" in spec.name.lower()}
+        named = {
+            spec.name for spec in specs if "mask" in spec.name.lower() and not is_text(spec.dtype)
+        }
         carriers = [spec for spec in specs if self._padded[spec.name]]
         if named or len(carriers) < 2:
             return named
         plain = {None, 1, *(spec.shape[0] for spec in specs if spec.shape), *self._rules}
-        # Floats without a dim of their own, beside inputs that have one or are indices.
+        # Floats without a dim of their own, beside others that have one, or are indices or text.
         telling = {
             spec.name for spec in carriers if _kind(spec) not in "fc" or {*spec.shape} - plain
         }
         return {
             spec.name
             for spec in carriers
-            if _kind(spec) not in "fc" or (telling and spec.name not in telling)
+            if _kind(spec) in "iub"
+            or (telling and spec.name not in telling and not is_text(spec.dtype))
         }
 
 
 def _kind(spec: TensorSpec) -> str:
-    return np.dtype(spec.dtype).kind
+    """NumPy's; ``O`` is text."""
+    return DTYPES[spec.dtype].kind
 
 
 def _kind_of(specs: Sequence[TensorSpec], name: str) -> str:

@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 
 from inferq.shared.errors import ConfigError
-from inferq.shared.schema import Array, Signature, Tensors
+from inferq.shared.schema import DTYPES, Array, Signature, Tensors, is_text
 from inferq.workers.batching.padding import Measured, Padding, PadRule, padded_dims
 from inferq.workers.logs.fields import about
 from inferq.workers.models.engine import Batch, LoadedModel, answers
@@ -156,9 +156,9 @@ def _other_values(
     for symbol in symbols:
         rule = rules[symbol]
         dtypes = {
-            spec.name: np.dtype(spec.dtype)
+            spec.name: DTYPES[spec.dtype]
             for spec in signature.inputs
-            if symbol in dict(padded_dims(spec, rules)).values()
+            if not is_text(spec.dtype) and symbol in dict(padded_dims(spec, rules)).values()
         }
         given = {name: rule.value_in(name) for name in dtypes}
         others = {name: _candidates(dtype) for name, dtype in dtypes.items()}

@@ -1,8 +1,10 @@
 """Makes example inputs of several kinds to try a model: five rows each, three if rows are large.
 
 Rows may depend on each other only where values are large, negative or zero, or of very different
-magnitude, so all of these are tried. Which integers are valid (as indices of a table, for example)
-is not known: small ones most likely are, and larger ones are tried for one input at a time.
+magnitude, so all of these are tried. Which integers are valid (indices of a table, say) is not
+known: small ones are, most likely, and larger ones are tried for one input at a time. Text is
+digits at first, which a model that reads numbers takes as well, then words and sentences of very
+different length: a tokenizer may pad all rows to the longest.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from inferq.shared.schema import DTYPES, Array, TensorSpec
+from inferq.shared.schema import DTYPES, Array, TensorSpec, is_text
+from inferq.shared.text import BYTES, of_elements
 
 Shape = tuple[int, ...]
 
@@ -32,7 +35,13 @@ MAX_INTEGER_INPUTS: Final = 4
 FEW_ELEMENTS: Final = 64
 ROUNDS: Final = 4
 
-#: Makes floats of this shape.
+#: Words of an example's longest text; and what it is made of.
+SENTENCE: Final = 12
+_WORDS: Final = (
+    "the", "photo", "is", "not", "Good", "bad", "unhappiness", "42", "-1.5", "é", "猫", "?",
+)  # fmt: skip
+
+#: Fills floats of this shape.
 _Floats = Callable[[np.random.Generator, Shape], Array]
 
 
@@ -46,6 +55,8 @@ class Kind:
     integers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     #: Whether each row of integers and flags is all 0 or all 1.
     constant: bool = False
+    #: Most words of a string, some of which are none at all; 0: a digit.
+    words: int = 0
     seed: int = 0
 
 
@@ -96,6 +107,11 @@ def further_kinds(inputs: Sequence[TensorSpec]) -> Iterator[Sequence[Kind]]:
                 Kind(f"{name} < {most}", _unit, {name: (0, most)}, seed=seed)
                 for most in INTEGER_LIMITS
             ]
+        if "O" in kinds.values():
+            yield [
+                Kind(f"text of up to {most} words", _unit, words=most, seed=seed)
+                for most in (SENTENCE, 1)
+            ]
         yield [Kind("constant", _constant, constant=True)]
         if floats:
             yield [Kind("large", _large, seed=seed)]
@@ -137,6 +153,8 @@ def rows_of(
 
 def _filled(kind: Kind, spec: TensorSpec, shape: Shape, rng: np.random.Generator) -> Array:
     dtype = DTYPES[spec.dtype]
+    if is_text(spec.dtype):
+        return texts(spec.dtype, shape, None if kind.constant else rng, kind.words)
     if dtype.kind == "c":
         return (kind.floats(rng, shape) + 1j * kind.floats(rng, shape)).astype(dtype)
     if dtype.kind == "f":
@@ -149,6 +167,21 @@ def _filled(kind: Kind, spec: TensorSpec, shape: Shape, rng: np.random.Generator
         small, any_size = np.floor(most ** rng.random(shape)), rng.integers(0, most, shape)
         return _within(np.where(rng.random(shape) < 0.5, small, any_size), dtype)
     return _within(rng.integers(least, most, shape), dtype)
+
+
+def texts(
+    dtype: str, shape: Sequence[int], rng: np.random.Generator | None, words: int = SENTENCE
+) -> Array:
+    """Strings, or bytes, of up to so many `words`; 0: a digit each. Without `rng` all the same."""
+    count = math.prod(shape)
+    if rng is None:
+        flat = [_WORDS[0]] * count if words else ["1"] * count
+    elif words:
+        lengths = rng.integers(0, words + 1, count)
+        flat = [" ".join(rng.choice(_WORDS, length)) for length in lengths]
+    else:
+        flat = [str(digit) for digit in rng.integers(0, 10, count)]
+    return of_elements([each.encode() for each in flat] if dtype == BYTES else flat, shape)
 
 
 def _within(values: Array, dtype: np.dtype[Any]) -> Array:

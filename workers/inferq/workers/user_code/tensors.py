@@ -1,18 +1,21 @@
 """Tensors in shared memory: where each stands, how it is written and read.
 
 Numbers stand there as they are, each tensor at a multiple of `ALIGN`. Text and bytes stand as Arrow
-has them: n + 1 offsets (int64), then the bytes of all elements, one after the other.
+has them, and as messages do: n + 1 offsets (uint32), then the bytes of all elements, one after the
+other.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import numpy as np
 
+from inferq.shared.errors import EngineError
 from inferq.shared.schema import Array, Tensors
 from inferq.workers.user_code.memory import Shared
 
@@ -22,7 +25,9 @@ if TYPE_CHECKING:
 ALIGN: Final = 64
 #: The dtypes whose elements are no numbers.
 TEXT, BYTES = "string", "bytes"
-_OFFSET: Final = np.dtype(np.int64)
+_OFFSET: Final = np.dtype(np.uint32)
+#: Most bytes of all elements of one tensor.
+_MAX_DATA: Final = (1 << 32) - 1
 
 
 class Place(msgspec.Struct, frozen=True, array_like=True):
@@ -112,9 +117,13 @@ def _writing_elements(
     flat: list[Any] = [each for piece in pieces for each in piece.reshape(-1).tolist()]
     if dtype == TEXT:
         flat = [each.encode("utf-8", "surrogatepass") for each in flat]
-    offsets = np.zeros(len(flat) + 1, _OFFSET)
-    np.cumsum([len(each) for each in flat], out=offsets[1:])
     data = b"".join(flat)
+    if len(data) > _MAX_DATA:
+        raise EngineError(
+            f"the elements of {name!r} are {len(data)} bytes in a batch; "
+            f"expected at most {_MAX_DATA}"
+        )
+    offsets = np.fromiter(accumulate(map(len, flat), initial=0), _OFFSET, len(flat) + 1)
 
     def write(room: Array) -> None:
         room[: offsets.nbytes] = offsets.view(np.uint8)
