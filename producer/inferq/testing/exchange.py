@@ -37,11 +37,14 @@ class Exchange:
     def enter(self, pending: P) -> P:
         """Have a request answered, before it is pushed; raise the error that refuses it."""
         assert pending.outgoing is not None
-        result = self._worker.answer(pending.outgoing)
-        if result is None:
-            self._unanswered[pending.request_id] = pending
-        else:
-            self._results[self._core.names.meta(pending.request_id)] = result
+        key = self._core.names.meta(pending.request_id)
+        # Several objects may stand for one request: it is answered once.
+        if key not in self._results and pending.request_id not in self._unanswered:
+            result = self._worker.answer(pending.outgoing)
+            if result is None:
+                self._unanswered[pending.request_id] = pending
+            else:
+                self._results[key] = result
         return pending
 
     def call(self, commands: Sequence[Command]) -> list[Reply]:

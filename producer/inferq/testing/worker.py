@@ -150,8 +150,12 @@ def _read(outgoing: Outgoing) -> SeenRequest:
     """What a worker reads of a message."""
     envelope = codec.decode_envelope(outgoing.message)
     headers, payloads = envelope.headers, dict(outgoing.payloads)
+    given = codec.decode_body(envelope).kwargs
+    unknown = sorted(given.keys() - {"inputs", "model"})
+    if unknown:
+        raise NotImplementedError(f"a fake worker does not know the argument {unknown[0]!r:.100}")
     inputs: dict[str, Array] = {}
-    for name, tensor in codec.decode_body(envelope).kwargs["inputs"].items():
+    for name, tensor in given["inputs"].items():
         key = codec.reference_of(tensor)
         whole = tensor if key is None else {**tensor, "data": payloads[key]}
         inputs[name] = codec.decode_tensor(name, whole)

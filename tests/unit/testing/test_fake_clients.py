@@ -11,8 +11,9 @@ import multiprocessing
 import re
 import subprocess
 import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -40,7 +41,12 @@ from inferq.producer import (
     Result,
     ResultTimeout,
     State,
+    core,
 )
+from inferq.producer.dialogue import carry, look_up, push
+from inferq.producer.outcome import outcome_of
+from inferq.producer.outgoing import Outgoing
+from inferq.producer.pending import Outcome, PendingRequest
 from inferq.testing import FakeAsyncClient, FakeClient, FakeModel, fake_model
 from inferq.testing.models import DEFAULT_MAX_BATCH_SIZE, DEFAULT_MAX_REQUEST_BYTES
 from inferq.workers.models import config
@@ -420,6 +426,54 @@ def test_many_threads_may_share_a_client() -> None:
     with doubling() as client, ThreadPoolExecutor(8) as pool:
         assert list(pool.map(ask, range(24))) == [[2.0 * n for n in range(40)]] * 24
         assert len(client.requests("double")) == 24 * 40
+
+
+def test_a_request_is_resolved_when_submit_returns_also_if_another_thread_has_its_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    holds, goes_on = threading.Event(), threading.Event()
+
+    def slowly(pending: PendingRequest, raw: bytes) -> Outcome | None:
+        holds.set()
+        assert goes_on.wait(60)
+        return outcome_of(pending, raw)
+
+    def push_it() -> bool:
+        carry(push(session.core, [pending], view), session._call)
+        return pending.done()
+
+    monkeypatch.setattr(core, "outcome_of", slowly)
+    with doubling() as client, ThreadPoolExecutor(2) as pool:
+        session = client._session
+        view = carry(look_up(session.core, "double"), session._call)
+        pending = session.core.build(view, {"x": X}, None, None, session.make)
+        other = pool.submit(works, client)
+        assert holds.wait(60)
+        mine = pool.submit(push_it)
+        wait([mine], timeout=0.1)  # for so long it might return too early
+        goes_on.set()
+        assert mine.result(60)
+        assert other.result(60)
+
+
+def test_a_request_is_answered_once_however_many_objects_stand_for_it() -> None:
+    mine = Scaled()
+    with FakeClient({"m": mine}) as client:
+        session = client._session
+        view = carry(look_up(session.core, "m"), session._call)
+
+        def twice(outgoing: Outgoing, now: float) -> Pending:
+            session.make(outgoing, now)
+            return session.make(outgoing, now)
+
+        for error in (None, ResultTimeout("…")):
+            if error is not None:
+                client.fails("m", error, times=1)
+            pending = session.core.build(view, {"x": X}, None, None, twice)
+            carry(push(session.core, [pending], view), session._call)
+            assert pending.done() == (error is None)
+        assert mine.runs == 1
+        assert len(client.requests("m")) == 2
 
 
 def test_a_forked_child_may_use_the_client() -> None:
