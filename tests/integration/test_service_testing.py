@@ -46,16 +46,18 @@ from inferq.model import Model, RequestError
 class Mixed(Model):
     inputs = {
         "x": "float32[batch, n]", "half": "float16[batch]", "id": "int64[batch]",
-        "yes": "bool[batch]", "wave": "complex64[batch, 2]",
+        "yes": "bool[batch]", "wave": "complex64[batch, 2]", "text": "string[batch]",
+        "raw": "bytes[batch, 1]",
     }
     outputs = {
         "y": "float32[batch, n]", "half": "float16[batch]", "id": "int64[batch]",
-        "yes": "bool[batch]", "wave": "complex64[batch, 2]",
+        "yes": "bool[batch]", "wave": "complex64[batch, 2]", "text": "string[batch]",
+        "raw": "bytes[batch, 1]",
     }
 
     def run(self, inputs):
         asked = set(inputs["x"][:, 0].tolist())
-        answer = {name: inputs[name] for name in ("half", "id", "yes", "wave")}
+        answer = {name: inputs[name] for name in inputs if name != "x"}
         answer["y"] = inputs["x"] * 2
         if -1 in asked:
             raise ValueError("five")
@@ -90,6 +92,8 @@ def given(rows: int = 2, n: int = 3, first: float = 1.0, **changed: Any) -> dict
         "id": np.arange(rows, dtype=np.int64) - 2**60,
         "yes": np.arange(rows) % 2 == 0,
         "wave": np.full((rows, 2), 1 - 2j, np.complex64),
+        "text": np.array([f"größe {row}" for row in range(rows)], object),
+        "raw": np.array([b"\xff\x00" * row for row in range(rows)], object).reshape(rows, 1),
     }
     inputs.update(changed)
     return {name: value for name, value in inputs.items() if value is not None}
@@ -214,7 +218,9 @@ def test_lists_and_numbers_take_the_models_dtype(asked: Asked) -> None:
 
 def test_large_tensors_and_such_that_are_not_contiguous_come_back(asked: Asked) -> None:
     wide = np.random.default_rng(1).random((2, 40_000), np.float32)
-    inputs = given(2, x=wide[:, ::2], wave=np.asfortranarray(given()["wave"]))
+    inputs = given(2, x=wide[:, :20_000:2], wave=np.asfortranarray(given()["wave"]))
+    check(asked.infer("mixed", inputs), inputs)
+    inputs = given(1, text=np.array(["ä" * 40_000], object))
     check(asked.infer("mixed", inputs), inputs)
 
 
@@ -250,6 +256,9 @@ BAD: dict[str, tuple[type[InferqError], str, Any, dict[str, Any]]] = {
     "rows that differ": (InvalidInput, "mixed", given(id=np.zeros(3, np.int64)), {}),
     "no rows": (InvalidInput, "mixed", given(0), {}),
     "too many rows": (InvalidInput, "mixed", given(ROWS + 1), {}),
+    "text that is no text": (InvalidInput, "mixed", given(text=[1, 2]), {}),
+    "bytes for text": (InvalidInput, "mixed", given(text=[b"a", "b"]), {}),
+    "too much text": (PayloadTooLarge, "mixed", given(text=["a", "b" * MOST]), {}),
     "too many bytes": (PayloadTooLarge, "mixed", given(1, MOST // 4), {}),
     "a priority of 10": (InvalidInput, "mixed", given(), {"priority": 10}),
     "a deadline in the past": (InvalidInput, "mixed", given(), {"timeout_ms": -1}),
