@@ -26,7 +26,8 @@ class AsyncClient:
     """What `Client` is, for asyncio: same arguments, same results, same errors."""
 
     def __init__(self, redis_url: str | None = None, *, settings: Settings | None = None) -> None:
-        self._session = AsyncSession(settings or Settings.load(redis_url=redis_url))
+        self._settings = settings or Settings.load(redis_url=redis_url)
+        self._session = self._open()
 
     async def __aenter__(self) -> Self:
         return self
@@ -115,3 +116,6 @@ class AsyncClient:
     async def close(self) -> None:
         """See `Client.close`."""
         await self._session.close()
+
+    def _open(self) -> AsyncSession:
+        return AsyncSession(self._settings)

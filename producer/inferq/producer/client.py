@@ -34,7 +34,7 @@ class Client:
 
     def __init__(self, redis_url: str | None = None, *, settings: Settings | None = None) -> None:
         self._settings = settings or Settings.load(redis_url=redis_url)
-        self._session = Session(self._settings)
+        self._session = self._open()
         _clients.add(self)
 
     def __enter__(self) -> Self:
@@ -140,9 +140,12 @@ class Client:
         """Stop. Requests without a result end as ClientClosed here; workers still compute them."""
         self._session.close()
 
+    def _open(self) -> Session:
+        return Session(self._settings)
+
     def _forked(self) -> None:
         self._session.abandon()
-        self._session = Session(self._settings)
+        self._session = self._open()
 
 
 #: The clients that are told of a fork.

@@ -82,6 +82,13 @@ def test_arrays_are_taken_as_they_are() -> None:
     assert errors == {}
 
 
+def test_an_array_of_the_other_byte_order_keeps_its_values() -> None:
+    outputs, _ = read({"y": Y.astype(">f4"), "label": LABEL.astype(">i8")})
+    assert outputs["y"].dtype == np.dtype("<f4")
+    assert outputs["y"].tolist() == Y.tolist()
+    assert outputs["label"].tolist() == LABEL.tolist()
+
+
 def test_lists_become_the_dtype_where_no_value_changes() -> None:
     outputs, _ = read({"y": [[1, 2.5], [3, 4], [5, 6]], "label": [1, 2, 3]})
     assert outputs["y"].dtype == np.float32

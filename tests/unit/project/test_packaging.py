@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[3]
 ROOTS = ("producer", "shared", "workers")
 
-# Imports every producer and shared module in an interpreter where what only workers and dashboards
-# have cannot be imported. Prints what it imported.
+# Imports every module of producer, shared and testing in an interpreter where what only workers and
+# dashboards have cannot be imported. Prints what it imported.
 BACKEND_SERVICE = """
 import importlib, importlib.abc, pkgutil, sys
 
@@ -25,7 +25,7 @@ class Blocked(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Blocked())
-for side in ("inferq.shared", "inferq.producer"):
+for side in ("inferq.shared", "inferq.producer", "inferq.testing"):
     package = importlib.import_module(side)
     print(side)
     for module in pkgutil.walk_packages(package.__path__, side + "."):
@@ -81,13 +81,14 @@ def test_a_backend_service_needs_no_engine_and_no_worker() -> None:
     """The whole producer side imports where no engine, dashboard or worker is installed."""
     done = subprocess.run(
         [sys.executable, "-c", BACKEND_SERVICE],
-        env={"PYTHONPATH": f"{ROOT / 'producer'}:{ROOT / 'shared'}", "PATH": "/usr/bin:/bin"},
+        env={"PYTHONPATH": ":".join(str(ROOT / side) for side in ROOTS), "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    assert {"inferq.shared.codec", "inferq.producer"} <= set(done.stdout.split())
+    found = set(done.stdout.split())
+    assert {"inferq.shared.codec", "inferq.producer", "inferq.testing"} <= found
 
 
 def test_the_installed_version_is_the_projects() -> None:

@@ -115,7 +115,8 @@ def _array(value: object, spec: TensorSpec) -> Array:
                 f"output {spec.name!r} is {array.dtype.name}; expected {spec.dtype} "
                 f"(array.astype({spec.dtype!r}) makes it so)"
             )
-        return array
+        # Its bytes are read as little-endian from here on.
+        return array if array.dtype == dtype else array.astype(dtype)
     try:
         array = np.asarray(value)
     except (ValueError, TypeError, OverflowError) as problem:
