@@ -255,7 +255,6 @@ BAD: dict[str, tuple[type[InferqError], str, Any, dict[str, Any]]] = {
     "another size": (InvalidInput, "mixed", given(wave=np.zeros((2, 3), np.complex64)), {}),
     "rows that differ": (InvalidInput, "mixed", given(id=np.zeros(3, np.int64)), {}),
     "no rows": (InvalidInput, "mixed", given(0), {}),
-    "too many rows": (InvalidInput, "mixed", given(ROWS + 1), {}),
     "text that is no text": (InvalidInput, "mixed", given(text=[1, 2]), {}),
     "bytes for text": (InvalidInput, "mixed", given(text=[b"a", "b"]), {}),
     "too much text": (PayloadTooLarge, "mixed", given(text=["a", "b" * MOST]), {}),
@@ -311,7 +310,8 @@ def test_what_the_code_raises_is_an_engine_error(asked: Asked) -> None:
 def test_map_keeps_the_order_and_yields_errors_at_their_place(asked: Asked) -> None:
     items = [given(1 + n % ROWS, first=n) for n in range(60)]
     items[7] = given(first=-2)
-    items[30] = given(ROWS + 1)
+    items[30] = given(0)
+    items[40] = given(2 * ROWS + 1)  # more than a batch has: in parts
     found = asked.map("mixed", items, in_flight=8, return_errors=True)
     assert len(found) == 60
     assert type(found[7]) is RequestError

@@ -126,12 +126,20 @@ def test_limits_are_by_default_those_of_model_toml() -> None:
 def test_limits_of_a_model_are_checked() -> None:
     knobs = double(max_batch_size=1, max_request_bytes=32)
     with FakeClient({"double": knobs}) as client:
-        with pytest.raises(InvalidInput, match="2 rows; expected 1 to 1"):
-            client.infer("double", {"x": X})
+        with pytest.raises(InvalidInput, match=r"dim 0 of shape .* is 0; expected at least 1"):
+            client.infer("double", {"x": X[:0]})
+        assert client.requests("double") == []
+        client.infer("double", {"x": X[:1]})
+    with FakeClient({"double": double(max_batch_size=4, max_request_bytes=32)}) as client:
         with pytest.raises(PayloadTooLarge, match="48 bytes; expected at most 32"):
             client.infer("double", {"x": X[[0, 0, 0]]})
         assert client.requests("double") == []
-        client.infer("double", {"x": X[:1]})
+
+
+def test_more_rows_than_a_batch_has_are_several_requests() -> None:
+    with FakeClient({"double": double(max_batch_size=1)}) as client:
+        np.testing.assert_array_equal(client.infer("double", {"x": X}).outputs["y"], 2 * X)
+        assert len(client.requests("double")) == len(X)
 
 
 # --- models --------------------------------------------------------------------------------------
