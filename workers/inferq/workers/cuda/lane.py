@@ -153,10 +153,8 @@ class CudaLane:
                 alone.close()
 
     def _takes(self, shapes: Mapping[str, Shape]) -> int:
-        if tuple(shapes.values()) in self._bound:
-            (rows, *_) = (shape[0] for shape in shapes.values())
-            return rows
-        return self._executor.rows(shapes)
+        key = tuple(shapes.values())
+        return key[0][0] if key in self._bound else self._executor.rows(shapes)
 
     def _run(self, batch: Batch) -> Mapping[str, Array]:
         submission = self._submission
