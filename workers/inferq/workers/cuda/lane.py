@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Final
 
 from pycuda import driver
@@ -41,6 +42,9 @@ KEPT_SHAPES: Final = 64
 RUNS_BEFORE_CAPTURE: Final = 2
 #: Seconds that a capture waits for others to submit what they are at. It can be made later, too.
 CAPTURE_WAIT_S: Final = 0.2
+#: The same of what captures by itself, within a run that cannot be put off: then it runs beside
+#: them, and may fail. They may be compiling the kernels of a size.
+RUN_WAIT_S: Final = 60.0
 _NON_BLOCKING: Final = 1
 
 
@@ -136,7 +140,8 @@ class CudaLane:
 
         By the card's clock. It is what lanes can come close to, all of them together.
         """
-        self.run(batch)
+        for _ in range(RUNS_BEFORE_CAPTURE + 1):
+            self.run(batch)
         bound, submission = self._last, self._submission
         assert bound is not None
         assert submission is not None
@@ -145,8 +150,9 @@ class CudaLane:
             self._tell_executor(bound)
             if self._graph(bound) is None:
                 return submission.repeated(lambda: self._executor.enqueue(stream), times)
-            with CAPTURES.exclusive(CAPTURE_WAIT_S):
+            with CAPTURES.exclusive(RUN_WAIT_S, ahead=True):
                 alone = self._executor.capture(stream, lambda: self._executor.enqueue(stream))
+            self._set = None
             try:
                 return submission.repeated(alone.launch, times)
             finally:
@@ -166,9 +172,9 @@ class CudaLane:
                 self._submit(bound, submission)
                 self.gpu_times = submission.finish()
                 self._last = bound
-                if bound.graph is None and self._graphs.on:
+                if bound.graph is None:
                     bound.runs += 1
-                    if bound.runs >= RUNS_BEFORE_CAPTURE:
+                    if bound.runs >= RUNS_BEFORE_CAPTURE and self._graphs.on:
                         self._capture(bound, submission)
         except (RequestError, FatalEngineError):
             raise  # its shapes were refused, before anything was asked of CUDA; or there is no CUDA
@@ -236,9 +242,19 @@ class CudaLane:
         if graph is not None:
             graph.launch()
             return
-        # A first run loads kernels, and chooses among them; any may be the first of something.
-        with CAPTURES.shared():
+        with self._not_spoilt(bound):
             submission.put(bound.copies, lambda: self._executor.enqueue(self._stream.handle))
+
+    def _not_spoilt(self, bound: _Bound) -> AbstractContextManager[object]:
+        """While it runs as single commands, no capture is: neither another's by it, nor its own.
+
+        A first run loads kernels, and chooses among them; any may be the first of something. What
+        captures by itself may do so as often as the shapes change.
+        """
+        fresh = bound is not self._last or bound.runs <= RUNS_BEFORE_CAPTURE
+        if self._graphs.within_runs and fresh:
+            return CAPTURES.exclusive(RUN_WAIT_S, ahead=True)
+        return CAPTURES.shared()
 
     def _capture(self, bound: _Bound, submission: Submission) -> None:
         stream, executor = self._stream.handle, self._executor
@@ -252,6 +268,7 @@ class CudaLane:
             try:
                 with no_garbage_collection():
                     bound.graph = executor.capture(stream, work)
+                self._set = None
             except CaptureFailed as problem:
                 self._graphs.turn_off(problem)
                 self._clear_error()
