@@ -138,7 +138,7 @@ def what_was_captured_runs_on_when_graphs_are_turned_off() -> None:
     with lanes(onnx_models.reshaped, [up_to(8)], count=2) as (lane, other):
         for seed in range(EAGER_RUNS):
             check(lane, rows(8, seed))
-        lane._graphs.turn_off(CaptureFailed("on the other lane"))  # type: ignore[attr-defined]
+        lane._graphs.turn_off(CaptureFailed("on the other lane"))
         for size in (8, 8, 2, 8):
             check(lane, rows(size, size))
             check(other, rows(size, size))
