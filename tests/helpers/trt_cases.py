@@ -6,18 +6,23 @@ computes on the fake device's memory. Each function without parameters is a case
 
 from __future__ import annotations
 
+import gc
 import sys
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
+import tensorrt
 
 from helpers import onnx_models
 from helpers.fakecuda.control import Control
 from helpers.wait import until
+from inferq.shared.errors import EngineError
 from inferq.shared.schema import Array
 from inferq.workers.cuda import device
 from inferq.workers.cuda.captures import CAPTURES
@@ -142,6 +147,34 @@ def what_was_captured_runs_on_when_graphs_are_turned_off() -> None:
         for size in (8, 8, 2, 8):
             check(lane, rows(size, size))
             check(other, rows(size, size))
+
+
+def a_context_that_cannot_be_prepared_is_not_kept() -> None:
+    """Each batch asks for one again, as long as that fails."""
+    made = weakref.WeakSet[object]()
+    make, prepare = tensorrt._Context.__init__, tensorrt._Context.set_device_memory
+
+    def counted(this: object, *given: object) -> None:
+        made.add(this)
+        make(this, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensorrt._Context, "__init__", counted)
+        with lanes(onnx_models.reshaped, [up_to(8)]) as (lane,):
+            for seed in range(EAGER_RUNS):
+                check(lane, rows(8, seed))
+            kept = len(made)
+            patch.setattr(
+                tensorrt._Context, "set_device_memory", lambda this, *_: this._log("not this")
+            )
+            for _ in range(5):
+                with pytest.raises(EngineError, match="refused the device memory"):
+                    lane.run(Batch([{"x": rows(3, 1)}], 3, 3))
+            gc.collect()
+            assert len(made) == kept
+            patch.setattr(tensorrt._Context, "set_device_memory", prepare)
+            for size in (3, 8):
+                check(lane, rows(size, size))
 
 
 def a_batch_is_repeated_whatever_ran_before() -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Final
 
@@ -168,8 +168,15 @@ class CudaLane:
         try:
             with self._device.entered():
                 bound = self._bind(batch)
+                # Once for this run: another lane may turn graphs off meanwhile.
+                graph = self._graph(bound)
+                if graph is None:  # a graph has its shapes in it
+                    self._tell_executor(bound)
                 gather_into(batch, bound.inputs)
-                self._submit(bound, submission)
+                if graph is None:
+                    self._enqueue(bound, submission)
+                else:
+                    graph.launch()
                 self.gpu_times = submission.finish()
                 self._last = bound
                 if bound.graph is None:
@@ -193,8 +200,6 @@ class CudaLane:
         if bound is None:
             return self._new(key, shapes)
         self._bound.move_to_end(key)
-        if self._graph(bound) is None:  # a graph has its shapes in it
-            self._tell_executor(bound)
         return bound
 
     def _tell_executor(self, bound: _Bound) -> None:
@@ -217,6 +222,8 @@ class CudaLane:
         (dtypes_in, dtypes_out), (block_in, block_out) = self._dtypes, self._blocks
         offsets_in, bytes_in = placed(dtypes_in, shapes)
         offsets_out, bytes_out = placed(dtypes_out, answered)
+        block_in.check("inputs", bytes_in)
+        block_out.check("outputs", bytes_out)
         addresses = {name: block_in.address + at for name, at in offsets_in.items()}
         addresses |= {name: block_out.address + at for name, at in offsets_out.items()}
         bound = _Bound(shapes, addresses)
@@ -237,11 +244,7 @@ class CudaLane:
         """None: it runs as single commands."""
         return bound.graph if self._graphs.on else None
 
-    def _submit(self, bound: _Bound, submission: Submission) -> None:
-        graph = self._graph(bound)
-        if graph is not None:
-            graph.launch()
-            return
+    def _enqueue(self, bound: _Bound, submission: Submission) -> None:
         with self._not_spoilt(bound):
             submission.put(bound.copies, lambda: self._executor.enqueue(self._stream.handle))
 
@@ -299,21 +302,28 @@ class CudaLane:
 
     def _free(self) -> None:
         # By itself: what its variables hold goes while the context is current, too.
+        self._try(lambda: calls.synchronize_stream(self._stream.handle))
+        for bound in self._bound.values():
+            if bound.graph is not None:
+                self._try(bound.graph.close)
+        if self._submission is not None:
+            self._try(self._submission.close)
+        self._try(self._close_executor)
+        self._bound.clear()
+        self._set = self._last = self._submission = None
+        self._blocks.clear()
+        del self._stream
+
+    def _close_executor(self) -> None:
+        with CAPTURES.shared():
+            self._executor.close()
+
+    def _try(self, free: Callable[[], None]) -> None:
+        """What is not freed keeps nothing else. FatalEngineError: nothing more is to be freed."""
         try:
-            calls.synchronize_stream(self._stream.handle)
-            for bound in self._bound.values():
-                if bound.graph is not None:
-                    bound.graph.close()
-            if self._submission is not None:
-                self._submission.close()
-            with CAPTURES.shared():
-                self._executor.close()
+            free()
         except Exception as problem:
             judged = self._device.judge(problem)
             if isinstance(judged, FatalEngineError):
                 raise judged from problem
             logger.warning("a lane was not closed cleanly: %s", problem)
-        self._bound.clear()
-        self._set = self._last = self._submission = None
-        self._blocks.clear()
-        del self._stream
