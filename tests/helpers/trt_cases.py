@@ -24,15 +24,16 @@ from helpers.fakecuda.control import Control
 from helpers.wait import until
 from inferq.shared.errors import EngineError
 from inferq.shared.schema import Array
-from inferq.workers.cuda import device
+from inferq.workers.cuda import device, memory_share
 from inferq.workers.cuda.captures import CAPTURES
 from inferq.workers.cuda.graphs import CaptureFailed
 from inferq.workers.cuda.lane import KEPT_SHAPES, CudaLane
 from inferq.workers.models.engine import Batch
 from inferq.workers.models.ranges import InputRange
+from inferq.workers.process import shares
 from inferq.workers.trt.api import RTX, TENSORRT
 from inferq.workers.trt.flavours import find_flavour
-from inferq.workers.trt.lanes import opened
+from inferq.workers.trt.lanes import Opened, opened
 from inferq.workers.trt.network import build, parse
 
 CONTROL = Control()
@@ -48,10 +49,11 @@ def lanes(
     count: int = 1,
     graphs: bool = True,
     own: bool = False,
+    made: list[Opened] | None = None,
 ) -> Iterator[Sequence[CudaLane]]:
     """Lanes of the plan of the model that `write` writes, of one input.
 
-    `own`: TensorRT-RTX captures graphs by itself.
+    `own`: TensorRT-RTX captures graphs by itself. `made` gets what is opened.
     """
     flavour = find_flavour(RTX if own else TENSORRT)
     with tempfile.TemporaryDirectory() as folder:
@@ -67,9 +69,11 @@ def lanes(
             buckets=(),
             own_graphs=own,
             cuda_graphs=graphs and not own,
-        ) as made,
+        ) as plan_on_gpu,
     ):
-        yield made.lanes
+        if made is not None:
+            made.append(plan_on_gpu)
+        yield plan_on_gpu.lanes
 
 
 def rows(count: int, seed: int, width: int = 3) -> Array:
@@ -147,6 +151,23 @@ def what_was_captured_runs_on_when_graphs_are_turned_off() -> None:
         for size in (8, 8, 2, 8):
             check(lane, rows(size, size))
             check(other, rows(size, size))
+
+
+def a_further_lane_that_is_closed_has_nothing_of_the_processs_share() -> None:
+    """Warm-up opens lanes to see whether they gain; models that are loaded later want the rest."""
+    total, made = 1 << 33, list[Opened]()
+    shares.share_with(2)
+    with lanes(onnx_models.reshaped, [up_to(8)], made=made) as (lane,):
+        (opened_plan,) = made
+        before = memory_share.left(total)
+        for _ in range(3):
+            further = opened_plan.another()
+            check(further, rows(8, 1))
+            assert memory_share.left(total) < before
+            further.close()
+            assert memory_share.left(total) == before
+        check(lane, rows(8, 2))
+    assert memory_share.left(total) == total // 2
 
 
 def a_context_that_cannot_be_prepared_is_not_kept() -> None:

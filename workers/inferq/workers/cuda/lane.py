@@ -115,7 +115,7 @@ class CudaLane:
         self.gpu_times: GpuTimes | None = None
         self._dtypes = dict(inputs), dict(outputs)
         self._blocks: list[Block] = []
-        self._is_closed = False
+        self.is_closed = False
         self._submission: Submission | None = None
         with device:
             try:
@@ -290,9 +290,9 @@ class CudaLane:
         Once CUDA is beyond use nothing is freed: the process is about to end, and what frees would
         meet the error again, in destructors that end the process at a place of their own.
         """
-        if self._is_closed:
+        if self.is_closed:
             return
-        self._is_closed = True
+        self.is_closed = True
         try:
             with self._device:
                 self._free()

@@ -158,7 +158,7 @@ def _open_lanes(
         with gpu:
             check_memory(gpu, 1, context_bytes + buffers, buckets)
             lane = add(executor())
-        held.add(context_bytes + buffers)
+        held.add(context_bytes + buffers, lambda: lane.is_closed)
         return lane
 
     for number in range(count):
