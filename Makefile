@@ -104,7 +104,7 @@ $(READY): pyproject.toml constraints.txt
 # 200 MB in place of 3 GB. tensorrt-cu13-bindings asks for the vendor's libraries, which nobody runs.
 $(GPU_READY): $(READY) tests/helpers/fakecuda/build_pycuda.py
 	$(BIN)/python -m pip install --quiet -c constraints.txt \
-		torch tensorrt-rtx-cu13 cuda-bindings nvidia-ml-py mako platformdirs pytools setuptools wheel
+		torch tensorrt-rtx-cu13 nvidia-ml-py mako platformdirs pytools setuptools wheel
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps tensorrt-cu13-bindings
 	$(BIN)/python tests/helpers/fakecuda/build_pycuda.py
 	touch $@

@@ -37,7 +37,7 @@ from inferq.workers.trt.api import MODULES
 from inferq.workers.trt.flavours import Flavour, find_flavour
 
 OUT = Path("build") / "gpu.json"
-PACKAGES = ("inferq", "tensorrt", "tensorrt-rtx-cu13", "pycuda", "cuda-bindings", "torch", "numpy")
+PACKAGES = ("inferq", "tensorrt", "tensorrt-rtx-cu13", "pycuda", "torch", "numpy")
 #: Lanes, and whether with CUDA graphs.
 WAYS = ((1, True), (2, False), (2, True), (3, True))
 

@@ -1,8 +1,8 @@
 """`make gpu-wheels`: what `make gpu-quick` needs on a machine that reaches no registry.
 
 In build/gpu-wheels, for CPython 3.12: PyCUDA, built here; this project; and what the worker
-depends on, as wheels of the registry. Not PyTorch, NumPy, pytest and cuda-bindings, which are
-there. TensorRT is left out: it is too large.
+depends on, as wheels of the registry. Not PyTorch, NumPy and pytest, which are there. TensorRT is
+left out: it is too large.
 
 PyCUDA's build needs the CUDA toolkit, g++ and a Python 3.12 with its headers (pyenv's, or Debian's
 python3.12-dev): `python3.12` on PATH, or what --python names.
@@ -110,7 +110,7 @@ def _try(python: str, wheels: Path) -> int:
     with tempfile.TemporaryDirectory(prefix="inferq-bare-") as name:
         subprocess.run([python, "-m", "venv", name], check=True)
         bare = f"{name}/bin/python"
-        _pip("--python", bare, "install", "numpy", "pytest", "cuda-bindings")
+        _pip("--python", bare, "install", "numpy", "pytest")
         env = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
         command = [bare, "-m", "gpu.quick", "--fake", "--wheels", str(wheels)]
         return subprocess.run(command, env=env, cwd=ROOT).returncode

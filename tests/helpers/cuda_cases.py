@@ -374,6 +374,37 @@ def after_a_capture_that_failed_all_lanes_of_the_model_go_on_without() -> None:
     device.release()
 
 
+def graphs_that_are_turned_off_within_a_run_change_nothing_of_it() -> None:
+    """By another lane, when this one has chosen to replay, and told the executor nothing."""
+
+    class Within(Graphs):
+        """Off once it was asked so often."""
+
+        asked, most = 0, 1 << 20
+
+        @property
+        def on(self) -> bool:
+            self.asked += 1
+            return self.asked <= self.most
+
+        @on.setter
+        def on(self, _: bool) -> None:
+            pass
+
+    for most in range(1, 8):
+        gpu = device.acquire()
+        graphs = Within(True)
+        one = lane(gpu, Doubler(), graphs=graphs)
+        for seed in range(3):
+            check(one, batch(8, seed=seed))
+        check(one, batch(2))
+        graphs.most = graphs.asked + most
+        for rows in (8, 2, 8, 8):
+            check(one, batch(rows, seed=rows + 10))
+        one.close()
+        device.release()
+
+
 def graphs_and_single_commands_take_turns() -> None:
     """Each run has its own shapes and addresses, whatever ran before it."""
     gpu = device.acquire()
@@ -728,6 +759,84 @@ def a_lane_that_gets_no_stream_closes_its_executor() -> None:
 
 def _full(*_: object) -> None:
     raise driver.MemoryError("cuStreamCreate failed: out of memory")
+
+
+def what_cannot_be_freed_keeps_nothing_else() -> None:
+    """A graph, an event, the executor: each refuses in turn, by an error that is not sticky."""
+    names = ("streams", "events", "device_bytes", "pinned_bytes", "graph_execs")
+    for owner, name, left in (
+        (Graph, "close", {"graph_execs": 2}),
+        (calls.Event, "close", {"events": 5}),
+        (Doubler, "close", {}),
+    ):
+        gpu = device.acquire()
+        executor = Doubler()
+        one = lane(gpu, executor)
+        for rows in (2, 4, 2, 4):
+            check(one, batch(rows))
+        original = getattr(owner, name)
+        refused: list[object] = []
+
+        def refuses(this: object, refused: list[object] = refused) -> None:
+            refused.append(this)
+            raise calls.DriverError("it", 1)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, name, refuses)
+            one.close()
+        assert {name: CONTROL.count(name) for name in names} == dict.fromkeys(names, 0) | left
+        assert executor.addresses == {} or owner is Doubler, "it is closed, too"
+        with gpu:
+            for each in refused:
+                original(each)
+        device.release()
+
+
+def inputs_that_have_no_room_are_refused() -> None:
+    """Where nobody has looked at their shapes before: nothing is copied beyond a lane's memory."""
+    gpu = device.acquire()
+    one = lane(gpu, Doubler(), rows=4)
+    for rows, width in ((5, WIDTH), (4, 40), (1, 400)):
+        for _ in range(3):
+            with pytest.raises(EngineError, match=r"inputs of \d+ bytes; expected at most 260"):
+                one.run(batch(rows, width=width))
+        check(one, batch(4))
+    one.close()
+    device.release()
+
+
+def memory_that_is_short_at_any_call_leaves_nothing() -> None:
+    """At each allocation of a lane, one after the other."""
+    names = ("streams", "events", "device_bytes", "pinned_bytes", "graph_execs")
+    gpu = device.acquire()
+    places = [(driver, "Stream"), (driver, "pagelocked_empty"), (driver, "mem_alloc")]
+    places += [(calls, "timing_event"), (calls, "waiting_event")]
+    failed = 0
+    for owner, name in places:
+        original = getattr(owner, name)
+        for nth in range(8):
+            count = 0
+
+            def counted(*given: object, **named: object) -> object:
+                nonlocal count
+                count += 1
+                if count > nth:  # noqa: B023 - called before the next turn
+                    raise driver.MemoryError("out of memory")
+                return original(*given, **named)  # noqa: B023
+
+            executor = Doubler()
+            executor.set_address("x", 1)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(owner, name, counted)
+                try:
+                    lane(gpu, executor).close()
+                except driver.MemoryError:
+                    failed += 1
+            left = {name: CONTROL.count(name) for name in names}
+            assert not any(left.values()), (name, nth, left)
+            assert not executor.addresses, "it is closed"
+    assert failed == 1 + 2 + 2 + 4 + 1
+    check(lane(gpu, Doubler()), batch(3))
 
 
 def nothing_is_left_after_a_thousand_lanes() -> None:

@@ -57,6 +57,12 @@ def double(path: Path, shape: Shape = ("batch", 3), out: Shape | str = "same") -
     return write(path, [node("Add", "xx", "y")], {"x": (FLOAT, shape)}, {"y": (FLOAT, y)})
 
 
+def handed_through(path: Path) -> Path:
+    """x: float32[batch, 3] → x as it is, and y = x + x."""
+    shape = (FLOAT, ("batch", 3))
+    return write(path, [node("Add", "xx", "y")], {"x": shape}, {"x": shape, "y": shape})
+
+
 def reshaped(path: Path) -> Path:
     """x: float32[batch, 3] → y = x + x, by way of one row, and back by the shape that x has."""
     nodes = [

@@ -211,7 +211,16 @@ def test_a_sticky_error_ends_the_process_and_its_successor_serves_everything(
         assert "CUDA is beyond use" in worker.log
 
 
-@pytest.mark.parametrize("fails", [{"fail_kernel": 40}, {"fail_call": 7}, {"fail_call": 16}])
+@pytest.mark.parametrize(
+    "fails",
+    [
+        {"fail_kernel": 40},
+        {"fail_call": 7},
+        {"fail_call": 16},
+        {"fail_call": 16, "switch_fails": 1},
+        {"fail_call": 24, "switch_fails": 1},
+    ],
+)
 def test_a_sticky_error_while_it_loads_is_no_matter_of_configuration(
     redis_url: str, models: Path, tmp_path: Path, on_gpu: Environment, fails: dict[str, int]
 ) -> None:

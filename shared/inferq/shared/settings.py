@@ -98,6 +98,9 @@ class Settings(BaseSettings):
     #: How many worker processes share the device: `inferq worker` starts so many on each, and each
     #: takes its part of cores, memory and the device's memory.
     processes: int = Field(default=1, ge=1, le=MAX_PROCESSES)
+    #: How many worker processes `inferq worker` has started on all devices together, which share
+    #: the host's memory. It tells its processes; what is set for itself counts for nothing.
+    processes_on_host: int = Field(default=1, ge=1)
     #: ``HOST:PORT`` at which the worker serves its metrics to Prometheus. Not set: nowhere.
     metrics: str | None = None
     #: The form of a worker's log lines: Celery's text, or JSON objects (docs/logs.md).

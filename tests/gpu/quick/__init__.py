@@ -10,7 +10,7 @@
 
     machine captures trap copies cases warmups shares resnet host path sticky     the steps
 
-Only Python, NumPy, PyTorch, pytest and cuda-bindings need be installed there: `make gpu-wheels`,
-on a machine that reaches a registry, collects all else (see gpu.wheels). ``--fake`` is a dry run on
-the fake driver: to see that it runs; its figures mean nothing, and its lines say so.
+Only Python, NumPy, PyTorch and pytest need be installed there: `make gpu-wheels`, on a machine that
+reaches a registry, collects all else (see gpu.wheels). ``--fake`` is a dry run on the fake driver:
+to see that it runs; its figures mean nothing, and its lines say so.
 """

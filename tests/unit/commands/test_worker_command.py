@@ -307,6 +307,20 @@ def test_several_processes_of_a_gpu_are_a_child_each(worker: _Commanded, nvml: A
     assert len({child.heartbeat for child in children}) == 4
 
 
+def test_each_child_knows_how_many_share_the_host(
+    worker: _Commanded, nvml: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INFERQ_PROCESSES_ON_HOST", "9")
+    for options, count in (
+        (("--gpu", "all"), "2"),
+        (("--gpu", "all", "--processes", "2"), "4"),
+        (("--cpu", "--processes", "3"), "3"),
+        (("--cpu",), None),
+    ):
+        children = worker(*options)
+        assert {each.environment.get("INFERQ_PROCESSES_ON_HOST") for each in children} == {count}
+
+
 def test_several_processes_of_the_cpu_are_a_child_each(worker: _Commanded) -> None:
     children = worker("--cpu", "--processes", "3")
     assert [child.node for child in children] == [f"cpu{os.getpid()}-{n}@{HOST}" for n in (1, 2, 3)]

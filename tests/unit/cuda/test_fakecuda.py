@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -319,17 +318,10 @@ def test_visible_devices_are_counted_as_the_driver_does(
 
 
 def test_a_graph_replays_what_its_stream_captured(run: Run) -> None:
-    if importlib.util.find_spec("cuda") is None:
-        pytest.skip("cuda-bindings is not installed: make .venv/.gpu-ready")
     run("""
-from cuda.bindings import driver
-
-def good(answer):
-    assert answer[0] == driver.CUresult.CUDA_SUCCESS, answer
-    return answer[1] if len(answer) > 1 else None
+from inferq.workers.cuda import calls
 
 stream, memory, there, back = cuda.Stream(), cuda.mem_alloc(8), pinned(8), pinned(8)
-handle = driver.CUstream(stream.handle)
 back[:] = 0
 
 def double():
@@ -340,19 +332,18 @@ def record():
     control.launch(stream.handle, double)
     cuda.memcpy_dtoh_async(back, memory, stream)
 
-mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-good(driver.cuStreamBeginCapture(handle, mode))
+calls.begin_capture(stream.handle)
 record()
-graph = good(driver.cuStreamEndCapture(handle))
+graph = calls.end_capture(stream.handle)
 assert (back == 0).all() and control.count('kernels') == 0
-ready = good(driver.cuGraphInstantiate(graph, 0))
-good(driver.cuGraphDestroy(graph))
+ready = calls.instantiate(graph)
+calls.destroy_graph(graph)
 for value in (3, 4):
     there[:] = value
-    good(driver.cuGraphLaunch(ready, handle))
+    calls.launch(ready, stream.handle)
     stream.synchronize()
     assert (back == 2 * value).all()
-good(driver.cuGraphExecDestroy(ready))
+calls.destroy_executable(ready)
 assert control.count('graphs') == control.count('graph_execs') == 0
 
 # What waits or allocates breaks a capture; another stream may be waited for.
@@ -367,14 +358,14 @@ for call, breaks in (
     (other.synchronize, False),
     (lambda: event(other).synchronize(), False),
 ):
-    good(driver.cuStreamBeginCapture(handle, mode))
+    calls.begin_capture(stream.handle)
     record()
     if breaks:
         fails(call, cuda.Error)
-        assert driver.cuStreamEndCapture(handle)[0] != driver.CUresult.CUDA_SUCCESS
+        fails(lambda: calls.end_capture(stream.handle), calls.DriverError)
     else:
         call()
-        good(driver.cuGraphDestroy(good(driver.cuStreamEndCapture(handle))))
+        calls.destroy_graph(calls.end_capture(stream.handle))
 record()
 stream.synchronize()
 assert control.count('graphs') == 0

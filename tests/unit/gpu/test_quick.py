@@ -87,6 +87,35 @@ def test_the_table_says_of_a_dry_run_that_its_figures_mean_nothing(
         assert "4 KB: 9 GB/s" in said
 
 
+def test_wheels_that_are_missing_or_of_no_use_are_told_of_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said() -> str:
+        assert quick._installed(tmp_path, tmp_path / "site") == []
+        return capsys.readouterr().out
+
+    assert f"no wheels in {tmp_path}: steps that need what is not installed here fail" in (
+        missing := said()
+    )
+    assert "`make gpu-wheels` where there is a registry, and copy that folder here" in missing
+    (tmp_path / "pycuda-1-cp312-cp312-linux_x86_64.whl").write_bytes(b"no wheel")
+    monkeypatch.setattr(quick, "WHEELS_PYTHON", (2, 7))
+    other = said()
+    assert f"are for Python 2.7; this is {sys.version_info[0]}.{sys.version_info[1]}" in other
+    assert "PYTHONPATH=tests python2.7 -m gpu.quick" in other
+    monkeypatch.setattr(quick, "WHEELS_PYTHON", sys.version_info[:2])
+    assert f"{sys.executable} -m pip cannot install the wheels in {tmp_path}: " in said()
+
+
+def test_a_step_that_there_is_not_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.quick", "--steps", "machine,copy"])
+    with pytest.raises(SystemExit):
+        quick.main()
+    assert "--steps names 'copy'; expected machine, captures, trap, " in capsys.readouterr().err
+
+
 def test_all_steps_together_may_take_500_seconds() -> None:
     assert sum(step.limit_s for step in STEPS) <= 500
 

@@ -105,6 +105,15 @@ def test_warm_up_leaves_the_other_processes_their_part_of_the_hosts_memory() -> 
     )
 
 
+def test_the_hosts_memory_is_shared_with_the_processes_of_other_devices() -> None:
+    roomy = Limit("the machine", 32 * GB, 2 * GB)
+    shares.share_with(1, on_host=4)
+    said = _short(roomy, GB)
+    assert said is not None
+    assert "and 7000 of 8000 MB of the machine, shared by 4 processes are left" in said
+    assert memory_share.left(80 * GB) == 80 * GB, "it has its device for itself"
+
+
 def test_what_others_than_the_processes_take_is_nobodys_part() -> None:
     shares.share_with(2)
     said = _short(Limit("the machine", 32 * GB, 30 * GB), GB)

@@ -53,6 +53,13 @@ def test_of_two_that_want_the_same_plan_one_builds_it(models: Path, folder: Plan
     assert sorted(plan.from_cache for plan in plans) == [False, True, True, True]
 
 
+def test_an_input_and_an_output_of_one_name_are_refused(tmp_path: Path, folder: PlanFolder) -> None:
+    """They would stand in one place of a lane's memory, whichever name TensorRT's parser makes."""
+    onnx_models.handed_through(tmp_path / "models" / "through" / "1" / "model.onnx")
+    with pytest.raises(ConfigError, match="an input and an output of the model are called 'x'"):
+        ensure_plan(order(tmp_path / "models", "through"), folder)
+
+
 def test_force_builds_again(models: Path, folder: PlanFolder) -> None:
     ensure_plan(order(models, "double"), folder)
     assert not ensure_plan(order(models, "double"), folder, force=True).from_cache

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from inferq.shared.errors import EngineError
 from inferq.shared.schema import Array
 from inferq.workers.models.engine import Batch, Lane
 from inferq.workers.models.lane_threads import LaneThreads
@@ -380,3 +381,22 @@ def test_a_size_is_noted_while_it_runs_for_the_first_time(tmp_path: Path) -> Non
     assert b'"trying":{"elements":12,"rows":4}' in told[4]
     assert b'"trying":null' in told[2], "it is smaller than one that was survived"
     assert b'"trying":null' in note.read_bytes()
+
+
+def test_a_lane_more_that_fails_is_closed_and_the_others_serve() -> None:
+    """Nobody has asked for it: it is no reason not to serve the model."""
+    card = Card(9)
+
+    def fails() -> OnCard:
+        lane = card.open()
+
+        def run(_: Batch) -> Mapping[str, Array]:
+            raise EngineError("out of memory, not known as such")
+
+        lane.run = run  # type: ignore[method-assign]
+        return lane
+
+    warmed = _run([card.open(), card.open()], [1, 2], times=3, further=[fails, card.open])
+    assert list(warmed.lanes) == card.lanes[:2]
+    assert [lane.closed for lane in card.lanes] == [False, False, True]
+    assert warmed.tuning.lanes == 2

@@ -1,13 +1,16 @@
 """A double of the module ``tensorrt_rtx``: that of ``tensorrt`` (beside it), and what RTX has more.
 
 Its contexts compile the kernels of each shape when they first run it, unless the runtime cache has
-them. What a runtime cache holds is the list of those shapes.
+them. What a runtime cache holds is the list of those shapes. Where it captures graphs by itself, a
+context captures each shape in its first run, on the stream of that run; in which mode the real one
+does, NVIDIA does not say: here in the one that other threads spoil least.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any
 
@@ -29,6 +32,10 @@ __all__ = [
     "OnnxParser", "Runtime", "TensorIOMode",
 ]  # fmt: skip
 __version__ = "1.7.double"
+
+_THREAD_LOCAL = 1
+#: What a test has done while a context captures.
+during_captures: list[Callable[[], object]] = []
 
 
 class ComputeCapability(Enum):
@@ -115,8 +122,37 @@ class _Context(tensorrt._Context):  # type: ignore[misc]
     def __init__(self, engine: _Engine, config: _RuntimeConfig) -> None:
         super().__init__(engine, config)
         self._cache = config.cache
+        self._captures = config.cuda_graph_strategy is CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        self._graphs: dict[tuple[str, str], ctypes.c_void_p] = {}
 
     def execute_async_v3(self, stream: int) -> bool:
         shapes: dict[str, Sequence[int]] = dict(self._shapes)
         self._cache.shapes.add(json.dumps(shapes))
-        return bool(super().execute_async_v3(stream))
+        if not self._captures:
+            return bool(super().execute_async_v3(stream))
+        key = (json.dumps(shapes), json.dumps(self._addresses))
+        if key not in self._graphs and not self._capture(stream, key):
+            return False
+        return not _driver.cuGraphLaunch(self._graphs[key], ctypes.c_void_p(stream))
+
+    def _capture(self, stream: int, key: tuple[str, str]) -> bool:
+        handle, graph, made = ctypes.c_void_p(stream), ctypes.c_void_p(), ctypes.c_void_p()
+        _driver.cuStreamBeginCapture_v2(handle, _THREAD_LOCAL)
+        super().execute_async_v3(stream)
+        for act in during_captures:
+            act()
+        code = _driver.cuStreamEndCapture(handle, ctypes.byref(graph))
+        if code:
+            self._log(f"CUDA error {code} in a capture")
+            return False
+        _driver.cuGraphInstantiateWithFlags(ctypes.byref(made), graph, ctypes.c_ulonglong(0))
+        _driver.cuGraphDestroy(graph)
+        self._graphs[key] = made
+        return True
+
+    def __del__(self) -> None:
+        for made in self._graphs.values():
+            _driver.cuGraphExecDestroy(made)
+
+
+_driver = ctypes.CDLL("libcuda.so.1")

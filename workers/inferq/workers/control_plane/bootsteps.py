@@ -55,7 +55,7 @@ class DataPlaneStep(bootsteps.StartStopStep):  # type: ignore[misc]
             pin(self._settings)  # before the engines are imported
         except ConfigError as problem:
             raise refuse(problem.message) from None
-        share_with(self._settings.processes)
+        share_with(self._settings.processes, on_host=self._settings.processes_on_host)
         self._found = self._read_models(worker)
 
     def _read_models(self, worker: WorkController) -> RepositoryScan:

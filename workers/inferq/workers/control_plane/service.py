@@ -77,6 +77,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between tries while Redis cannot be reached at the start.
 RETRY_S = 2.0
+#: Seconds in which a process has ended whose engine is beyond use.
+ENDED_WITHIN_S = 3600.0
 #: Exit status of a worker that cannot serve its models (sysexits.h).
 EX_CONFIG = 78
 
@@ -158,6 +160,9 @@ class Service:
             logger.critical("%s", problem)
             self._engine_failed = True
             self._give_up(EX_FATAL_ENGINE)
+            # Not the end of this thread, but that of the process, which takes it along: a context
+            # that could not be popped is on PyCUDA's stack, which aborts at the end of its thread.
+            threading.Event().wait(ENDED_WITHIN_S)
         except InferqError as problem:
             logger.critical("%s", problem)
             self._give_up(EX_CONFIG)

@@ -12,6 +12,7 @@ from typing import Final
 import numpy as np
 from pycuda import driver
 
+from inferq.shared.errors import EngineError
 from inferq.shared.schema import Array
 from inferq.workers.cuda.executor import Shape
 
@@ -33,9 +34,15 @@ class Block:
         except BaseException:
             del self._host  # now, while the context is current: the error keeps this object
             raise
+        self.size = size
         #: On the device, and of the pinned memory.
         self.address = int(self._device)
         self.host = int(self._host.ctypes.data)
+
+    def check(self, what: str, size: int) -> None:
+        """EngineError: `what`, of `size` bytes, have no room in it."""
+        if size > self.size:
+            raise EngineError(f"{what} of {size} bytes; expected at most {self.size}")
 
     def view(self, offset: int, dtype: str, shape: Shape) -> Array:
         """The pinned memory from there on, as a tensor."""

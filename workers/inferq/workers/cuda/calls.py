@@ -59,18 +59,27 @@ class DriverError(Exception):
         self.code = code
 
 
-@functools.cache
-def _functions() -> Mapping[str, Any]:
-    found: dict[str, Any] = {}
-    for library, signatures in ((ctypes.PyDLL(LIBRARY), _SHORT), (ctypes.CDLL(LIBRARY), _LONG)):
-        for name, arguments in signatures.items():
-            found[name] = function = getattr(library, name)
-            function.argtypes = arguments
-    return found
+class _Functions:
+    """Each by its name, ready to be called."""
+
+    def __init__(self) -> None:
+        for library, signatures in ((ctypes.PyDLL(LIBRARY), _SHORT), (ctypes.CDLL(LIBRARY), _LONG)):
+            for name, arguments in signatures.items():
+                function = getattr(library, name)
+                function.argtypes = arguments
+                setattr(self, name, function)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{name} is not among the functions that are called")
+
+
+_functions = functools.cache(_Functions)
+#: What is popped is not looked at, by any thread.
+_POPPED: Final = ctypes.byref(ctypes.c_void_p())
 
 
 def _call(name: str, *arguments: object) -> None:
-    code = _functions()[name](*arguments)
+    code = getattr(_functions(), name)(*arguments)
     if code:
         raise DriverError(name, code)
 
@@ -90,17 +99,21 @@ def _name(code: int) -> str:
 
 def push_context(context: int) -> None:
     """Make it current. DriverError: also of what was launched before."""
-    _call("cuCtxPushCurrent_v2", context)
+    code = _functions().cuCtxPushCurrent_v2(context)
+    if code:
+        raise DriverError("cuCtxPushCurrent_v2", code)
 
 
 def pop_context() -> None:
     """Make current what was so before. DriverError: also of what was launched before."""
-    _call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+    code = _functions().cuCtxPopCurrent_v2(_POPPED)
+    if code:
+        raise DriverError("cuCtxPopCurrent_v2", code)
 
 
 def synchronize_context() -> int:
     """Wait for all that was submitted in the context; the driver's answer, 0: all is well."""
-    return int(_functions()["cuCtxSynchronize"]())
+    return int(_functions().cuCtxSynchronize())
 
 
 def synchronize_stream(stream: int) -> None:
@@ -126,7 +139,9 @@ class Event:
 
     def record(self, stream: int) -> None:
         """Put it on the stream."""
-        _call("cuEventRecord", self._handle, stream)
+        code = _functions().cuEventRecord(self._handle, stream)
+        if code:
+            raise DriverError("cuEventRecord", code)
 
     def record_in_graph(self, stream: int) -> None:
         """Put it on a stream that captures, such that each launch of the graph records it."""
@@ -134,12 +149,18 @@ class Event:
 
     def wait(self) -> None:
         """Until what was recorded last by `record` has come."""
-        _call("cuEventSynchronize", self._handle)
+        code = _functions().cuEventSynchronize(self._handle)
+        if code:
+            raise DriverError("cuEventSynchronize", code)
 
     def ms_since(self, earlier: Event) -> float:
         """Both have come."""
         taken = ctypes.c_float()
-        _call("cuEventElapsedTime_v2", ctypes.byref(taken), earlier._handle, self._handle)
+        code = _functions().cuEventElapsedTime_v2(
+            ctypes.byref(taken), earlier._handle, self._handle
+        )
+        if code:
+            raise DriverError("cuEventElapsedTime_v2", code)
         return taken.value
 
     def close(self) -> None:
@@ -183,7 +204,9 @@ def upload(executable: int, stream: int) -> None:
 
 def launch(executable: int, stream: int) -> None:
     """Put the graph on the stream."""
-    _call("cuGraphLaunch", executable, stream)
+    code = _functions().cuGraphLaunch(executable, stream)
+    if code:
+        raise DriverError("cuGraphLaunch", code)
 
 
 def destroy_graph(graph: int) -> None:

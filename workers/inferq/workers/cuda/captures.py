@@ -23,12 +23,14 @@ class CaptureLock:
         self._changed = threading.Condition()
         self._others = 0
         self._captures = False
+        #: Those that wait to be alone, and let nobody begin meanwhile.
+        self._ahead = 0
 
     @contextmanager
     def shared(self) -> Iterator[None]:
         """While nobody captures."""
         with self._changed:
-            while self._captures:
+            while self._captures or self._ahead:
                 self._changed.wait()
             self._others += 1
         try:
@@ -40,20 +42,27 @@ class CaptureLock:
                     self._changed.notify_all()
 
     @contextmanager
-    def exclusive(self, timeout: float) -> Iterator[bool]:
+    def exclusive(self, timeout: float, *, ahead: bool = False) -> Iterator[bool]:
         """While nobody else does anything that takes it; False: that was not so in time.
 
-        Others may begin as long as it is waited for: a capture can be made later, too.
+        Others may begin as long as it is waited for, since most captures can be made later, too;
+        `ahead`: they may not.
         """
         until = time.monotonic() + timeout
         with self._changed:
-            while self._captures or self._others:
-                left = until - time.monotonic()
-                if left <= 0:
-                    break
-                self._changed.wait(left)
-            mine = not self._captures and not self._others
-            self._captures = self._captures or mine
+            self._ahead += ahead
+            try:
+                while self._captures or self._others:
+                    left = until - time.monotonic()
+                    if left <= 0:
+                        break
+                    self._changed.wait(left)
+                mine = not self._captures and not self._others
+                self._captures = self._captures or mine
+            finally:
+                self._ahead -= ahead
+                if ahead:
+                    self._changed.notify_all()
         try:
             yield mine
         finally:

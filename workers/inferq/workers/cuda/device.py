@@ -66,31 +66,22 @@ class Device:
             if not isinstance(problem, FatalEngineError):
                 raise fatal from sticky
 
-    @contextmanager
-    def entered(self) -> Iterator[None]:
+    def entered(self) -> _Entered:
         """The context is current, for what makes and frees nothing of PyCUDA's.
 
         FatalEngineError: CUDA is beyond use. Either call may be answered by an error of what was
         launched before. PyCUDA would keep the context on its own stack then, and abort the process
         when the thread ends.
         """
+        return _Entered(self)
+
+    def _push(self) -> None:
         if self.lost is not None:
             raise self.lost
         try:
             calls.push_context(self._handle)
         except calls.DriverError as problem:
             raise self._lose(problem) from problem
-        try:
-            yield
-        except FatalEngineError:
-            with suppress(calls.DriverError):
-                calls.pop_context()
-            raise
-        except BaseException:
-            self._pop()
-            raise
-        else:
-            self._pop()
 
     def _pop(self) -> None:
         try:
@@ -162,6 +153,25 @@ class Device:
         self._context.detach()
         if current_context() != before:
             pop_context()
+
+
+class _Entered:
+    """`Device.entered`: for each batch, so it is no generator."""
+
+    __slots__ = ("_device",)
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    def __enter__(self) -> None:
+        self._device._push()
+
+    def __exit__(self, _kind: object, problem: BaseException | None, _trace: object) -> None:
+        if isinstance(problem, FatalEngineError):
+            with suppress(calls.DriverError):
+                calls.pop_context()
+        else:
+            self._device._pop()
 
 
 class _Shared:

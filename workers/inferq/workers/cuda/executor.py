@@ -61,7 +61,8 @@ class Executor(Protocol):
 
         `work` calls `enqueue(stream)` once, and puts copies and records of events on the stream
         by the driver's own functions. A run of these shapes was enqueued before. No other lane
-        captures, or does for the first time what cannot be done meanwhile.
+        captures, or does for the first time what cannot be done meanwhile. Shapes are set again
+        before anything is enqueued after it.
         """
         ...
 

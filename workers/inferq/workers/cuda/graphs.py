@@ -18,10 +18,14 @@ class CaptureFailed(Exception):
 
 
 class Graphs:
-    """Whether a model's lanes capture graphs. Shared by them: what fails on one fails on all."""
+    """Whether a model's lanes capture graphs. Shared by them: what fails on one fails on all.
 
-    def __init__(self, on: bool) -> None:
+    `within_runs`: the executor captures by itself, in the first runs of a set of shapes.
+    """
+
+    def __init__(self, on: bool, *, within_runs: bool = False) -> None:
         self.on = on
+        self.within_runs = within_runs
 
     def turn_off(self, problem: CaptureFailed) -> None:
         """A capture has failed."""

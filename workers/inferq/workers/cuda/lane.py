@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Final
 
 from pycuda import driver
@@ -41,6 +42,9 @@ KEPT_SHAPES: Final = 64
 RUNS_BEFORE_CAPTURE: Final = 2
 #: Seconds that a capture waits for others to submit what they are at. It can be made later, too.
 CAPTURE_WAIT_S: Final = 0.2
+#: The same of what captures by itself, within a run that cannot be put off: then it runs beside
+#: them, and may fail. They may be compiling the kernels of a size.
+RUN_WAIT_S: Final = 60.0
 _NON_BLOCKING: Final = 1
 
 
@@ -111,7 +115,7 @@ class CudaLane:
         self.gpu_times: GpuTimes | None = None
         self._dtypes = dict(inputs), dict(outputs)
         self._blocks: list[Block] = []
-        self._is_closed = False
+        self.is_closed = False
         self._submission: Submission | None = None
         with device:
             try:
@@ -136,7 +140,8 @@ class CudaLane:
 
         By the card's clock. It is what lanes can come close to, all of them together.
         """
-        self.run(batch)
+        for _ in range(RUNS_BEFORE_CAPTURE + 1):
+            self.run(batch)
         bound, submission = self._last, self._submission
         assert bound is not None
         assert submission is not None
@@ -145,18 +150,17 @@ class CudaLane:
             self._tell_executor(bound)
             if self._graph(bound) is None:
                 return submission.repeated(lambda: self._executor.enqueue(stream), times)
-            with CAPTURES.exclusive(CAPTURE_WAIT_S):
+            with CAPTURES.exclusive(RUN_WAIT_S, ahead=True):
                 alone = self._executor.capture(stream, lambda: self._executor.enqueue(stream))
+            self._set = None
             try:
                 return submission.repeated(alone.launch, times)
             finally:
                 alone.close()
 
     def _takes(self, shapes: Mapping[str, Shape]) -> int:
-        if tuple(shapes.values()) in self._bound:
-            (rows, *_) = (shape[0] for shape in shapes.values())
-            return rows
-        return self._executor.rows(shapes)
+        key = tuple(shapes.values())
+        return key[0][0] if key in self._bound else self._executor.rows(shapes)
 
     def _run(self, batch: Batch) -> Mapping[str, Array]:
         submission = self._submission
@@ -164,13 +168,20 @@ class CudaLane:
         try:
             with self._device.entered():
                 bound = self._bind(batch)
+                # Once for this run: another lane may turn graphs off meanwhile.
+                graph = self._graph(bound)
+                if graph is None:  # a graph has its shapes in it
+                    self._tell_executor(bound)
                 gather_into(batch, bound.inputs)
-                self._submit(bound, submission)
+                if graph is None:
+                    self._enqueue(bound, submission)
+                else:
+                    graph.launch()
                 self.gpu_times = submission.finish()
                 self._last = bound
-                if bound.graph is None and self._graphs.on:
+                if bound.graph is None:
                     bound.runs += 1
-                    if bound.runs >= RUNS_BEFORE_CAPTURE:
+                    if bound.runs >= RUNS_BEFORE_CAPTURE and self._graphs.on:
                         self._capture(bound, submission)
         except (RequestError, FatalEngineError):
             raise  # its shapes were refused, before anything was asked of CUDA; or there is no CUDA
@@ -189,8 +200,6 @@ class CudaLane:
         if bound is None:
             return self._new(key, shapes)
         self._bound.move_to_end(key)
-        if self._graph(bound) is None:  # a graph has its shapes in it
-            self._tell_executor(bound)
         return bound
 
     def _tell_executor(self, bound: _Bound) -> None:
@@ -213,6 +222,8 @@ class CudaLane:
         (dtypes_in, dtypes_out), (block_in, block_out) = self._dtypes, self._blocks
         offsets_in, bytes_in = placed(dtypes_in, shapes)
         offsets_out, bytes_out = placed(dtypes_out, answered)
+        block_in.check("inputs", bytes_in)
+        block_out.check("outputs", bytes_out)
         addresses = {name: block_in.address + at for name, at in offsets_in.items()}
         addresses |= {name: block_out.address + at for name, at in offsets_out.items()}
         bound = _Bound(shapes, addresses)
@@ -233,14 +244,20 @@ class CudaLane:
         """None: it runs as single commands."""
         return bound.graph if self._graphs.on else None
 
-    def _submit(self, bound: _Bound, submission: Submission) -> None:
-        graph = self._graph(bound)
-        if graph is not None:
-            graph.launch()
-            return
-        # A first run loads kernels, and chooses among them; any may be the first of something.
-        with CAPTURES.shared():
+    def _enqueue(self, bound: _Bound, submission: Submission) -> None:
+        with self._not_spoilt(bound):
             submission.put(bound.copies, lambda: self._executor.enqueue(self._stream.handle))
+
+    def _not_spoilt(self, bound: _Bound) -> AbstractContextManager[object]:
+        """While it runs as single commands, no capture is: neither another's by it, nor its own.
+
+        A first run loads kernels, and chooses among them; any may be the first of something. What
+        captures by itself may do so as often as the shapes change.
+        """
+        fresh = bound is not self._last or bound.runs <= RUNS_BEFORE_CAPTURE
+        if self._graphs.within_runs and fresh:
+            return CAPTURES.exclusive(RUN_WAIT_S, ahead=True)
+        return CAPTURES.shared()
 
     def _capture(self, bound: _Bound, submission: Submission) -> None:
         stream, executor = self._stream.handle, self._executor
@@ -254,6 +271,7 @@ class CudaLane:
             try:
                 with no_garbage_collection():
                     bound.graph = executor.capture(stream, work)
+                self._set = None
             except CaptureFailed as problem:
                 self._graphs.turn_off(problem)
                 self._clear_error()
@@ -272,9 +290,9 @@ class CudaLane:
         Once CUDA is beyond use nothing is freed: the process is about to end, and what frees would
         meet the error again, in destructors that end the process at a place of their own.
         """
-        if self._is_closed:
+        if self.is_closed:
             return
-        self._is_closed = True
+        self.is_closed = True
         try:
             with self._device:
                 self._free()
@@ -284,21 +302,28 @@ class CudaLane:
 
     def _free(self) -> None:
         # By itself: what its variables hold goes while the context is current, too.
+        self._try(lambda: calls.synchronize_stream(self._stream.handle))
+        for bound in self._bound.values():
+            if bound.graph is not None:
+                self._try(bound.graph.close)
+        if self._submission is not None:
+            self._try(self._submission.close)
+        self._try(self._close_executor)
+        self._bound.clear()
+        self._set = self._last = self._submission = None
+        self._blocks.clear()
+        del self._stream
+
+    def _close_executor(self) -> None:
+        with CAPTURES.shared():
+            self._executor.close()
+
+    def _try(self, free: Callable[[], None]) -> None:
+        """What is not freed keeps nothing else. FatalEngineError: nothing more is to be freed."""
         try:
-            calls.synchronize_stream(self._stream.handle)
-            for bound in self._bound.values():
-                if bound.graph is not None:
-                    bound.graph.close()
-            if self._submission is not None:
-                self._submission.close()
-            with CAPTURES.shared():
-                self._executor.close()
+            free()
         except Exception as problem:
             judged = self._device.judge(problem)
             if isinstance(judged, FatalEngineError):
                 raise judged from problem
             logger.warning("a lane was not closed cleanly: %s", problem)
-        self._bound.clear()
-        self._set = self._last = self._submission = None
-        self._blocks.clear()
-        del self._stream

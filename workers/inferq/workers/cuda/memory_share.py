@@ -7,6 +7,7 @@ load at once. CUDA's own memory in each process (some hundred MB) is in nobody's
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Final
 
 from inferq.workers.cuda.libcuda import total_memory
@@ -20,13 +21,18 @@ class Held:
     """What one model's lanes have of the device, as far as its engine tells. For any thread."""
 
     def __init__(self) -> None:
-        self.bytes = 0
+        self._parts: list[tuple[int, Callable[[], bool]]] = []
         with _lock:
             _held.append(self)
 
-    def add(self, nbytes: int) -> None:
-        """So many more."""
-        self.bytes += nbytes
+    @property
+    def bytes(self) -> int:
+        """All that was added and is not given back."""
+        return sum(nbytes for nbytes, is_freed in self._parts if not is_freed())
+
+    def add(self, nbytes: int, is_freed: Callable[[], bool] = lambda: False) -> None:
+        """So many more, until `is_freed`."""
+        self._parts.append((nbytes, is_freed))
 
     def close(self) -> None:
         """It has nothing any more."""

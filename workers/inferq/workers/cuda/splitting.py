@@ -32,6 +32,8 @@ class RowLimit:
 
     def rows(self, of: Tensors) -> float:
         """So many rows as those of the inputs `of`, at least one."""
+        if self._elements == math.inf:
+            return math.inf
         return max(1.0, self._elements / _row_elements(of))
 
     def lower(self, of: Tensors, rows: int) -> None:
@@ -81,8 +83,8 @@ class Splitter:
 
     def _fitting(self, batch: Batch, rows: int) -> Mapping[str, Array]:
         """At `rows` rows, or in smaller pieces for as long as memory is too short for them."""
-        fitting = self._rows(batch, int(min(rows, self._limit.rows(batch.parts[0]))))
-        if fitting < rows:
+        fit = self._limit.rows(batch.parts[0])
+        if fit < rows and (fitting := self._rows(batch, int(fit))) < rows:
             return self._in_pieces(batch, fitting)
         try:
             return self._run_one(replace(batch, bucket=rows) if rows != batch.bucket else batch)

@@ -95,8 +95,10 @@ class Submission:
 
     def close(self) -> None:
         """Free the events. DriverError."""
-        self._done.close()
-        self._close_events()
+        try:
+            self._done.close()
+        finally:
+            self._close_events()
 
     def _record(self, event: Event, captured: bool) -> None:
         if captured:

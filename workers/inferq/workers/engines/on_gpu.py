@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from inferq.shared.errors import ConfigError
+from inferq.shared.schema import Signature
 from inferq.workers.engines.tuning import sizes
 from inferq.workers.models.engine import FurtherLane
 from inferq.workers.models.spec import ModelSpec
@@ -23,6 +25,19 @@ def further_lanes(
 ) -> Sequence[Callable[[], FurtherLane]]:
     """`LoadedModel.further_lanes`, each opened by `opens`; none where model.toml says how many."""
     return () if spec.config.lanes else (opens,) * (MOST_LANES - LANES)
+
+
+def check_names(signature: Signature, where: str) -> None:
+    """A lane's memory is told apart by names. ConfigError: an input and an output share one.
+
+    `where`: what model.toml says that makes it so.
+    """
+    shared = {each.name for each in signature.inputs} & {each.name for each in signature.outputs}
+    for name in sorted(shared):
+        raise ConfigError(
+            f"an input and an output of the model are called {name!r}; expected each name once "
+            f"with {where}"
+        )
 
 
 def gpu_buckets(spec: ModelSpec) -> tuple[int, ...]:

@@ -10,12 +10,12 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch.export.passes import move_to_device_pass
 
-from inferq.shared.errors import ConfigError
 from inferq.workers.cuda import device
 from inferq.workers.cuda.captures import CAPTURES
 from inferq.workers.cuda.graphs import Graphs
 from inferq.workers.cuda.lane import CudaLane
 from inferq.workers.cuda.splitting import RowLimit
+from inferq.workers.engines.on_gpu import check_names
 from inferq.workers.engines.torch_executor import TorchExecutor, out_of_memory
 from inferq.workers.engines.torch_program import FlatFunction, Layout, flat_function
 from inferq.workers.models.ranges import input_ranges, profile_sizes
@@ -38,7 +38,7 @@ def opened(
 
     ConfigError, EngineError, FatalEngineError or what PyTorch raises.
     """
-    _check_names(layout)
+    check_names(layout.signature, 'torch.device = "cuda"')
     with ExitStack() as stack:
         gpu = stack.enter_context(device.acquired())
         profiles = [input_ranges(spec, each) for each in profile_sizes(spec)]
@@ -67,17 +67,6 @@ def opened(
             return lane
 
         yield [another() for _ in range(count)], another
-
-
-def _check_names(layout: Layout) -> None:
-    """A lane's memory is told apart by names."""
-    inputs = {tensor.name for tensor in layout.signature.inputs}
-    for tensor in layout.signature.outputs:
-        if tensor.name in inputs:
-            raise ConfigError(
-                f"an input and an output of the model are called {tensor.name!r}; expected each "
-                'name once with torch.device = "cuda"'
-            )
 
 
 def _empty_cache(gpu: device.Device) -> None:

@@ -18,8 +18,9 @@ from inferq.workers.cuda.pinning import environment_of
 logger = logging.getLogger(__name__)
 
 PROCESSES: Final = "INFERQ_PROCESSES"
+ON_HOST: Final = "INFERQ_PROCESSES_ON_HOST"
 #: What only the child of a chosen device may have.
-_CHOICE: Final = ("INFERQ_DEVICE", "INFERQ_GPU", PROCESSES)
+_CHOICE: Final = ("INFERQ_DEVICE", "INFERQ_GPU", PROCESSES, ON_HOST)
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,13 @@ def count_of(given: str | None) -> int | None:
 
 def shared_out(devices: Sequence[Place], processes: int) -> list[Place]:
     """`devices`, each served by so many worker processes, which share it."""
-    if processes == 1:
+    count = len(devices) * processes
+    if count == 1:
         return list(devices)
-    told = {PROCESSES: str(processes)}
+    told = {ON_HOST: str(count)}
+    if processes == 1:
+        return [replace(each, environment={**each.environment, **told}) for each in devices]
+    told[PROCESSES] = str(processes)
     return [
         replace(
             device,

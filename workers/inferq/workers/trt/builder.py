@@ -12,6 +12,7 @@ import msgspec
 from inferq.shared.errors import ConfigError
 from inferq.shared.schema import TensorSpec
 from inferq.workers.cuda.libcuda import GpuKind
+from inferq.workers.engines.on_gpu import check_names
 from inferq.workers.models.ranges import InputRange, Sizes, input_ranges, profile_sizes
 from inferq.workers.models.spec import ModelSpec
 from inferq.workers.trt.flavours import ANY_GPU, Flavour
@@ -93,6 +94,7 @@ def plan_key(order: BuildRequest) -> PlanKey:
             f"model {order.spec.name!r} is served from {path.name if path else 'no file'}; "
             f"expected {FILE}: TensorRT builds ONNX files"
         )
+    check_names(order.spec.signature, 'engine = "tensorrt"')
     if order.gpu is None and not flavour.builds_anywhere:
         raise ConfigError(
             f"flavour is {flavour.name!r}, which builds only where there is a GPU, and none was "

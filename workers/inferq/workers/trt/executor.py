@@ -64,7 +64,15 @@ class ProfileExecutor:
 
     def _new(self, profile: int) -> Context:
         context = self._loaded.context(graphs=self._own_graphs)
+        try:
+            self._prepare(context, profile)
+        except BaseException:
+            context.close()
+            raise
         self._contexts.append(context)
+        return context
+
+    def _prepare(self, context: Context, profile: int) -> None:
         if profile:  # a context begins with the first one
             assert self._own_stream is not None, "it is opened"
             context.set_profile(profile, self._own_stream.handle)
@@ -73,7 +81,6 @@ class ProfileExecutor:
             context.set_memory(int(self._memory), self._loaded.context_bytes)
         if self._aux_streams:
             context.set_aux_streams([stream.handle for stream in self._aux_streams])
-        return context
 
     def rows(self, shapes: Mapping[str, Shape]) -> int:
         (asked, *_) = (shape[0] for shape in shapes.values())

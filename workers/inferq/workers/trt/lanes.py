@@ -114,7 +114,7 @@ def _open_lanes(
         return made
 
     largest = [{span.name: span.max for span in ranges} for ranges in profiles]
-    limit, graphs = RowLimit(), Graphs(cuda_graphs)
+    limit, graphs = RowLimit(), Graphs(cuda_graphs, within_runs=own_graphs)
     context_bytes = loaded.context_bytes  # a lane's contexts share it
     check_memory(gpu, count, context_bytes, buckets)
     # Only a context can tell how large the outputs are.
@@ -158,7 +158,7 @@ def _open_lanes(
         with gpu:
             check_memory(gpu, 1, context_bytes + buffers, buckets)
             lane = add(executor())
-        held.add(context_bytes + buffers)
+        held.add(context_bytes + buffers, lambda: lane.is_closed)
         return lane
 
     for number in range(count):

@@ -41,11 +41,12 @@ class Short:
 
 def _shared(limit: Limit, now: Usage) -> Limit:
     """`limit` as it is for this process, where others have their parts of the host's memory."""
-    if shares.processes() == 1 or limit.gauge == "mapped":  # which is counted for each by itself
+    count = shares.processes_on_host()
+    if count == 1 or limit.gauge == "mapped":  # which is counted for each by itself
         return limit
-    part = shares.share(limit.limit)
+    part = shares.host_share(limit.limit)
     left = min(limit.left, part - now.now(limit.gauge))
-    return Limit(f"{limit.name}, shared by {shares.processes()} processes", part, part - left)
+    return Limit(f"{limit.name}, shared by {count} processes", part, part - left)
 
 
 class Forecast:

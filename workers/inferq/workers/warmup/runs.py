@@ -356,8 +356,16 @@ class Runs:
             except Exception as problem:  # noqa: BLE001 - it is one that nobody asked for
                 logger.info("model %s: no lane more: %s", self._name, problem)
                 return
-            if not self._gains(lane, size):
-                self._lanes.pop()
+            asked_for = list(self._lanes)
+            try:
+                gains = self._gains(lane, size)
+            except FatalEngineError:
+                raise
+            except Exception as problem:  # noqa: BLE001 - the others serve without it
+                logger.warning("model %s: no lane more, it failed: %s", self._name, problem)
+                gains = False
+            if not gains:
+                self._lanes = asked_for
                 lane.close()
                 return
 
