@@ -393,7 +393,7 @@ def test_a_lane_more_that_fails_is_closed_and_the_others_serve() -> None:
         def run(_: Batch) -> Mapping[str, Array]:
             raise EngineError("out of memory, not known as such")
 
-        lane.run = run  # type: ignore[method-assign]
+        lane.run = run  # type: ignore[method-assign, assignment]
         return lane
 
     warmed = _run([card.open(), card.open()], [1, 2], times=3, further=[fails, card.open])
