@@ -102,6 +102,8 @@ def test_what_each_prints_is_one_json_document(
     with Worker(redis_url, models, env={"INFERQ_HEARTBEAT_FILE": str(beat)}):
         result = told("m", tmp_path / "x.npz", path=("infer",))
         assert result["outputs"]["x"]["data"] == [[7.0] * 4]
+        alone = told(models / "m", tmp_path / "x.npz", path=("run",))
+        assert alone["outputs"] == result["outputs"]
         healthy = partial(run, "health", "--file", beat)
         until(lambda: healthy().exit_code == 0, what="its heartbeat says that it serves")
         (health,) = told("--file", beat, path=("health",))
@@ -170,7 +172,9 @@ def test_models_tells_signatures_knobs_and_what_is_wrong(run: Run, tmp_path: Pat
     fake_model(tmp_path, "wrong", knobs="lane = 3")
     done = run("models", tmp_path, "--json")
     good, wrong = _told(done, status=1)
-    assert good["inputs"] == [{"name": "x", "dtype": "float32", "shape": ["batch", 4]}]
+    assert good["inputs"] == [
+        {"name": "x", "dtype": "float32", "shape": ["batch", 4], "batch_axis": 0}
+    ]
     assert (good["engine"], good["version"], good["versions"]) == ("fake", 1, [1])
     assert (good["batchable"], good["max_batch_size"], good["knobs"]["lanes"]) == (True, 8, 3)
     assert good["engine_table"]["delay_ms"] == 5

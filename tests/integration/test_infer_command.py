@@ -22,6 +22,7 @@ from redis import Redis
 
 from inferq.shared.errors import ConfigError
 from inferq.shared.names import Names
+from inferq.shared.schema import MAX_TENSORS
 from inferq.workers.cli import inferq
 from inferq.workers.commands import infer as infer_command
 from inferq.workers.models import array_files
@@ -237,10 +238,11 @@ def test_what_is_too_large_is_refused_before_it_is_unpacked(
     np.savez_compressed(tmp_path / "bomb.npz", x=np.zeros(200_000, np.uint8))
     with pytest.raises(ConfigError, match=r"unpacks to 200128 bytes; expected at most 100000"):
         array_files.read_npz(tmp_path / "bomb.npz")
+    monkeypatch.setattr(array_files, "MAX_BYTES", 1_000_000)
     with zipfile.ZipFile(tmp_path / "many.npz", "w") as archive:
-        for n in range(65):
+        for n in range(MAX_TENSORS + 1):
             archive.writestr(f"x{n}.npy", _npy(np.ones(1)))
-    with pytest.raises(ConfigError, match="has 65 arrays; expected at most 64"):
+    with pytest.raises(ConfigError, match="has 513 arrays; expected at most 512"):
         array_files.read_npz(tmp_path / "many.npz")
 
 

@@ -78,6 +78,9 @@ def _inputs(session: ort.InferenceSession, seed: int) -> dict[str, Array]:
     for node in session.get_inputs():
         shape = [rows, *(dim if isinstance(dim, int) else size for dim in node.shape[1:])]
         kind = node.type.removeprefix("tensor(").removesuffix(")")
+        if kind == "string":  # of numbers, whatever reads them
+            arrays[node.name] = rng.integers(0, 8, shape).astype(str).astype(object)
+            continue
         dtype = {"float": "float32", "double": "float64"}.get(kind, kind)
         if np.dtype(dtype).kind == "f":
             factor = (1, 0, 300, -50, 0.01)[seed % 5]

@@ -211,6 +211,7 @@ def test_how_long_links_wait_is_told_but_not_while_redis_is_full(
         until(lambda: canvas.waits_s() < RETRY_S / 2, what="that does not count")
     have_it_full(store, False)
     assert ready.get(timeout=10)
+    until(lambda: not canvas._in_hand._noted.field, what="it rests")
     store.execute_command("CLIENT", "PAUSE", int(6000 * RETRY_S), "WRITE")  # type: ignore[no-untyped-call]
     canvas.put("i", succeeded(message), message)
     until(lambda: canvas.waits_s() > 3 * RETRY_S, what="it is told that they wait")

@@ -18,6 +18,7 @@ from gpu.quick.cases import NeedsFake, NoControl
 from gpu.quick.kernels import PTX
 from gpu.quick.steps import STEPS, Step
 from helpers.fakecuda import cuda_root, run_python
+from helpers.wait import until
 
 TESTS = Path(__file__).parents[2]
 DOCS = TESTS.parent / "docs" / "gpu.md"
@@ -60,7 +61,7 @@ def test_a_step_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> 
     assert line["error"] == "not ended within 3 s"
     assert line["found"]["said"] == ["so far"]
     state = Path(f"/proc/{mark.read_text()}/stat")
-    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+    until(lambda: not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z")
 
 
 def test_a_step_that_cannot_run_here_says_why_and_has_not_failed(tmp_path: Path) -> None:
