@@ -8,7 +8,7 @@ from typing import Final
 #: CPU seconds of one thread for which it makes links without a break, and seconds of a break.
 #: Celery makes a message in some 0.3 ms of Python. Whoever waits for the interpreter meanwhile is
 #: given it after `publisher.SWITCH_S`, and a claim waits some 30 times. With breaks as long as the
-#: work, the slowest of 100 requests of other models took 1.2 times as long as with these.
+#: work, the slowest of 100 requests of other models took 1.1 to 1.2 times as long as with these.
 WORK_S: Final = 0.001
 BREAK_S: Final = 0.004
 
